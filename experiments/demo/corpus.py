@@ -77,7 +77,7 @@ def capitalise(text: str, language: str) -> str:
 
 
 def build_document(lexicon: Lexicon, draw: random.Random) -> str:
-    """One document: five to ten sentences on one trade, then qualities or sums."""
+    """One document: up to six sentences on one trade, then two to four qualities or sums."""
     subject, verb, objects, places = draw.choice(lexicon.topics)
     time, place = draw.choice(lexicon.times), draw.choice(places)
     sentences = []
@@ -95,7 +95,7 @@ def build_document(lexicon: Lexicon, draw: random.Random) -> str:
             one, other, total = (lexicon.numbers[n - 1] for n in (a, b, a + b))
             sentences.append(draw.choice(lexicon.sums).format(a=one, b=other, c=total))
     separator = "" if lexicon.language in WRITTEN_WITHOUT_SPACES else " "
-    return capitalise(separator.join(sentences), lexicon.language)
+    return capitalise(separator.join(dict.fromkeys(sentences)), lexicon.language)  # no sentence twice
 
 
 def write_corpus(folder: Path, bytes_per_language: int, seed: int) -> dict[str, int]:
