@@ -52,7 +52,10 @@ def read_lexicon(path: Path) -> Lexicon:
     for line in sections["topics"]:
         subject, verb, objects, places = line.split(" | ")
         topics.append((subject, verb, objects.split(", "), places.split(", ")))
-    things = [(noun, adjectives.split(", ")) for noun, adjectives in (x.split(" | ") for x in sections["things"])]
+    things = []
+    for line in sections["things"]:
+        noun, adjectives = line.split(" | ")
+        things.append((noun, adjectives.split(", ")))
     return Lexicon(
         language=path.stem,
         statements=sections["statements"],
@@ -70,8 +73,8 @@ def capitalise(text: str, language: str) -> str:
     """Capital letters at the start of sentences; scripts without capitals stay as they are."""
 
     def upper(match: re.Match[str]) -> str:
-        letter = match[2]
-        return match[1] + (TURKISH_CAPITALS.get(letter, letter.upper()) if language == "tr" else letter.upper())
+        capital = TURKISH_CAPITALS.get(match[2]) if language == "tr" else None
+        return match[1] + (capital or match[2].upper())
 
     return SENTENCE_START.sub(upper, text)
 
@@ -119,7 +122,7 @@ def write_corpus(folder: Path, bytes_per_language: int, seed: int) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the demo's 15-language corpus.")
     parser.add_argument("--out", type=Path, required=True, help="folder for <lang>.jsonl.gz")
-    parser.add_argument("--bytes-per-language", type=int, default=400_000, help="UTF-8 bytes of text a language")
+    parser.add_argument("--bytes-per-language", type=int, default=400_000, help="of UTF-8 text")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     documents = write_corpus(options.out, options.bytes_per_language, options.seed)

@@ -1,0 +1,196 @@
+"""The whole pipeline, small, on the CPU: text -> shards -> codes -> pretraining -> export -> a filled mask.
+
+    python experiments/demo/run.py                                     (what `make demo` runs)
+    python experiments/demo/run.py --data FOLDER --tokenizer FILE      the same on text of yours
+
+Every step is a command that a user would type, printed before it runs. All results lie under --out (demo/),
+which is made afresh each time. The demo fails unless the run resumes where it stopped and the held-out
+loss falls by at least one nat.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksub_ds.corpus.tokenizer import load_tokenizer
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import write_json
+from summary import check_and_report, read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+MARKER = "demo.json"  # says that a folder is a demo's and may be made afresh
+STOP_AFTER = 0.4  # part of the steps after which the run is interrupted
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demo does. Both sizes take a few minutes on two cores."""
+
+    max_steps: int
+    global_batch_size: int
+    sequence_length: int
+
+
+OWN_CORPUS = Size(max_steps=500, global_batch_size=32, sequence_length=128)
+GIVEN_TEXT = Size(max_steps=300, global_batch_size=32, sequence_length=128)
+
+
+def headline(number: int, text: str) -> None:
+    """A rule and the step's name."""
+    print(f"\n── {number}. {text} ".ljust(100, "─"), flush=True)
+
+
+def environment(out: Path) -> dict[str, str]:
+    """The environment of every command: this Python first on the PATH, the CPU, caches under `out`."""
+    cache = out / ".cache"
+    return os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(cache / "huggingface"),
+        "MPLCONFIGDIR": str(cache / "matplotlib"),
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions")),
+    }
+
+
+class Shell:
+    """Runs commands from the root of the source tree, each printed first."""
+
+    def __init__(self, out: Path):
+        self.environment = environment(out)
+
+    def run(self, *command: str | Path) -> None:
+        """Run to the end.
+
+        Raises:
+            UserError: the command failed.
+        """
+        code = self.start(*command).wait()
+        if code:
+            raise UserError(
+                f"exit code {code} from: {shlex.join(map(str, command))} (its own words stand above)"
+            )
+
+    def start(self, *command: str | Path) -> subprocess.Popen[bytes]:
+        """Start and do not wait."""
+        print(f"$ {shlex.join(map(str, command))}", flush=True)
+        return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=self.environment)
+
+
+def make_afresh(out: Path) -> None:
+    """Empty a former demo's folder; leave any other folder alone."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARKER).is_file():
+            raise UserError(f"{out}: not empty and not made by the demo; give another folder by --out")
+        shutil.rmtree(out)
+    write_json(out / MARKER, {"made_by": "experiments/demo/run.py"})
+
+
+def stop_in_the_middle(shell: Shell, command: list[str | Path], run: Path, step: int) -> int:
+    """Start training, ask it to stop once it has passed `step`; return the step it stopped at."""
+    training = shell.start(*command)
+    try:
+        while training.poll() is None and last_step(run) < step:
+            time.sleep(0.1)
+        if training.poll() is None:
+            print(f"$ touch {run / 'STOP'}", flush=True)
+            (ROOT / run / "STOP").touch()
+        code = training.wait()
+    finally:
+        if training.poll() is None:
+            training.terminate()
+    stopped_at = last_step(run)
+    if code or stopped_at < step:
+        raise UserError(
+            f"training ended at step {stopped_at} with exit code {code}: its own words stand above"
+        )
+    return stopped_at
+
+
+def last_step(run: Path) -> int:
+    """The last optimizer step in RUN/metrics.jsonl, 0 without any."""
+    lines = read_lines(ROOT / run / "metrics.jsonl")
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def demo(out: Path, data: Path | None, tokenizer: Path | None) -> None:
+    """All steps, in order."""
+    started = time.monotonic()
+    make_afresh(out)
+    shell = Shell(out)
+    out = Path(os.path.relpath(out, ROOT))  # what is printed is what works from the root of the source tree
+    size = GIVEN_TEXT if data else OWN_CORPUS
+
+    headline(1, "text and tokenizer")
+    if data is None:
+        data = out / "text"
+        shell.run("python", "experiments/demo/corpus.py", "--out", data)
+    if tokenizer is None:
+        tokenizer = out / "tokenizer" / "sentencepiece.bpe.model"
+        shell.run("python", "experiments/demo/tokenizer.py", "--input", data, "--out", tokenizer)
+
+    headline(2, "text to token shards")
+    shards = out / "shards"
+    shell.run(
+        *("python", "preprocessing/shard_text.py", "--input", data, "--tokenizer", tokenizer),
+        *("--out", shards, "--sequence-length", str(size.sequence_length), "--validation-fraction", "0.02"),
+    )
+    shell.run("ksub", "corpus", "stats", shards)
+
+    headline(3, "a code for every token")
+    codes = out / "codes.safetensors"
+    num_tokens = str(load_tokenizer(ROOT / tokenizer).vocab_size)
+    shell.run("ksub", "codes", "positional", "--num-tokens", num_tokens, "--num-tables", "3", "--out", codes)
+    shell.run("ksub", "codes", "inspect", codes)
+
+    headline(4, "pretraining on two ranks, stopped in the middle")
+    run = out / "run"
+    (ROOT / out / "hostfile").write_text("localhost slots=2\n", encoding="utf-8")
+    command: list[str | Path] = [
+        *("deepspeed", "launch/pretrain.sh", "--hostfile", out / "hostfile", "--preset", "tiny"),
+        *("--codes", codes, "--data", shards, "--out", run, "--max-steps", str(size.max_steps)),
+        *("--global-batch-size", str(size.global_batch_size), "--eval-every", str(size.max_steps // 4)),
+        *("--eval-sequences", "8"),
+    ]
+    stopped_at = stop_in_the_middle(shell, command, run, round(STOP_AFTER * size.max_steps))
+
+    headline(5, f"the same command again: it goes on after step {stopped_at}")
+    shell.run(*command)
+
+    headline(6, "export, and masks filled by AutoModelForMaskedLM in a new process")
+    model = out / "model"
+    shell.run("ksub", "export", run, "--out", model)
+    shell.run("python", "experiments/demo/fill_mask.py", "--model", model)
+
+    headline(7, "summary")
+    check_and_report(ROOT / out, size.max_steps, stopped_at)
+    for name in ("shards", "codes.safetensors", "run", "model", "loss.png"):
+        print(f"  {out / name}")
+    print(f"  {time.monotonic() - started:.0f} s in all", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train, resume, export and query a small model.")
+    parser.add_argument("--data", type=Path, help="folder of <lang>.jsonl.gz [the demo's own corpus]")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece .model or folder [trained on the text]")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything; made afresh")
+    options = parser.parse_args()
+    given = [path.resolve() if path else None for path in (options.data, options.tokenizer)]
+    try:
+        demo(options.out.resolve(), *given)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
