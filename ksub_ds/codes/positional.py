@@ -1,0 +1,77 @@
+"""Algorithm 1 of the paper: positional allocation. The codes of token n are its digits in base M.
+
+    M = the least integer with M^K >= N        f_k(n) = floor(n / M^(k-1)) mod M,  k = 1..K
+
+The paper calls this "random allocation" since the digits carry no meaning; it prints `mod M^k`,
+but its text, and its parameter counts, need the k-th digit, hence `mod M`.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from ksub_ds.codes.table import CodeTable
+
+
+def smallest_base(num_tokens: int, num_tables: int) -> int:
+    """The least integer M with M^K >= N, in integers: float roots are off by one at exact powers."""
+    low, high = 1, num_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if middle**num_tables >= num_tokens:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def positional_codes(num_tokens: int, num_tables: int, special_ids: Iterable[int] = ()) -> CodeTable:
+    """Codes by Algorithm 1.
+
+    Args:
+        num_tokens: N >= 1.
+        num_tables: K >= 1.
+        special_ids: tokens that get a row of their own in every table (see `reserve_special_tokens`).
+
+    Raises:
+        ValueError: a count below 1, or a special id that is no token.
+    """
+    if num_tokens < 1 or num_tables < 1:
+        raise ValueError(f"num_tokens and num_tables must be at least 1, not {num_tokens} and {num_tables}")
+    special = sorted(set(special_ids))
+    ordinary = num_tokens - len(special)
+    if ordinary < 1:
+        raise ValueError(f"all {num_tokens} tokens are special: none is left to code")
+    base = smallest_base(ordinary, num_tables)
+    digits = np.arange(ordinary)[:, None] // base ** np.arange(num_tables) % base
+    table = CodeTable(digits, (base,) * num_tables, {"algorithm": "positional"})
+    return reserve_special_tokens(table, special) if special else table
+
+
+def plain_codes(num_tokens: int) -> CodeTable:
+    """K = 1, M = N: the plain embedding, as the baseline."""
+    return CodeTable(np.arange(num_tokens)[:, None], (num_tokens,), {"algorithm": "plain"})
+
+
+def reserve_special_tokens(ordinary: CodeTable, special_ids: Iterable[int]) -> CodeTable:
+    """Spread the codes of the ordinary tokens over the ids that are left, and give each special
+    token one new row in every table, shared with nobody.
+
+    The paper suspects that `<s>`, `</s>`, `<pad>`, `<mask>` sharing rows with words costs accuracy;
+    this costs S rows per table for S special tokens.
+
+    Args:
+        ordinary: codes of the N - S ordinary tokens, in the order of their ids.
+        special_ids: S distinct ids in [0, N).
+    """
+    special = np.array(sorted(set(special_ids)), dtype=np.int64)
+    num_tokens = ordinary.num_tokens + len(special)
+    if len(special) and not (special[0] >= 0 and special[-1] < num_tokens):
+        raise ValueError(f"special ids {special.tolist()} must lie in [0, {num_tokens})")
+    codes = np.empty((num_tokens, ordinary.num_tables), dtype=np.int64)
+    is_special = np.zeros(num_tokens, dtype=bool)
+    is_special[special] = True
+    codes[~is_special] = ordinary.codes
+    codes[special] = np.array(ordinary.table_sizes) + np.arange(len(special))[:, None]
+    sizes = [size + len(special) for size in ordinary.table_sizes]
+    return CodeTable(codes, sizes, ordinary.metadata | {"special_ids": ",".join(map(str, special.tolist()))})

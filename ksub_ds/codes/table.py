@@ -1,0 +1,161 @@
+"""The code table F: every token n has K codes (f_1(n), ..., f_K(n)), one per sub-embedding table (paper §3.1).
+
+    N  num_tokens    size of the vocabulary
+    K  num_tables    how many small tables replace the embedding
+    M_k table_sizes  rows of table k; f_k(n) lies in [0, M_k)
+
+The embedding of n is the concatenation of row f_k(n) of table k over k. Uniqueness (the paper's
+requirement 1) makes it a different vector for every token. K = 1 with M_1 = N is the plain embedding.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import atomic_path, sha256_bytes
+
+FORMAT = "ksub-codes-1"
+
+
+def table_widths(embedding_dim: int, num_tables: int) -> tuple[int, ...]:
+    """Widths d_k of the K tables, summing to d: the first d mod K are one wider (512 over 3: 171, 171, 170)."""
+    if not 1 <= num_tables <= embedding_dim:
+        raise ValueError(f"num_tables must lie in 1..embedding_dim = {embedding_dim}, not {num_tables}")
+    width, wider = divmod(embedding_dim, num_tables)
+    return tuple(width + (k < wider) for k in range(num_tables))
+
+
+class CodeTable:
+    """Codes of every token, with the sizes of the tables they point into.
+
+    Args:
+        codes: (N, K) integers.
+        table_sizes: the K numbers M_k.
+        metadata: strings about the origin (algorithm, seed, tokenizer fingerprint); travels with the file.
+
+    The constructor checks shapes only; `verify` checks range and uniqueness.
+    """
+
+    def __init__(self, codes: object, table_sizes: Sequence[int], metadata: Mapping[str, str] | None = None):
+        array = np.asarray(codes)
+        sizes = tuple(int(size) for size in table_sizes)
+        if array.ndim != 2 or 0 in array.shape:
+            raise ValueError(f"codes must be a non-empty (N, K) array, not of shape {array.shape}")
+        if not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"codes must be integers, not {array.dtype}")
+        if len(sizes) != array.shape[1] or min(sizes) < 1:
+            raise ValueError(f"table_sizes must be {array.shape[1]} positive integers, not {sizes}")
+        if array.size and not (array.min() >= -(2**31) and array.max() < 2**31):
+            raise ValueError("codes do not fit 32 bits")
+        self.codes = np.ascontiguousarray(array, dtype=np.int32)
+        if self.codes is array:
+            self.codes = self.codes.copy()
+        self.codes.flags.writeable = False
+        self.table_sizes = sizes
+        self.metadata = dict(metadata or {})
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.codes.shape[0]
+
+    @property
+    def num_tables(self) -> int:
+        """K."""
+        return self.codes.shape[1]
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of codes and table sizes: equal exactly when two tables are the same map."""
+        header = repr((self.codes.shape, self.table_sizes)).encode()
+        return sha256_bytes(header + self.codes.astype("<i4").tobytes())
+
+    def num_parameters(self, embedding_dim: int) -> int:
+        """Parameters of the tables at width d: sum over k of M_k * d_k."""
+        widths = table_widths(embedding_dim, self.num_tables)
+        return sum(size * width for size, width in zip(self.table_sizes, widths, strict=True))
+
+    def count_collisions(self) -> int:
+        """How many tokens share their whole code with an earlier one."""
+        order = np.lexsort(self.codes.T[::-1])
+        ranked = self.codes[order]
+        return int((ranked[1:] == ranked[:-1]).all(axis=1).sum())
+
+    def verify(self) -> None:
+        """Check that every code is in range and no two tokens share a whole code.
+
+        Raises:
+            ValueError: naming the first token at fault.
+        """
+        wrong = (self.codes < 0) | (self.codes >= np.array(self.table_sizes))
+        if wrong.any():
+            token, k = (int(i) for i in np.argwhere(wrong)[0])
+            code = int(self.codes[token, k])
+            raise ValueError(
+                f"code out of range: token {token} has code {code} in table {k} of {self.table_sizes[k]} rows"
+            )
+        order = np.lexsort(self.codes.T[::-1])
+        ranked = self.codes[order]
+        equal = (ranked[1:] == ranked[:-1]).all(axis=1)
+        if equal.any():
+            first = int(np.argmax(equal))
+            pair = sorted((int(order[first]), int(order[first + 1])))
+            raise ValueError(
+                f"codes not unique: tokens {pair[0]} and {pair[1]} share code {tuple(ranked[first].tolist())} "
+                f"({int(equal.sum())} collisions in all)"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, atomically: tensor `codes`, metadata with sizes and sha256.
+
+        Raises:
+            ValueError: the table does not verify.
+        """
+        from safetensors.numpy import save_file
+
+        self.verify()
+        metadata = self.metadata | {
+            "format": FORMAT,
+            "table_sizes": ",".join(map(str, self.table_sizes)),
+            "sha256": self.sha256,
+        }
+        with atomic_path(path) as temporary:
+            save_file({"codes": self.codes}, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CodeTable":
+        """Read and check a file written by `save`.
+
+        Raises:
+            UserError: missing, damaged, non-unique or out of range, naming the file and the fault.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="np") as stream:
+                metadata = stream.metadata() or {}
+                codes = stream.get_tensor("codes")
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: no such code file; make one with `ksub codes positional`") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable code file ({error}); make it again with `ksub codes`") from error
+        if metadata.get("format") != FORMAT:
+            raise UserError(
+                f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}; make it again with `ksub codes`"
+            )
+        origin = {key: value for key, value in metadata.items() if key not in ("format", "table_sizes", "sha256")}
+        try:
+            table = cls(codes, [int(size) for size in metadata["table_sizes"].split(",")], origin)
+            table.verify()
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}: {error}; the file is damaged, make it again with `ksub codes`") from error
+        if table.sha256 != metadata.get("sha256"):
+            raise UserError(
+                f"{path}: codes do not match their sha256; the file is damaged, make it again with `ksub codes`"
+            )
+        return table
+
+    def __repr__(self) -> str:
+        return f"CodeTable(num_tokens={self.num_tokens}, table_sizes={self.table_sizes})"

@@ -1,0 +1,117 @@
+"""SubEmbedding: K small tables and a code per token in place of an N x d embedding (paper §3.1)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ksub_ds.codes.table import CodeTable, table_widths
+from ksub_ds.codes.trie import Transitions, build_trie, merge_equal_states
+from ksub_ds.model.contraction import Contraction
+from ksub_ds.model.search import TopKSearch
+
+
+class SubEmbedding(nn.Module):
+    """Drop-in for `nn.Embedding`: e_n = concat over k of E_k[f_k(n)].
+
+    Args:
+        table: the codes; K = 1 with M = N is a plain embedding.
+        embedding_dim: d; the first d mod K tables are one wider.
+        padding_idx: token whose lookups send no gradient, as in `nn.Embedding`.
+
+    The tables E_k (M_k, d_k) are exactly `parameters()`. The codes, (N, K) int32, are the one
+    persistent buffer; whatever else is derived from them is built when first needed.
+    """
+
+    codes: Tensor
+
+    def __init__(self, table: CodeTable, embedding_dim: int, padding_idx: int | None = None):
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.table_sizes = table.table_sizes
+        self.widths = table_widths(embedding_dim, table.num_tables)
+        self.register_buffer("codes", torch.tensor(table.codes))
+        self.tables = nn.ParameterList(
+            torch.empty(size, width) for size, width in zip(self.table_sizes, self.widths, strict=True)
+        )
+        self._derived_source: tuple | None = None
+        self._derived_values: dict[str, Any] = {}
+        self.reset_parameters()
+
+    @property
+    def num_embeddings(self) -> int:
+        """N."""
+        return self.codes.shape[0]
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Normal initial values (BERT's 0.02)."""
+        for table in self.tables:
+            nn.init.normal_(table, std=std)
+
+    def code_table(self) -> CodeTable:
+        """The codes as a `CodeTable`."""
+        return CodeTable(self.codes.cpu().numpy(), self.table_sizes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) token ids -> (..., d)."""
+        codes = self.codes[ids]
+        embedded = torch.cat([F.embedding(codes[..., k], table) for k, table in enumerate(self.tables)], dim=-1)
+        if self.padding_idx is not None and embedded.requires_grad:
+            embedded = torch.where((ids == self.padding_idx).unsqueeze(-1), embedded.detach(), embedded)
+        return embedded
+
+    def dense_weight(self) -> Tensor:
+        """The (N, d) matrix this layer stands for."""
+        return torch.cat([table[self.codes[:, k]] for k, table in enumerate(self.tables)], dim=1)
+
+    def logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """All N logits, (..., N), as sums of table scores; for a few rows, since N is wide."""
+        parts = hidden.split(self.widths, dim=-1)
+        scores = [part @ table.t() for part, table in zip(parts, self.tables, strict=True)]
+        total = scores[0][..., self.codes[:, 0]]
+        for k, score in enumerate(scores[1:], start=1):
+            total = total + score[..., self.codes[:, k]]
+        return total if bias is None else total + bias
+
+    @torch.no_grad()
+    def predict_topk(self, hidden: Tensor, k: int, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k largest of `logits(hidden, bias)`, exactly, without building them.
+
+        Args:
+            hidden: (B, d).
+
+        Returns:
+            (B, k) logits in falling order and (B, k) token ids.
+        """
+        if not 1 <= k <= self.num_embeddings:
+            raise ValueError(f"k must lie in 1..{self.num_embeddings}, not {k}")
+        parts = hidden.float().split(self.widths, dim=1)
+        scores = [part @ table.float().t() for part, table in zip(parts, self.tables, strict=True)]
+        return self._search()(scores, None if bias is None else bias.float(), k)
+
+    def contraction(self, weighted: bool) -> Contraction:
+        """The fold over all tokens for the current codes and device; `weighted`: one weight per token."""
+
+        def build(trie: list[Transitions]) -> Contraction:
+            return Contraction(trie if weighted else merge_equal_states(trie), self.codes.device, torch.float32)
+
+        return self._derived(f"contraction weighted={weighted}", build)
+
+    def _search(self) -> TopKSearch:
+        return self._derived("search", lambda trie: TopKSearch(trie, self.codes.device))
+
+    def _derived(self, name: str, build: Callable[[list[Transitions]], Any]) -> Any:
+        """What follows from the codes, built when first needed and again when the codes change or move."""
+        source = (self.codes.device, self.codes.data_ptr(), self.codes._version)
+        if self._derived_source != source:
+            self._derived_source, self._derived_values = source, {}
+        if name not in self._derived_values:
+            trie = build_trie(self.codes.cpu().numpy(), self.table_sizes)
+            self._derived_values[name] = build(trie)
+        return self._derived_values[name]
+
+    def extra_repr(self) -> str:
+        return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, tables={self.table_sizes}"
