@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksub_ds.corpus.tokenizer import load_tokenizer
+
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json

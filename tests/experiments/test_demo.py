@@ -1,0 +1,77 @@
+"""The demo's corpus and summary: what does not need a training run (`make demo` is the test of the rest)."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+import corpus  # experiments/demo/ is on pytest's pythonpath (setup.cfg)
+import run
+import summary
+from ksub_ds.common.errors import UserError
+
+LEXICONS = Path(corpus.__file__).parent / "lexicon"
+XNLI = ["ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh"]
+
+
+@pytest.mark.parametrize("language", XNLI)
+def test_lexicon_is_whole(language: str) -> None:
+    lexicon = corpus.read_lexicon(LEXICONS / f"{language}.txt")
+    assert (len(lexicon.topics), len(lexicon.things), len(lexicon.times)) == (16, 10, 8)
+    assert len(set(lexicon.numbers)) == 10
+    assert all(len(objects) == 3 and len(places) == 2 for _, _, objects, places in lexicon.topics)
+    assert all(len(set(adjectives)) >= 2 for _, adjectives in lexicon.things)
+    assert all("{S}" in template and "{V}" in template for template in lexicon.statements)
+
+
+def test_corpus_is_the_same_each_time(tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        documents = corpus.write_corpus(tmp_path / folder, bytes_per_language=3000, seed=0)
+    assert sorted(documents) == XNLI
+    for language in XNLI:
+        first, second = ((tmp_path / folder / f"{language}.jsonl.gz").read_bytes() for folder in ("first", "second"))
+        assert first == second
+        rows = [json.loads(line) for line in gzip.decompress(first).decode().splitlines()]
+        assert len(rows) == documents[language]
+        assert sum(len(row["text"].encode()) for row in rows) >= 3000
+        assert not any(mark in row["text"] for row in rows for mark in "{}|")
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "expected"),
+    [
+        ("who reads? the student.", "en", "Who reads? The student."),
+        ("¿quién lee? el niño.", "es", "¿Quién lee? El niño."),
+        ("ilk. ırmak.", "tr", "İlk. Irmak."),
+        ("ποιος; ο γιος.", "el", "Ποιος; Ο γιος."),
+    ],
+)
+def test_sentences_start_with_a_capital(text: str, language: str, expected: str) -> None:
+    assert corpus.capitalise(text, language) == expected
+
+
+def test_sparkline_falls_from_the_highest_bar_to_the_lowest() -> None:
+    line = summary.sparkline([float(x) for x in range(600, 0, -1)], width=60)
+    assert len(line) == 60
+    assert (line[0], line[-1]) == ("█", "▁")
+    assert list(line) == sorted(line, reverse=True)
+    assert summary.sparkline([2.0]) == "▁"
+
+
+def test_a_line_being_written_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert summary.read_lines(path) == [{"step": 1}]
+    assert summary.read_lines(tmp_path / "absent.jsonl") == []
+
+
+def test_only_a_demo_folder_is_made_afresh(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not empty and not made by the demo"):
+        run.make_afresh(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+    run.make_afresh(tmp_path / "demo")
+    (tmp_path / "demo" / "old").touch()
+    run.make_afresh(tmp_path / "demo")
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == [run.MARKER]
