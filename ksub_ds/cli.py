@@ -1,0 +1,177 @@
+"""The `ksub` command: parse, call, print. What the commands do lives in the rooms below.
+
+    ksub codes positional --num-tokens 250002 --num-tables 3 --out codes.safetensors
+    ksub pretrain --preset tiny --codes codes.safetensors --data shards --out run
+
+Only the command that was asked for is imported, so `ksub --help` answers at once.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ksub_ds.common.errors import UserError
+
+SUMMARIES = {
+    "codes positional": "codes by Algorithm 1: the digits of the token id",
+    "codes inspect": "sizes, use of the code space and parameters of a code file",
+    "corpus stats": "tokens and bytes per language of a shards folder, as the paper's Table 7",
+    "pretrain": "pretrain a masked language model on DeepSpeed; the same command again resumes",
+    "export": "write a run's model as a HuggingFace folder, checked by its logits",
+}
+
+
+def codes_positional(
+    num_tables: int,
+    out: Path,
+    num_tokens: int | None = None,
+    tokenizer: Path | None = None,
+    reserve_special_tokens: bool = False,
+) -> None:
+    """Make codes by Algorithm 1: f_k(n) is the k-th digit of n in base M, M the least with M^K >= N.
+
+    Args:
+        num_tables: K, how many tables replace the embedding.
+        out: The code file to write (.safetensors).
+        num_tokens: N, the size of the vocabulary. [the tokenizer's]
+        tokenizer: SentencePiece .model or HuggingFace folder; its fingerprint goes into the file.
+        reserve_special_tokens: Give <s>, </s>, <pad>, <unk>, <mask> rows of their own in every table.
+    """
+    from ksub_ds.codes.positional import positional_codes
+
+    special_ids: tuple[int, ...] = ()
+    fingerprint = {}
+    if tokenizer is not None:
+        from ksub_ds.corpus.tokenizer import load_tokenizer
+
+        loaded = load_tokenizer(tokenizer)
+        if num_tokens not in (None, loaded.vocab_size):
+            raise UserError(f"--num-tokens {num_tokens}: {tokenizer} has {loaded.vocab_size} tokens; leave one out")
+        num_tokens, fingerprint = loaded.vocab_size, {"tokenizer_fingerprint": loaded.fingerprint}
+        special_ids = loaded.special_ids if reserve_special_tokens else ()
+    elif num_tokens is None:
+        raise UserError("give --num-tokens N or --tokenizer PATH")
+    elif reserve_special_tokens:
+        raise UserError("--reserve-special-tokens: give --tokenizer PATH too, it names the special tokens")
+    try:
+        table = positional_codes(num_tokens, num_tables, special_ids)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    table.metadata.update(fingerprint)
+    table.save(out)
+    print(f"{out}: {table.num_tokens:,} tokens, tables of {' '.join(map(str, table.table_sizes))} rows")
+
+
+def codes_inspect(path: Positional[Path], embedding_dim: int = 512) -> None:
+    """Print what a code file holds, after checking it.
+
+    Args:
+        path: The code file.
+        embedding_dim: d, the width at which parameters are counted.
+    """
+    from ksub_ds.codes.inspection import describe
+    from ksub_ds.codes.table import CodeTable
+
+    table = CodeTable.load(path)
+    if embedding_dim < table.num_tables:
+        raise UserError(f"--embedding-dim {embedding_dim}: must be at least the {table.num_tables} tables of {path}")
+    rows = describe(table, embedding_dim)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def corpus_stats(shards: Positional[Path]) -> None:
+    """Print tokens and bytes per language of a shards folder beside the paper's Table 7.
+
+    Args:
+        shards: A folder made by preprocessing/shard_text.py.
+    """
+    from ksub_ds.corpus.statistics import corpus_table
+
+    print(corpus_table(shards))
+
+
+def export(run: Positional[Path], out: Path, step: int | None = None) -> None:
+    """Write the model of a run as a HuggingFace folder, reload it and compare logits before publishing.
+
+    Args:
+        run: A run folder of `ksub pretrain`.
+        out: The folder to write.
+        step: Export the checkpoint of this step. [the newest]
+    """
+    from ksub_ds.pretrain.export import export_run
+
+    export_run(run, out, step)
+
+
+def pretrain(arguments: Sequence[str]) -> int:
+    """`ksub pretrain` parses its own recipe."""
+    from ksub_ds.pretrain.__main__ import main as pretrain_main
+
+    return pretrain_main(arguments)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "codes positional": codes_positional,
+    "codes inspect": codes_inspect,
+    "corpus stats": corpus_stats,
+    "export": export,
+}
+
+
+def _help() -> str:
+    width = max(map(len, SUMMARIES))
+    lines = [f"  ksub {name:<{width}}  {summary}" for name, summary in SUMMARIES.items()]
+    return (
+        "usage: ksub COMMAND [OPTIONS]\n\n"
+        "Masked language models whose embedding is K small tables and a code per token.\n\n"
+        + "\n".join(lines)
+        + "\n\n`ksub COMMAND --help` tells the options of a command."
+    )
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    if name == "pretrain":
+        return pretrain(arguments)
+    import tyro
+
+    tyro.cli(COMMANDS[name], args=arguments, prog=f"ksub {name}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the `ksub` command. Returns the exit code: 0, or 2 after a user's mistake."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        from ksub_ds import __version__
+
+        print(f"ksub_ds {__version__}")
+        return 0
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in SUMMARIES:
+            try:
+                return _run(name, arguments[words:])
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+    group = [name for name in SUMMARIES if name.startswith(arguments[0] + " ")]
+    if group:
+        print("\n".join(["usage:"] + [f"  ksub {name}  {SUMMARIES[name]}" for name in group]))
+        return 0 if arguments[1:2] in (["-h"], ["--help"]) else 2
+    import difflib
+
+    near = difflib.get_close_matches(" ".join(arguments[:2]), SUMMARIES, n=1, cutoff=0.3)
+    hint = f"; did you mean `ksub {near[0]}`?" if near else ""
+    print(f"error: no command {' '.join(arguments[:2])!r}{hint} (see ksub --help)", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
