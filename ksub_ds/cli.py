@@ -6,6 +6,7 @@
 Only the command that was asked for is imported, so `ksub --help` answers at once.
 """
 
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -162,11 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
     group = [name for name in SUMMARIES if name.startswith(arguments[0] + " ")]
-    if group:
+    if group and arguments[1:2] in ([], ["-h"], ["--help"]):
         print("\n".join(["usage:"] + [f"  ksub {name}  {SUMMARIES[name]}" for name in group]))
-        return 0 if arguments[1:2] in (["-h"], ["--help"]) else 2
-    import difflib
-
+        return 0 if arguments[1:] else 2
     near = difflib.get_close_matches(" ".join(arguments[:2]), SUMMARIES, n=1, cutoff=0.3)
     hint = f"; did you mean `ksub {near[0]}`?" if near else ""
     print(f"error: no command {' '.join(arguments[:2])!r}{hint} (see ksub --help)", file=sys.stderr)

@@ -77,11 +77,15 @@ class CodeTable:
         widths = table_widths(embedding_dim, self.num_tables)
         return sum(size * width for size, width in zip(self.table_sizes, widths, strict=True))
 
-    def count_collisions(self) -> int:
-        """How many tokens share their whole code with an earlier one."""
+    def _equal_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens in the order of their codes, and the ranks whose code equals the next rank's."""
         order = np.lexsort(self.codes.T[::-1])
         ranked = self.codes[order]
-        return int((ranked[1:] == ranked[:-1]).all(axis=1).sum())
+        return order, np.flatnonzero((ranked[1:] == ranked[:-1]).all(axis=1))
+
+    def count_collisions(self) -> int:
+        """How many tokens share their whole code with another one before them."""
+        return len(self._equal_pairs()[1])
 
     def verify(self) -> None:
         """Check that every code is in range and no two tokens share a whole code.
@@ -96,15 +100,12 @@ class CodeTable:
             raise ValueError(
                 f"code out of range: token {token} has code {code} in table {k} of {self.table_sizes[k]} rows"
             )
-        order = np.lexsort(self.codes.T[::-1])
-        ranked = self.codes[order]
-        equal = (ranked[1:] == ranked[:-1]).all(axis=1)
-        if equal.any():
-            first = int(np.argmax(equal))
-            pair = sorted((int(order[first]), int(order[first + 1])))
+        order, equal = self._equal_pairs()
+        if len(equal):
+            first, second = sorted(int(token) for token in order[equal[0] : equal[0] + 2])
             raise ValueError(
-                f"codes not unique: tokens {pair[0]} and {pair[1]} share code {tuple(ranked[first].tolist())} "
-                f"({int(equal.sum())} collisions in all)"
+                f"codes not unique: tokens {first} and {second} share code {tuple(self.codes[first].tolist())} "
+                f"({len(equal)} collisions in all)"
             )
 
     def save(self, path: str | Path) -> None:

@@ -1,0 +1,42 @@
+"""`ksub codes` as a user types it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ksub_ds.cli import main
+
+
+def test_positional_then_inspect(tmp_path, capsys):
+    path = str(tmp_path / "codes.safetensors")
+    assert main(["codes", "positional", "--num-tokens", "250002", "--num-tables", "3", "--out", path]) == 0
+    assert main(["codes", "inspect", path]) == 0
+    shown = capsys.readouterr().out
+    for fact in ("63 63 63", "99.98% of 250,047", "collisions             0", "32,256, against 128,001,024 plain"):
+        assert fact in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["codes", "positional", "--num-tables", "3", "--out", "x"], "give --num-tokens N or --tokenizer PATH"),
+        (["codes", "positional", "--num-tokens", "0", "--num-tables", "3", "--out", "x"], "at least 1"),
+        (["codes", "inspect", "absent.safetensors"], "no such code file"),
+        (["codes", "inspct", "x"], "did you mean `ksub codes inspect`"),
+        (["pretrian"], "did you mean `ksub pretrain`"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_help_imports_no_torch_and_names_every_command():
+    code = "import sys; from ksub_ds.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("codes positional", "codes inspect", "corpus stats", "pretrain", "export"):
+        assert f"ksub {command}" in done.stdout

@@ -1,0 +1,130 @@
+"""The code table: what verify refuses, what a file survives, and what it does not."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from ksub_ds import CodeTable, plain_codes, positional_codes
+from ksub_ds.codes.table import table_widths
+from ksub_ds.common.errors import UserError
+
+
+def test_widths_give_the_first_tables_one_more():
+    assert table_widths(512, 3) == (171, 171, 170)
+    assert table_widths(512, 8) == (64,) * 8
+    with pytest.raises(ValueError, match="embedding_dim = 2"):
+        table_widths(2, 3)
+
+
+@given(st.integers(1, 2000), st.integers(1, 40))
+def test_widths_sum_to_the_dimension(dim, tables):
+    if tables <= dim:
+        widths = table_widths(dim, tables)
+        assert sum(widths) == dim and max(widths) - min(widths) <= 1 and list(widths) == sorted(widths, reverse=True)
+
+
+def test_verify_names_a_collision():
+    table = CodeTable([[0, 1], [1, 0], [0, 1]], (2, 2))
+    with pytest.raises(ValueError, match=r"tokens 0 and 2 share code \(0, 1\) \(1 collisions"):
+        table.verify()
+    assert table.count_collisions() == 1
+
+
+@pytest.mark.parametrize("wrong", [2, -1])
+def test_verify_names_a_code_out_of_range(wrong):
+    with pytest.raises(ValueError, match=f"token 1 has code {wrong} in table 1 of 2 rows"):
+        CodeTable([[0, 1], [1, wrong]], (2, 2)).verify()
+
+
+@pytest.mark.parametrize(
+    ("codes", "sizes"),
+    [
+        (np.zeros((0, 2), int), (2, 2)),
+        (np.zeros(3, int), (2,)),
+        (np.zeros((3, 2)), (2, 2)),
+        (np.zeros((3, 2), int), (2,)),
+        (np.zeros((3, 2), int), (2, 0)),
+        (np.full((3, 2), 2**40), (2, 2)),
+    ],
+)
+def test_shapes_that_are_no_code_table(codes, sizes):
+    with pytest.raises(ValueError):
+        CodeTable(codes, sizes)
+
+
+def test_codes_are_a_copy_that_cannot_be_written():
+    source = np.array([[0, 1], [1, 0]], dtype=np.int32)
+    table = CodeTable(source, (2, 2))
+    source[0, 0] = 1
+    assert table.codes[0, 0] == 0
+    with pytest.raises(ValueError):
+        table.codes[0, 0] = 1
+
+
+def test_round_trip_keeps_codes_sizes_and_origin(tmp_path):
+    table = positional_codes(1000, 3)
+    table.metadata["tokenizer_fingerprint"] = "ab" * 32
+    table.save(tmp_path / "codes.safetensors")
+    loaded = CodeTable.load(tmp_path / "codes.safetensors")
+    assert (loaded.codes == table.codes).all() and loaded.codes.dtype == np.int32
+    assert loaded.table_sizes == table.table_sizes and loaded.metadata == table.metadata
+    assert loaded.sha256 == table.sha256 != plain_codes(1000).sha256
+    assert [path.name for path in tmp_path.iterdir()] == ["codes.safetensors"]
+
+
+def test_a_table_that_does_not_verify_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="not unique"):
+        CodeTable([[0], [0]], (1,)).save(tmp_path / "codes.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def _write(path, codes, **metadata):
+    save_file({"codes": np.asarray(codes, np.int32)}, path, metadata=metadata)
+
+
+def test_load_names_the_fault(tmp_path):
+    path = tmp_path / "codes.safetensors"
+    with pytest.raises(UserError, match=r"codes\.safetensors: no such code file"):
+        CodeTable.load(path)
+    good = positional_codes(10, 2)
+    fields = {"format": "ksub-codes-1", "table_sizes": "4,4", "sha256": good.sha256}
+    _write(path, good.codes, **fields)
+    assert CodeTable.load(path).num_tokens == 10
+    faults = {
+        "not unique": (np.zeros((10, 2)), fields),
+        "out of range": (good.codes + 3, fields),
+        "do not match their sha256": (good.codes[::-1].copy(), fields),
+        "format is None": (good.codes, {}),
+        "damaged": (good.codes, {"format": "ksub-codes-1", "sha256": good.sha256}),
+        "invalid literal": (good.codes, fields | {"table_sizes": "4,x"}),
+        "table_sizes must be 2 positive integers": (good.codes, fields | {"table_sizes": "4"}),
+    }
+    for fault, (codes, metadata) in faults.items():
+        _write(path, codes, **metadata)
+        with pytest.raises(UserError, match=fault):
+            CodeTable.load(path)
+
+
+def test_any_cut_or_flipped_byte_is_refused(tmp_path):
+    path = tmp_path / "codes.safetensors"
+    positional_codes(300, 2).save(path)
+    whole = path.read_bytes()
+    for length in (0, 7, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError):
+            CodeTable.load(path)
+    header = int.from_bytes(whole[:8], "little")
+    json.loads(whole[8 : 8 + header])
+    for place in range(8 + header, len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError):
+            CodeTable.load(path)
+    path.write_bytes(b"\x80\x04cos\nsystem\n")
+    with pytest.raises(UserError, match="not a readable code file"):
+        CodeTable.load(path)
