@@ -1,0 +1,239 @@
+"""Ranks: who am I among the processes of this run, and how do we agree?
+
+The only file that reads RANK, SLURM_* and OMPI_*, and the home of mpi4py. Four ways to be started:
+
+    deepspeed / torchrun    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
+    srun                    SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS (inside a job step only)
+    mpirun                  OMPI_COMM_WORLD_RANK, _LOCAL_RANK, _SIZE
+    nothing                 one process
+
+A rank that fails alone leaves the others waiting in their next reduction. So whatever can go wrong
+for the user runs under `in_agreement`: every rank raises when one does.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+from ksub_ds.common.errors import UserError
+
+TIMEOUT_SECONDS = 600.0  # a cut network ends the run after this; torch's own half hour is too long to notice
+Result = TypeVar("Result")
+
+
+class Place(NamedTuple):
+    """Where this process stands."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_size: int  # processes on this machine; 0 when nobody says
+
+
+def _integer(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise UserError(
+            f"environment variable {name}: {text!r} is not a number; unset it or start with a launcher"
+        ) from None
+
+
+def place() -> Place:
+    """Read rank and world size from the launcher's environment, without starting anything."""
+    environment = os.environ
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        local_size = _integer("LOCAL_WORLD_SIZE", _integer("LOCAL_SIZE", 0))
+        return Place(_integer("RANK"), _integer("LOCAL_RANK", 0), _integer("WORLD_SIZE"), local_size)
+    if "OMPI_COMM_WORLD_SIZE" in environment:
+        names = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")
+        return Place(*(_integer(f"OMPI_COMM_WORLD_{name}") for name in names))
+    # A batch script's own shell has SLURM_PROCID too, but no step: there the command is one process.
+    if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+        return Place(_integer("SLURM_PROCID"), _integer("SLURM_LOCALID"), _integer("SLURM_STEP_NUM_TASKS"), 0)
+    return Place(0, 0, 1, 1)
+
+
+def rank() -> int:
+    """Index of this process among all, from 0."""
+    return place().rank
+
+
+def local_rank() -> int:
+    """Index of this process on its machine, from 0: the GPU it uses."""
+    return place().local_rank
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return place().world_size
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes and prints."""
+    return rank() == 0
+
+
+def has_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    import torch
+
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
+def device() -> Any:
+    """The torch device of this process."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def init_distributed(timeout_s: float = TIMEOUT_SECONDS) -> Place:
+    """Start the process group (nccl on GPUs, gloo otherwise); safe to call twice.
+
+    Raises:
+        UserError: the environment names ranks but no place to meet (MASTER_ADDR).
+    """
+    import torch
+    import torch.distributed as dist
+
+    here = place()
+    if dist.is_available() and dist.is_initialized():
+        return here
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _share_cores(here)
+    # DeepSpeed's cache of compiled operators is shared by all environments of a user, which then
+    # rebuild each other's files.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))  # noqa: PTH118
+    if has_gpu():
+        torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
+    _set_meeting_point(here)
+
+    import deepspeed
+    import deepspeed.ops
+
+    if not has_gpu():
+        # 40 s of g++ at the first start, for an operator that only inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=timeout_s)
+    # DeepSpeed makes its data-parallel group without a timeout, so the default has to change as well.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    return here
+
+
+def _share_cores(here: Place) -> None:
+    """Give each rank of this machine its part of the cores, unless OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and here.local_size > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
+
+
+def _set_meeting_point(here: Place) -> None:
+    """Fill in RANK ... MASTER_PORT, which torch reads, when the launcher left them out."""
+    environment = os.environ
+    if here.world_size == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    elif "MASTER_ADDR" not in environment and "OMPI_COMM_WORLD_SIZE" in environment:
+        from mpi4py import MPI
+
+        communicator = MPI.COMM_WORLD
+        environment["MASTER_ADDR"] = communicator.bcast(socket.gethostbyname(socket.gethostname()), root=0)
+    elif "MASTER_ADDR" not in environment and _integer("SLURM_STEP_NUM_NODES", 0) == 1:
+        environment["MASTER_ADDR"] = "127.0.0.1"
+    if "MASTER_ADDR" not in environment:
+        raise UserError(
+            f"MASTER_ADDR is not set, but this is rank {here.rank} of {here.world_size}; "
+            "export MASTER_ADDR=<name or address of the first host>"
+        )
+    job = environment.get("SLURM_JOB_ID", "0")
+    environment.setdefault("MASTER_PORT", str(20000 + int(job) % 20000) if job != "0" else "29500")
+    environment.update(RANK=str(here.rank), LOCAL_RANK=str(here.local_rank), WORLD_SIZE=str(here.world_size))
+
+
+def all_reduce_sum(values: list[float]) -> list[float]:
+    """Sum a few numbers over all ranks in float64 (counts stay exact up to 2^53)."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
+    import torch.distributed as dist
+
+    box = [value if is_main() else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def broadcast_tensor(tensor: Any) -> None:
+    """Overwrite `tensor` with rank 0's, on every rank."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.broadcast(tensor, src=0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def in_agreement(function: Callable[[], Result]) -> Result:
+    """Call `function` on every rank; when any rank meets a UserError, every rank raises it.
+
+    All ranks must call this at the same point. The lowest failing rank's message wins.
+    """
+    problem, result = None, None
+    try:
+        result = function()
+    except UserError as error:
+        problem = str(error)
+    problems = gather_objects(problem)
+    for failed_rank, text in enumerate(problems):
+        if text is not None:
+            raise UserError(text if failed_rank == 0 else f"{text} (on rank {failed_rank})")
+    return result  # type: ignore[return-value]  # no problem anywhere: function() returned
+
+
+def on_main(function: Callable[[], Result]) -> Result | None:
+    """Call `function` on rank 0 only (None elsewhere); its UserError is raised on every rank."""
+    return in_agreement(lambda: function() if is_main() else None)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_reduce_sum([0.0])
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

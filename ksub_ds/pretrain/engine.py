@@ -1,0 +1,166 @@
+"""DeepSpeed: its configuration from the recipe and a ds_configs file, its engine, its optimizer.
+
+One owner per setting. A ds_configs file says how state and messages are divided (ZeRO, buckets,
+monitors); batch, learning rate, clipping and precision come from the recipe, and a file that names
+them is refused. The only home of `import deepspeed` beside common/distributed.
+"""
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import read_json
+
+# What a ds_configs file may not say, and who does.
+RECIPE_KEYS = {
+    "train_batch_size": "--global-batch-size",
+    "train_micro_batch_size_per_gpu": "--micro-batch-size",
+    "gradient_accumulation_steps": "--global-batch-size and --micro-batch-size",
+    "optimizer": "--peak-lr, --weight-decay, --adam-beta1 ...",
+    "scheduler": "--peak-lr, --warmup-steps, --max-steps",
+    "gradient_clipping": "--gradient-clipping",
+    "fp16": "--precision",
+    "bf16": "--precision",
+    "bfloat16": "--precision",
+    "amp": "--precision",
+    "torch_autocast": "--precision",
+    "data_types": "--precision",
+    "gradient_allreduce_op": "the loss is a global mean",
+    "gradient_predivide_factor": "the loss is a global mean",
+    "prescale_gradients": "the loss is a global mean",
+}
+MECHANICS_KEYS = (
+    *("zero_optimization", "communication_data_type", "comms_logger", "tensorboard", "wandb", "csv_monitor"),
+    *("steps_per_print", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level"),
+)
+
+
+def read_mechanics(path: Path) -> dict[str, Any]:
+    """Read a ds_configs file.
+
+    Raises:
+        UserError: not JSON, a key the recipe owns, an unknown key, a ZeRO stage that is not 0, 1 or 2.
+    """
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds {type(config).__name__}, not a JSON object of DeepSpeed settings")
+    for key in config:
+        if key in RECIPE_KEYS:
+            raise UserError(f"{path}: key {key!r} belongs to the recipe ({RECIPE_KEYS[key]}); remove it from the file")
+        if key not in MECHANICS_KEYS:
+            near = difflib.get_close_matches(key, MECHANICS_KEYS, 1)
+            raise UserError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    stage = zero_stage(config)
+    if stage not in (0, 1, 2):
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; this program trains with stage 0, 1 or 2")
+    for key in ("offload_optimizer", "offload_param"):
+        if key in config.get("zero_optimization", {}):
+            raise UserError(f"{path}: zero_optimization.{key} is not supported; remove it")
+    return config
+
+
+def zero_stage(config: dict[str, Any]) -> Any:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def compose_config(
+    mechanics: dict[str, Any],
+    *,
+    micro_batch_size: int,
+    accumulation: int,
+    world_size: int,
+    precision: str,
+    gradient_clipping: float,
+    tensorboard: Path | None = None,
+) -> dict[str, Any]:
+    """The whole DeepSpeed configuration: mechanics of a ds_configs file, the rest from the recipe.
+
+    Raises:
+        UserError: half precision without the ZeRO stage that keeps fp32 master weights.
+    """
+    if precision != "fp32" and zero_stage(mechanics) == 0:
+        raise UserError(
+            f"--precision {precision} with ZeRO stage 0 keeps no fp32 master weights this program could save; "
+            "use --deepspeed zero1, or --precision fp32"
+        )
+    config = dict(mechanics)
+    config |= {
+        "train_batch_size": micro_batch_size * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": gradient_clipping,
+        # Each rank's loss is already divided by the global count of masked tokens: ranks add up.
+        "gradient_allreduce_op": "sum",
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif precision == "fp16":
+        config["fp16"] = {"enabled": True}
+    if tensorboard is not None:
+        config.setdefault("tensorboard", {"enabled": True})
+        config["tensorboard"] |= {"output_path": str(tensorboard.parent), "job_name": tensorboard.name}
+    return config
+
+
+def build_optimizer(model: Any, peak_lr: float, betas: tuple[float, float], epsilon: float, weight_decay: float) -> Any:
+    """torch's AdamW; weight decay on matrices and tables only, not on biases and LayerNorm (one-dimensional)."""
+    import torch
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=peak_lr, betas=betas, eps=epsilon, fused=True)
+
+
+def start_engine(model: Any, optimizer: Any, config: dict[str, Any]) -> Any:
+    """`deepspeed.initialize`, quietly. Every rank must hold the same model.
+
+    Raises:
+        UserError: DeepSpeed refuses the configuration.
+    """
+    import deepspeed
+    from deepspeed.utils import logger
+    from pydantic import ValidationError
+
+    logger.setLevel(logging.WARNING)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"DeepSpeed refuses the configuration: {error.title} {where}: {first['msg']}") from error
+    # Metrics go to the monitor from the recorder; the engine would add its own events at every step.
+    engine.monitor.enabled = False
+    return engine
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Set the rate of the next update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def reduced_gradient_norm(engine: Any) -> float | None:
+    """Norm of the reduced gradient before the update: without ZeRO, the parameters still hold it; else None."""
+    import torch
+
+    if engine.zero_optimization():
+        return None
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def update_was_skipped(engine: Any) -> bool:
+    """Whether the last `engine.step` met a non-finite gradient and left the weights alone."""
+    return bool(getattr(engine.optimizer, "overflow", False))
+
+
+def loss_scale(engine: Any) -> float | None:
+    """fp16's current loss scale; None in other precisions."""
+    return float(engine.optimizer.loss_scaler.cur_scale) if engine.fp16_enabled() else None

@@ -1,0 +1,83 @@
+"""The state inside DeepSpeed, parameter by parameter: fp32 master weights, Adam's moments, the loss scale.
+
+ZeRO 1 and 2 flatten the parameters and give each rank a part of the flat vector, in fp32, with the part of Adam's
+state that belongs to it. DeepSpeed links each parameter to its fragments; here they are read and written whole.
+Without ZeRO the parameters are their own masters.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LOSS_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _master(engine: Any, parameter: Any, key: str) -> Any:
+    """One parameter's whole fp32 master weight (key "weight") or moment, gathered from all ranks."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if not engine.zero_optimization():
+        return parameter.detach() if key == "weight" else engine.optimizer.state[parameter][key]
+    if key == "weight":
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, key)
+
+
+def set_master(engine: Any, parameter: Any, key: str, value: Any) -> None:
+    """Overwrite one parameter's master weight or moment; call `publish_masters` when all are set."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if not engine.zero_optimization():
+        (parameter.data if key == "weight" else engine.optimizer.state[parameter][key]).copy_(value)
+    elif key == "weight":
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def adam_step(engine: Any) -> int:
+    """Updates Adam has made (0 before the first): one number, the same for every parameter and rank."""
+    for state in engine.basic_optimizer.state.values():
+        if "step" in state:
+            return int(state["step"])
+    return 0
+
+
+def make_adam_state(engine: Any, steps: int) -> None:
+    """Give Adam the state it would have after its first step, to be overwritten: DeepSpeed makes it lazily."""
+    import torch
+
+    optimizer = engine.basic_optimizer
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            step = torch.tensor(float(steps), dtype=torch.float32, device=tensor.device)
+            optimizer.state[tensor] = {"step": step} | {key: torch.zeros_like(tensor) for key in MOMENTS}
+    if engine.zero_optimization():
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # links each parameter to its slice of the state
+
+
+def named_masters(engine: Any) -> Iterator[tuple[str, Any]]:
+    """Every weight and moment as (file key, fp32 tensor). A collective: all ranks must iterate to the end."""
+    keys = ("weight", *MOMENTS) if adam_step(engine) else ("weight",)
+    for name, parameter in engine.module.named_parameters():
+        for key in keys:
+            yield (name if key == "weight" else f"{key}.{name}"), _master(engine, parameter, key)
+
+
+def publish_masters(engine: Any) -> None:
+    """Copy the master weights into the (half precision) weights the model computes with, on every rank."""
+    if engine.zero_optimization():
+        engine.optimizer.update_lp_params()
+
+
+def loss_scaler_state(engine: Any) -> dict[str, float] | None:
+    """fp16's dynamic loss scale and its counters; None in other precisions."""
+    if not engine.fp16_enabled():
+        return None
+    return {key: getattr(engine.optimizer.loss_scaler, key) for key in LOSS_SCALER_KEYS}
+
+
+def set_loss_scaler(engine: Any, state: dict[str, float]) -> None:
+    """Undo `loss_scaler_state`."""
+    for key in LOSS_SCALER_KEYS:
+        setattr(engine.optimizer.loss_scaler, key, state[key])

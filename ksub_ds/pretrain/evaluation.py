@@ -1,0 +1,45 @@
+"""Held-out loss and masked accuracy per language, with masks that never change."""
+
+from typing import Any
+
+from ksub_ds.common import distributed
+
+
+def evaluate(model: Any, held_out: Any, languages: list[str]) -> dict[str, Any]:
+    """Evaluate on the held-out part; every rank does its share, and all get the whole result.
+
+    Args:
+        model: a masked language model with `score_masked`.
+        held_out: iterable of (language, batch), the same on every rank.
+        languages: all languages `held_out` may name.
+
+    Returns:
+        {"loss", "masked_accuracy", "languages": {language: {"loss", "masked_accuracy", "count"}}}: nats
+        and accuracy per masked token; over all languages each token counts the same.
+    """
+    sums = {language: [0.0, 0.0, 0.0] for language in languages}  # loss, correct, count
+    rank, world_size = distributed.rank(), distributed.world_size()
+    was_training = model.training
+    model.eval()
+    for index, (language, batch) in enumerate(held_out):
+        if index % world_size == rank:
+            totals = model.score_masked(**to_tensors(batch, distributed.device()))
+            sums[language] = [old + float(new) for old, new in zip(sums[language], totals, strict=True)]
+    model.train(was_training)
+
+    flat = distributed.all_reduce_sum([value for language in languages for value in sums[language]])
+    rows = {language: flat[3 * i : 3 * i + 3] for i, language in enumerate(languages)}
+    scores = {language: _scores(*row) for language, row in rows.items() if row[2] > 0}
+    total = _scores(*(sum(column) for column in zip(*rows.values(), strict=True)))
+    return {"loss": total["loss"], "masked_accuracy": total["masked_accuracy"], "languages": scores}
+
+
+def _scores(loss: float, correct: float, count: float) -> dict[str, float]:
+    return {"loss": loss / max(count, 1), "masked_accuracy": correct / max(count, 1), "count": int(count)}
+
+
+def to_tensors(batch: dict[str, Any], device: Any) -> dict[str, Any]:
+    """A batch of numpy arrays as tensors on the device."""
+    import torch
+
+    return {key: torch.from_numpy(array).to(device, non_blocking=True) for key, array in batch.items()}

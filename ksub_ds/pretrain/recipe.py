@@ -1,0 +1,223 @@
+"""The recipe: every setting of a pretraining run, its presets (the paper's Table 5) and its file.
+
+A `Recipe` is the command line of `ksub pretrain`. `resolve` fills what was left out from the preset, and
+the result is written to RUN/recipe.json before anything else. The recipe owns batch, learning rate,
+steps, clipping and precision; the files in ds_configs/ own ZeRO and communication, and never these.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ksub_ds.common.errors import UserError
+
+Arg = tyro.conf.arg
+
+# Table 5 of the paper. `tiny` is for tests and the demo: its own schedule, the same shape.
+PRESETS: dict[str, dict[str, Any]] = {
+    "roberta_medium": {"max_steps": 250_000, "global_batch_size": 128, "peak_lr": 2e-4, "warmup_fraction": 0.096},
+    "xlmr_medium": {"max_steps": 250_000, "global_batch_size": 256, "peak_lr": 2e-4, "warmup_fraction": 0.096},
+    "tiny": {"max_steps": 1_000, "global_batch_size": 32, "peak_lr": 1e-3, "warmup_fraction": 0.1},
+}
+
+# May change between a start and its continuation: they do not touch what is learnt. The codes and the
+# data may move to another folder: their content is compared, not their path.
+FREE_KEYS = (
+    *("codes", "data", "out", "deepspeed", "micro_batch_size", "max_hours", "save_every_steps", "keep_last"),
+    *("eval_every_steps", "eval_sequences", "log_every_steps"),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Pretrain a masked language model. The same command again continues the run."""
+
+    # ---- what ----
+    preset: Literal["roberta_medium", "xlmr_medium", "tiny"]
+    """Model size and schedule: Table 5 of the paper, or `tiny` (2 layers, d = 128) for a first look."""
+    data: Path
+    """Folder of token shards, from preprocessing/shard_text.py."""
+    out: Path
+    """Run folder: recipe, metrics, checkpoints. Made when it is not there."""
+    codes: Path | None = None
+    """Code file, from `ksub codes`: the sub-embedding model. Either this or --plain."""
+    plain: bool = False
+    """Plain embedding (K = 1), the baseline: no code file, N from the tokenizer of the data."""
+
+    # ---- how long ----
+    max_steps: int | None = None
+    """Optimizer steps. [preset: 250000; tiny 1000]"""
+    max_hours: float | None = None
+    """Save and stop after this many hours; the same command again continues. [no limit]"""
+
+    # ---- optimizer (AdamW, linear warm-up and decay) ----
+    global_batch_size: int | None = None
+    """Sequences per optimizer step, over all ranks. [preset: 128; xlmr_medium 256, tiny 32]"""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass of one rank. [the largest that divides, up to 8 on a CPU, 64 on a GPU]"""
+    peak_lr: float | None = None
+    """Learning rate at the end of the warm-up. [preset: 2e-4; tiny 1e-3]"""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up. [0.096 x max_steps, as the paper's 24k of 250k; tiny 0.1 x]"""
+    weight_decay: float = 0.01
+    """On matrices and sub-embedding tables; never on biases and LayerNorm (as fairseq and HuggingFace do)."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    adam_beta2: float = 0.98
+    """AdamW's decay of the mean squared gradient."""
+    adam_epsilon: float = 1e-6
+    """AdamW's epsilon."""
+    gradient_clipping: float = 0.0
+    """Largest gradient norm; 0 clips nothing, as the paper."""
+
+    # ---- data ----
+    mlm_probability: float = 0.15
+    """Part of the tokens to predict (80 % masked, 10 % random, 10 % kept)."""
+    alpha: float = 1.0
+    """Language smoothing: a language is drawn in proportion to (its sequences)^alpha; 1 as the paper."""
+    seed: int = 0
+    """The one seed: weights, order of the data, masks and dropout all follow from it."""
+
+    # ---- engine ----
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Number format of weights and activations; master weights are always fp32. [bf16 on a GPU, fp32 on a CPU]"""
+    deepspeed: str = "zero1"
+    """DeepSpeed's mechanics: a JSON file, or the name of one in ds_configs/ (zero0, zero1, zero2)."""
+
+    # ---- saving, evaluating, telling ----
+    save_every_steps: int = 1_000
+    """Write a checkpoint every so many steps (and always at the end)."""
+    keep_last: int = 3
+    """Keep this many checkpoints."""
+    eval_every_steps: Annotated[int, Arg(name="eval-every")] = 1_000
+    """Evaluate on the held-out part at step 0, every so many steps and at the end; 0 never. A run shorter
+    than this is not evaluated."""
+    eval_sequences: int = 64
+    """Held-out sequences per language in one evaluation."""
+    log_every_steps: int = 10
+    """Measure masked accuracy every so many steps; metrics.jsonl has every step."""
+
+
+def resolve(recipe: Recipe, world_size: int, on_gpu: bool) -> Recipe:
+    """Fill what was left out and check the whole.
+
+    Raises:
+        UserError: values that contradict each other, each with the numbers.
+    """
+    preset = PRESETS[recipe.preset]
+    defaults = {key: preset[key] for key in ("max_steps", "global_batch_size", "peak_lr")}
+    defaults["precision"] = "bf16" if on_gpu else "fp32"
+    missing = {key: value for key, value in defaults.items() if getattr(recipe, key) is None}
+    recipe = dataclasses.replace(recipe, **missing)
+    if recipe.warmup_steps is None:
+        recipe = dataclasses.replace(recipe, warmup_steps=round(preset["warmup_fraction"] * recipe.max_steps))
+    _check_values(recipe)
+    if recipe.precision == "fp16" and not on_gpu:
+        raise UserError("--precision fp16: the CPU cannot train in fp16; use --precision fp32 or bf16")
+    micro = recipe.micro_batch_size or _largest_micro_batch(recipe, world_size, 64 if on_gpu else 8)
+    recipe = dataclasses.replace(recipe, micro_batch_size=micro)
+    accumulation_steps(recipe, world_size)
+    return recipe
+
+
+def _check_values(recipe: Recipe) -> None:
+    if (recipe.codes is None) == (not recipe.plain):
+        raise UserError("give either --codes FILE (sub-embeddings) or --plain (the K = 1 baseline)")
+    for key in (
+        *("max_steps", "max_hours", "global_batch_size", "micro_batch_size", "peak_lr", "adam_epsilon"),
+        *("save_every_steps", "keep_last", "eval_sequences", "log_every_steps"),
+    ):
+        value = getattr(recipe, key)
+        if value is not None and not value > 0:
+            raise UserError(f"{_flag(key)} {value}: must be greater than 0")
+    for key in ("weight_decay", "gradient_clipping", "eval_every_steps", "seed"):
+        if not getattr(recipe, key) >= 0:
+            raise UserError(f"{_flag(key)} {getattr(recipe, key)}: must not be negative")
+    for key in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(recipe, key) < 1:
+            raise UserError(f"{_flag(key)} {getattr(recipe, key)}: must lie in [0, 1)")
+    if not 0 < recipe.alpha <= 1:
+        raise UserError(f"--alpha {recipe.alpha}: must lie in (0, 1]")
+    if not 0 < recipe.mlm_probability < 1:
+        raise UserError(f"--mlm-probability {recipe.mlm_probability}: must lie in (0, 1)")
+    if not 0 <= recipe.warmup_steps <= recipe.max_steps:
+        raise UserError(f"--warmup-steps {recipe.warmup_steps}: must lie in 0..max_steps = {recipe.max_steps}")
+
+
+def _flag(key: str) -> str:
+    return "--eval-every" if key == "eval_every_steps" else "--" + key.replace("_", "-")
+
+
+def _largest_micro_batch(recipe: Recipe, world_size: int, limit: int) -> int:
+    per_rank = max(1, recipe.global_batch_size // world_size)
+    return max(size for size in range(1, min(limit, per_rank) + 1) if per_rank % size == 0)
+
+
+def accumulation_steps(recipe: Recipe, world_size: int) -> int:
+    """Micro-batches per rank and optimizer step: micro x accumulation x world = global batch.
+
+    Raises:
+        UserError: the sizes do not divide, with the numbers and sizes that would.
+    """
+    micro, total = recipe.micro_batch_size, recipe.global_batch_size
+    if total % (micro * world_size):
+        nearest = max(1, round(total / (micro * world_size))) * micro * world_size
+        raise UserError(
+            f"--global-batch-size {total} is not a multiple of --micro-batch-size {micro} x {world_size} ranks = "
+            f"{micro * world_size}; the nearest that is: {nearest}"
+        )
+    return total // (micro * world_size)
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON values."""
+    values = dataclasses.asdict(recipe)
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def from_json(values: dict[str, Any]) -> Recipe:
+    """The recipe of a RUN/recipe.json (unknown keys belong to the run, not to the recipe)."""
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    known = {key: value for key, value in values.items() if key in names}
+    paths = {key: Path(known[key]) for key in ("data", "out", "codes") if known.get(key) is not None}
+    return Recipe(**(known | paths))
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two recipe.json contents and may not, as `key: old -> new`."""
+    keys = [key for key in new if key not in FREE_KEYS] + [key for key in old if key not in new]
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Learning rate of optimizer step `step` (counted from 1): linear warm-up to the peak, linear decay.
+
+    The first step trains at peak / warmup and the last one at peak / (decay steps): none is wasted at 0.
+    """
+    warmup, last = recipe.warmup_steps, recipe.max_steps
+    if step <= warmup:
+        return recipe.peak_lr * step / warmup
+    return recipe.peak_lr * (last - step + 1) / (last - warmup + 1)
+
+
+def find_deepspeed_config(name: str) -> Path:
+    """The JSON file that --deepspeed names: a path, or a name in ds_configs/ of the source tree.
+
+    Raises:
+        UserError: neither is there.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if re.fullmatch(r"\w+", name):
+        folder = Path(__file__).resolve().parents[2] / "ds_configs"
+        candidate = folder / f"{name}.json"
+        if candidate.is_file():
+            return candidate
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none"
+        raise UserError(f"--deepspeed {name}: no such file, and no {name}.json in {folder} (there: {known})")
+    raise UserError(f"--deepspeed {name}: no such file")

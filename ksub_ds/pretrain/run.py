@@ -1,0 +1,93 @@
+"""One run of a recipe on the ranks this process belongs to: fresh, or from the newest good checkpoint."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from ksub_ds.common import distributed
+from ksub_ds.common.logging import add_log_file, get_logger
+from ksub_ds.corpus.batches import HeldOutBatches, TrainingBatches
+from ksub_ds.pretrain import checkpoint, prepare
+from ksub_ds.pretrain.checkpoint import TrainerState
+from ksub_ds.pretrain.feed import BatchFeed
+from ksub_ds.pretrain.loop import Training, train
+from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, resolve
+from ksub_ds.pretrain.recorder import Recorder
+from ksub_ds.pretrain.run_folder import RunFolder
+from ksub_ds.pretrain.stopping import StopRequest
+
+
+def run(recipe: Recipe) -> int:
+    """Start or continue the run of a recipe; every rank calls this. Returns the exit code.
+
+    0: the last step was reached, or a STOP file or --max-hours ended the run; 128 + n: signal n did.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    recipe = resolve(recipe, distributed.world_size(), distributed.has_gpu())
+    prepare.check_mechanics(recipe)
+    distributed.init_distributed()
+    if not distributed.is_main():
+        get_logger().setLevel(logging.ERROR)
+    logging.raiseExceptions = False  # a full disk must not print a traceback per line of train.log
+    folder = RunFolder(recipe.out)
+    distributed.on_main(folder.lock)
+    try:
+        sources = distributed.in_agreement(lambda: prepare.load_sources(recipe))
+        distributed.on_main(lambda: folder.claim(sources.identity(recipe), sources.table, sources.tokenizer))
+        if distributed.is_main():
+            add_log_file(folder.log)
+        return _train(recipe, folder, sources)
+    finally:
+        folder.unlock()
+
+
+def _train(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> int:
+    rank, world_size, log = distributed.rank(), distributed.world_size(), get_logger()
+    start, state = _start_state(recipe, folder, sources)
+    if state.step >= recipe.max_steps:
+        log.info(f"{folder.path}: step {state.step:,} of {recipe.max_steps:,} is done; nothing left to train")
+        return 0
+
+    model = distributed.in_agreement(lambda: prepare.build_model(recipe, sources))
+    engine = distributed.in_agreement(lambda: prepare.build_engine(recipe, model, folder))
+    if start is not None:
+        checkpoint.load(engine, start, state)
+        log.info(f"continuing from {start}")
+    batches = TrainingBatches(
+        sources.dataset, recipe.global_batch_size, recipe.alpha, recipe.seed, recipe.mlm_probability
+    )
+    languages = prepare.held_out_languages(sources.dataset)
+    held_out = HeldOutBatches(sources.dataset, recipe.eval_sequences, recipe.mlm_probability) if languages else None
+    if held_out is None and recipe.eval_every_steps:
+        log.info("no held-out part in the shards: no evaluation (make them with --validation-fraction 0.01)")
+
+    accumulation = accumulation_steps(recipe, world_size)
+    with (
+        BatchFeed(batches, recipe.micro_batch_size, accumulation, rank, world_size) as feed,
+        StopRequest(folder.stop, recipe.max_hours) as stop,
+    ):
+        prepare.describe_start(recipe, sources, engine, feed.take(state.step))
+        with Recorder(folder, engine.monitor, state.step, recipe.max_steps) as recorder:
+            training = Training(recipe, folder, engine, feed, held_out, languages, recorder, stop)
+            state, reason = train(training, state)
+        signals = [number for number in distributed.gather_objects(stop.signal_number) if number]
+    if reason is None:
+        log.info(f"done: step {state.step:,}. Next: ksub export {folder.path} --out model")
+        return 0
+    distributed.on_main(folder.honour_stop)
+    log.info(f"stopped after step {state.step:,} of {recipe.max_steps:,} ({reason}), saved; the same command continues")
+    return 128 + signals[0] if signals else 0
+
+
+def _start_state(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> tuple[Path | None, TrainerState]:
+    """The checkpoint to continue from, and the state it holds; (None, step 0) for a fresh start."""
+    fresh = TrainerState(codes_sha256=sources.table.sha256, data_fingerprint=sources.dataset.fingerprint)
+
+    def find() -> tuple[Path | None, TrainerState]:
+        start = checkpoint.find_start(folder.checkpoints)
+        return start, checkpoint.read_trainer_state(start, fresh) if start else fresh
+
+    start, state = distributed.broadcast_object(distributed.on_main(find))
+    return start, dataclasses.replace(state, world_size=distributed.world_size(), precision=recipe.precision)

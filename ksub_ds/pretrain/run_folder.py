@@ -1,0 +1,117 @@
+"""The run folder: what lies where, who may write in it, and whether this is a start or a continuation.
+
+    RUN/recipe.json          the resolved recipe and the identity of codes and data; written first
+        command.txt          every command that started or continued the run
+        codes.safetensors    copy of the codes (the plain model's too)
+        tokenizer/           copy of the tokenizer
+        metrics.jsonl        one line per optimizer step     evaluation.jsonl   one per evaluation
+        train.log            what the terminal showed        tensorboard/
+        checkpoints/global_step{N}/   LATEST                 export/   (ksub export's default)
+        STOP                 touch it, and the run saves and ends at the next step
+
+All methods that write run on rank 0 only (`distributed.on_main`).
+"""
+
+import contextlib
+import fcntl
+import os
+import shlex
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import atomic_folder, atomic_path, read_json, write_json
+from ksub_ds.pretrain.recipe import changed_keys
+
+
+class RunFolder:
+    """Paths and the lock of one run."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.json"
+        self.command = self.path / "command.txt"
+        self.codes = self.path / "codes.safetensors"
+        self.tokenizer = self.path / "tokenizer"
+        self.metrics = self.path / "metrics.jsonl"
+        self.evaluation = self.path / "evaluation.jsonl"
+        self.log = self.path / "train.log"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.latest = self.path / "LATEST"
+        self.stop = self.path / "STOP"
+        self.export = self.path / "export"
+        self._lock: int | None = None
+
+    def lock(self) -> None:
+        """Make the folder and hold it until `unlock` or the end of the process, however it ends.
+
+        Raises:
+            UserError: another run holds it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"--out {self.path}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise UserError(
+                f"--out {self.path}: in use by {holder}; wait for it, stop it (touch {self.stop}), "
+                "or choose another folder"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._lock = descriptor
+
+    def unlock(self) -> None:
+        """Let the folder go."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def claim(self, identity: dict[str, Any], table: Any, tokenizer: Any) -> None:
+        """Start here, or continue: write recipe.json unless the one that is there says something else.
+
+        Args:
+            identity: the resolved recipe as JSON values, with the fingerprints of codes and data.
+            table, tokenizer: copied, so that the run folder alone can be exported.
+
+        Raises:
+            UserError: another recipe stands there (each changed key is named), or the folder is not a run.
+        """
+        if self.recipe.exists():
+            changes = changed_keys(read_json(self.recipe), identity)
+            if changes:
+                raise UserError(
+                    f"{self.recipe}: this run has another recipe ({'; '.join(changes)}); "
+                    "give the old values, or a new --out"
+                )
+        elif foreign := sorted(entry.name for entry in self.path.iterdir() if entry.name not in (".lock", "STOP")):
+            raise UserError(
+                f"--out {self.path}: holds {foreign[0]!r} but no recipe.json: not a run folder; choose another"
+            )
+        write_json(self.recipe, identity)
+        self.honour_stop()  # one that is left from before is not meant for this start
+        old = self.command.read_text(encoding="utf-8") if self.command.exists() else ""
+        with atomic_path(self.command) as temporary:
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n"
+            temporary.write_text(old + line, encoding="utf-8")
+        if not self.codes.exists():
+            table.save(self.codes)
+        if not self.tokenizer.exists():
+            with atomic_folder(self.tokenizer) as temporary:
+                tokenizer.save(temporary)
+
+    def honour_stop(self) -> None:
+        """Remove the STOP file: it has been obeyed."""
+        with contextlib.suppress(OSError):
+            self.stop.unlink(missing_ok=True)

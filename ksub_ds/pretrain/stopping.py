@@ -1,0 +1,49 @@
+"""When to stop before the last step: a STOP file, a signal, --max-hours.
+
+DeepSpeed's launcher passes signals on to its ranks one after the other, 30 seconds apart, and some not at
+all. So a request on any rank counts, and the loop agrees on it in a reduction it makes anyway.
+"""
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from ksub_ds.common import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Watches for a request to stop while the `with` block runs; a second equal signal ends the process."""
+
+    def __init__(self, stop_file: Path, max_hours: float | None):
+        self._stop_file = stop_file
+        self._max_hours = max_hours
+        self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self._before: dict[int, object] = {}
+        self.signal_number: int | None = None
+
+    def reason(self) -> str | None:
+        """Why this rank wants to stop, or None. Rank 0 alone looks at the file and the clock."""
+        if self.signal_number is not None:
+            return f"{signal.Signals(self.signal_number).name} received"
+        if distributed.is_main():
+            if self._stop_file.exists():
+                return f"{self._stop_file} is there"
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                return f"--max-hours {self._max_hours:g} is over"
+        return None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        signal.signal(number, self._before[number])  # type: ignore[arg-type]  # as signal.signal returned it
+
+    def __enter__(self) -> "StopRequest":
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
