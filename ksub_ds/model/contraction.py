@@ -19,10 +19,16 @@ from torch import Tensor
 
 from ksub_ds.codes.trie import Transitions
 
-# CSR products are all that is used of torch's sparse tensors, and those are settled.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-
 SPARSE_BELOW = 1 / 16  # share of used cells in the leaf matrix under which CSR beats the dense GEMM
+
+
+def _csr(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """CSR matrix from coordinates sorted by row."""
+    row_starts = torch.zeros(shape[0] + 1, dtype=torch.int64, device=row.device)
+    row_starts[1:] = torch.cumsum(torch.bincount(row, minlength=shape[0]), 0)
+    with warnings.catch_warnings():  # products are all that is used of torch's sparse tensors, and those are settled
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(row_starts, column, values, shape, check_invariants=False)
 
 
 class SumBy:
@@ -30,10 +36,8 @@ class SumBy:
 
     def __init__(self, index: Tensor, size: int, dtype: torch.dtype):
         order = torch.argsort(index, stable=True)
-        row_starts = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
-        row_starts[1:] = torch.cumsum(torch.bincount(index, minlength=size), 0)
         ones = torch.ones(len(index), dtype=dtype, device=index.device)
-        self.matrix = torch.sparse_csr_tensor(row_starts, order, ones, (size, len(index)), check_invariants=False)
+        self.matrix = _csr(index[order], order, ones, (size, len(index)))
 
     def __call__(self, values: Tensor) -> Tensor:
         return (self.matrix @ values.t()).t()
@@ -131,12 +135,6 @@ class SparseLeaves:
         return self.gradient.values()
 
 
-def _csr(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    row_starts = torch.zeros(shape[0] + 1, dtype=torch.int64, device=row.device)
-    row_starts[1:] = torch.cumsum(torch.bincount(row, minlength=shape[0]), 0)
-    return torch.sparse_csr_tensor(row_starts, column, values, shape, check_invariants=False)
-
-
 class Contraction:
     """The fold of one code structure on one device. Build once, use for every block of rows."""
 
@@ -150,7 +148,8 @@ class Contraction:
         self.leaf_position = torch.as_tensor(leaves.parent * leaves.table_size + leaves.code, device=device)
         self.leaf_token = torch.as_tensor(leaves.child, device=device)
         self.dtype = dtype
-        self.widest_level = max([*sizes, *(len(level.code) for level in levels[:-1])])
+        widths = [max(level.num_states, level.table_size) for level in levels]
+        self.numbers_per_row = max(widths + [len(level.code) for level in levels[:-1]])
         dense_enough = len(leaves.code) >= SPARSE_BELOW * leaves.num_states * leaves.table_size
         self._leaves_form = DenseLeaves if dense_enough else SparseLeaves
 

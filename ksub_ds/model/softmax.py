@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ksub_ds.model.embedding import SubEmbedding
 
 SMALLEST_SUM = 1e-25  # under this, float32 terms of Z begin to vanish
-BLOCK_NUMBERS = {"cpu": 2**21, "cuda": 2**28}  # float32 numbers of the widest level held per block
-FEWEST_ROWS = 32
+BLOCK_NUMBERS = {"cpu": 2**21, "cuda": 2**28}  # numbers of the widest level or table held per block
+FEWEST_ROWS = 64  # fewer would read the plain decoder's N x d table too often
 FALLBACK_NUMBERS = 2**20  # float64 logits per block of the underflow path
 
 
@@ -151,8 +151,8 @@ class _Pass:
         self.weights = weights
         self.fallback_grad_bias = torch.zeros_like(self.bias) if with_bias_gradient else None
         numbers = BLOCK_NUMBERS.get(self.codes.device.type, BLOCK_NUMBERS["cpu"])
-        widest = self.contraction.widest_level if len(tables) > 1 else len(self.codes) // 8
-        self.rows_per_block = max(1, min(num_rows, max(FEWEST_ROWS, numbers // widest)))
+        rows = max(FEWEST_ROWS, numbers // self.contraction.numbers_per_row)
+        self.rows_per_block = max(1, min(num_rows, rows))
         self.leaves = self.contraction.leaves(weights, self.rows_per_block, with_bias_gradient)
 
     def scores(self, hidden: Tensor) -> list[Tensor]:
@@ -183,7 +183,10 @@ class _Pass:
         for k, score in enumerate(scores):
             logit = logit + score.gather(1, label_codes[:, k : k + 1]).squeeze(1)
         for k, residual in enumerate(residuals):
-            residual.scatter_add_(1, label_codes[:, k : k + 1], residual.new_full((len(labels), 1), -1.0))
+            code = label_codes[:, k : k + 1]
+            # p - 1 as minus the sum of the others: without cancellation where the model is nearly sure.
+            residual.scatter_(1, code, 0.0)
+            residual.scatter_(1, code, -residual.sum(dim=1, keepdim=True))
         return logit if self.bias is None else logit + self.bias[labels]
 
     def _residuals(self, factors: list[Tensor], folded: list[Tensor], total: Tensor) -> list[Tensor]:

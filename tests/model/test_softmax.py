@@ -1,0 +1,250 @@
+"""The exact factorised loss against dense float64 logits: values, gradients, and where it is hard."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ksub_ds import CodeTable, SubEmbedding, factorized_cross_entropy, plain_codes, positional_codes
+from ksub_ds.model import softmax
+from ksub_ds.model.contraction import DenseLeaves, SparseLeaves
+from ksub_ds.model.softmax import log_partition
+
+
+def random_codes(num_tokens, sizes, seed=0):
+    chosen = np.random.default_rng(seed).choice(int(np.prod(sizes)), num_tokens, replace=False)
+    return CodeTable(np.stack(np.unravel_index(chosen, sizes), axis=1), sizes)
+
+
+def gradients(loss, tensors):
+    return torch.autograd.grad(loss, tensors, allow_unused=True)
+
+
+def relative(ours, reference):
+    return ((ours.double() - reference).norm() / reference.norm().clamp_min(0.01)).item()
+
+
+class Case:
+    """One problem, solved by us in float32, densely in float64 and densely in float32."""
+
+    def __init__(self, table, rows=37, dim=24, scale=1.0, with_bias=True, seed=0, bias_scale=1.0):
+        generator = torch.Generator().manual_seed(seed)
+        self.layer = SubEmbedding(table, dim)
+        with torch.no_grad():
+            for weights in self.layer.tables:
+                weights.copy_(torch.randn(weights.shape, generator=generator))
+        self.hidden = (torch.randn(rows, dim, generator=generator) * scale).requires_grad_()
+        self.bias = (torch.randn(table.num_tokens, generator=generator) * bias_scale).requires_grad_()
+        self.bias = self.bias.detach().requires_grad_() if with_bias else None
+        self.labels = torch.randint(table.num_tokens, (rows,), generator=generator)
+        self.labels[1::5] = -100
+
+    def tensors(self):
+        return [self.hidden, *self.layer.tables, *([self.bias] if self.bias is not None else [])]
+
+    def ours(self):
+        loss = factorized_cross_entropy(self.hidden, self.layer, self.labels, self.bias)
+        return loss.detach(), gradients(loss, self.tensors())
+
+    def dense(self, dtype):
+        tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in self.tensors()]
+        hidden, tables = tensors[0], tensors[1 : 1 + len(self.layer.tables)]
+        weight = torch.cat([table[self.layer.codes[:, k].long()] for k, table in enumerate(tables)], dim=1)
+        logits = hidden @ weight.t()
+        loss = F.cross_entropy(logits if self.bias is None else logits + tensors[-1], self.labels)
+        return loss.detach(), gradients(loss, tensors)
+
+    def check(self, gradient_limit=5e-6):
+        loss, ours = self.ours()
+        reference, exact = self.dense(torch.float64)
+        _, naive = self.dense(torch.float32)
+        assert loss.dtype == torch.float32
+        assert abs(loss.double() - reference) <= 5e-6 * max(1.0, abs(reference.item()))
+        for mine, plain, wanted in zip(ours, naive, exact, strict=True):
+            assert relative(mine, wanted) <= max(gradient_limit, 3 * relative(plain, wanted))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("num_tables", range(1, 9))
+def test_positional_codes_of_every_k(num_tables, with_bias):
+    Case(positional_codes(1000, num_tables), with_bias=with_bias).check()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("count", [7**3, 7**3 - 1, 7**3 + 1, 6**3 + 1, 1, 2])
+def test_edges_of_the_digits(count, with_bias):
+    Case(positional_codes(count, 3), with_bias=with_bias).check()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("scale", [0.01, 3.0, 30.0, 1000.0, 5000.0])
+@pytest.mark.parametrize("num_tables", [1, 3])
+def test_large_logits(num_tables, scale, with_bias):
+    case = Case(positional_codes(1500, num_tables), scale=scale, with_bias=with_bias)
+    case.check(gradient_limit=1e-4 if scale >= 1000 else 5e-6)
+
+
+@pytest.mark.parametrize("form", [DenseLeaves, SparseLeaves])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_dense_and_sparse_leaves_agree_with_the_reference(form, with_bias):
+    table = random_codes(2000, (9, 11, 400)) if form is SparseLeaves else random_codes(2000, (9, 11, 40))
+    case = Case(table, with_bias=with_bias)
+    assert case.layer.contraction(weighted=with_bias)._leaves_form is form
+    case.check()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_incomplete_inner_levels(with_bias):
+    """Most prefixes do not continue with every code: the sparse form of the inner levels."""
+    case = Case(random_codes(60, (9, 8, 7, 6)), with_bias=with_bias)
+    assert not all(level.complete for level in case.layer.contraction(weighted=with_bias).inner)
+    case.check()
+
+
+@st.composite
+def any_table(draw):
+    sizes = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=5)))
+    space = int(np.prod(sizes))
+    return random_codes(draw(st.integers(1, min(space, 200))), sizes, draw(st.integers(0, 99)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(any_table(), st.booleans(), st.integers(1, 9), st.integers(5, 17))
+def test_any_code_table(table, with_bias, rows, dim):
+    Case(table, rows=rows, dim=dim, with_bias=with_bias).check()
+
+
+@pytest.mark.parametrize("gap", [30, 60, 80, 90, 95, 100, 104, 110, 120, 800])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_maxima_that_meet_in_no_token(gap, with_bias):
+    """Every table has a favourite code, but no token has all of them: Z loses exp(gap), and must not."""
+    codes = np.array([(a, b, c) for a in range(3) for b in range(3) for c in range(3) if len({a, b, c} & {0}) == 0
+                      or (a, b, c).count(0) == 1])  # fmt: skip
+    case = Case(CodeTable(codes, (3, 3, 3)), rows=6, dim=3, with_bias=with_bias)
+    with torch.no_grad():
+        for table in case.layer.tables:
+            table.copy_(torch.tensor([[1.0], [-0.01], [0.02]]))
+        case.hidden.fill_(gap / 2)
+        case.hidden[::2] += torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+    case.check()
+
+
+def test_the_underflow_path_is_taken_only_when_needed(monkeypatch):
+    case = Case(positional_codes(300, 3))
+    monkeypatch.setattr(softmax._Pass, "_explicit", lambda *_: pytest.fail("no row underflows here"))
+    case.ours()
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    case = Case(positional_codes(1000, 3), rows=101)
+    whole, exact = case.ours()
+    monkeypatch.setattr(softmax, "FEWEST_ROWS", 7)
+    monkeypatch.setattr(softmax, "BLOCK_NUMBERS", {"cpu": 1})
+    blocked, ours = case.ours()
+    assert abs(whole - blocked) <= 1e-6 * whole
+    for a, b in zip(ours, exact, strict=True):
+        assert relative(a, b.double()) < 1e-6
+
+
+def test_rows_that_are_ignored():
+    case = Case(positional_codes(50, 2))
+    case.labels.fill_(-100)
+    total = factorized_cross_entropy(case.hidden, case.layer, case.labels, case.bias, reduction="sum")
+    assert total.item() == 0.0
+    assert all((gradient == 0).all() for gradient in gradients(total, case.tensors()))
+    assert factorized_cross_entropy(case.hidden, case.layer, case.labels, case.bias).isnan()  # as F.cross_entropy
+    case.labels[3] = 7
+    one = factorized_cross_entropy(case.hidden, case.layer, case.labels, case.bias)
+    alone = factorized_cross_entropy(case.hidden[3:4], case.layer, case.labels[3:4], case.bias)
+    assert one.item() == alone.item()
+    other = torch.where(case.labels == -100, 12345, case.labels)
+    assert factorized_cross_entropy(case.hidden, case.layer, other, case.bias, ignore_index=12345).item() == one.item()
+
+
+def test_leading_dimensions_and_sum():
+    case = Case(positional_codes(50, 2), rows=12)
+    flat = factorized_cross_entropy(case.hidden, case.layer, case.labels, case.bias, reduction="sum")
+    shaped = factorized_cross_entropy(
+        case.hidden.view(3, 4, -1), case.layer, case.labels.view(3, 4), case.bias, reduction="sum"
+    )
+    assert flat.item() == shaped.item()
+    mean = factorized_cross_entropy(case.hidden, case.layer, case.labels, case.bias)
+    assert mean.item() == pytest.approx(flat.item() / (case.labels != -100).sum().item(), rel=1e-6)
+
+
+def test_wrong_arguments():
+    case = Case(positional_codes(50, 2))
+    call = factorized_cross_entropy
+    with pytest.raises(ValueError, match="reduction must be"):
+        call(case.hidden, case.layer, case.labels, reduction="none")
+    with pytest.raises(ValueError, match="hidden"):
+        call(case.hidden[:, 1:], case.layer, case.labels)
+    with pytest.raises(ValueError, match="bias must be"):
+        call(case.hidden, case.layer, case.labels, case.bias[1:])
+    with pytest.raises(ValueError, match="labels must be"):
+        call(case.hidden, case.layer, torch.full_like(case.labels, 50))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_summed_in_float32(dtype):
+    """The loss of rounded inputs is as exact as that of float32 inputs; gradients come back in their type."""
+    case = Case(positional_codes(2000, 3))
+    case.layer.to(dtype)
+    case.hidden = case.hidden.detach().to(dtype).requires_grad_()
+    loss, ours = case.ours()
+    reference, exact = case.dense(torch.float64)
+    assert abs(loss.double() - reference) <= 5e-6 * abs(reference)
+    for mine, wanted in zip(ours, exact, strict=True):
+        assert relative(mine, wanted) <= (4e-3 if dtype == torch.bfloat16 else 1e-3)
+    assert [gradient.dtype for gradient in ours] == [dtype] * 4 + [torch.float32]
+
+
+def test_only_wanted_gradients_are_made():
+    case = Case(positional_codes(100, 2))
+    frozen = case.bias.detach()
+    for table in case.layer.tables:
+        table.requires_grad_(False)
+    loss = factorized_cross_entropy(case.hidden, case.layer, case.labels, frozen)
+    loss.backward()
+    assert case.hidden.grad is not None and case.layer.tables[0].grad is None
+    with torch.no_grad():
+        assert not factorized_cross_entropy(case.hidden, case.layer, case.labels, frozen).requires_grad
+
+
+def test_plain_codes_are_the_plain_decoder():
+    case = Case(plain_codes(400))
+    logits = F.linear(case.hidden, case.layer.tables[0], case.bias)
+    assert torch.equal(case.layer.logits(case.hidden, case.bias), logits)
+    case.check()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_log_partition(with_bias):
+    case = Case(random_codes(500, (10, 11, 12)), with_bias=with_bias)
+    wanted = case.layer.double().logits(case.hidden.double(), case.bias).logsumexp(dim=1)
+    ours = log_partition(case.hidden, case.layer, case.bias)
+    assert ((ours - wanted).abs() < 1e-6 * wanted.abs().clamp_min(1)).all()
+
+
+def test_no_tensor_is_as_wide_as_rows_times_tokens():
+    """The largest tensor made in a pass stays far under B x N and N x d."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                    self.numbers = max(self.numbers, tensor.numel())
+            return result
+
+    rows, dim = 600, 96
+    case = Case(random_codes(50_000, (40, 40, 40)), rows=rows, dim=dim)
+    case.layer.contraction(weighted=True)
+    with Largest() as largest:
+        case.ours()
+    assert largest.numbers <= 2**21 < min(rows * 50_000, 50_000 * dim)
