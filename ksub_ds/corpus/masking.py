@@ -1,0 +1,108 @@
+"""RoBERTa's dynamic masking, keyed by sequence instead of drawn from a running generator.
+
+15 % of the ordinary tokens are predicted; of these 80 % become `<mask>`, 10 % another ordinary token,
+10 % stay (Devlin et al. 2019, section 3.1; Liu et al. 2019, section 4.1). Special tokens are never
+masked and never put in. Every decision is a hash of (key of the sequence, position), so the
+same sequence gets the same mask whatever the rank, the worker or the batch it falls in.
+
+Legend: B sequences, T positions, P predicted positions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORE = -100  # the label of a position that is not predicted
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def mix64(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser, elementwise and in place on a uint64 array: a good hash of a counter."""
+    shifted = values >> np.uint64(30)
+    values ^= shifted
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    np.right_shift(values, np.uint64(27), out=shifted)
+    values ^= shifted
+    values *= np.uint64(0x94D049BB133111EB)
+    np.right_shift(values, np.uint64(31), out=shifted)
+    values ^= shifted
+    return values
+
+
+def derive_key(*parts: int) -> int:
+    """One 64-bit key out of integers, each of which changes all of it (for example seed, epoch)."""
+    key = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        key += np.uint64((part + 1) * _GOLDEN & _MASK64)
+        mix64(key)
+    return int(key[0])
+
+
+def sequence_keys(seed: int, epochs: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """(B,) uint64 keys of the draws: different for every (seed, epoch, draw)."""
+    keys = np.asarray(epochs).astype(np.uint64) * np.uint64(_GOLDEN)
+    keys += np.uint64(derive_key(seed, 0x6D61736B))
+    mix64(keys)
+    keys += np.asarray(draws).astype(np.uint64) * np.uint64(_GOLDEN)
+    return mix64(keys)
+
+
+@dataclass(frozen=True)
+class MaskingRule:
+    """What masking needs to know of the tokenizer, and the probability.
+
+    Attributes:
+        mlm_probability: share of the ordinary tokens to predict, in [0, 1].
+        mask_id: id of `<mask>`.
+        special_ids: ids never masked and never put in; sorted.
+        vocab_size: N; random tokens are ordinary ids below it.
+    """
+
+    mlm_probability: float
+    mask_id: int
+    special_ids: tuple[int, ...]
+    vocab_size: int
+
+
+def mask_tokens(ids: np.ndarray, keys: np.ndarray, rule: MaskingRule) -> tuple[np.ndarray, np.ndarray]:
+    """Mask a batch.
+
+    Args:
+        ids: (B, T) int32 token ids.
+        keys: (B,) uint64 from `sequence_keys`.
+        rule: probability and special ids.
+
+    Returns:
+        input_ids and labels, (B, T) int64; labels are IGNORE where nothing is predicted.
+    """
+    batch, length = ids.shape
+    input_ids = ids.astype(np.int64)
+    labels = np.full((batch, length), IGNORE, dtype=np.int64)
+    steps = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    noise = mix64(keys[:, None] + steps).reshape(-1)
+
+    limit = round(rule.mlm_probability * 2**64)
+    chosen = np.flatnonzero(noise < np.uint64(limit)) if limit <= _MASK64 else np.arange(noise.size)
+    tokens = input_ids.reshape(-1)[chosen]
+    ordinary = np.ones(len(chosen), dtype=bool)
+    for special in rule.special_ids:
+        ordinary &= tokens != special
+    chosen, tokens = chosen[ordinary], tokens[ordinary]  # (P,)
+    labels.reshape(-1)[chosen] = tokens
+
+    second = mix64(noise[chosen] + np.uint64(_GOLDEN))  # a fresh draw: the first one lies below the limit
+    fate = second >> np.uint64(32)
+    substitute = np.where(fate < np.uint64(round(0.8 * 2**32)), rule.mask_id, tokens)
+    random = np.flatnonzero(fate >= np.uint64(round(0.9 * 2**32)))
+    substitute[random] = _ordinary_tokens(second[random] & np.uint64(0xFFFFFFFF), rule)
+    input_ids.reshape(-1)[chosen] = substitute
+    return input_ids, labels
+
+
+def _ordinary_tokens(noise: np.ndarray, rule: MaskingRule) -> np.ndarray:
+    """Ordinary token ids from 32-bit noise: scale to the count of ordinary ids, then step over the special ones."""
+    tokens = (noise * np.uint64(rule.vocab_size - len(rule.special_ids)) >> np.uint64(32)).astype(np.int64)
+    for special in sorted(rule.special_ids):
+        tokens += tokens >= special
+    return tokens

@@ -1,0 +1,225 @@
+"""Token shards on disk, and reading them without copying.
+
+    SHARDS/manifest.json                what is there: settings, counts and sha256 of every file
+    SHARDS/tokenizer/                   a copy of the tokenizer, opened by transformers' AutoTokenizer
+    SHARDS/<lang>/train-00000.arrow     Arrow IPC stream, column input_ids: FixedSizeList<int32>[T]
+    SHARDS/<lang>/validation-00000.arrow
+    SHARDS/<lang>/part.json             this language's entry of the manifest
+
+`datasets.Dataset.from_file` opens the .arrow files as they are. Each holds one record batch, so
+that its rows are one contiguous (n, T) array in the memory map.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import atomic_path, read_json, sha256_file
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation")
+LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
+ROWS_PER_FILE = 1 << 16  # 128 MiB at 512 tokens: what a writer holds in memory
+
+_SHARD_PATH = re.compile(rf"(?P<language>{LANGUAGE_CODE.pattern})/(?P<split>train|validation)-\d{{5}}\.arrow")
+
+
+class ShardWriter:
+    """Writes the rows of one language and split into numbered files of at most ROWS_PER_FILE rows."""
+
+    def __init__(self, folder: Path, language: str, split: str, sequence_length: int):
+        self._folder, self._language, self._split = folder, language, split
+        self._sequence_length = sequence_length
+        self._rows: list[np.ndarray] = []
+        self._buffered = 0
+        self.files: list[dict[str, Any]] = []  # the manifest's entries
+
+    def write(self, rows: np.ndarray) -> None:
+        """Add (n, T) int32 rows."""
+        while len(rows):
+            taken = rows[: ROWS_PER_FILE - self._buffered]
+            self._rows.append(taken)
+            self._buffered += len(taken)
+            rows = rows[len(taken) :]
+            if self._buffered == ROWS_PER_FILE:
+                self._flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._buffered:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        flat = pa.array(np.concatenate(self._rows).reshape(-1), type=pa.int32())
+        column = pa.FixedSizeListArray.from_arrays(flat, self._sequence_length)
+        batch = pa.RecordBatch.from_arrays([column], names=["input_ids"])
+        name = f"{self._split}-{len(self.files):05d}.arrow"
+        with atomic_path(self._folder / name) as temporary:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
+                stream.write_batch(batch)
+            digest = sha256_file(temporary)
+        self.files.append({"path": f"{self._language}/{name}", "sha256": digest, "sequences": self._buffered})
+        self._rows, self._buffered = [], 0
+
+
+def dataset_fingerprint(manifest: dict[str, Any]) -> str:
+    """sha256 over what decides the training data: format, sequence length, tokenizer, every file's content."""
+    files = sorted((f["path"], f["sha256"], f["sequences"]) for f in _all_files(manifest))
+    essence = [manifest["format"], manifest["sequence_length"], manifest["tokenizer"]["fingerprint"], files]
+    return hashlib.sha256(json.dumps(essence).encode()).hexdigest()
+
+
+def _all_files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for language in manifest["languages"].values() for entry in language["files"]]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check manifest.json.
+
+    Raises:
+        UserError: missing, damaged, of another format, or with a path that leaves the folder.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: holds no {MANIFEST}; make shards with preprocessing/shard_text.py (or let it finish)"
+        )
+    manifest = read_json(path)
+    try:
+        if manifest["format"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format is {manifest['format']!r}, this version reads {FORMAT_VERSION}; shard the text anew"
+            )
+        for language, entry in manifest["languages"].items():
+            for file in entry["files"]:
+                match = _SHARD_PATH.fullmatch(file["path"])
+                if match is None or match["language"] != language:
+                    raise UserError(
+                        f"{path}: path {file['path']!r} is not <language>/<split>-<number>.arrow of language "
+                        f"{language!r}; the manifest was changed by hand: shard the text anew"
+                    )
+        if manifest["fingerprint"] != dataset_fingerprint(manifest):
+            raise UserError(
+                f"{path}: fingerprint does not match its entries; the manifest was changed: shard the text anew"
+            )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: is not a manifest of token shards ({error!r} is missing); shard the text anew"
+        ) from error
+    return manifest
+
+
+class ShardDataset:
+    """A folder of token shards, memory-mapped.
+
+    Attributes:
+        manifest: the checked manifest.
+        fingerprint: sha256 of the whole data set, for refusing changed data on resume.
+        sequence_length: T.
+        languages: sorted codes of the languages that have rows.
+        tokenizer_folder: the copy of the tokenizer.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+        self.fingerprint: str = manifest["fingerprint"]
+        self.sequence_length: int = manifest["sequence_length"]
+        self.tokenizer_folder = folder / "tokenizer"
+        self._files: dict[tuple[str, str], list[np.ndarray]] = {}
+        for entry in _all_files(manifest):
+            language, name = entry["path"].split("/")
+            rows = _open_rows(folder / entry["path"], self.sequence_length, entry["sequences"])
+            self._files.setdefault((name.split("-")[0], language), []).append(rows)
+        self.languages = sorted({language for _, language in self._files})
+        self._tables = {split: self._table(split, self.languages) for split in SPLITS}
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: bool = True) -> "ShardDataset":
+        """Open shards.
+
+        Args:
+            folder: what shard_text.py wrote.
+            verify: read every file once and compare its sha256 with the manifest.
+
+        Raises:
+            UserError: a missing, empty, damaged or cut shard, named with its fault.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        for entry in _all_files(manifest):
+            path = folder / entry["path"]
+            if not path.is_file():
+                raise UserError(f"{path}: this shard is missing; run shard_text.py again on the same folders")
+            if path.stat().st_size == 0:
+                raise UserError(f"{path}: this shard is empty; run shard_text.py again on the same folders")
+            if verify and sha256_file(path) != entry["sha256"]:
+                raise UserError(
+                    f"{path}: sha256 does not match the manifest, the shard is damaged; run shard_text.py again"
+                )
+        return cls(folder, manifest)
+
+    def check_tokenizer(self, fingerprint: str, name: str) -> None:
+        """Raise UserError unless the shards were made with the tokenizer of this fingerprint."""
+        own = self.manifest["tokenizer"]["fingerprint"]
+        if own != fingerprint:
+            raise UserError(
+                f"{self.folder}: tokenizer fingerprint is {own[:16]}, that of {name} is {fingerprint[:16]}; "
+                f"use {self.tokenizer_folder} or shard the text anew"
+            )
+
+    def num_sequences(self, split: str, language: str) -> int:
+        """Rows of one language and split; 0 when there are none."""
+        return sum(len(rows) for rows in self._files.get((split, language), ()))
+
+    def rows(self, split: str, language: str) -> np.ndarray:
+        """(n, T) int32. A view of the memory map when the language has one file, as small ones do."""
+        files = self._files.get((split, language), [])
+        if len(files) == 1:
+            return files[0]
+        return np.concatenate([np.zeros((0, self.sequence_length), np.int32), *files])
+
+    def gather(self, split: str, indices: np.ndarray, language: str | None = None) -> np.ndarray:
+        """Rows by number, (B, T) int32: of one language, or over all, concatenated in sorted order."""
+        starts, files = self._tables[split] if language is None else self._table(split, [language])
+        result = np.empty((len(indices), self.sequence_length), dtype=np.int32)
+        owner = np.searchsorted(starts, indices, side="right") - 1
+        places = zip(owner.tolist(), (indices - starts[owner]).tolist(), strict=True)
+        for target, (file, row) in zip(result, places, strict=True):
+            target[:] = files[file][row]
+        return result
+
+    def _table(self, split: str, languages: list[str]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(number of the first row of each file, the files)."""
+        files = [rows for language in languages for rows in self._files.get((split, language), [])]
+        lengths = np.array([len(rows) for rows in files], dtype=np.int64)
+        return np.cumsum(lengths) - lengths, files
+
+
+def _open_rows(path: Path, sequence_length: int, sequences: int) -> np.ndarray:
+    """The rows of one file as a view of its memory map: (sequences, T) int32."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+            batch = stream.read_next_batch()
+        column = batch.column("input_ids")
+        if column.type != pa.list_(pa.int32(), sequence_length):
+            raise UserError(
+                f"{path}: holds {column.type}, not rows of {sequence_length} int32; run shard_text.py again"
+            )
+        rows = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length)
+    except (pa.ArrowException, OSError, KeyError, StopIteration) as error:
+        raise UserError(
+            f"{path}: is damaged ({' '.join(str(error).split())[:120]}); run shard_text.py again"
+        ) from error
+    if len(rows) != sequences:
+        raise UserError(f"{path}: holds {len(rows)} sequences, the manifest says {sequences}; run shard_text.py again")
+    return rows

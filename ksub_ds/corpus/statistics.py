@@ -1,0 +1,71 @@
+"""Table 7 of the paper for any shards folder: tokens and size per language, the paper's beside."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksub_ds.corpus.shards import SPLITS, read_manifest
+
+# Table 7 ("CC-15"): tokens in millions, size in GiB.
+PAPER = {
+    "ar": (181, 1.0), "bg": (193, 1.2), "de": (338, 1.4), "el": (170, 1.0), "en": (802, 3.1),
+    "es": (273, 1.1), "fr": (315, 1.2), "hi": (91, 0.7), "ru": (426, 2.8), "sw": (232, 0.8),
+    "th": (125, 1.1), "tr": (178, 0.7), "ur": (101, 0.6), "vi": (323, 1.4), "zh": (237, 1.0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LanguageStatistics:
+    """One language: documents, rows and tokens of both splits together.
+
+    Attributes:
+        tokens: tokens of the text, special tokens not counted.
+        bytes: UTF-8 bytes of the text.
+        skipped: documents and files that could not be read.
+    """
+
+    language: str
+    documents: int
+    sequences: int
+    held_out_sequences: int
+    tokens: int
+    bytes: int
+    skipped: int
+
+
+def corpus_statistics(folder: str | Path) -> list[LanguageStatistics]:
+    """The numbers of a shards folder, from its manifest; sorted by language."""
+    rows = []
+    for language, entry in sorted(read_manifest(Path(folder))["languages"].items()):
+        total = {
+            key: sum(entry[split][key] for split in SPLITS) for key in ("documents", "sequences", "tokens", "bytes")
+        }
+        held_out = entry["validation"]["sequences"]
+        rows.append(
+            LanguageStatistics(language, **total, held_out_sequences=held_out, skipped=sum(entry["skipped"].values()))
+        )
+    return rows
+
+
+def corpus_table(folder: str | Path) -> str:
+    """Those numbers as text, with the paper's Table 7 beside them."""
+    rows = corpus_statistics(folder)
+    head = f"{'language':<10}{'documents':>12}{'sequences':>12}{'held out':>10}"
+    lines = [
+        head
+        + f"{'tokens (M)':>12}{'size (GiB)':>12}{'bytes/token':>13}{'skipped':>9}{'paper (M)':>12}{'paper (GiB)':>13}"
+    ]
+    for row in rows:
+        lines.append(_line(row, PAPER.get(row.language)))
+    names = ("documents", "sequences", "held_out_sequences", "tokens", "bytes", "skipped")
+    total = LanguageStatistics("all", **{name: sum(getattr(row, name) for row in rows) for name in names})
+    known = [PAPER[row.language] for row in rows if row.language in PAPER]
+    paper = (sum(tokens for tokens, _ in known), sum(size for _, size in known)) if known else None
+    return "\n".join([*lines, _line(total, paper)])
+
+
+def _line(row: LanguageStatistics, paper: tuple[float, float] | None) -> str:
+    text = f"{row.language:<10}{row.documents:>12,}{row.sequences:>12,}{row.held_out_sequences:>10,}"
+    text += (
+        f"{row.tokens / 1e6:>12,.2f}{row.bytes / 2**30:>12.4f}{row.bytes / max(row.tokens, 1):>13.2f}{row.skipped:>9,}"
+    )
+    return text + (f"{paper[0]:>12,}{paper[1]:>13.1f}" if paper else f"{'-':>12}{'-':>13}")

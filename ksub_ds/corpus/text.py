@@ -1,0 +1,238 @@
+"""Finding and reading text, whatever is wrong with it.
+
+    <lang>.jsonl[.gz]  <lang>.json[.gz]   one JSON object a line: {"text": ...}, or CCNet's {"raw_content": ...}
+    <lang>.txt[.gz]                       documents parted by blank lines
+    <lang>/...                            any of these, under any name
+
+What cannot be read is skipped and counted by reason; a bad file never ends a run. Reading is
+streamed and bounded: neither an endless line nor a gzip bomb fills the memory.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import sha256_file
+from ksub_ds.common.logging import get_logger
+from ksub_ds.corpus.shards import LANGUAGE_CODE
+
+SUFFIXES = (".jsonl", ".json", ".txt")
+LONGEST_DOCUMENT = 10_000_000  # characters
+LONGEST_LINE = 4 * LONGEST_DOCUMENT  # bytes
+INFLATION_LIMIT = 200  # text compresses 3 to 20 times; beyond this, past the first bytes, it is a bomb
+INFLATION_FREE = 64_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text file and its name below the input folder."""
+
+    path: Path
+    name: str
+
+
+@dataclass
+class LanguageText:
+    """The sources of one language, and how many files and documents were skipped, by reason."""
+
+    sources: list[Source]
+    skipped: Counter[str]
+
+    def fingerprint(self) -> str:
+        """sha256 over the names and contents of all sources."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            digest.update(f"{source.name}\0{sha256_file(source.path)}\n".encode())
+        return digest.hexdigest()
+
+    def size(self) -> int:
+        """Bytes of all sources as they lie on the disk."""
+        return sum(source.path.stat().st_size for source in self.sources)
+
+
+def find_text(folder: Path, languages: tuple[str, ...] = ()) -> dict[str, LanguageText]:
+    """The text of each language below a folder, sorted.
+
+    Args:
+        folder: where the text lies.
+        languages: take these only; empty = all.
+
+    Raises:
+        UserError: no folder, no language, or one of `languages` is not there.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"--input {folder}: is not a folder; give the folder that holds <lang>.jsonl, <lang>.txt or <lang>/"
+        )
+    found: dict[str, LanguageText] = {}
+    root = folder.resolve()
+    for entry in sorted(folder.iterdir()):
+        language = entry.name.split(".")[0]
+        wanted = LANGUAGE_CODE.fullmatch(language) and (entry.is_dir() or _is_text_name(entry.name))
+        if not wanted or (entry.is_dir() and "." in entry.name):
+            if not entry.name.startswith("."):
+                get_logger().info(f"{entry}: left out, its name is not <lang>.jsonl, <lang>.txt or <lang>/")
+            continue
+        if languages and language not in languages:
+            continue
+        text = found.setdefault(language, LanguageText([], Counter()))
+        for path in _files_below(entry, text.skipped):
+            if not path.resolve().is_relative_to(root):
+                text.skipped["link_out_of_the_folder"] += 1
+            elif not path.is_file():
+                text.skipped["not_a_regular_file"] += 1
+            else:
+                text.sources.append(Source(path, path.relative_to(folder).as_posix()))
+    if not found:
+        raise UserError(
+            f"--input {folder}: holds no language; name the files <lang>.jsonl[.gz], <lang>.txt[.gz] or <lang>/"
+        )
+    missing = sorted(set(languages) - set(found))
+    if missing:
+        raise UserError(f"--languages {missing[0]}: {folder} holds no such language, only {', '.join(found)}")
+    return found
+
+
+def _is_text_name(name: str) -> bool:
+    return name.removesuffix(".gz").endswith(SUFFIXES)
+
+
+def _files_below(entry: Path, skipped: Counter[str]) -> list[Path]:
+    if not entry.is_dir():
+        return [entry]
+    if entry.is_symlink():
+        skipped["linked_folder"] += 1
+        return []
+    paths = []
+    for parent, folders, names in os.walk(entry):
+        skipped["linked_folder"] += sum((Path(parent) / name).is_symlink() for name in folders)
+        paths += [Path(parent) / name for name in names if _is_text_name(name)]
+    return sorted(paths)
+
+
+class DocumentReader:
+    """Iterates over the documents of some sources, in order.
+
+    Attributes:
+        skipped: what was skipped so far, by reason; the caller's counter is added to.
+        bytes_read: bytes taken from the disk so far.
+    """
+
+    def __init__(self, sources: list[Source], skipped: Counter[str]):
+        self._sources, self.skipped = sources, skipped
+        self.bytes_read = 0
+
+    def __iter__(self) -> Iterator[str]:
+        before = 0
+        for source in self._sources:
+            try:
+                with open(source.path, "rb") as raw:
+                    for text in self._documents(raw, source.name):
+                        self.bytes_read = before + raw.tell()
+                        yield text
+                before += source.path.stat().st_size
+            except OSError:
+                self.skipped["unreadable_file"] += 1
+
+    def _documents(self, raw: IO[bytes], name: str) -> Iterator[str]:
+        compressed = name.endswith(".gz")
+        stream: IO[bytes] = gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw  # type: ignore[assignment]
+        lines = self._lines(stream, raw, compressed)
+        parse = _paragraphs if name.removesuffix(".gz").endswith(".txt") else _json_texts
+        for text in parse(lines, self.skipped):
+            reason = fault(text)
+            if reason is None:
+                yield text
+            else:
+                self.skipped[reason] += 1
+
+    def _lines(self, stream: IO[bytes], raw: IO[bytes], compressed: bool) -> Iterator[bytes]:
+        inflated = 0
+        try:
+            while line := stream.readline(LONGEST_LINE):
+                inflated += len(line)
+                whole = len(line) < LONGEST_LINE or line.endswith(b"\n")
+                while not whole:  # drop the rest of it in small bites
+                    bite = stream.readline(1 << 20)
+                    inflated += len(bite)
+                    whole = not bite or bite.endswith(b"\n") or _is_bomb(inflated, raw, compressed)
+                    line = b""
+                if line:
+                    yield line
+                else:
+                    self.skipped["line_too_long"] += 1
+                if _is_bomb(inflated, raw, compressed):
+                    self.skipped["inflates_too_much"] += 1
+                    return
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            self.skipped["damaged_gzip"] += 1
+
+
+def _is_bomb(inflated: int, raw: IO[bytes], compressed: bool) -> bool:
+    return compressed and inflated > INFLATION_FREE and inflated > INFLATION_LIMIT * raw.tell()
+
+
+def _json_texts(lines: Iterator[bytes], skipped: Counter[str]) -> Iterator[str]:
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            value: Any = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            skipped["not_utf8"] += 1
+            continue
+        except (ValueError, RecursionError):
+            skipped["bad_json"] += 1
+            continue
+        text = value.get("text", value.get("raw_content")) if isinstance(value, dict) else None
+        if isinstance(text, str):
+            yield text
+        else:
+            skipped["no_text_key"] += 1
+
+
+def _paragraphs(lines: Iterator[bytes], skipped: Counter[str]) -> Iterator[str]:
+    document: list[bytes] = []
+    size = 0
+    for line in lines:
+        if line.strip():
+            size += len(line)
+            if size <= LONGEST_LINE:
+                document.append(line)
+            continue
+        yield from _paragraph(document, size, skipped)
+        document, size = [], 0
+    yield from _paragraph(document, size, skipped)
+
+
+def _paragraph(document: list[bytes], size: int, skipped: Counter[str]) -> Iterator[str]:
+    if size > LONGEST_LINE:
+        skipped["too_long"] += 1
+    elif document:
+        try:
+            yield b"".join(document).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            skipped["not_utf8"] += 1
+
+
+def fault(text: str) -> str | None:
+    """Why a document cannot be used, or None."""
+    if len(text) > LONGEST_DOCUMENT:
+        return "too_long"
+    if not text or text.isspace():
+        return "empty"
+    if "\0" in text:
+        return "nul_character"  # text in UTF-16, or no text at all
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "lone_surrogate"  # JSON can spell halves of characters
+    return None

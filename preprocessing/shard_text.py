@@ -1,0 +1,28 @@
+"""Text to token shards: tokenise, hold out a part, pack to rows, write Arrow files and a manifest.
+
+    python preprocessing/shard_text.py --input text --tokenizer sentencepiece.bpe.model --out shards
+
+`text` holds <lang>.jsonl[.gz], <lang>.txt[.gz] or folders <lang>/ of these. The work is in
+ksub_ds/corpus/text_shards.py.
+"""
+
+import sys
+
+import tyro
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.text_shards import ShardText, shard_text
+
+
+def main() -> None:
+    """Run; a user's mistake is one line and exit code 2."""
+    settings = tyro.cli(ShardText, description=ShardText.__doc__)
+    try:
+        shard_text(settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
