@@ -1,0 +1,272 @@
+"""The exact factorised loss against the dense decoder, at the size of XLM-R: time, memory, error.
+
+    python benchmarks/loss.py [--json benchmarks/results/loss.json]        about 5 minutes on one core
+    python benchmarks/loss.py --device cuda --positions 20000              on a GPU
+
+512 positions, N = 250,002, d = 512, float32, forward and backward, one thread on both sides. The
+references are the dense tied decoder with F.cross_entropy and torch's F.linear_cross_entropy at its
+best chunk. Errors are taken against dense float64.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import measuring
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+
+from ksub_ds import CodeTable, SubEmbedding, factorized_cross_entropy, plain_codes, positional_codes
+
+N, D = 250_002, 512
+CHUNKS = (32, 64, 128, 256, 512)
+
+
+@dataclass
+class Options:
+    positions: int = 512
+    """Rows of the decoder input."""
+    repeats: int = 3
+    """Interleaved rounds; the best counts."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    json: Path | None = None
+    """Write the numbers here too."""
+    memory_of: str | None = None
+    """(internal) measure the peak memory of one variant in this process."""
+
+
+def leaf_codes(num_tokens: int = N, leaves: tuple[int, int] = (128, 128), rows: int = 128, seed: int = 0) -> CodeTable:
+    """The shape of balanced clustered codes: equal leaves, distinct random last codes, tokens shuffled."""
+    generator = np.random.default_rng(seed)
+    count = leaves[0] * leaves[1]
+    leaf, place = np.arange(num_tokens) % count, np.arange(num_tokens) // count
+    last = np.argsort(generator.random((count, rows)), axis=1)[leaf, place]
+    codes = np.stack([leaf // leaves[1], leaf % leaves[1], last], axis=1)
+    return CodeTable(codes[generator.permutation(num_tokens)], (*leaves, rows))
+
+
+def positional() -> CodeTable:
+    return positional_codes(N, 3)
+
+
+OURS: dict[str, tuple[Callable[[], CodeTable], bool, float]] = {
+    "positional": (positional, False, 1500),
+    "positional + bias": (positional, True, 250),
+    "128 x 128 leaves": (leaf_codes, False, 75),
+    "128 x 128 leaves + bias": (leaf_codes, True, 45),
+}
+
+
+def problem(options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(options.positions, D, generator=generator).to(options.device).requires_grad_()
+    return hidden, torch.randint(N, (options.positions,), generator=generator).to(options.device)
+
+
+def step_of(name: str, options: Options) -> Callable[[], None]:
+    """One forward and backward of a variant, gradients cleared."""
+    hidden, labels = problem(options)
+    if name in OURS:
+        make, with_bias, _ = OURS[name]
+        layer = SubEmbedding(make(), D).to(options.device)
+        bias = torch.zeros(N, device=options.device, requires_grad=True) if with_bias else None
+        leaves = [hidden, *layer.parameters(), *([bias] if bias is not None else [])]
+
+        def loss() -> torch.Tensor:
+            return factorized_cross_entropy(hidden, layer, labels, bias)
+    else:
+        weight = (0.02 * torch.randn(N, D, device=options.device)).requires_grad_()
+        bias = torch.zeros(N, device=options.device, requires_grad=True) if name.endswith("+ bias") else None
+        leaves = [hidden, weight, *([bias] if bias is not None else [])]
+
+        def loss() -> torch.Tensor:
+            if name.startswith("dense"):
+                return F.cross_entropy(F.linear(hidden, weight, bias), labels)
+            chunk = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=int(name.split()[-1]))
+            return F.linear_cross_entropy(hidden, weight, labels, options=chunk)
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss().backward()
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def peak_of(name: str, options: Options) -> int:
+    step = step_of(name, options)
+    if options.device == "cuda":
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    if name in OURS:  # the lazily built index is the model's, not the call's
+        step()
+    return measuring.peak_memory(step)
+
+
+def measure_time_and_memory(options: Options) -> list[dict]:
+    torch_chunks = [f"linear_cross_entropy chunk {chunk}" for chunk in CHUNKS if chunk <= options.positions]
+    trial = measuring.interleaved({name: step_of(name, options) for name in torch_chunks}, repeats=1)
+    best_chunk = min(trial, key=trial.__getitem__)
+    names = ["dense", "dense + bias", best_chunk, *OURS]
+    seconds = measuring.interleaved({name: step_of(name, options) for name in names}, options.repeats)
+    arguments = ["--positions", str(options.positions), "--device", options.device]
+    memory = {name: measuring.in_fresh_process(__file__, "--memory-of", name, *arguments) for name in names}
+    dense, rows = seconds["dense"], []
+    for name in names:
+        bound = OURS[name][2] if name in OURS else None
+        rows.append({
+            "variant": name,
+            "milliseconds": seconds[name] * 1e3,
+            "times_faster_than_dense": dense / seconds[name],
+            "times_faster_than_linear_cross_entropy": seconds[best_chunk] / seconds[name],
+            "extra_megabytes": memory[name] / 1e6,
+            "extra_memory_of_dense": memory[name] / memory["dense"],
+            "bound": bound,
+        })  # fmt: skip
+    return rows
+
+
+def measure_error(table: CodeTable, rows: int, dim: int, with_bias: bool, scale: float, gap: float = 0.0) -> dict:
+    """Loss and gradient error of ours and of dense float32 against dense float64."""
+    generator = torch.Generator().manual_seed(1)
+    layer = SubEmbedding(table, dim)
+    for weights in layer.parameters():
+        weights.data = torch.randn(weights.shape, generator=generator) / dim**0.5
+    hidden = torch.randn(rows, dim, generator=generator) * scale
+    if gap:  # one row of each table towers over the others, and no token has all of them
+        for weights in layer.parameters():
+            weights.data[-1] = 1.0
+        hidden = hidden * 0.1 + gap / (dim // table.num_tables * (table.num_tables - 1))
+    bias = torch.randn(table.num_tokens, generator=generator) if with_bias else None
+    labels = torch.randint(table.num_tokens, (rows,), generator=generator)
+    inputs = [hidden, *(weights.detach() for weights in layer.parameters()), *([bias] if with_bias else [])]
+
+    def solve(dtype: torch.dtype, factorised: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], float]:
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs]
+        tables, largest = leaves[1 : 1 + table.num_tables], 0.0
+        if factorised:
+            layer.tables = torch.nn.ParameterList(tables)
+            parameters = list(layer.tables)
+            loss = factorized_cross_entropy(leaves[0], layer, labels, leaves[-1] if with_bias else None)
+            leaves = [leaves[0], *parameters, *leaves[1 + table.num_tables :]]
+        else:
+            weight = torch.cat([part[layer.codes[:, k].long()] for k, part in enumerate(tables)], dim=1)
+            logits = F.linear(leaves[0], weight, leaves[-1] if with_bias else None)
+            largest = logits.abs().max().item()
+            loss = F.cross_entropy(logits, labels)
+        return loss.detach().double(), torch.autograd.grad(loss, leaves), largest
+
+    exact, exact_gradients, largest = solve(torch.float64, False)
+    ours, our_gradients, _ = solve(torch.float32, True)
+    naive, naive_gradients, _ = solve(torch.float32, False)
+
+    def worst(gradients: tuple[torch.Tensor, ...]) -> float:
+        pairs = zip(gradients, exact_gradients, strict=True)
+        return max(((g.double() - e).norm() / e.norm().clamp_min(1e-12)).item() for g, e in pairs)
+
+    scale_of_loss = max(1.0, abs(exact.item()))
+    result = {
+        "loss": exact.item(), "largest_logit": largest,
+        "loss_error": abs((ours - exact).item()) / scale_of_loss,
+        "dense_loss_error": abs((naive - exact).item()) / scale_of_loss,
+        "gradient_error": worst(our_gradients), "dense_gradient_error": worst(naive_gradients),
+    }  # fmt: skip
+    limit = 1e-4 if largest > 1e3 else 5e-6
+    result["gradient_bound"] = max(limit, 3 * result["dense_gradient_error"])
+    result["ok"] = result["loss_error"] <= 5e-6 and result["gradient_error"] <= result["gradient_bound"]
+    return result
+
+
+def error_cases() -> dict[str, Callable[[], dict]]:
+    """Full size, then the hard places at a smaller one."""
+
+    def without_a_common_maximum(size: int = 21) -> CodeTable:
+        codes = np.stack(np.unravel_index(np.arange(size**3), (size,) * 3), axis=1)
+        return CodeTable(codes[(codes == size - 1).sum(axis=1) < 3], (size,) * 3)
+
+    cases: dict[str, Callable[[], dict]] = {}
+    for name, (make, with_bias, _) in OURS.items():
+        cases[f"full size, {name}"] = lambda make=make, with_bias=with_bias: measure_error(
+            make(), 64, D, with_bias, 1.0
+        )
+    for k in range(1, 9):
+        cases[f"K = {k}"] = lambda k=k: measure_error(positional_codes(8000, k), 64, 96, True, 3.0)
+    for scale in (300.0, 3000.0):
+        cases[f"K = 3, scale {scale:g}"] = lambda s=scale: measure_error(positional_codes(8000, 3), 64, 96, True, s)
+    cases["K = 1, scale 3000"] = lambda: measure_error(plain_codes(8000), 64, 96, True, 3000.0)
+    for gap in (60, 80, 100, 104, 120):
+        cases[f"maxima that meet in no token, gap {gap}"] = lambda gap=gap: measure_error(
+            without_a_common_maximum(), 64, 96, True, 1.0, gap
+        )
+    cases["N = M^K"] = lambda: measure_error(positional_codes(20**3, 3), 64, 96, False, 3.0)
+    cases["N = M^K - 1"] = lambda: measure_error(positional_codes(20**3 - 1, 3), 64, 96, False, 3.0)
+    cases["one row"] = lambda: measure_error(positional_codes(8000, 3), 1, 96, True, 3.0)
+    return cases
+
+
+def all_rows_ignored() -> bool:
+    layer, hidden = SubEmbedding(positional_codes(1000, 3), 96), torch.randn(8, 96, requires_grad=True)
+    loss = factorized_cross_entropy(hidden, layer, torch.full((8,), -100), reduction="sum")
+    loss.backward()
+    return loss.item() == 0.0 and bool((hidden.grad == 0).all())
+
+
+def report(timings: list[dict], errors: dict[str, dict]) -> None:
+    rows = [
+        [
+            row["variant"],
+            f"{row['milliseconds']:,.1f}",
+            f"{row['times_faster_than_dense']:,.1f}",
+            f"{row['times_faster_than_linear_cross_entropy']:,.1f}",
+            f"{row['extra_megabytes']:,.1f}",
+            measuring.verdict(row["times_faster_than_dense"], row["bound"]) if row["bound"] else "",
+            measuring.verdict(row["extra_memory_of_dense"], 1 / 30, at_least=False) if row["bound"] else "",
+        ]
+        for row in timings
+    ]
+    header = ["variant", "ms", "x dense", "x linear_cross_entropy", "extra MB", "speed", "memory of dense"]
+    measuring.print_table("Forward and backward", header, rows)
+    rows = [
+        [
+            name,
+            f"{e['largest_logit']:,.0f}",
+            f"{e['loss_error']:.1e}",
+            f"{e['dense_loss_error']:.1e}",
+            f"{e['gradient_error']:.1e}",
+            f"{e['dense_gradient_error']:.1e}",
+            "ok" if e["ok"] else "MISSED",
+        ]
+        for name, e in errors.items()
+    ]
+    header = ["case", "max |logit|", "loss error", "dense fp32's", "gradient error", "dense fp32's", ""]
+    measuring.print_table(
+        "Error against dense float64 (loss: of max(1, |loss|); gradient: relative norm)", header, rows
+    )
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    torch.set_num_threads(1)
+    if options.memory_of:
+        print(json.dumps(peak_of(options.memory_of, options)))
+        return
+    print(measuring.machine(), file=sys.stderr)
+    timings = measure_time_and_memory(options)
+    errors = {name: case() for name, case in error_cases().items()} if options.device == "cpu" else {}
+    report(timings, errors)
+    print(f"\nall rows ignored: {'ok' if all_rows_ignored() else 'MISSED'}")
+    measuring.save(options.json, {"positions": options.positions, "timings": timings, "errors": errors})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""How the benchmarks measure: ratios in one run, best of interleaved repeats, peak memory in a fresh process."""
+
+import datetime
+import gc
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Freed blocks must go back to the system, or the peak of one call hides in memory an earlier one left.
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "65536")
+
+
+def machine() -> dict[str, Any]:
+    """Where and when: processor, cores, versions, date."""
+    import torch
+
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of each function: the best of `repeats` rounds in which each runs once, in turn."""
+    best = dict.fromkeys(functions, float("inf"))
+    for round_ in range(repeats + 1):
+        for name, function in functions.items():
+            gc.collect()
+            start = time.perf_counter()
+            function()
+            seconds = time.perf_counter() - start
+            if round_:  # the first round warms caches and lazily built indices
+                best[name] = min(best[name], seconds)
+    return best
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """Bytes by which the resident set peaks above its size before the call. Use a fresh process."""
+    gc.collect()
+    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    function()
+    return max(0, _peak() - before)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _peak() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status: this benchmark needs Linux")
+
+
+def in_fresh_process(script: str, *arguments: str) -> Any:
+    """Run `python script arguments` and return the JSON on the last line of its output."""
+    done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print a Markdown table."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    print(f"\n{title}\n")
+    for row in (header, ["-" * width for width in widths], *rows):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+
+
+def verdict(value: float, bound: float, at_least: bool = True) -> str:
+    """'ok' or 'MISSED' with the bound, for the last column of a table."""
+    met = value >= bound if at_least else value <= bound
+    return f"{'ok' if met else 'MISSED'} ({'>=' if at_least else '<='} {bound:g})"
+
+
+def save(path: Path | None, result: dict[str, Any]) -> None:
+    """Write the result as JSON when a path was given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(machine() | result, indent=2) + "\n")
+        print(f"\nwritten: {path}")
