@@ -11,6 +11,7 @@ Legend: N pieces, W words, C characters of all words together, E edges (a piece 
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,7 @@ class UnigramSegmenter:
         self._scores = np.append(np.asarray(scores, dtype=np.float64), worst_score - UNKNOWN_PENALTY)
         self._ids = np.append(np.asarray(ids, dtype=np.int32), np.int32(unk_id))
         self._pieces, self._unk_id = pieces, unk_id
-        self._long_words = None
+        self._long_words: Any = None  # made when first needed
 
     def segment(self, words: list[str]) -> list[bytes]:
         """Token ids of each word (given without its leading SPACE mark) as little-endian int32 bytes."""

@@ -1,0 +1,97 @@
+"""Shared by all tests: no network, the real data if it is there, a tiny tokenizer and tiny shards."""
+
+import io
+import json
+import os
+import random
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Nine sorts of sentence a language are enough for a vocabulary and for documents that differ.
+WORDS = {
+    "en": "the a small old house river stone bird green walks sings falls under over near and but slowly today",
+    "el": "το ένα μικρό παλιό σπίτι ποτάμι πέτρα πουλί πράσινο περπατά τραγουδά πέφτει κάτω πάνω κοντά και αλλά σήμερα",
+    "tr": "bir küçük eski ev nehir taş kuş yeşil yürür öter düşer altında üstünde yakın ve ama yavaşça bugün",
+}
+
+
+def documents(language: str, count: int, seed: int = 0) -> list[str]:
+    """`count` different texts of a few sentences."""
+    draw = random.Random(f"{language} {seed}")
+    words = WORDS[language].split()
+
+    def sentence() -> str:
+        return " ".join(draw.choices(words, k=draw.randint(4, 12))).capitalize() + "."
+
+    return [f"{number}. " + " ".join(sentence() for _ in range(draw.randint(2, 8))) for number in range(count)]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """Connecting anywhere but to this machine raises."""
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    real = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost", socket.gethostname()):
+            raise OSError(f"a test tried to reach {address}; tests use no network")
+        real(self, address)
+
+    socket.socket.connect = connect  # type: ignore[method-assign]
+    yield
+    socket.socket.connect = real  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session")
+def ksub_data() -> Path:
+    """The folder of real data (text/, tokenizer/, xnli/, ...) that KSUB_DATA names."""
+    folder = os.environ.get("KSUB_DATA")
+    if not folder:
+        pytest.skip("KSUB_DATA is not set: this test needs the real data")
+    if not Path(folder).is_dir():
+        pytest.skip(f"KSUB_DATA={folder} is not a folder: this test needs the real data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of <lang>.jsonl, 3 languages of different size."""
+    folder = tmp_path_factory.mktemp("text")
+    for language, count in (("en", 300), ("el", 100), ("tr", 40)):
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents(language, count)]
+        (folder / f"{language}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece .model of a few hundred pieces in XLM-R's layout."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text for language in WORDS for text in documents(language, 200, seed=1)),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "sentencepiece.bpe.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tiny_text: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of `tiny_text`: rows of 64 tokens, a few hundred of them, with a held-out part."""
+    from ksub_ds.corpus.text_shards import ShardText, shard_text
+
+    out = tmp_path_factory.mktemp("shards") / "tiny"
+    shard_text(ShardText(tiny_text, tiny_tokenizer, out, sequence_length=64, validation_fraction=0.1, workers=1))
+    return out
