@@ -16,7 +16,17 @@ CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
 
 
+# Our modules, each with the last name it defines: importing one imports transformers' Auto classes on the way.
+_OURS = {
+    "ksub_ds.model.configuration": "KSubRobertaConfig",
+    "ksub_ds.model.modeling": "KSubRobertaForSequenceClassification",
+}
+
+
 def _register_all() -> None:
+    if any(name in sys.modules and not hasattr(sys.modules[name], last) for name, last in _OURS.items()):
+        return  # half imported: its last line is `complete()`
+
     from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     from ksub_ds.model import modeling
@@ -28,6 +38,12 @@ def _register_all() -> None:
     AutoModelForSequenceClassification.register(
         KSubRobertaConfig, modeling.KSubRobertaForSequenceClassification, exist_ok=True
     )
+
+
+def complete() -> None:
+    """The last line of our modules: register if transformers' Auto classes were imported meanwhile."""
+    if MODELS in sys.modules:
+        _register_all()
 
 
 def _import_models() -> None:

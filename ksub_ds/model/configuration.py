@@ -10,6 +10,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import RobertaConfig
 
+from ksub_ds.model import auto
+
 
 @strict
 class KSubRobertaConfig(RobertaConfig):
@@ -73,3 +75,6 @@ class KSubRobertaConfig(RobertaConfig):
             "intermediate_size": 512,
         }
         return cls._preset(fields, overrides)
+
+
+auto.complete()

@@ -24,6 +24,7 @@ from transformers.models.roberta.modeling_roberta import (
 )
 
 from ksub_ds.codes.table import CodeTable
+from ksub_ds.model import auto
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.softmax import factorized_cross_entropy, log_partition
@@ -234,3 +235,6 @@ class KSubRobertaForSequenceClassification(KSubRobertaPreTrainedModel, RobertaFo
         self.roberta = KSubRobertaModel(config, table, add_pooling_layer=False)
         self.classifier = RobertaClassificationHead(config)
         self.post_init()
+
+
+auto.complete()
