@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from summary import check_and_report, read_lines
@@ -77,9 +76,7 @@ class Shell:
         """
         code = self.start(*command).wait()
         if code:
-            raise UserError(
-                f"exit code {code} from: {shlex.join(map(str, command))} (its own words stand above)"
-            )
+            raise UserError(f"exit code {code} from: {shlex.join(map(str, command))} (its own words stand above)")
 
     def start(self, *command: str | Path) -> subprocess.Popen[bytes]:
         """Start and do not wait."""
@@ -111,9 +108,7 @@ def stop_in_the_middle(shell: Shell, command: list[str | Path], run: Path, step:
             training.terminate()
     stopped_at = last_step(run)
     if code or stopped_at < step:
-        raise UserError(
-            f"training ended at step {stopped_at} with exit code {code}: its own words stand above"
-        )
+        raise UserError(f"training ended at step {stopped_at} with exit code {code}: its own words stand above")
     return stopped_at
 
 
@@ -149,8 +144,7 @@ def demo(out: Path, data: Path | None, tokenizer: Path | None) -> None:
 
     headline(3, "a code for every token")
     codes = out / "codes.safetensors"
-    num_tokens = str(load_tokenizer(ROOT / tokenizer).vocab_size)
-    shell.run("ksub", "codes", "positional", "--num-tokens", num_tokens, "--num-tables", "3", "--out", codes)
+    shell.run("ksub", "codes", "positional", "--tokenizer", tokenizer, "--num-tables", "3", "--out", codes)
     shell.run("ksub", "codes", "inspect", codes)
 
     headline(4, "pretraining on two ranks, stopped in the middle")
