@@ -5,7 +5,9 @@ monitors); batch, learning rate, clipping and precision come from the recipe, an
 them is refused. The only home of `import deepspeed` beside common/distributed.
 """
 
+import contextlib
 import difflib
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -130,7 +132,8 @@ def start_engine(model: Any, optimizer: Any, config: dict[str, Any]) -> Any:
 
     logger.setLevel(logging.WARNING)
     try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory reports
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

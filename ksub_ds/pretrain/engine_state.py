@@ -52,13 +52,26 @@ def make_adam_state(engine: Any, steps: int) -> None:
         for tensor in group["params"]:
             step = torch.tensor(float(steps), dtype=torch.float32, device=tensor.device)
             optimizer.state[tensor] = {"step": step} | {key: torch.zeros_like(tensor) for key in MOMENTS}
+    _link_adam_state(engine)
+
+
+def _link_adam_state(engine: Any) -> None:
+    """Link each parameter to its slice of Adam's state.
+
+    DeepSpeed does this once, after the first group of parameters has made its first step: the other groups
+    have no state then, and stay without a link.
+    """
     if engine.zero_optimization():
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # links each parameter to its slice of the state
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def named_masters(engine: Any) -> Iterator[tuple[str, Any]]:
     """Every weight and moment as (file key, fp32 tensor). A collective: all ranks must iterate to the end."""
-    keys = ("weight", *MOMENTS) if adam_step(engine) else ("weight",)
+    keys = ("weight",)
+    if adam_step(engine):
+        _link_adam_state(engine)
+        keys += MOMENTS
     for name, parameter in engine.module.named_parameters():
         for key in keys:
             yield (name if key == "weight" else f"{key}.{name}"), _master(engine, parameter, key)

@@ -46,6 +46,7 @@ def load_sources(recipe: Recipe) -> Sources:
     """
     dataset = ShardDataset.open(recipe.data, verify=distributed.is_main())
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
+    dataset.check_tokenizer(tokenizer.fingerprint, str(dataset.tokenizer_folder))
     if recipe.codes is None:
         return Sources(plain_codes(tokenizer.vocab_size), dataset, tokenizer)
     table = CodeTable.load(recipe.codes)
@@ -141,7 +142,7 @@ def describe_start(recipe: Recipe, sources: Sources, engine: Any, first: StepBat
     places = ", ".join(f"{host} x {hosts.count(host)}" for host in dict.fromkeys(hosts))
     lines = [
         f"python {platform.python_version()}, {versions}",
-        f"{world_size} ranks ({places}) on {distributed.device().type}, {recipe.precision}, "
+        f"{world_size} rank{'s' * (world_size > 1)} ({places}) on {distributed.device().type}, {recipe.precision}, "
         f"ZeRO stage {zero_stage(engine.config)}",
         f"batch: micro {recipe.micro_batch_size} x accumulation {accumulation} x ranks {world_size} = "
         f"{recipe.global_batch_size} sequences of {sources.dataset.sequence_length} tokens a step",

@@ -59,7 +59,11 @@ def _train(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> int:
         sources.dataset, recipe.global_batch_size, recipe.alpha, recipe.seed, recipe.mlm_probability
     )
     languages = prepare.held_out_languages(sources.dataset)
-    held_out = HeldOutBatches(sources.dataset, recipe.eval_sequences, recipe.mlm_probability) if languages else None
+    held_out = None
+    if languages:  # batches as small as the training's: evaluation must not need more memory
+        held_out = HeldOutBatches(
+            sources.dataset, recipe.eval_sequences, recipe.mlm_probability, recipe.micro_batch_size
+        )
     if held_out is None and recipe.eval_every_steps:
         log.info("no held-out part in the shards: no evaluation (make them with --validation-fraction 0.01)")
 
