@@ -16,6 +16,8 @@ from typing import Any
 # Freed blocks must go back to the system, or the peak of one call hides in memory an earlier one left.
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "65536")
 
+TURN_SECONDS = 0.5
+
 
 def machine() -> dict[str, Any]:
     """Where and when: processor, cores, versions, date."""
@@ -38,16 +40,23 @@ def machine() -> dict[str, Any]:
 
 
 def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each function: the best of `repeats` rounds in which each runs once, in turn."""
+    """Seconds of each function: the best call of `repeats` rounds; every round gives each its turn.
+
+    A turn lasts at least TURN_SECONDS: a call of milliseconds alone, after a long one of another
+    variant, would only measure how that one left the caches.
+    """
     best = dict.fromkeys(functions, float("inf"))
-    for round_ in range(repeats + 1):
+    for _ in range(repeats):
         for name, function in functions.items():
             gc.collect()
-            start = time.perf_counter()
-            function()
-            seconds = time.perf_counter() - start
-            if round_:  # the first round warms caches and lazily built indices
-                best[name] = min(best[name], seconds)
+            turn_ends = time.perf_counter() + TURN_SECONDS
+            while True:
+                start = time.perf_counter()
+                function()
+                now = time.perf_counter()
+                best[name] = min(best[name], now - start)
+                if now >= turn_ends:
+                    break
     return best
 
 
