@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from summary import check_and_report, read_lines
