@@ -45,10 +45,10 @@ def headline(number: int, text: str) -> None:
     print(f"\n── {number}. {text} ".ljust(100, "─"), flush=True)
 
 
-def environment(out: Path) -> dict[str, str]:
-    """The environment of every command: this Python first on the PATH, the CPU, caches under `out`."""
+def prepare_environment(out: Path) -> None:
+    """Of this process and every command: this Python first on the PATH, the CPU, caches under `out`."""
     cache = out / ".cache"
-    return os.environ | {
+    os.environ |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
@@ -61,26 +61,21 @@ def environment(out: Path) -> dict[str, str]:
     }
 
 
-class Shell:
-    """Runs commands from the root of the source tree, each printed first."""
+def start(*command: str | Path) -> subprocess.Popen[bytes]:
+    """Print a command and start it in the root of the source tree."""
+    print(f"$ {shlex.join(map(str, command))}", flush=True)
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT)
 
-    def __init__(self, out: Path):
-        self.environment = environment(out)
 
-    def run(self, *command: str | Path) -> None:
-        """Run to the end.
+def run_command(*command: str | Path) -> None:
+    """Print a command and run it to its end.
 
-        Raises:
-            UserError: the command failed.
-        """
-        code = self.start(*command).wait()
-        if code:
-            raise UserError(f"exit code {code} from: {shlex.join(map(str, command))} (its own words stand above)")
-
-    def start(self, *command: str | Path) -> subprocess.Popen[bytes]:
-        """Start and do not wait."""
-        print(f"$ {shlex.join(map(str, command))}", flush=True)
-        return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=self.environment)
+    Raises:
+        UserError: it failed; it has said why itself.
+    """
+    code = start(*command).wait()
+    if code:
+        raise UserError(f"exit code {code} from: {shlex.join(map(str, command))}")
 
 
 def make_afresh(out: Path) -> None:
@@ -92,9 +87,9 @@ def make_afresh(out: Path) -> None:
     write_json(out / MARKER, {"made_by": "experiments/demo/run.py"})
 
 
-def stop_in_the_middle(shell: Shell, command: list[str | Path], run: Path, step: int) -> int:
+def stop_in_the_middle(command: list[str | Path], run: Path, step: int) -> int:
     """Start training, ask it to stop once it has passed `step`; return the step it stopped at."""
-    training = shell.start(*command)
+    training = start(*command)
     try:
         while training.poll() is None and last_step(run) < step:
             time.sleep(0.1)
@@ -107,7 +102,7 @@ def stop_in_the_middle(shell: Shell, command: list[str | Path], run: Path, step:
             training.terminate()
     stopped_at = last_step(run)
     if code or stopped_at < step:
-        raise UserError(f"training ended at step {stopped_at} with exit code {code}: its own words stand above")
+        raise UserError(f"training ended at step {stopped_at} with exit code {code}")
     return stopped_at
 
 
@@ -121,49 +116,49 @@ def demo(out: Path, data: Path | None, tokenizer: Path | None) -> None:
     """All steps, in order."""
     started = time.monotonic()
     make_afresh(out)
-    shell = Shell(out)
+    prepare_environment(out)
     out = Path(os.path.relpath(out, ROOT))  # what is printed is what works from the root of the source tree
     size = GIVEN_TEXT if data else OWN_CORPUS
 
     headline(1, "text and tokenizer")
     if data is None:
         data = out / "text"
-        shell.run("python", "experiments/demo/corpus.py", "--out", data)
+        run_command("python", "experiments/demo/corpus.py", "--out", data)
     if tokenizer is None:
         tokenizer = out / "tokenizer" / "sentencepiece.bpe.model"
-        shell.run("python", "experiments/demo/tokenizer.py", "--input", data, "--out", tokenizer)
+        run_command("python", "experiments/demo/tokenizer.py", "--input", data, "--out", tokenizer)
 
     headline(2, "text to token shards")
     shards = out / "shards"
-    shell.run(
+    run_command(
         *("python", "preprocessing/shard_text.py", "--input", data, "--tokenizer", tokenizer),
         *("--out", shards, "--sequence-length", str(size.sequence_length), "--validation-fraction", "0.02"),
     )
-    shell.run("ksub", "corpus", "stats", shards)
+    run_command("ksub", "corpus", "stats", shards)
 
     headline(3, "a code for every token")
     codes = out / "codes.safetensors"
-    shell.run("ksub", "codes", "positional", "--tokenizer", tokenizer, "--num-tables", "3", "--out", codes)
-    shell.run("ksub", "codes", "inspect", codes)
+    run_command("ksub", "codes", "positional", "--tokenizer", tokenizer, "--num-tables", "3", "--out", codes)
+    run_command("ksub", "codes", "inspect", codes)
 
     headline(4, "pretraining on two ranks, stopped in the middle")
     run = out / "run"
     (ROOT / out / "hostfile").write_text("localhost slots=2\n", encoding="utf-8")
     command: list[str | Path] = [
-        *("deepspeed", "launch/pretrain.sh", "--hostfile", out / "hostfile", "--preset", "tiny"),
+        *("launch/pretrain.sh", "--hostfile", out / "hostfile", "--preset", "tiny"),
         *("--codes", codes, "--data", shards, "--out", run, "--max-steps", str(size.max_steps)),
         *("--global-batch-size", str(size.global_batch_size), "--eval-every", str(size.max_steps // 4)),
         *("--eval-sequences", "8"),
     ]
-    stopped_at = stop_in_the_middle(shell, command, run, round(STOP_AFTER * size.max_steps))
+    stopped_at = stop_in_the_middle(command, run, round(STOP_AFTER * size.max_steps))
 
     headline(5, f"the same command again: it goes on after step {stopped_at}")
-    shell.run(*command)
+    run_command(*command)
 
     headline(6, "export, and masks filled by AutoModelForMaskedLM in a new process")
     model = out / "model"
-    shell.run("ksub", "export", run, "--out", model)
-    shell.run("python", "experiments/demo/fill_mask.py", "--model", model)
+    run_command("ksub", "export", run, "--out", model)
+    run_command("python", "experiments/demo/fill_mask.py", "--model", model)
 
     headline(7, "summary")
     check_and_report(ROOT / out, size.max_steps, stopped_at)
