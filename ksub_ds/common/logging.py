@@ -103,7 +103,7 @@ class Progress:
         text = f"{self.description}: {self.done:,}"
         if self.total is not None:
             text += f"/{self.total:,}"
-        text += f" {self.unit}, {rate:,.1f}/s"
+        text += f" {self.unit}, {rate:,.1f}/s" if rate >= 10 else f" {self.unit}, {rate:.2g}/s"
         if self.total is not None and rate > 0:
             text += f", ETA {format_seconds((self.total - self.done) / rate)}"
         return text + ("  " + _pairs(info) if info else "")
