@@ -151,6 +151,8 @@ def start(options, rest):
             options.setdefault("--no_ssh_check", None)
             options.setdefault("--master_addr", "127.0.0.1")
             options.setdefault("--master_port", free_port())
+            if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+                os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would say so in a warning per process
         else:
             write_environment_file()
             os.environ.setdefault("PDSH_SSH_ARGS_APPEND", "-o ServerAliveInterval=15 -o ServerAliveCountMax=4")

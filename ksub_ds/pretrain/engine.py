@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import io
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ def start_engine(model: Any, optimizer: Any, config: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # calls of DeepSpeed's
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory reports
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -1,0 +1,157 @@
+"""Runs that several tests look at. Each process start costs seconds, so recipes share processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+STEPS = 20
+Outcome = list[int | str]  # exit code or error text, of each rank
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the runs are, and the arguments that all share."""
+
+    folder: Path
+    data: Path
+    codes: Path
+
+    def arguments(self, name: str, *more: str, **settings: Any) -> list[str]:
+        """The command line of the run `name`: tiny, 20 steps, 8 sequences a step, dropout on, saved every 5 steps."""
+        values = {"preset": "tiny", "codes": self.codes, "data": self.data, "out": self.folder / name}
+        values |= {"max_steps": STEPS, "global_batch_size": 8, "micro_batch_size": 4, "save_every_steps": 5}
+        values |= {"keep_last": 9, "log_every_steps": 5, "eval_every": 10, "eval_sequences": 6, "precision": "fp32"}
+        values |= settings
+        pairs = ((f"--{key.replace('_', '-')}", str(value)) for key, value in values.items() if value is not None)
+        return [*(part for pair in pairs for part in pair), *more]
+
+    def start(self, name: str, *more: str, limit: Callable[[], None] | None = None, **settings: Any) -> Any:
+        """Start `python -m ksub_ds.pretrain` for the run `name`."""
+        command = [sys.executable, "-m", "ksub_ds.pretrain", *self.arguments(name, *more, **settings)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(), preexec_fn=limit)
+
+    def copy(self, source: str, name: str, last_step: int) -> Path:
+        """A copy of a run as it was when checkpoint `last_step` was its newest."""
+        target = self.folder / name
+        shutil.copytree(self.folder / source, target)
+        for path in (target / "checkpoints").iterdir():
+            if int(path.name.removeprefix("global_step")) > last_step:
+                shutil.rmtree(path)
+        return target
+
+    def run_all(self, ranks: int, entries: list[dict[str, Any]]) -> list[Outcome]:
+        """Run recipes one after the other on `ranks` ranks, in one start."""
+        listed, results = self.folder / "list.json", self.folder / "results.json"
+        listed.write_text(json.dumps(entries))
+        results.unlink(missing_ok=True)
+        python = [sys.executable]
+        if ranks > 1:
+            python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*python, str(HERE / "run_recipes.py"), str(listed), str(results)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=280)
+        assert results.exists(), done.stderr[-4000:]
+        return json.loads(results.read_text())
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank, no GPU, nothing of an outer launcher."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return clean | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step, which must be 1, 2, 3, ..."""
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def state_bytes(run: Path, step: int) -> tuple[bytes, bytes]:
+    """Weights and optimizer of a checkpoint, as they lie on the disk."""
+    folder = run / "checkpoints" / f"global_step{step}"
+    return (folder / "model.safetensors").read_bytes(), (folder / "optimizer.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def bench(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A folder for runs, with codes that fit the shards."""
+    from ksub_ds import positional_codes
+    from ksub_ds.corpus.shards import ShardDataset
+
+    folder = tmp_path_factory.mktemp("runs")
+    vocab_size = ShardDataset.open(tiny_shards).manifest["tokenizer"]["vocab_size"]
+    positional_codes(vocab_size, 3).save(folder / "codes.safetensors")
+    positional_codes(vocab_size + 1, 3).save(folder / "other.safetensors")
+    return Bench(folder, tiny_shards, folder / "codes.safetensors")
+
+
+@pytest.fixture(scope="session")
+def one_rank(bench: Bench) -> dict[str, Outcome]:
+    """Runs on one rank: `reference` is what every other fp32 run is held against."""
+    recipes = {
+        "reference": {},
+        "zero0": {"deepspeed": "zero0"},
+        "zero2": {"deepspeed": "zero2"},
+        "bf16": {"precision": "bf16"},
+        "plain": {"codes": None},
+    }
+    more = {"plain": ["--plain"]}
+    entries = [{"arguments": bench.arguments(name, *more.get(name, []), **recipes[name])} for name in recipes]
+    return dict(zip(recipes, bench.run_all(1, entries), strict=True))
+
+
+@pytest.fixture(scope="session")
+def continued(bench: Bench, one_rank: dict[str, Outcome]) -> dict[str, Outcome]:
+    """Continuations on one rank: of a run whose newest checkpoints are damaged, in bf16, on other ZeRO stages."""
+    hurt = bench.copy("reference", "damaged", STEPS) / "checkpoints"
+    (hurt / "global_step20" / "optimizer.safetensors").write_bytes(state_bytes(bench.folder / "reference", 20)[1][:-1])
+    flipped = bytearray(state_bytes(bench.folder / "reference", 15)[0])
+    flipped[len(flipped) // 2] ^= 1
+    (hurt / "global_step15" / "model.safetensors").write_bytes(flipped)
+    shutil.copytree(hurt / "global_step10", hurt / ".global_step25.123.partial")
+    shutil.copytree(hurt / "global_step10", hurt / "global_step30")  # renamed by hand: not what its manifest says
+    bench.copy("bf16", "bf16-continued", 10)
+    bench.copy("zero2", "zero2-to-zero0", 10)
+    recipes: dict[str, dict[str, Any]] = {
+        "damaged": {},
+        "bf16-continued": {"precision": "bf16"},
+        "zero2-to-zero0": {"deepspeed": "zero0"},
+    }
+    entries = [{"arguments": bench.arguments(name, **settings)} for name, settings in recipes.items()]
+    return dict(zip(recipes, bench.run_all(1, entries), strict=True))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(bench: Bench, one_rank: dict[str, Outcome]) -> dict[str, Outcome]:
+    """Runs on two ranks: micro-batch 4 x 1 x 2 where one rank has 4 x 2 x 1."""
+    bench.copy("reference", "one-then-two", 10)
+    recipes: dict[str, dict[str, Any]] = {
+        "two": {},
+        "two-zero0": {"deepspeed": "zero0"},
+        "two-zero2": {"deepspeed": "zero2"},
+        "one-then-two": {},
+        "two-bf16": {"precision": "bf16"},
+    }
+    entries = [{"arguments": bench.arguments(name, **settings)} for name, settings in recipes.items()]
+    outcomes = bench.run_all(2, entries)
+    bench.copy("two-bf16", "two-bf16-continued", 10)
+    bench.copy("two", "nan", 10)
+    last = {"two-bf16-continued": {"precision": "bf16"}, "nan": {}}
+    entries = [{"arguments": bench.arguments(name, **settings)} for name, settings in last.items()]
+    entries[1]["nan_on"] = [1, 4]
+    return dict(zip([*recipes, *last], outcomes + bench.run_all(2, entries), strict=True))
