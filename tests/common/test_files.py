@@ -1,0 +1,84 @@
+"""A file is whole or absent, whatever stops the writer."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import atomic_folder, atomic_path, read_json, sha256_bytes, sha256_file, write_json
+
+
+def test_the_file_appears_only_when_the_block_ends(tmp_path):
+    path = tmp_path / "made" / "file.txt"
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists() and temporary.parent == path.parent
+    assert path.read_text() == "new" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_an_error_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    folder = tmp_path / "folder"
+    for content in ("one", "two"):
+        with atomic_folder(folder) as temporary:
+            (temporary / content).write_text(content)
+    assert [path.name for path in folder.iterdir()] == ["two"] and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
+        raise RuntimeError
+    assert [path.name for path in folder.iterdir()] == ["two"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_sigkill_in_the_middle_of_a_write(tmp_path):
+    """The old content stands, whenever the kill comes."""
+    path = tmp_path / "file.json"
+    write_json(path, {"version": 0})
+    code = (
+        "import sys\nfrom ksub_ds.common.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as temporary:\n"
+        "    stream = open(temporary, 'w')\n"
+        "    print('writing', flush=True)\n"
+        "    while True: stream.write('x' * 4096)\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout.readline() == "writing\n"
+    time.sleep(0.05)
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    assert read_json(path) == {"version": 0}
+    assert all(name == "file.json" or name.endswith(".partial") for name in os.listdir(tmp_path))
+
+
+def test_json_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.json: cannot be read \(No such file"):
+        read_json(tmp_path / "absent.json")
+    (tmp_path / "cut.json").write_text('{"a": 1')
+    with pytest.raises(UserError, match=r"cut\.json: is not valid JSON .* damaged"):
+        read_json(tmp_path / "cut.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        read_json(tmp_path / "binary.json")
+
+
+def test_a_place_that_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made a folder"), atomic_path(tmp_path / "file" / "inside"):
+        pytest.fail("the block must not run")
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_file(tmp_path / "abc") == sha256_bytes(b"abc") == known
