@@ -1,6 +1,5 @@
 """A file is whole or absent, whatever stops the writer."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -58,7 +57,7 @@ def test_sigkill_in_the_middle_of_a_write(tmp_path):
     writer.wait()
     writer.stdout.close()
     assert read_json(path) == {"version": 0}
-    assert all(name == "file.json" or name.endswith(".partial") for name in os.listdir(tmp_path))
+    assert all(left.name == "file.json" or left.suffix == ".partial" for left in tmp_path.iterdir())
 
 
 def test_json_that_cannot_be_read(tmp_path):
