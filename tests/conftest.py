@@ -5,7 +5,7 @@ import json
 import os
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,12 @@ def ksub_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_documents() -> Callable[..., list[str]]:
+    """The function `documents`."""
+    return documents
+
+
+@pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of <lang>.jsonl, 3 languages of different size."""
     folder = tmp_path_factory.mktemp("text")
@@ -85,6 +91,21 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "sentencepiece.bpe.model"
     path.write_bytes(model.getvalue())
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bpe(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small byte-level BPE tokenizer, of roberta-base's kind."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trained.train([str(path) for path in sorted(tiny_text.iterdir())], vocab_size=500, special_tokens=special)
+    folder = tmp_path_factory.mktemp("bpe")
+    trained.save_model(str(folder))
+    RobertaTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

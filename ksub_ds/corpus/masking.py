@@ -8,6 +8,7 @@ same sequence gets the same mask whatever the rank, the worker or the batch it f
 Legend: B sequences, T positions, P predicted positions.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ import numpy as np
 IGNORE = -100  # the label of a position that is not predicted
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = 0xFFFFFFFFFFFFFFFF
+_MASKED = np.uint64(round(0.8 * 2**32))  # of 32 random bits: below, the position is masked;
+_REPLACED = np.uint64(round(0.9 * 2**32))  # from here on it gets another token; between, it stays
 
 
 def mix64(values: np.ndarray) -> np.ndarray:
@@ -30,6 +33,7 @@ def mix64(values: np.ndarray) -> np.ndarray:
     return values
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def derive_key(*parts: int) -> int:
     """One 64-bit key out of integers, each of which changes all of it (for example seed, epoch)."""
     key = np.zeros(1, dtype=np.uint64)
@@ -79,25 +83,35 @@ def mask_tokens(ids: np.ndarray, keys: np.ndarray, rule: MaskingRule) -> tuple[n
     batch, length = ids.shape
     input_ids = ids.astype(np.int64)
     labels = np.full((batch, length), IGNORE, dtype=np.int64)
-    steps = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    noise = mix64(keys[:, None] + steps).reshape(-1)
+    flat_inputs, flat_labels = input_ids.reshape(-1), labels.reshape(-1)
 
-    limit = round(rule.mlm_probability * 2**64)
-    chosen = np.flatnonzero(noise < np.uint64(limit)) if limit <= _MASK64 else np.arange(noise.size)
-    tokens = input_ids.reshape(-1)[chosen]
-    ordinary = np.ones(len(chosen), dtype=bool)
-    for special in rule.special_ids:
-        ordinary &= tokens != special
-    chosen, tokens = chosen[ordinary], tokens[ordinary]  # (P,)
-    labels.reshape(-1)[chosen] = tokens
+    pairs = (length + 1) // 2  # one 64-bit hash serves two positions
+    counters = np.arange(1, pairs + 1, dtype="<u8") * np.uint64(_GOLDEN)
+    noise = mix64(keys[:, None] + counters).view("<u4")[:, :length]
+    limit = round(rule.mlm_probability * 2**32)
+    chosen = (noise <= np.uint32(limit - 1)).ravel().nonzero()[0] if limit else np.zeros(0, dtype=np.int64)
+    ordinary = _is_ordinary(rule)[flat_inputs[chosen]]
+    chosen = chosen[ordinary]  # (P,)
+    tokens = flat_inputs[chosen]
+    flat_labels[chosen] = tokens
 
-    second = mix64(noise[chosen] + np.uint64(_GOLDEN))  # a fresh draw: the first one lies below the limit
+    row = chosen // length
+    position = chosen - row * length
+    second = mix64(keys[row] + (position + pairs + 1).astype(np.uint64) * np.uint64(_GOLDEN))
     fate = second >> np.uint64(32)
-    substitute = np.where(fate < np.uint64(round(0.8 * 2**32)), rule.mask_id, tokens)
-    random = np.flatnonzero(fate >= np.uint64(round(0.9 * 2**32)))
+    substitute = np.where(fate < _MASKED, rule.mask_id, tokens)
+    random = np.flatnonzero(fate >= _REPLACED)
     substitute[random] = _ordinary_tokens(second[random] & np.uint64(0xFFFFFFFF), rule)
-    input_ids.reshape(-1)[chosen] = substitute
+    flat_inputs[chosen] = substitute
     return input_ids, labels
+
+
+@functools.lru_cache(maxsize=4)
+def _is_ordinary(rule: MaskingRule) -> np.ndarray:
+    """(N,) whether a token may be masked and put in."""
+    table = np.ones(rule.vocab_size, dtype=bool)
+    table[list(rule.special_ids)] = False
+    return table
 
 
 def _ordinary_tokens(noise: np.ndarray, rule: MaskingRule) -> np.ndarray:

@@ -117,10 +117,12 @@ class Sampler:
 
     def _sequences(self, block: int) -> np.ndarray:
         """Sequence indices of the draws of one block, counted from the beginning of training."""
-        if self._block[0] != block:
+        number, sequences = self._block
+        if number != block:
             position = block * _BLOCK + np.arange(_BLOCK, dtype=np.int64)
-            self._block = block, self._compute(*np.divmod(position, self.epoch_size))
-        return self._block[1]
+            sequences = self._compute(*np.divmod(position, self.epoch_size))
+            self._block = block, sequences
+        return sequences
 
     def _compute(self, epoch: np.ndarray, draw: np.ndarray) -> np.ndarray:
         first = int(epoch[0])

@@ -73,6 +73,7 @@ def find_text(folder: Path, languages: tuple[str, ...] = ()) -> dict[str, Langua
             f"--input {folder}: is not a folder; give the folder that holds <lang>.jsonl, <lang>.txt or <lang>/"
         )
     found: dict[str, LanguageText] = {}
+    others: list[str] = []
     root = folder.resolve()
     for entry in sorted(folder.iterdir()):
         language = entry.name.split(".")[0]
@@ -82,6 +83,7 @@ def find_text(folder: Path, languages: tuple[str, ...] = ()) -> dict[str, Langua
                 get_logger().info(f"{entry}: left out, its name is not <lang>.jsonl, <lang>.txt or <lang>/")
             continue
         if languages and language not in languages:
+            others.append(language)
             continue
         text = found.setdefault(language, LanguageText([], Counter()))
         for path in _files_below(entry, text.skipped):
@@ -91,13 +93,14 @@ def find_text(folder: Path, languages: tuple[str, ...] = ()) -> dict[str, Langua
                 text.skipped["not_a_regular_file"] += 1
             else:
                 text.sources.append(Source(path, path.relative_to(folder).as_posix()))
-    if not found:
+    if not found and not others:
         raise UserError(
             f"--input {folder}: holds no language; name the files <lang>.jsonl[.gz], <lang>.txt[.gz] or <lang>/"
         )
     missing = sorted(set(languages) - set(found))
     if missing:
-        raise UserError(f"--languages {missing[0]}: {folder} holds no such language, only {', '.join(found)}")
+        there = ", ".join(sorted({*found, *others}))
+        raise UserError(f"--languages {missing[0]}: {folder} holds no such language, only {there}")
     return found
 
 

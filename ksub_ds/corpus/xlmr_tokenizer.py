@@ -44,6 +44,9 @@ class XlmrTokenizer:
         self._model, self._name = model, name
         proto = parse_model(model, name)
         self._normalizer = _normalizer(proto.normalizer_spec.precompiled_charsmap)
+        kept = {mark: self._normalizer is None or bool(self._normalizer(mark)) for mark in " \t\n\r\x0b\x0c"}
+        self._deleted = [mark.encode() for mark in kept if not kept[mark]]
+        self._separator = re.compile(b"[%s]+" % "".join(mark for mark in kept if kept[mark]).encode())
         pieces = [piece.piece for piece in proto.pieces]
         self.vocab_size = len(pieces) + 2
         self.bos_id, self.pad_id, self.eos_id, self.unk_id = 0, 1, 2, 3
@@ -68,7 +71,7 @@ class XlmrTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, without special tokens around it."""
-        documents = [text.encode().split() for text in texts]  # bytes: split at ASCII white space only
+        documents = [self._split(text.encode()) for text in texts]
         missing = set().union(*documents).difference(self._cache)
         if missing:
             if len(self._cache) + len(missing) > CACHED_WORDS:
@@ -77,6 +80,12 @@ class XlmrTokenizer:
             self._cache.update(self._encode_words(sorted(missing, key=len)))
         ids_of = self._cache.__getitem__
         return [np.frombuffer(b"".join(map(ids_of, words)), dtype="<i4") for words in documents]
+
+    def _split(self, raw: bytes) -> list[bytes]:
+        """Cut at ASCII white space, which always parts words, unless the normaliser deletes that character."""
+        if any(mark in raw for mark in self._deleted):
+            return list(filter(None, self._separator.split(raw)))
+        return raw.split()
 
     def _encode_words(self, words: list[bytes]) -> Iterable[tuple[bytes, bytes]]:
         """(word, its ids as bytes). What the normaliser makes of a word can be none, one or more words."""
@@ -94,6 +103,10 @@ class XlmrTokenizer:
             for i in odd:
                 encoded[i] = b"".join(next(flat) for _ in units[i])
         return zip(words, encoded, strict=True)
+
+    def forget(self) -> None:
+        """Drop the remembered words (for measuring; the ids do not depend on them)."""
+        self._cache.clear()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens show as `<s>`, `<mask>` and so on."""

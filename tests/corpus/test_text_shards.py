@@ -1,0 +1,302 @@
+"""shard_text: what goes in comes out; hostile files are counted; kills and reruns; identical whatever the workers."""
+
+import filecmp
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.corpus import language_shards, text, text_shards
+from ksub_ds.corpus.shards import ShardDataset
+from ksub_ds.corpus.statistics import corpus_statistics, corpus_table
+from ksub_ds.corpus.text import DocumentReader, find_text
+from ksub_ds.corpus.text_shards import ShardText, shard_text
+from ksub_ds.corpus.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "preprocessing" / "shard_text.py"
+
+
+def same_folder(one: Path, two: Path) -> bool:
+    names = [sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()) for folder in (one, two)]
+    return names[0] == names[1] and all(filecmp.cmp(one / name, two / name, shallow=False) for name in names[0])
+
+
+def run_script(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+def stream_of(rows: np.ndarray, pad_id: int) -> list[int]:
+    return [token for row in rows.tolist() for token in [t for t in row if t != pad_id][1:-1]]
+
+
+def test_every_document_is_in_one_split(tiny_text: Path, tiny_tokenizer: Path, tiny_shards: Path) -> None:
+    tokenizer, dataset = load_tokenizer(tiny_tokenizer), ShardDataset.open(tiny_shards)
+    for language in ("en", "el", "tr"):
+        lines = (tiny_text / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()
+        expected = Counter(
+            tuple(ids.tolist()) for ids in tokenizer.encode_batch([json.loads(line)["text"] for line in lines])
+        )
+        found: Counter[tuple[int, ...]] = Counter()
+        for split in ("train", "validation"):
+            document: list[int] = []
+            for token in [*stream_of(dataset.rows(split, language), tokenizer.pad_id), tokenizer.eos_id]:
+                if token == tokenizer.eos_id:
+                    found[tuple(document)] += 1
+                    document = []
+                else:
+                    document.append(token)
+        assert found == expected
+        entry = dataset.manifest["languages"][language]
+        assert entry["train"]["documents"] + entry["validation"]["documents"] == len(lines)
+        assert entry["train"]["tokens"] + entry["validation"]["tokens"] == sum(
+            len(ids) * n for ids, n in expected.items()
+        )
+
+
+def test_workers_do_not_show(
+    tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_shards, "BATCH_CHARACTERS", 3000)  # many batches
+    for workers in (1, 2):
+        shard_text(ShardText(tiny_text, tiny_tokenizer, tmp_path / str(workers), sequence_length=64, workers=workers))
+    assert same_folder(tmp_path / "1", tmp_path / "2")
+
+
+def test_equal_documents_fall_on_one_side(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"  small river {number % 20}" + "\n" * (number % 3)}) for number in range(200)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "en.jsonl").write_text("\n".join(lines))
+    manifest = shard_text(ShardText(tmp_path / "in", tiny_tokenizer, tmp_path / "out", 64, 0.4, workers=1))
+    counts = manifest["languages"]["en"]
+    assert counts["train"]["documents"] % 10 == counts["validation"]["documents"] % 10 == 0
+    assert counts["validation"]["documents"] > 0
+
+
+def test_all_layouts(tmp_path: Path) -> None:
+    def write(name: str, content: str) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+
+    write("en.jsonl", '\ufeff{"text": "one"}\n\n{"raw_content": "two"}\n')
+    write("en.txt.gz", "three\nstill three\n\n \n\nfour")
+    write("en/b.json.gz", '{"text": "six"}')
+    write("en/a.jsonl.gz", '{"text": "five"}\r\n')
+    write("zh-Hant.txt", "\ufeff七\r\n\r\n八\r\n")
+    write("README.md", "not text")
+    write("english.txt", "not a code")
+    found = find_text(tmp_path)
+    texts = {language: list(DocumentReader(entry.sources, Counter())) for language, entry in found.items()}
+    assert texts == {
+        "en": ["five", "six", "one", "two", "three\nstill three\n", "four"],
+        "zh-Hant": ["七\r\n", "八\r\n"],
+    }
+    assert list(find_text(tmp_path, ("en",))) == ["en"]
+
+
+def hostile_files(folder: Path, outside: Path) -> None:
+    """A good document in each file, and something wrong beside it."""
+    good = b'{"text": "a small river"}\n'
+    files = {
+        "not_utf8.jsonl": b'{"text": "\xe9t\xe9"}\n' + good,
+        "latin.txt": "été\n\ngood text\n".encode("latin-1"),
+        "utf16.txt": "small river".encode("utf-16-le"),
+        "bad_json.jsonl": b'{"text": \n[1, 2]\n"text"\n' + b"[" * 100_000 + b"\n" + good,
+        "keys.jsonl": b'{"body": "x"}\n{"text": 7}\n{"text": null}\n' + good,
+        "surrogate.jsonl": b'{"text": "\\ud800"}\n{"text": "  "}\n{"text": "a\\u0000b"}\n' + good,
+        "cut.jsonl.gz": gzip.compress(good * 2000)[:-20],
+        "flipped.jsonl.gz": gzip.compress(good)[:10] + b"\x00\xff" * 30,
+        "plain.jsonl.gz": good,
+        "bomb.jsonl.gz": gzip.compress(good + b"a" * 3_000_000),
+        "long.jsonl": good + b"x" * 500_000 + b"\n" + good,
+        "long.txt": b"x y z\n" * 100_000 + b"\nshort\n",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (outside / "secret.jsonl").write_bytes(good)
+    (folder / "link.jsonl").symlink_to(outside / "secret.jsonl")
+    (folder / "linked").symlink_to(outside)
+    (folder / "dangling.jsonl").symlink_to(folder / "nothing.jsonl")
+    os.mkfifo(folder / "pipe.jsonl")
+
+
+def test_hostile_text_is_skipped_and_counted(
+    tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(text, "LONGEST_LINE", 200_000)
+    monkeypatch.setattr(text, "INFLATION_FREE", 1_000_000)
+    (tmp_path / "in" / "en").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    hostile_files(tmp_path / "in" / "en", tmp_path / "outside")
+    manifest = shard_text(ShardText(tmp_path / "in", tiny_tokenizer, tmp_path / "out", 64, 0.0, workers=1))
+    assert manifest["languages"]["en"]["skipped"] == {
+        "bad_json": 2,
+        "damaged_gzip": 3,
+        "empty": 1,
+        "inflates_too_much": 1,
+        "line_too_long": 2,
+        "link_out_of_the_folder": 1,
+        "linked_folder": 1,
+        "lone_surrogate": 1,
+        "no_text_key": 5,
+        "not_a_regular_file": 2,
+        "not_utf8": 2,
+        "nul_character": 2,
+        "too_long": 1,
+    }
+    assert manifest["languages"]["en"]["train"]["documents"] >= 10
+    assert "skipped" in corpus_table(tmp_path / "out")
+
+
+def test_no_language_is_one_line_and_exit_code_2(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.md").write_text("nothing")
+    process = run_script("--input", tmp_path / "in", "--tokenizer", tiny_tokenizer, "--out", tmp_path / "out")
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].startswith("error: --input") and "Traceback" not in errors
+
+
+def test_mistakes_are_named(tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    def shard(**changes: Any) -> None:
+        shard_text(
+            ShardText(
+                **({"input": tiny_text, "tokenizer": tiny_tokenizer, "out": tmp_path / "o", "workers": 1} | changes)
+            )
+        )
+
+    for changes, fault in [
+        ({"input": tmp_path / "nowhere"}, "--input"),
+        ({"sequence_length": 2}, "--sequence-length 2"),
+        ({"validation_fraction": 1.5}, "--validation-fraction 1.5"),
+        ({"workers": 0}, "--workers 0"),
+        ({"languages": ("de",)}, "--languages de"),
+        ({"languages": ("../x",)}, "--languages"),
+        ({"out": tiny_text / "shards"}, "--out"),
+    ]:
+        with pytest.raises(UserError, match=fault):
+            shard(**changes)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "en.txt").write_text(" \n")
+    with pytest.raises(UserError, match="no readable document"):
+        shard(input=tmp_path / "empty", out=tmp_path / "e")
+    assert not (tmp_path / "e" / "manifest.json").exists()
+
+
+def test_a_rerun_does_only_what_is_missing(
+    tiny_text: Path, tiny_tokenizer: Path, tiny_bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in tiny_text.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    settings = ShardText(folder, tiny_tokenizer, tmp_path / "out", sequence_length=64, workers=1)
+    done: list[str] = []
+    real = text_shards.shard_language
+    monkeypatch.setattr(
+        text_shards, "shard_language", lambda out, language, *rest: (done.append(language), real(out, language, *rest))
+    )
+
+    first = shard_text(settings)
+    assert done == ["el", "en", "tr"]
+    before = {path: path.stat().st_mtime_ns for path in settings.out.rglob("*.arrow")}
+    assert shard_text(settings) == first and done == ["el", "en", "tr"]
+    assert before == {path: path.stat().st_mtime_ns for path in settings.out.rglob("*.arrow")}
+
+    with open(folder / "tr.jsonl", "a") as stream:
+        stream.write('{"text": "bir nehir"}\n')
+    arrow = settings.out / "el" / "train-00000.arrow"
+    arrow.write_bytes(arrow.read_bytes()[:-100])
+    done.clear()
+    second = shard_text(settings)
+    assert done == ["el", "tr"]
+    assert second["languages"]["el"] == first["languages"]["el"] and second["fingerprint"] != first["fingerprint"]
+    ShardDataset.open(settings.out)
+
+    settings.sequence_length = 32
+    with pytest.raises(UserError, match="sequence_length is 64, this run has 32"):
+        shard_text(settings)
+    settings.sequence_length, settings.tokenizer = 64, tiny_bpe
+    with pytest.raises(UserError, match="tokenizer is"):
+        shard_text(settings)
+
+
+def test_a_killed_run_leaves_nothing_half_written(tiny_tokenizer: Path, tmp_path: Path, make_documents: Any) -> None:
+    (tmp_path / "in").mkdir()
+    for language in ("el", "en", "tr"):
+        lines = [json.dumps({"text": document}) for document in make_documents(language, 300)] * 30
+        (tmp_path / "in" / f"{language}.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    options = ("--input", tmp_path / "in", "--tokenizer", tiny_tokenizer, "--sequence-length", 64, "--workers", 2)
+    process = run_script(*options, "--out", out, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not (out / "el" / "part.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)  # the command alone: its workers must end by themselves
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    with pytest.raises(UserError, match="holds no manifest"):
+        ShardDataset.open(out)
+    finished = {
+        path: path.stat().st_mtime_ns for path in out.glob("*/part.json") if not path.parent.name.startswith(".")
+    }
+    assert 0 < len(finished) < 3
+
+    again = run_script(*options, "--out", out)
+    _, errors = again.communicate(timeout=100)
+    assert again.returncode == 0, errors
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
+    assert [path.name for path in out.iterdir() if path.name.endswith((".partial", ".old"))] == []
+    shard_text(ShardText(tmp_path / "in", tiny_tokenizer, tmp_path / "whole", sequence_length=64, workers=1))
+    assert same_folder(out, tmp_path / "whole")
+    while True:  # the killed run's session is empty before long
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline, "a worker outlived its killed parent"
+        time.sleep(0.05)
+
+
+def test_a_folder_in_use_is_refused(tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with text_shards._lock(tmp_path / "out"), pytest.raises(UserError, match="another"):
+        shard_text(ShardText(tiny_text, tiny_tokenizer, tmp_path / "out", workers=1))
+
+
+def test_roberta_kind_from_text_to_rows_and_back(tiny_text: Path, tiny_bpe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shard_text(ShardText(tiny_text, tiny_bpe, out, sequence_length=64, validation_fraction=0.0, workers=1))
+    dataset = ShardDataset.open(out)
+    tokenizer = load_tokenizer(dataset.tokenizer_folder)
+    assert tokenizer.fingerprint == dataset.manifest["tokenizer"]["fingerprint"]
+    stream = np.array(stream_of(dataset.rows("train", "en"), tokenizer.pad_id))
+    pieces = np.split(stream, np.flatnonzero(stream == tokenizer.eos_id))
+    decoded = [tokenizer.decode(piece[piece != tokenizer.eos_id]) for piece in pieces]
+    assert decoded == [
+        json.loads(line)["text"] for line in (tiny_text / "en.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def test_statistics(tiny_text: Path, tiny_shards: Path) -> None:
+    rows = {row.language: row for row in corpus_statistics(tiny_shards)}
+    lines = (tiny_text / "en.jsonl").read_text(encoding="utf-8").splitlines()
+    assert rows["en"].documents == len(lines) == 300
+    assert rows["en"].bytes == sum(len(json.loads(line)["text"].encode()) for line in lines)
+    table = corpus_table(tiny_shards)
+    assert "802" in table and "3.1" in table  # the paper's English
+    assert table.splitlines()[-1].split()[:2] == ["all", "440"]
