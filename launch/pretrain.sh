@@ -21,7 +21,7 @@ if ! command -v deepspeed >/dev/null && [ -x "$root/.venv/bin/deepspeed" ]; then
     PATH=$root/.venv/bin:$PATH
 fi
 if ! command -v deepspeed >/dev/null; then
-    echo "error: deepspeed is not on the PATH; run \`make install\`, or activate the environment that has it" >&2
+    echo 'error: deepspeed is not on the PATH; run "make install", or activate the environment that has it' >&2
     exit 2
 fi
 if command -v python >/dev/null; then python=python; else python=python3; fi

@@ -55,6 +55,8 @@ def read_mechanics(path: Path) -> dict[str, Any]:
         if key not in MECHANICS_KEYS:
             near = difflib.get_close_matches(key, MECHANICS_KEYS, 1)
             raise UserError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if not isinstance(config.get("zero_optimization", {}), dict):
+        raise UserError(f"{path}: zero_optimization is {config['zero_optimization']!r}, not an object with a stage")
     stage = zero_stage(config)
     if stage not in (0, 1, 2):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; this program trains with stage 0, 1 or 2")

@@ -1,0 +1,65 @@
+"""Export: a new process that knows only ksub_ds and transformers gets the numbers of the training model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.pretrain.export import compare_with_reload, export_run, load_model
+from ksub_ds.pretrain.run_folder import RunFolder
+
+from .conftest import Bench, Outcome, environment
+
+pytestmark = pytest.mark.timeout(300)
+SCORE = """
+import json, sys, torch, ksub_ds
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+model = AutoModelForMaskedLM.from_pretrained(sys.argv[1]).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = torch.arange(5, 37).reshape(2, 16)
+with torch.no_grad():
+    loss = model(ids, labels=ids.flip(1)).loss.item()
+print(json.dumps([loss, model.num_parameters(), tokenizer.mask_token_id]))
+"""
+
+
+def test_exported_model_in_a_new_process(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:
+    import torch
+
+    folder = RunFolder(bench.folder / "reference")
+    out = export_run(folder.path, tmp_path / "model", step=15)
+    model, tokenizer = load_model(folder, folder.checkpoints / "global_step15")
+    ids = torch.arange(5, 37).reshape(2, 16)
+    with torch.no_grad():
+        expected = model(ids, labels=ids.flip(1)).loss.item()
+    command = [sys.executable, "-c", SCORE, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+    loss, parameters, mask_id = eval(done.stdout)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert (parameters, mask_id) == (sum(each.numel() for each in model.parameters()), tokenizer.mask_id)
+    assert not list(tmp_path.glob(".*"))
+
+    export_run(folder.path, out)  # over an earlier export: step 20 now
+    newest, _ = load_model(folder, folder.checkpoints / "global_step20")
+    assert compare_with_reload(newest, out, tokenizer) < 1e-6
+    assert compare_with_reload(model, out, tokenizer) > 1e-4
+
+
+def test_plain_baseline_is_exported_too(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:
+    out = export_run(bench.folder / "plain", tmp_path / "model")
+    assert (out / "config.json").exists()
+
+
+def test_refusals(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("mine")
+    for run, out, step, message in (
+        (bench.data, tmp_path / "a", None, "no recipe.json"),
+        (bench.folder / "reference", tmp_path, None, "not an export and not empty"),
+        (bench.folder / "reference", tmp_path / "a", 7, "there are checkpoints of step 20, 15, 10, 5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_run(run, out, step)
+    assert not (tmp_path / "a").exists()
