@@ -68,7 +68,7 @@ def _link_adam_state(engine: Any) -> None:
 
 def named_masters(engine: Any) -> Iterator[tuple[str, Any]]:
     """Every weight and moment as (file key, fp32 tensor). A collective: all ranks must iterate to the end."""
-    keys = ("weight",)
+    keys: tuple[str, ...] = ("weight",)
     if adam_step(engine):
         _link_adam_state(engine)
         keys += MOMENTS

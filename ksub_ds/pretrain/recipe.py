@@ -7,6 +7,7 @@ steps, clipping and precision; the files in ds_configs/ own ZeRO and communicati
 
 import dataclasses
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -205,19 +206,19 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def find_deepspeed_config(name: str) -> Path:
-    """The JSON file that --deepspeed names: a path, or a name in ds_configs/ of the source tree.
+    """The JSON file that --deepspeed names: a path, or a name in ds_configs/.
+
+    ds_configs/ lies in the source tree; an installation has it under sys.prefix/share/ksub_ds.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is no such file.
     """
     path = Path(name)
     if path.is_file():
         return path
-    if re.fullmatch(r"\w+", name):
-        folder = Path(__file__).resolve().parents[2] / "ds_configs"
-        candidate = folder / f"{name}.json"
-        if candidate.is_file():
-            return candidate
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none"
-        raise UserError(f"--deepspeed {name}: no such file, and no {name}.json in {folder} (there: {known})")
-    raise UserError(f"--deepspeed {name}: no such file")
+    places = (Path(__file__).resolve().parents[2] / "ds_configs", Path(sys.prefix) / "share" / "ksub_ds" / "ds_configs")
+    folder = next((place for place in places if place.is_dir()), places[0])
+    if re.fullmatch(r"\w+", name) and (folder / f"{name}.json").is_file():
+        return folder / f"{name}.json"
+    known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none"
+    raise UserError(f"--deepspeed {name}: no such file, and no such name in {folder} (there: {known})")
