@@ -29,15 +29,16 @@ STOP_AFTER = 0.4  # part of the steps after which the run is interrupted
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does. Both sizes take a few minutes on two cores."""
+    """How much the demo does. Small batches and a high learning rate: many steps in a few minutes."""
 
     max_steps: int
     global_batch_size: int
     sequence_length: int
+    peak_lr: float
 
 
-OWN_CORPUS = Size(max_steps=500, global_batch_size=32, sequence_length=128)
-GIVEN_TEXT = Size(max_steps=300, global_batch_size=32, sequence_length=128)
+OWN_CORPUS = Size(max_steps=1200, global_batch_size=16, sequence_length=128, peak_lr=2e-3)
+GIVEN_TEXT = Size(max_steps=600, global_batch_size=16, sequence_length=128, peak_lr=2e-3)
 
 
 def headline(number: int, text: str) -> None:
@@ -148,7 +149,7 @@ def demo(out: Path, data: Path | None, tokenizer: Path | None) -> None:
         *("launch/pretrain.sh", "--hostfile", out / "hostfile", "--preset", "tiny"),
         *("--codes", codes, "--data", shards, "--out", run, "--max-steps", str(size.max_steps)),
         *("--global-batch-size", str(size.global_batch_size), "--eval-every", str(size.max_steps // 4)),
-        *("--eval-sequences", "8"),
+        *("--peak-lr", str(size.peak_lr), "--eval-sequences", "8"),
     ]
     stopped_at = stop_in_the_middle(command, run, round(STOP_AFTER * size.max_steps))
 
