@@ -41,14 +41,13 @@ REPEATS = 5
 
 
 def best_times(sides: dict[str, Callable[[], Any]], repeats: int = REPEATS) -> dict[str, float]:
-    """Seconds of the fastest call of each side, taken in turns after one warm-up."""
+    """Seconds of the fastest call of each side, taken in turns."""
     best = dict.fromkeys(sides, float("inf"))
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, call in sides.items():
             start = time.perf_counter()
             call()
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], time.perf_counter() - start)
     return best
 
 
@@ -158,7 +157,7 @@ def measure_tokenising(data: Path, megabytes_per_language: float) -> dict[str, A
     def run_theirs() -> list[Any]:
         return theirs.encode_batch_fast(texts, add_special_tokens=False)
 
-    tokens = 0
+    tokens = 0  # comparing the ids is the warm-up too
     for mine, other in zip(run_ours(), run_theirs(), strict=True):
         assert mine.tolist() == other.ids, "the ids differ"
         tokens += len(mine)
@@ -178,7 +177,7 @@ def measure_tokenising(data: Path, megabytes_per_language: float) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of masked batches and of tokenising.")
     parser.add_argument("--shards", type=Path, help="shards to read [random ones]")
-    parser.add_argument("--megabytes-per-language", type=float, default=2.0, help="of real text to tokenise")
+    parser.add_argument("--megabytes-per-language", type=float, default=4.0, help="of real text to tokenise")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
     results: dict[str, Any] = {

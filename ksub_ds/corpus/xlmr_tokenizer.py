@@ -44,6 +44,8 @@ class XlmrTokenizer:
         self._model, self._name = model, name
         proto = parse_model(model, name)
         self._normalizer = _normalizer(proto.normalizer_spec.precompiled_charsmap)
+        printable = [chr(code) for code in range(33, 127)]
+        self._ascii_stays = self._normalizer is None or all(self._normalizer(c) == c for c in printable)
         kept = {mark: self._normalizer is None or bool(self._normalizer(mark)) for mark in " \t\n\r\x0b\x0c"}
         self._deleted = [mark.encode() for mark in kept if not kept[mark]]
         self._separator = re.compile(b"[%s]+" % "".join(mark for mark in kept if kept[mark]).encode())
@@ -89,11 +91,13 @@ class XlmrTokenizer:
 
     def _encode_words(self, words: list[bytes]) -> Iterable[tuple[bytes, bytes]]:
         """(word, its ids as bytes). What the normaliser makes of a word can be none, one or more words."""
-        normalize = self._normalizer
         normal = [word.decode() for word in words]
+        normalize = self._normalizer
         if normalize is not None:
-            normal = [normalize(word) for word in normal]
-        odd = [i for i, word in enumerate(normal) if not word or SPACE in word or _WHITESPACE.search(word)]
+            plain = self._ascii_stays
+            normal = [w if plain and w.isascii() and w.isprintable() else normalize(w) for w in normal]
+        # Most words stay one word; nothing, several, or a mark spelt out in the text takes the long way.
+        odd = [i for i, word in enumerate(normal) if SPACE in word or word.split() != [word]]
         units = {i: _units(normal[i]) for i in odd}
         for i in odd:
             normal[i] = ""  # encoded apart, below

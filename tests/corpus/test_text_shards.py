@@ -256,6 +256,8 @@ def test_a_killed_run_leaves_nothing_half_written(tiny_tokenizer: Path, tmp_path
     }
     assert 0 < len(finished) < 3
 
+    (out / ".en.12345.partial").mkdir(exist_ok=True)  # as a kill leaves it (this one may have come between two)
+    (out / ".en.12345.partial" / "train-00000.arrow").write_bytes(b"half")
     again = run_script(*options, "--out", out)
     _, errors = again.communicate(timeout=100)
     assert again.returncode == 0, errors
