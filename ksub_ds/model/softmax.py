@@ -109,7 +109,7 @@ class _SummedLoss(torch.autograd.Function):
             log_total, residuals = run.log_total_and_residuals(scores)
             loss += (log_total - run.subtract_labels(scores, residuals, labels[rows])).sum()
             if grad_hidden is not None:
-                grad_hidden[rows] = run.add_gradients(hidden[rows], residuals)
+                run.add_gradients(hidden[rows], residuals, grad_hidden[rows])
         if with_gradients:
             ctx.gradients = (grad_hidden, run.bias_gradient(labels), None, None, None, *run.grad_tables)
             ctx.dtypes = [getattr(tensor, "dtype", None) for tensor in (hidden, bias, None, None, None, *tables)]
@@ -211,18 +211,18 @@ class _Pass:
             for k, score in enumerate(scores)
         ]
 
-    def add_gradients(self, hidden: Tensor, residuals: list[Tensor]) -> Tensor:
-        """Add this block to the tables' gradients; return the gradient of its hidden rows, (R, d)."""
+    def add_gradients(self, hidden: Tensor, residuals: list[Tensor], grad_hidden: Tensor) -> None:
+        """Add this block to the tables' gradients and write the gradient of its hidden rows, (R, d)."""
         parts = hidden.detach().float().split(self.widths, dim=1)
-        for gradient, residual, part in zip(self.grad_tables, residuals, parts, strict=True):
-            gradient.addmm_(residual.t(), part)
-        products = [residual @ table.float() for residual, table in zip(residuals, self.tables, strict=True)]
-        return torch.cat(products, dim=1)
+        grad_parts = grad_hidden.split(self.widths, dim=1)
+        for k, residual in enumerate(residuals):
+            self.grad_tables[k].addmm_(residual.t(), parts[k])
+            torch.mm(residual, self.tables[k].float(), out=grad_parts[k])
 
     def bias_gradient(self, labels: Tensor) -> Tensor | None:
         """Gradient of the bias, (N,): probability of each token minus the labels, summed over rows."""
         if self.fallback_grad_bias is None or self.weights is None:
             return None
-        gradient = self.contraction.weights_gradient(self.leaves) * self.weights
+        gradient = self.leaves.weights_gradient().mul_(self.weights)
         gradient = gradient + self.fallback_grad_bias.float()
         return gradient.index_add_(0, labels, gradient.new_full(labels.shape, -1.0))
