@@ -82,7 +82,7 @@ def merge_equal_states(trie: list[Transitions]) -> list[Transitions]:
         bounds = np.searchsorted(level.parent, np.arange(level.num_states + 1))
         classes: dict[tuple[bytes, bytes], int] = {}
         class_of_state = np.empty(level.num_states, dtype=np.int64)
-        representatives = []
+        representatives: list[slice] = []
         for state in range(level.num_states):
             span = slice(bounds[state], bounds[state + 1])
             key = (level.code[span].tobytes(), child[span].tobytes())

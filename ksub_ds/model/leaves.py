@@ -82,6 +82,7 @@ class DenseLeaves:
 
     def weights_gradient(self) -> Tensor:
         """Gradient of the weights, (N,), summed over all blocks."""
+        assert self.gradient is not None, "made without a gradient"
         return self.gradient.view(-1).index_select(0, self.position)
 
 
@@ -108,6 +109,7 @@ class SparseLeaves:
 
     def weights_gradient(self) -> Tensor:
         """Gradient of the weights, (N,), summed over all blocks."""
+        assert self.gradient is not None, "made without a gradient"
         gradient = torch.empty_like(self.gradient.values())
         gradient[self.by_leaf] = self.gradient.values()
         return gradient
