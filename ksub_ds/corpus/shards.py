@@ -171,8 +171,8 @@ class ShardDataset:
         own = self.manifest["tokenizer"]["fingerprint"]
         if own != fingerprint:
             raise UserError(
-                f"{self.folder}: tokenizer fingerprint is {own[:16]}, that of {name} is {fingerprint[:16]}; "
-                f"use {self.tokenizer_folder} or shard the text anew"
+                f"{self.folder}: tokenizer fingerprint is {own[:16]}, that of {name} is {fingerprint[:16]}: not the "
+                "tokenizer these shards were made with; put that one back or shard the text anew"
             )
 
     def num_sequences(self, split: str, language: str) -> int:
