@@ -46,6 +46,23 @@ def training_sentences(folder: Path, documents_per_language: int) -> Iterator[st
             yield from text.split()
 
 
+def train(folder: Path, pieces: int, documents_per_language: int) -> bytes:
+    """A unigram model of at most `pieces` pieces, the same on every machine."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=training_sentences(folder, documents_per_language),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=pieces,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        max_sentence_length=100_000,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
 def order_by_language(model: bytes, folder: Path, documents_per_language: int) -> bytes:
     """The same vocabulary with its pieces in the order of language and frequency; segmentation stays as it is."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -74,19 +91,8 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=6000, help="upper limit; a small corpus gives fewer")
     parser.add_argument("--documents-per-language", type=int, default=400)
     options = parser.parse_args()
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=training_sentences(options.input, options.documents_per_language),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=options.pieces,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        max_sentence_length=100_000,
-        num_threads=1,  # the same pieces on every machine
-        minloglevel=2,
-    )
-    ordered = order_by_language(model.getvalue(), options.input, options.documents_per_language)
+    model = train(options.input, options.pieces, options.documents_per_language)
+    ordered = order_by_language(model, options.input, options.documents_per_language)
     with atomic_path(options.out) as temporary:
         temporary.write_bytes(ordered)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=ordered).get_piece_size()

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 import corpus  # experiments/demo/ is on pytest's pythonpath (setup.cfg)
 import run
 import summary
+import tokenizer
 from ksub_ds.common.errors import UserError
 
 LEXICONS = Path(corpus.__file__).parent / "lexicon"
@@ -49,6 +51,21 @@ def test_corpus_is_the_same_each_time(tmp_path: Path) -> None:
 )
 def test_sentences_start_with_a_capital(text: str, language: str, expected: str) -> None:
     assert corpus.capitalise(text, language) == expected
+
+
+def test_vocabulary_in_the_order_of_languages(tmp_path: Path) -> None:
+    """Each language's own pieces lie together, and nothing is segmented in another way."""
+    corpus.write_corpus(tmp_path, bytes_per_language=20_000, seed=0)
+    model = tokenizer.train(tmp_path, pieces=6000, documents_per_language=100)
+    ordered = tokenizer.order_by_language(model, tmp_path, documents_per_language=100)
+    before, after = (sentencepiece.SentencePieceProcessor(model_proto=proto) for proto in (model, ordered))
+    for language in XNLI:
+        text = next(tokenizer.texts(tmp_path / f"{language}.jsonl.gz", 1))
+        assert after.encode(text, out_type=str) == before.encode(text, out_type=str)
+    greek = [i for i in range(len(after)) if any("α" <= letter <= "ω" for letter in after.id_to_piece(i))]
+    middle = greek[len(greek) // 10 : -len(greek) // 10]  # a few pieces of no use stand at the end
+    assert len(middle) > 100
+    assert middle[-1] - middle[0] < 1.1 * len(middle)
 
 
 def test_sparkline_falls_from_the_highest_bar_to_the_lowest() -> None:
