@@ -118,7 +118,8 @@ def demo(out: Path, data: Path | None, tokenizer: Path | None) -> None:
     started = time.monotonic()
     make_afresh(out)
     prepare_environment(out)
-    out = Path(os.path.relpath(out, ROOT))  # what is printed is what works from the root of the source tree
+    if out.is_relative_to(ROOT):
+        out = out.relative_to(ROOT)  # as a user at the root of the source tree would type it
     size = GIVEN_TEXT if data else OWN_CORPUS
 
     headline(1, "text and tokenizer")
