@@ -101,14 +101,28 @@ def bench(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture(scope="session")
-def one_rank(bench: Bench) -> dict[str, Outcome]:
+def bpe_shards(tiny_text: Path, tiny_bpe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards by a byte-level BPE tokenizer (roberta-base's kind), with a code file of its vocabulary beside them."""
+    from ksub_ds import positional_codes
+    from ksub_ds.corpus.text_shards import ShardText, shard_text
+
+    out = tmp_path_factory.mktemp("bpe") / "shards"
+    manifest = shard_text(ShardText(tiny_text, tiny_bpe, out, sequence_length=64, validation_fraction=0.1, workers=1))
+    positional_codes(manifest["tokenizer"]["vocab_size"], 2).save(out.parent / "codes.safetensors")
+    return out
+
+
+@pytest.fixture(scope="session")
+def one_rank(bench: Bench, bpe_shards: Path) -> dict[str, Outcome]:
     """Runs on one rank: `reference` is what every other fp32 run is held against."""
+    roberta = {"preset": "roberta_medium", "data": bpe_shards, "codes": bpe_shards.parent / "codes.safetensors"}
     recipes = {
         "reference": {},
         "zero0": {"deepspeed": "zero0"},
         "zero2": {"deepspeed": "zero2"},
         "bf16": {"precision": "bf16"},
         "plain": {"codes": None},
+        "roberta": roberta | {"max_steps": 3, "global_batch_size": 4, "eval_every": 3, "eval_sequences": 2},
     }
     more = {"plain": ["--plain"]}
     entries = [{"arguments": bench.arguments(name, *more.get(name, []), **recipes[name])} for name in recipes]

@@ -11,7 +11,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.pretrain.export import compare_with_reload, export_run, load_model
 from ksub_ds.pretrain.run_folder import RunFolder
 
-from .conftest import Bench, Outcome, environment
+from .conftest import Bench, Outcome, environment, losses
 
 pytestmark = pytest.mark.timeout(300)
 SCORE = """
@@ -51,6 +51,24 @@ def test_exported_model_in_a_new_process(bench: Bench, one_rank: dict[str, Outco
 def test_plain_baseline_is_exported_too(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:
     out = export_run(bench.folder / "plain", tmp_path / "model")
     assert (out / "config.json").exists()
+
+
+def test_roberta_path_from_text_to_a_filled_mask(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:
+    """Byte-level BPE text, RoBERTa-MEDIUM at its real size, exported with a tokenizer that transformers opens."""
+    import torch
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    assert one_rank["roberta"] == [0]
+    first, *_, last = losses(bench.folder / "roberta")
+    assert last < first
+    out = export_run(bench.folder / "roberta", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForMaskedLM.from_pretrained(out).eval()
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (8, 512)
+    ids = torch.tensor([tokenizer(f"one two {tokenizer.mask_token} four")["input_ids"]])
+    probabilities, best = model.predict_topk(ids, ids == tokenizer.mask_token_id, k=3)
+    assert probabilities.shape == best.shape == (1, 3) and best.max() < len(tokenizer)
+    assert torch.equal(best[0], model(ids).logits[ids == tokenizer.mask_token_id].topk(3).indices[0])
 
 
 def test_refusals(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:
