@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at run time
 
 from ksub_ds.common.files import atomic_path
 
