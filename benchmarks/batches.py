@@ -16,18 +16,18 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 import argparse
-import datetime
 import gzip
 import itertools
 import json
-import platform
+import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import measuring
 import numpy as np
+import torch
 
 from ksub_ds.common.files import write_json
 from ksub_ds.corpus.batches import TrainingBatches
@@ -38,17 +38,6 @@ from ksub_ds.corpus.xlmr_tokenizer import XlmrTokenizer
 
 BATCH, LENGTH, VOCABULARY = 32, 512, 250_002
 REPEATS = 5
-
-
-def best_times(sides: dict[str, Callable[[], Any]], repeats: int = REPEATS) -> dict[str, float]:
-    """Seconds of the fastest call of each side, taken in turns."""
-    best = dict.fromkeys(sides, float("inf"))
-    for _ in range(repeats):
-        for name, call in sides.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
 
 
 def random_shards(folder: Path) -> None:
@@ -83,12 +72,10 @@ def xlmr_like(vocab_size: int) -> Any:
 
 def measure_batches(shards: Path) -> dict[str, Any]:
     """Tokens a second of masked batches, ours and theirs."""
-    import torch
     from datasets import Dataset, concatenate_datasets
     from torch.utils.data import DataLoader
     from transformers import DataCollatorForLanguageModeling
 
-    torch.set_num_threads(1)
     dataset = ShardDataset.open(shards)
     length = dataset.sequence_length
     ours = TrainingBatches(dataset, BATCH, alpha=1.0, seed=0, mlm_probability=0.15)
@@ -110,7 +97,7 @@ def measure_batches(shards: Path) -> dict[str, Any]:
     formats = {"python": rows, "numpy": rows.with_format("numpy"), "torch": rows.with_format("torch")}
     sides: dict[str, Callable[[], None]] = {"ours": run_ours}
     sides |= {name: lambda source=source: run_theirs(source) for name, source in formats.items()}  # type: ignore[misc]
-    best = best_times(sides)
+    best = measuring.interleaved(sides, REPEATS)
     tokens = BATCH * length
     rates = {name: tokens * (200 if name == "ours" else 10) / seconds for name, seconds in best.items()}
     theirs = max(rates[name] for name in formats)
@@ -161,7 +148,7 @@ def measure_tokenising(data: Path, megabytes_per_language: float) -> dict[str, A
     for mine, other in zip(run_ours(), run_theirs(), strict=True):
         assert mine.tolist() == other.ids, "the ids differ"
         tokens += len(mine)
-    best = best_times({"ours": run_ours, "theirs": run_theirs}, repeats=2)
+    best = measuring.interleaved({"ours": run_ours, "theirs": run_theirs}, repeats=2)
     return {
         "megabytes": size / 1e6,
         "documents": len(texts),
@@ -180,11 +167,9 @@ def main() -> None:
     parser.add_argument("--megabytes-per-language", type=float, default=4.0, help="of real text to tokenise")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
-    results: dict[str, Any] = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread used",
-        "date": datetime.date.today().isoformat(),
-    }
-    print(f"{results['date']}  {results['machine']}")
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    print(measuring.machine(), file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         if options.shards is None:
             random_shards(Path(folder))
@@ -203,8 +188,7 @@ def main() -> None:
         )
     else:
         print("tokenising: skipped, KSUB_DATA is not set (it needs real text)")
-    if options.json:
-        write_json(options.json, results)
+    measuring.save(options.json, results)
 
 
 if __name__ == "__main__":
