@@ -36,3 +36,21 @@ def describe(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
     ]  # fmt: skip
     shown = {"algorithm"}
     return rows + [(key.replace("_", " "), value) for key, value in sorted(table.metadata.items()) if key not in shown]
+
+
+def code_neighbours(table: CodeTable, token: int, count: int) -> list[tuple[int, int, bool]]:
+    """The tokens that share most codes with a token.
+
+    Its leaf (all codes but the last the same) comes first, then the number of shared codes decides, then how many
+    of the first codes are shared, then the id.
+
+    Returns:
+        `count` tuples (token id, number of shared codes, whether in the same leaf); only tokens that share a code.
+    """
+    equal = table.codes == table.codes[token]
+    shared = equal.sum(axis=1)
+    prefix = np.cumprod(equal, axis=1).sum(axis=1)
+    same_leaf = prefix >= table.num_tables - 1 if table.num_tables > 1 else np.zeros(len(equal), dtype=bool)
+    order = np.lexsort((np.arange(len(equal)), -prefix, -shared, ~same_leaf))
+    found = [int(index) for index in order if index != token and shared[index]][:count]
+    return [(index, int(shared[index]), bool(same_leaf[index])) for index in found]
