@@ -3,6 +3,7 @@
 Under mpirun rank 0 reads the vectors and writes the file; the clustering divides its groups over the ranks.
 """
 
+import json
 import logging
 import os
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ def _build(settings: ClusterVectors) -> CodeTable:
             raise UserError("--reserve-special-tokens: give --tokenizer PATH too, it names the special tokens")
         special_ids = description.tokenizer.special_ids
     try:
-        table = clustered_codes(
+        table = clustered_codes(  # every rank, with the same vectors
             vectors,
             settings.num_tables,
             max(sizes),
@@ -92,9 +93,19 @@ def _build(settings: ClusterVectors) -> CodeTable:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    table.metadata.update(description.metadata())
-    distributed.mpi_from_main(lambda: table.save(settings.out))
+    distributed.mpi_from_main(lambda: _measure_and_save(table, vectors, description, settings))
     return table
+
+
+def _measure_and_save(
+    table: CodeTable, vectors: np.ndarray, description: Description, settings: ClusterVectors
+) -> None:
+    from ksub_ds.codes.quality import measure_quality
+
+    get_logger().info("quality of the codes (`ksub codes inspect` shows it)")
+    quality = json.dumps(measure_quality(vectors, table, settings.seed))
+    table.metadata.update(description.metadata() | {"quality": quality})
+    table.save(settings.out)
 
 
 def _load(settings: ClusterVectors) -> tuple[np.ndarray, Description]:
