@@ -26,8 +26,8 @@ from typing import TypeVar
 import numpy as np
 
 BLOCK = 8_192  # rows; results of blocks are put together in order, so threads change nothing
-SAMPLE = 64  # points per cluster that the first prices come from
-SAMPLE_TEMPERATURES = (3.0, 1.0, 0.3)  # in units of the typical gap between a point's two cheapest clusters
+SAMPLE = 32  # points per cluster that the first prices come from
+SAMPLE_TEMPERATURES = (2.0, 0.3)  # in units of the typical gap between a point's two cheapest clusters
 TEMPERATURES = (0.1, 0.03, 0.01)
 NEWTON_STEPS = 8
 ATTEMPTS = 4
@@ -66,9 +66,8 @@ def balanced_assignment(
     two = np.partition(sample, 1, axis=1)[:, :2]
     unit = float(np.median(two[:, 1] - two[:, 0])) or float(np.ptp(sample)) or 1.0
     everywhere = _Everywhere(sample)
-    temperatures = SAMPLE_TEMPERATURES if prices is None else SAMPLE_TEMPERATURES[1:]
     prices = np.zeros(clusters) if prices is None else prices
-    for temperature in temperatures:
+    for temperature in SAMPLE_TEMPERATURES:
         prices, _ = everywhere.balance(prices, temperature * unit, tolerance=0.01)
     for temperature in TEMPERATURES:
         for _ in range(ATTEMPTS):  # prices that move far bring other clusters within reach
