@@ -15,6 +15,7 @@ _HOMES = {
     "CodeTable": "ksub_ds.codes.table",
     "positional_codes": "ksub_ds.codes.positional",
     "plain_codes": "ksub_ds.codes.positional",
+    "clustered_codes": "ksub_ds.codes.clustering",
     "SubEmbedding": "ksub_ds.model.embedding",
     "factorized_cross_entropy": "ksub_ds.model.softmax",
     "KSubRobertaConfig": "ksub_ds.model.configuration",

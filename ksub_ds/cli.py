@@ -17,7 +17,9 @@ from ksub_ds.common.errors import UserError
 
 SUMMARIES = {
     "codes positional": "codes by Algorithm 1: the digits of the token id",
-    "codes inspect": "sizes, use of the code space and parameters of a code file",
+    "codes cluster": "codes by Algorithm 2: hierarchical balanced k-means of vectors, or of a corpus",
+    "codes neighbours": "the tokens that share most codes with a token",
+    "codes inspect": "sizes, quality and parameters of a code file",
     "corpus stats": "tokens and bytes per language of a shards folder, as the paper's Table 7",
     "pretrain": "pretrain a masked language model on DeepSpeed; the same command again resumes",
     "export": "write a run's model as a HuggingFace folder, checked by its logits",
@@ -84,6 +86,56 @@ def codes_inspect(path: Positional[Path], embedding_dim: int = 512) -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def codes_cluster(arguments: Sequence[str]) -> None:
+    """`ksub codes cluster` has its options in vectors/build.py, shared with preprocessing/build_codes.py."""
+    import tyro
+
+    from ksub_ds.common import distributed
+    from ksub_ds.vectors.build import ClusterVectors, build_codes, report
+
+    settings = tyro.cli(ClusterVectors, args=arguments, prog="ksub codes cluster", description=ClusterVectors.__doc__)
+    table = build_codes(settings)
+    if distributed.is_main():
+        print(report(table, settings.out))
+
+
+def codes_neighbours(path: Positional[Path], token: Positional[str], tokenizer: Path, count: int = 10) -> None:
+    """Print the tokens that share most codes with a token: its leaf first, then by the number of shared codes.
+
+    Args:
+        path: The code file.
+        token: A token as the vocabulary spells it ("▁water", with the mark of a word's beginning).
+        tokenizer: SentencePiece .model or HuggingFace folder that the codes were made for.
+        count: How many to print.
+    """
+    from ksub_ds.codes.inspection import code_neighbours
+    from ksub_ds.codes.table import CodeTable
+    from ksub_ds.corpus.tokenizer import load_tokenizer
+
+    table, loaded = CodeTable.load(path), load_tokenizer(tokenizer)
+    theirs = table.metadata.get("tokenizer_fingerprint", loaded.fingerprint)
+    if table.num_tokens != loaded.vocab_size or theirs != loaded.fingerprint:
+        raise UserError(f"--tokenizer {tokenizer}: {path} was made for another tokenizer; give that one")
+    if count < 1:
+        raise UserError(f"--count {count}: must be at least 1")
+    tokens = loaded.tokens()
+    if token not in tokens:
+        alike = difflib.get_close_matches(token, [each for each in tokens if each[:2] == token[:2]], n=3)
+        marked = [each for each in (f"▁{token}", f"Ġ{token}") if each in tokens]
+        near = ", ".join(dict.fromkeys([*marked, *alike]))
+        raise UserError(f"{token!r} is no token of {tokenizer}" + (f"; near: {near}" if near else ""))
+    own = tokens.index(token)
+    width = max(len(f"{code}") for code in table.table_sizes)
+
+    def line(index: int, words: str) -> str:
+        codes = " ".join(f"{code:>{width}}" for code in table.codes[index].tolist())
+        return f"{codes}  {words:<14}  {index:>7}  {tokens[index]}"
+
+    print(line(own, "the token"))
+    for index, shared, same_leaf in code_neighbours(table, own, count):
+        print(line(index, "same leaf" if same_leaf else f"{shared} of {table.num_tables} codes"))
+
+
 def corpus_stats(shards: Positional[Path]) -> None:
     """Print tokens and bytes per language of a shards folder beside the paper's Table 7.
 
@@ -117,6 +169,7 @@ def pretrain(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "codes positional": codes_positional,
+    "codes neighbours": codes_neighbours,
     "codes inspect": codes_inspect,
     "corpus stats": corpus_stats,
     "export": export,
@@ -137,6 +190,9 @@ def _help() -> str:
 def _run(name: str, arguments: Sequence[str]) -> int:
     if name == "pretrain":
         return pretrain(arguments)
+    if name == "codes cluster":
+        codes_cluster(arguments)
+        return 0
     import tyro
 
     tyro.cli(COMMANDS[name], args=arguments, prog=f"ksub {name}")

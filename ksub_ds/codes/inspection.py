@@ -1,6 +1,9 @@
 """What a code table is like, in numbers: `ksub codes inspect`."""
 
+import json
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -34,5 +37,51 @@ def describe(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
         (f"parameters at d = {embedding_dim}", f"{ours:,}, against {plain:,} plain: {plain / ours:,.0f} times fewer"),
         ("sha256", table.sha256),
     ]  # fmt: skip
-    shown = {"algorithm"}
-    return rows + [(key.replace("_", " "), value) for key, value in sorted(table.metadata.items()) if key not in shown]
+    shown = {"algorithm", "quality"}
+    rows += [(key.replace("_", " "), value) for key, value in sorted(table.metadata.items()) if key not in shown]
+    return rows + _quality_rows(table.metadata.get("quality"))
+
+
+def _quality_rows(stored: str | None) -> list[tuple[str, str]]:
+    """The quality report that clustering stores with the codes (quality.py), one row a number or list of numbers."""
+    if stored is None:
+        return []
+    try:
+        report = json.loads(stored)
+    except ValueError:
+        return [("quality", "damaged: not JSON")]
+    return [(name.replace("_", " "), value) for name, value in _flatten(report)]
+
+
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{name}: {key}" if name else str(key))
+    elif isinstance(value, list):
+        yield name, "; ".join(_number(each) for each in value)
+    else:
+        yield name, _number(value)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def code_neighbours(table: CodeTable, token: int, count: int) -> list[tuple[int, int, bool]]:
+    """The tokens that share most codes with a token.
+
+    Its leaf (all codes but the last the same) comes first, then the number of shared codes decides, then how many
+    of the first codes are shared, then the id.
+
+    Returns:
+        `count` tuples (token id, number of shared codes, whether in the same leaf); only tokens that share a code.
+    """
+    equal = table.codes == table.codes[token]
+    shared = equal.sum(axis=1)
+    prefix = np.cumprod(equal, axis=1).sum(axis=1)
+    same_leaf = prefix >= table.num_tables - 1 if table.num_tables > 1 else np.zeros(len(equal), dtype=bool)
+    order = np.lexsort((np.arange(len(equal)), -prefix, -shared, ~same_leaf))
+    found = [int(index) for index in order if index != token and shared[index]][:count]
+    return [(index, int(shared[index]), bool(same_leaf[index])) for index in found]

@@ -8,7 +8,7 @@ The embedding of n is the concatenation of row f_k(n) of table k over k. Uniquen
 requirement 1) makes it a different vector for every token. K = 1 with M_1 = N is the plain embedding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +160,27 @@ class CodeTable:
 
     def __repr__(self) -> str:
         return f"CodeTable(num_tokens={self.num_tokens}, table_sizes={self.table_sizes})"
+
+
+def reserve_special_tokens(ordinary: CodeTable, special_ids: Iterable[int]) -> CodeTable:
+    """Spread the codes of the ordinary tokens over the ids that are left, and give each special
+    token one new row in every table, shared with nobody.
+
+    The paper suspects that `<s>`, `</s>`, `<pad>`, `<mask>` sharing rows with words costs accuracy;
+    this costs S rows per table for S special tokens.
+
+    Args:
+        ordinary: codes of the N - S ordinary tokens, in the order of their ids.
+        special_ids: S distinct ids in [0, N).
+    """
+    special = np.array(sorted(set(special_ids)), dtype=np.int64)
+    num_tokens = ordinary.num_tokens + len(special)
+    if len(special) and not (special[0] >= 0 and special[-1] < num_tokens):
+        raise ValueError(f"special ids {special.tolist()} must lie in [0, {num_tokens})")
+    codes = np.empty((num_tokens, ordinary.num_tables), dtype=np.int64)
+    is_special = np.zeros(num_tokens, dtype=bool)
+    is_special[special] = True
+    codes[~is_special] = ordinary.codes
+    codes[special] = np.array(ordinary.table_sizes) + np.arange(len(special))[:, None]
+    sizes = [size + len(special) for size in ordinary.table_sizes]
+    return CodeTable(codes, sizes, ordinary.metadata | {"special_ids": ",".join(map(str, special.tolist()))})

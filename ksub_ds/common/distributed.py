@@ -226,6 +226,35 @@ def on_main(function: Callable[[], Result]) -> Result | None:
     return in_agreement(lambda: function() if is_main() else None)
 
 
+def mpi_communicator() -> Any:
+    """MPI's world of processes where mpirun started several, else None: for work that needs no process group."""
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ or world_size() == 1:
+        return None
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
+def mpi_from_main(function: Callable[[], Result]) -> Result:
+    """Call `function` on rank 0 of mpirun's processes and give its result to all; alone, just call it.
+
+    A UserError is raised on every rank, so that none waits for another.
+    """
+    communicator = mpi_communicator()
+    if communicator is None:
+        return function()
+    result, problem = None, None
+    if is_main():
+        try:
+            result = function()
+        except UserError as error:
+            problem = str(error)
+    problem, result = communicator.bcast((problem, result), root=0)
+    if problem is not None:
+        raise UserError(problem)
+    return result  # type: ignore[return-value]  # no problem: function() returned
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     all_reduce_sum([0.0])

@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
         """The text of token ids; special tokens show by name."""
         ...
 
+    def tokens(self) -> list[str]:
+        """The N tokens by id, spelt as in the vocabulary ("▁water")."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write a folder that transformers' AutoTokenizer opens."""
         ...
@@ -97,6 +101,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens show by name."""
         return self._decoder.decode([int(index) for index in ids], skip_special_tokens=False)
+
+    def tokens(self) -> list[str]:
+        """The N tokens by id, spelt as in the vocabulary; an id without a token is an empty string."""
+        return [self._decoder.id_to_token(index) or "" for index in range(self.vocab_size)]
 
     def save(self, folder: Path) -> None:
         """Write a folder that transformers' AutoTokenizer opens."""

@@ -117,6 +117,10 @@ class XlmrTokenizer:
         text = "".join(self._tokens[index] for index in ids).replace(SPACE, " ")
         return text.removeprefix(" ")
 
+    def tokens(self) -> list[str]:
+        """The N tokens by id, spelt as in the vocabulary ("▁water")."""
+        return list(self._tokens)
+
     def save(self, folder: Path) -> None:
         """Write a folder that transformers' AutoTokenizer opens: tokenizer.json, its config, and the model."""
         from transformers import XLMRobertaTokenizer

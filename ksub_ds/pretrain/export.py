@@ -34,9 +34,7 @@ def export_run(run: str | Path, out: str | Path, step: int | None = None) -> Pat
     Raises:
         UserError: not a run folder, no (such) whole checkpoint, a folder in the way, or the reloaded model differs.
     """
-    folder, out = RunFolder(Path(run)), Path(out)
-    if not folder.recipe.exists():
-        raise UserError(f"{run}: no recipe.json there; give the --out folder of `ksub pretrain`")
+    folder, out = _open(run), Path(out)
     if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is not an export and not empty; choose another folder")
     path = _choose(folder, step)
@@ -56,6 +54,23 @@ def export_run(run: str | Path, out: str | Path, step: int | None = None) -> Pat
         f"{out}: step {checkpoint.step_of(path):,}, reloaded and compared (largest difference {difference:.1e})"
     )
     return out
+
+
+def newest_checkpoint(run: str | Path) -> tuple[RunFolder, Path]:
+    """The run folder and its newest whole checkpoint.
+
+    Raises:
+        UserError: not a run folder, or no whole checkpoint in it.
+    """
+    folder = _open(run)
+    return folder, _choose(folder, None)
+
+
+def _open(run: str | Path) -> RunFolder:
+    folder = RunFolder(Path(run))
+    if not folder.recipe.exists():
+        raise UserError(f"{run}: no recipe.json there; give the --out folder of `ksub pretrain`")
+    return folder
 
 
 def _choose(folder: RunFolder, step: int | None) -> Path:

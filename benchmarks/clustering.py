@@ -1,0 +1,219 @@
+"""Balanced k-means against k-means-constrained and OR-tools: time, inertia, memory, at the size of XLM-R.
+
+    python benchmarks/clustering.py [--json benchmarks/results/clustering.json]     about 10 minutes on two cores
+    python benchmarks/clustering.py --parts assignment kmeans                       the first two tables only
+
+Vectors are made here: an anisotropic mixture of 1,000 components of Zipf weights, D = 768.
+
+    assignment   one balanced assignment of 20,000 vectors to 128 centroids, one thread, against
+                 OR-tools' min-cost flow on the same costs
+    kmeans       20,000 -> 128 from the same first centroids, one thread, against k-means-constrained
+    tree         250,002 -> 128 -> 128 -> distinct codes, all cores, against FAISS's own k-means of the
+                 first level alone (25 iterations over all points, sizes free)
+
+The references need `pip install k-means-constrained` (which brings OR-tools).
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import measuring
+import numpy as np
+import tyro
+
+from ksub_ds.codes.assignment import balanced_assignment
+from ksub_ds.codes.balanced import balanced_kmeans, free_kmeans, one_thread
+from ksub_ds.codes.clustering import clustered_codes
+
+N, D, M = 250_002, 768, 128
+SMALL_N = 20_000
+
+
+@dataclass
+class Options:
+    parts: tuple[str, ...] = ("assignment", "kmeans", "tree")
+    """Which tables to measure."""
+    repeats: int = 3
+    """Interleaved rounds of the assignment; the best counts."""
+    json: Path | None = None
+    """Write the numbers here too."""
+    tree_in_this_process: bool = False
+    """(internal) measure the tree and its peak memory in this process."""
+
+
+def mixture(count: int, width: int = D, components: int = 1000, seed: int = 0) -> np.ndarray:
+    """(count, width) float32: components of Zipf weights, axes of falling scale."""
+    draw = np.random.default_rng(seed)
+    spectrum = ((1 + np.arange(width)) ** -0.5).astype(np.float32)
+    means = draw.standard_normal((components, width), dtype=np.float32) * spectrum
+    spread = 0.5 * np.exp(0.5 * draw.standard_normal(components, dtype=np.float32))
+    weights = 1 / np.arange(1, components + 1)
+    chosen = draw.choice(components, count, p=weights / weights.sum())
+    vectors = draw.standard_normal((count, width), dtype=np.float32)
+    vectors *= spectrum
+    vectors *= spread[chosen, None]
+    vectors += means[chosen]
+    return vectors
+
+
+def assignment(options: Options) -> dict:
+    """One assignment, against OR-tools' min-cost flow."""
+    import faiss
+
+    vectors = mixture(SMALL_N)
+    with one_thread():
+        centroids = free_kmeans(vectors, M, seed=0).centroids
+        costs = faiss.pairwise_distances(vectors, centroids)
+        seconds = measuring.interleaved(
+            {"ours": lambda: balanced_assignment(costs), "OR-tools": lambda: min_cost_flow(costs)}, options.repeats
+        )
+        labels = {"ours": balanced_assignment(costs)[0], "OR-tools": min_cost_flow(costs)}
+    cost = {name: float(costs[np.arange(SMALL_N), chosen].sum(dtype=np.float64)) for name, chosen in labels.items()}
+    row = {
+        "seconds": seconds,
+        "cost": cost,
+        "times_faster": seconds["OR-tools"] / seconds["ours"],
+        "cost_ratio": cost["ours"] / cost["OR-tools"],
+    }
+    measuring.print_table(
+        f"One assignment, {SMALL_N:,} x {M}",
+        ["", "s", "cost", "x faster", "cost ratio"],
+        [
+            ["OR-tools", f"{seconds['OR-tools']:.3f}", f"{cost['OR-tools']:.3f}", "", ""],
+            [
+                "ours",
+                f"{seconds['ours']:.3f}",
+                f"{cost['ours']:.3f}",
+                f"{row['times_faster']:.1f} " + measuring.verdict(row["times_faster"], 6),
+                f"{row['cost_ratio']:.7f} " + measuring.verdict(row["cost_ratio"], 1 + 1e-6, at_least=False),
+            ],
+        ],
+    )
+    return row
+
+
+def min_cost_flow(costs: np.ndarray) -> np.ndarray:
+    """The labels by OR-tools, as k-means-constrained calls it: costs as integers of ample range."""
+    from ortools.graph.python import min_cost_flow as library
+
+    count, clusters = costs.shape
+    floor, extra = divmod(count, clusters)
+    flow = library.SimpleMinCostFlow()
+    points, nodes, sink = np.arange(count), count + np.arange(clusters), count + clusters
+    unit = (costs.astype(np.float64) * (1e7 / np.abs(costs).max())).astype(np.int64)
+    arcs = flow.add_arcs_with_capacity_and_unit_cost(
+        np.repeat(points, clusters), np.tile(nodes, count), np.ones(costs.size, np.int64), unit.ravel()
+    )
+    ones = np.ones(clusters, np.int64)
+    flow.add_arcs_with_capacity_and_unit_cost(nodes, np.full(clusters, sink), ones, 0 * ones)
+    supplies = np.concatenate([np.ones(count), np.full(clusters, -floor), [-extra]]).astype(np.int64)
+    flow.set_nodes_supplies(np.arange(count + clusters + 1), supplies)
+    assert flow.solve() == flow.OPTIMAL
+    return flow.flows(arcs).reshape(count, clusters).argmax(axis=1)
+
+
+def kmeans() -> dict:
+    """The whole k-means from the same first centroids, one thread."""
+    from k_means_constrained import KMeansConstrained
+
+    vectors = mixture(SMALL_N)
+    floor, ceiling = SMALL_N // M, -(-SMALL_N // M)
+    with one_thread():
+        start = free_kmeans(vectors, M, seed=0).centroids
+        begin = time.perf_counter()
+        ours = balanced_kmeans(vectors, M, initial=start)
+        middle = time.perf_counter()
+        peer = KMeansConstrained(
+            M, size_min=floor, size_max=ceiling, init=start, n_init=1, max_iter=15, n_jobs=1, random_state=0
+        ).fit(vectors)
+        end = time.perf_counter()
+    sizes = np.bincount(ours.labels, minlength=M)
+    row = {
+        "seconds": {"ours": middle - begin, "k-means-constrained": end - middle},
+        "inertia": {"ours": ours.inertia, "k-means-constrained": float(peer.inertia_)},
+        "times_faster": (end - middle) / (middle - begin),
+        "inertia_ratio": ours.inertia / float(peer.inertia_),
+        "sizes": [int(sizes.min()), int(sizes.max())],
+    }
+    measuring.print_table(
+        f"Balanced k-means, {SMALL_N:,} x {D} -> {M}, same first centroids, at most 15 iterations",
+        ["", "s", "inertia", "x faster", "inertia ratio"],
+        [
+            ["k-means-constrained", f"{end - middle:.1f}", f"{peer.inertia_:.1f}", "", ""],
+            [
+                "ours",
+                f"{middle - begin:.1f}",
+                f"{ours.inertia:.1f}",
+                f"{row['times_faster']:.1f} " + measuring.verdict(row["times_faster"], 5),
+                f"{row['inertia_ratio']:.5f} " + measuring.verdict(row["inertia_ratio"], 1.003, at_least=False),
+            ],
+        ],
+    )
+    return row
+
+
+def tree() -> dict:
+    """The whole of Algorithm 2 at XLM-R's size; run in a fresh process, for its peak memory."""
+    import faiss
+
+    vectors = mixture(N)
+    begin = time.perf_counter()
+    codes = clustered_codes(vectors, 3, M)
+    seconds = time.perf_counter() - begin
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    codes.verify()
+    first = np.bincount(codes.codes[:, 0])
+    leaves = np.bincount(codes.codes[:, 0] * M + codes.codes[:, 1])
+    begin = time.perf_counter()
+    faiss.Kmeans(D, M, niter=25, seed=0, max_points_per_centroid=N).train(vectors)
+    free = time.perf_counter() - begin
+    return {
+        "seconds": seconds,
+        "faiss_first_level_seconds": free,
+        "times_faiss": seconds / free,
+        "peak_gigabytes": peak / 1e9,
+        "sizes": [int(first.min()), int(first.max()), int(leaves.min()), int(leaves.max())],
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def report_tree(row: dict) -> None:
+    exact = row["sizes"] == [N // M, -(-N // M), N // M**2, -(-N // M**2)]
+    measuring.print_table(
+        f"Algorithm 2, {N:,} x {D} -> {M} -> {M} -> distinct codes, {row['cores']} cores",
+        ["s", "x FAISS's first level", "peak GB (main process)", "sizes"],
+        [
+            [
+                f"{row['seconds']:.0f} " + measuring.verdict(row["seconds"], 240, at_least=False),
+                f"{row['times_faiss']:.1f} " + measuring.verdict(row["times_faiss"], 12, at_least=False),
+                f"{row['peak_gigabytes']:.1f} " + measuring.verdict(row["peak_gigabytes"], 6, at_least=False),
+                "exact" if exact else f"MISSED {row['sizes']}",
+            ]
+        ],
+    )
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    if options.tree_in_this_process:
+        print(json.dumps(tree()))
+        return
+    print(measuring.machine(), file=sys.stderr)
+    result = {}
+    if "assignment" in options.parts:
+        result["assignment"] = assignment(options)
+    if "kmeans" in options.parts:
+        result["kmeans"] = kmeans()
+    if "tree" in options.parts:
+        result["tree"] = measuring.in_fresh_process(__file__, "--tree-in-this-process")
+        report_tree(result["tree"])
+    measuring.save(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

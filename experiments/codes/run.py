@@ -1,0 +1,131 @@
+"""Do the codes help? One small model at an equal number of steps with plain, positional and clustered codes.
+
+    python experiments/codes/run.py --data shards --out codes-experiment
+    python experiments/codes/run.py --data text --tokenizer sentencepiece.bpe.model --out codes-experiment --seeds 3
+
+Four layers of width 192 over rows of 128 tokens, the 32,000 most frequent tokens of the vocabulary, K = 3 tables of
+40 rows. Vectors to cluster come from co-occurrence in the same rows. Two controls start from these vectors, so that
+what clustering knows of the text is also known to a plain embedding.
+
+Two configurations train at a time, each on one core. One that is done is not trained again: the same command goes on
+where it was stopped, and more --seeds add to what is there. OUT/results/ holds a JSON file each; OUT/results.json,
+OUT/table.md and OUT/loss.png are made of them at the end.
+"""
+
+import argparse
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from material import open_shards, prepare
+from outcome import write_outcome
+from training import Training, train
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import read_json
+from ksub_ds.common.logging import format_seconds, get_logger
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A model of the comparison."""
+
+    name: str
+    codes: str
+    initialise: bool = False
+
+
+CONFIGURATIONS = (
+    Configuration("plain", "plain"),
+    Configuration("positional", "positional"),
+    Configuration("clustered-random", "clustered-random"),
+    Configuration("clustered-matched", "clustered-matched"),
+    Configuration("clustered-matched-aligned", "clustered-matched-aligned"),
+    Configuration("plain, from vectors", "plain", initialise=True),
+    Configuration("clustered-matched-aligned, from vectors", "clustered-matched-aligned", initialise=True),
+)
+
+
+def result_path(out: Path, configuration: Configuration, seed: int) -> Path:
+    """The JSON file of one configuration and seed."""
+    return out / "results" / f"{configuration.name.replace(', ', '-').replace(' ', '-')}-seed{seed}.json"
+
+
+def is_done(path: Path, training: Training) -> bool:
+    """Whether a result is there.
+
+    Raises:
+        UserError: it is there, with other settings.
+    """
+    if not path.exists():
+        return False
+    if read_json(path)["settings"] != asdict(training):
+        raise UserError(f"{path}: was trained with other settings; give another --out, or remove OUT/results")
+    return True
+
+
+def experiment(options: argparse.Namespace) -> None:
+    """Prepare, train what is missing, write the outcome."""
+    training = Training(options.steps, options.batch_size, options.peak_lr, options.precision)
+    chosen = [each for each in CONFIGURATIONS if not options.only or each.name in options.only]
+    todo = []
+    for seed in range(options.seeds):  # all configurations with the first seed come before the second seed
+        for configuration in chosen:
+            path = result_path(options.out, configuration, seed)
+            if not is_done(path, training):
+                todo.append((path, configuration, seed))
+    dataset = open_shards(options.data, options.tokenizer, options.out)
+    material = prepare(dataset, options.out, options.num_tokens, options.table_size, seed=0)
+    log, started = get_logger(), time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.parallel, mp_context=context) as pool:
+        running = {
+            pool.submit(
+                train, material.folder, path, each.name, each.codes, each.initialise, training, seed
+            ): f"{each.name}, seed {seed}"
+            for path, each, seed in todo
+        }
+        for number, future in enumerate(as_completed(running), start=1):
+            future.result()
+            left = (time.monotonic() - started) / number * (len(running) - number)
+            log.info(f"done: {running[future]} ({number} of {len(running)}), ETA {format_seconds(left)}")
+    paths = [result_path(options.out, each, seed) for each in CONFIGURATIONS for seed in range(options.seeds)]
+    print(write_outcome(options.out, [read_json(path) for path in paths if path.exists()]))
+
+
+def main() -> None:
+    """Parse and run; a user's mistake is one line and exit code 2."""
+    names = [each.name for each in CONFIGURATIONS]
+    parser = argparse.ArgumentParser(description="Pretrain one small model with plain, positional and clustered codes.")
+    parser.add_argument("--data", type=Path, required=True, help="a shards folder, or a folder of <lang>.jsonl[.gz]")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece .model or folder; needed for text")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything")
+    parser.add_argument("--steps", type=int, default=800, help="[800: 2 to 4 minutes a configuration]")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows a step [8: 1,024 tokens]")
+    parser.add_argument("--peak-lr", type=float, default=1e-3)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. SEEDS - 1 of weights, rows and masks")
+    parser.add_argument("--num-tokens", type=int, default=32_000, help="N of the small vocabulary")
+    parser.add_argument("--table-size", type=int, default=40, help="M of each of the three tables")
+    parser.add_argument("--parallel", type=int, default=2, help="configurations that train at a time")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"some of: {'; '.join(names)}")
+    options = parser.parse_args()
+    try:
+        for name in ("steps", "batch_size", "seeds", "parallel"):
+            if getattr(options, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+        if options.table_size**3 < options.num_tokens:
+            raise UserError(
+                f"--table-size {options.table_size}: three tables code fewer than {options.num_tokens} tokens"
+            )
+        experiment(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Numbers that mean something: which row of a shared table a token, or a cluster, should have.
+
+Algorithm 2 leaves two things arbitrary: the numbering of the clusters inside a group, and the last
+codes in a leaf. All groups share one table per level, so a numbering in which equal codes point in
+similar directions lets one row serve all of them. Both are the same problem: within a group every
+item needs a row of its own, and the row should be near what the item has left to explain.
+
+    codebook   (M, D) rows that all groups share
+    item       a token, or a cluster of tokens with its mean and its size
+
+The measure is the share of the variance of the vectors that K tables, summed, can explain under the
+codes (each table D wide, fitted by least squares): 1 would be the vectors themselves.
+"""
+
+import itertools
+
+import numpy as np
+
+from ksub_ds.codes.balanced import free_kmeans, one_thread
+
+ROUNDS = 6  # of the codebook, from its first centroids
+REFINEMENTS = 3  # of each level, against what the other tables leave
+BLOCK = 8_192
+LARGEST_FIT = 8_192  # rows of all tables together, for an exact fit
+
+
+def match_to_codebook(
+    vectors: np.ndarray, groups: np.ndarray, num_rows: int, seed: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """One codebook for all items, and in each group the assignment of items to distinct rows that fits it best.
+
+    Args:
+        vectors: (n, D) float32, one an item: its difference from the mean of its group.
+        groups: (n,) which group an item is in; no group has more than `num_rows`.
+        weights: (n,) tokens behind an item. [1]
+
+    Returns:
+        (n,) rows in [0, num_rows), distinct within a group.
+    """
+    weights = np.ones(len(vectors)) if weights is None else weights
+    codebook = free_kmeans(vectors, num_rows, seed).centroids
+    rows = np.zeros(len(vectors), dtype=np.int64)
+    for _ in range(ROUNDS):
+        before, rows = rows, distinct_rows(vectors, groups, codebook, weights)
+        if (rows == before).all():
+            break
+        total = np.bincount(rows, weights, num_rows)
+        used = total > 0
+        codebook[used] = _sums(vectors, rows, num_rows, weights)[used] / total[used, None]
+    return rows
+
+
+def distinct_rows(vectors: np.ndarray, groups: np.ndarray, codebook: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """In each group the assignment to distinct rows of least weighted squared distance (Hungarian algorithm)."""
+    from scipy.optimize import linear_sum_assignment
+
+    order = np.argsort(groups, kind="stable")
+    bounds = np.flatnonzero(np.diff(groups[order], prepend=-1, append=-1))
+    norms = np.square(codebook, dtype=np.float64).sum(axis=1)
+    rows = np.empty(len(vectors), dtype=np.int64)
+    with one_thread():
+        for start, stop in itertools.pairwise(bounds):
+            items = order[start:stop]
+            costs = (norms - 2.0 * (vectors[items] @ codebook.T)) * weights[items, None]
+            rows[items] = linear_sum_assignment(costs)[1]
+    return rows
+
+
+def refine(
+    vectors: np.ndarray, codes: np.ndarray, table_sizes: tuple[int, ...], align: bool, match_last: bool
+) -> np.ndarray:
+    """Renumber levels in turn against what the tables of the other levels leave; every step explains more.
+
+    The clusters stay what they are: level k is permuted inside each group of equal (f_1 .. f_(k-1)),
+    and the codes of tokens move with it.
+
+    Args:
+        vectors: (N, D) float32 of mean 0.
+        codes: (N, K), unique.
+        align: whether levels 2..K-1 may be renumbered.
+        match_last: whether the last level may be.
+    """
+    last = codes.shape[1] - 1
+    levels = [k for k in range(1, last + 1) if (match_last if k == last else align)]
+    for _ in range(REFINEMENTS):
+        for k in levels:
+            tables = fit_tables(vectors, codes, table_sizes)
+            items, groups = _items(codes, k)
+            count = int(items.max()) + 1
+            sums = np.zeros((count, vectors.shape[1]))
+            for start in range(0, len(codes), BLOCK):
+                block = slice(start, start + BLOCK)
+                left = vectors[block] - sum(tables[j][codes[block, j]] for j in range(last + 1) if j != k)
+                touched, place = np.unique(items[block], return_inverse=True)
+                sums[touched] += _sums(left, place, len(touched))
+            sizes = np.bincount(items)
+            means = (sums / sizes[:, None]).astype(np.float32)
+            codes = codes.copy()
+            codes[:, k] = distinct_rows(means, groups, tables[k], sizes.astype(np.float64))[items]
+    return codes
+
+
+def _items(codes: np.ndarray, level: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) the item of each token at a level: its prefix of level + 1 codes, numbered; and each item's group."""
+    prefixes, items = np.unique(codes[:, : level + 1], axis=0, return_inverse=True)
+    groups = np.cumsum((np.diff(prefixes[:, :level], axis=0, prepend=prefixes[:1, :level]) != 0).any(axis=1))
+    return items.ravel(), groups
+
+
+def fit_tables(vectors: np.ndarray, codes: np.ndarray, table_sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """K tables (M_k, D) float32 whose summed rows are nearest to the vectors: exact least squares."""
+    solution, _ = _least_squares(vectors, codes, table_sizes)
+    return np.split(solution.astype(np.float32), np.cumsum(table_sizes)[:-1])
+
+
+def explained_share(vectors: np.ndarray, codes: np.ndarray, table_sizes: tuple[int, ...]) -> float:
+    """Share of the variance of (N, D) vectors that K full-width tables, summed, explain under the codes.
+
+    Raises:
+        ValueError: more than 8,192 rows in all tables together.
+    """
+    centred = vectors - vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
+    solution, projected = _least_squares(centred, codes, table_sizes)
+    total = sum(np.square(centred[i : i + BLOCK], dtype=np.float64).sum() for i in range(0, len(centred), BLOCK))
+    return float((solution * projected).sum() / total) if total else 1.0
+
+
+def _least_squares(
+    vectors: np.ndarray, codes: np.ndarray, table_sizes: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Solution of (A'A) T = A'X, and A'X, where A (N, sum of M_k) has a one for each code of a token."""
+    from scipy.sparse import csr_matrix
+
+    width = sum(table_sizes)
+    if width > LARGEST_FIT:
+        raise ValueError(f"tables of {width:,} rows together: a fit is made up to {LARGEST_FIT:,}")
+    columns = codes + np.concatenate([[0], np.cumsum(table_sizes)[:-1]])
+    ones = csr_matrix(
+        (np.ones(columns.size), columns.ravel(), np.arange(0, columns.size + 1, columns.shape[1])),
+        shape=(len(codes), width),
+    )
+    projected = np.zeros((width, vectors.shape[1]))
+    for start in range(0, len(codes), BLOCK):
+        projected += ones[start : start + BLOCK].T @ vectors[start : start + BLOCK]
+    with one_thread():
+        values, basis = np.linalg.eigh((ones.T @ ones).toarray())
+        inverse = np.where(values > values[-1] * 1e-10, 1 / np.maximum(values, values[-1] * 1e-10), 0)
+        return (basis * inverse) @ (basis.T @ projected), projected
+
+
+def _sums(vectors: np.ndarray, rows: np.ndarray, num_rows: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """(num_rows, D) float64 sums of the vectors of each row."""
+    from scipy.sparse import csr_matrix
+
+    weights = np.ones(len(rows)) if weights is None else weights
+    sums = np.zeros((num_rows, vectors.shape[1]))
+    for start in range(0, len(rows), BLOCK):
+        part = slice(start, start + BLOCK)
+        shape = (num_rows, len(rows[part]))
+        sums += csr_matrix((weights[part], (rows[part], np.arange(shape[1]))), shape=shape) @ vectors[part]
+    return sums

@@ -1,0 +1,289 @@
+"""The cheapest assignment of N points to M clusters whose sizes differ by at most one. Exact.
+
+This is a transport problem. Its dual has one price per cluster: given the right prices, every point
+goes to the cluster where cost + price is least, and the sizes come out right. So:
+
+1. Prices by Newton's method on the smoothed dual (a point is spread over clusters by a softmax at a
+   temperature that falls): first on a sample, then on all points with the few clusters that are
+   within reach of each. What is left is a per cent of the points in the wrong place.
+2. Repair on the residual graph of the clusters: an arc a -> b costs what the cheapest move of a
+   point from a to b costs. Points travel along shortest paths from clusters with too many to
+   clusters with too few (successive shortest paths, many paths a round). Any prices give an optimum
+   for the sizes they lead to, and moves along shortest paths keep it one; so when the sizes are
+   right, the result is the optimum. This part is float64: in float32 the graph gets negative cycles.
+
+N mod M clusters get one point more, whichever is cheapest: the graph has one more node, a pool that
+takes one point from each of those.
+
+    costs   (N, M) float32     labels  (N,) which cluster     prices  (M,) float64
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+BLOCK = 8_192  # rows; results of blocks are put together in order, so threads change nothing
+SAMPLE = 32  # points per cluster that the first prices come from
+SAMPLE_TEMPERATURES = (2.0, 0.3)  # in units of the typical gap between a point's two cheapest clusters
+TEMPERATURES = (0.1, 0.03, 0.01)
+NEWTON_STEPS = 8
+ATTEMPTS = 4
+REACH = 20.0  # temperatures: clusters this much dearer than a point's cheapest play no part
+TOLERANCE = 1e-7  # differences of costs below this are ties, so that equal points move together
+Result = TypeVar("Result")
+
+
+def map_blocks(function: Callable[[slice], Result], count: int, threads: int) -> Iterator[Result]:
+    """`function` of every block of rows, in order, on some threads (numpy lets go of the GIL)."""
+    blocks = [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
+    if threads == 1 or len(blocks) == 1:
+        yield from map(function, blocks)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(function, blocks)
+
+
+def balanced_assignment(
+    costs: np.ndarray, prices: np.ndarray | None = None, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Least total cost with floor(N/M) or ceil(N/M) points in every cluster.
+
+    Args:
+        costs: (N, M) finite float32.
+        prices: (M,) of a similar problem, to start from.
+        threads: does not change the result.
+
+    Returns:
+        labels (N,) and optimal prices (M,): no point finds cost + price less elsewhere.
+    """
+    count, clusters = costs.shape
+    if clusters == 1:
+        return np.zeros(count, dtype=np.int64), np.zeros(1)
+    sample = costs[:: max(1, count // (SAMPLE * clusters))]
+    two = np.partition(sample, 1, axis=1)[:, :2]
+    unit = float(np.median(two[:, 1] - two[:, 0])) or float(np.ptp(sample)) or 1.0
+    everywhere = _Everywhere(sample)
+    prices = np.zeros(clusters) if prices is None else prices
+    for temperature in SAMPLE_TEMPERATURES:
+        prices, _ = everywhere.balance(prices, temperature * unit, tolerance=0.01)
+    for temperature in TEMPERATURES:
+        for _ in range(ATTEMPTS):  # prices that move far bring other clusters within reach
+            near = _WithinReach(costs, prices, REACH * temperature * unit, threads)
+            prices, wrong = near.balance(prices, temperature * unit, tolerance=0.001)
+            if wrong < 0.001:
+                break
+    return _Repair(costs, prices, TOLERANCE * unit, threads).run()
+
+
+class _SmoothedDual:
+    """Points spread over clusters by a softmax of -(cost + price) / temperature."""
+
+    target: float  # N / M
+
+    def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
+        """Share of each point in each of its clusters."""
+        raise NotImplementedError
+
+    def sizes(self, share: np.ndarray) -> np.ndarray:
+        """(M,) sums of the shares."""
+        raise NotImplementedError
+
+    def overlap(self, share: np.ndarray) -> np.ndarray:
+        """(M, M) share' share."""
+        raise NotImplementedError
+
+    def balance(self, prices: np.ndarray, temperature: float, tolerance: float) -> tuple[np.ndarray, float]:
+        """Newton steps until `tolerance` of the points are in the wrong place; prices, and the last share."""
+        for _ in range(NEWTON_STEPS):
+            share = self.spread(prices, temperature)
+            sizes = self.sizes(share)
+            wrong = np.abs(sizes - self.target).sum() / (self.target * len(sizes))
+            if wrong < tolerance:
+                break
+            if wrong > 0.4:  # far away the quadratic model is of no use: Sinkhorn's step
+                step = np.log(np.maximum(sizes, 1e-3 * self.target) / self.target)
+            else:  # a constant added to all prices changes nothing: the small term makes the matrix regular
+                curvature = np.diag(sizes + 1e-3 * self.target) - self.overlap(share)
+                step = np.clip(np.linalg.solve(curvature, sizes - self.target), -4, 4)
+            prices = prices + temperature * step
+        return prices, wrong
+
+
+class _Everywhere(_SmoothedDual):
+    """Every point may go to every cluster."""
+
+    def __init__(self, costs: np.ndarray):
+        self.costs = costs
+        self.target = len(costs) / costs.shape[1]
+
+    def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
+        share = self.costs + prices.astype(np.float32)
+        share -= share.min(axis=1, keepdims=True)
+        share *= np.float32(-1 / temperature)
+        np.maximum(share, -30, out=share)  # no denormal numbers: they make everything ten times slower
+        np.exp(share, out=share)
+        share /= share.sum(axis=1, keepdims=True)
+        return share
+
+    def sizes(self, share: np.ndarray) -> np.ndarray:
+        return share.sum(axis=0, dtype=np.float64)
+
+    def overlap(self, share: np.ndarray) -> np.ndarray:
+        return share.T @ share
+
+
+class _WithinReach(_SmoothedDual):
+    """Every point may go to the clusters within `reach` of its cheapest one; flattened, point after point."""
+
+    def __init__(self, costs: np.ndarray, prices: np.ndarray, reach: float, threads: int):
+        count, self.clusters = costs.shape
+
+        def of_block(block: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            priced = costs[block] + prices.astype(np.float32)
+            flat = np.flatnonzero(priced <= priced.min(axis=1, keepdims=True) + np.float32(reach))
+            point, cluster = np.divmod(flat, self.clusters)
+            return np.bincount(point, minlength=len(priced)), cluster, costs[block].ravel()[flat]
+
+        lengths, clusters, values = zip(*map_blocks(of_block, count, threads), strict=True)
+        self.lengths = np.concatenate(lengths)
+        self.cluster = np.concatenate(clusters)
+        self.cost = np.concatenate(values).astype(np.float64)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.target = count / self.clusters
+
+    def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
+        share = (self.cost + prices[self.cluster]) / -temperature
+        share -= np.repeat(np.maximum.reduceat(share, self.starts[:-1]), self.lengths)
+        np.exp(share, out=share)
+        share /= np.repeat(np.add.reduceat(share, self.starts[:-1]), self.lengths)
+        return share
+
+    def sizes(self, share: np.ndarray) -> np.ndarray:
+        return np.bincount(self.cluster, share, self.clusters)
+
+    def overlap(self, share: np.ndarray) -> np.ndarray:
+        from scipy.sparse import csr_matrix
+
+        kept = share > 1e-4
+        starts = np.concatenate([[0], np.cumsum(kept)])[self.starts]
+        shape = (len(self.lengths), self.clusters)
+        spread = csr_matrix((share[kept], self.cluster[kept], starts), shape=shape)
+        return (spread.T @ spread).toarray()
+
+
+class _Repair:
+    """Successive shortest paths on the clusters 0..M-1 and the pool M.
+
+    arcs[b, a] is the cost of the arc a -> b: the least of costs[i, b] - costs[i, a] over points i of a.
+    """
+
+    def __init__(self, costs: np.ndarray, prices: np.ndarray, tie: float, threads: int):
+        self.costs, self.tie, self.slack = costs, tie, tie
+        count, self.pool = costs.shape
+        self.floor, pooled = divmod(count, self.pool)
+        single = prices.astype(np.float32)
+        blocks = map_blocks(lambda block: (costs[block] + single).argmin(axis=1), count, threads)
+        self.labels = np.concatenate(list(blocks))
+        sizes = np.bincount(self.labels, minlength=self.pool)
+        # The dearest clusters give a point to the pool: with the pool's price between, that is optimal too.
+        self.gives = np.zeros(self.pool, dtype=bool)
+        self.gives[np.argsort(-prices, kind="stable")[:pooled]] = True
+        self.excess = np.append(sizes - self.floor - self.gives, 0)
+        self.prices = np.append(prices, prices[self.gives].min() if pooled else prices.max())
+        self.arcs = np.full((self.pool + 1, self.pool + 1), np.inf)
+        order = np.argsort(self.labels, kind="stable")
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+
+        def arcs_of(cluster: int) -> np.ndarray:
+            rows = costs[order[bounds[cluster] : bounds[cluster + 1]]]
+            own = rows[:, cluster, None].astype(np.float64)
+            return (rows - own).min(axis=0) if len(rows) else np.full(self.pool, np.inf)
+
+        for cluster in range(self.pool):
+            self.arcs[: self.pool, cluster] = arcs_of(cluster)
+        self._set_pool_arcs()
+
+    def _set_pool_arcs(self) -> None:
+        self.arcs[self.pool, : self.pool] = np.where(self.gives, np.inf, 0.0)
+        self.arcs[: self.pool, self.pool] = np.where(self.gives, 0.0, np.inf)
+
+    def run(self) -> tuple[np.ndarray, np.ndarray]:
+        """Move points until every size is right; labels and prices."""
+        while (self.excess > 0).any():
+            distance, previous = self._shortest_paths(np.where(self.excess > 0, -self.prices, np.inf))
+            sinks = np.flatnonzero(self.excess < 0)
+            nearest = np.argsort((distance + self.prices)[sinks], kind="stable")
+            self.prices = -distance
+            self._moved: dict[int, int] = {}  # point -> where it came from
+            if sum([self._send(sink, previous) for sink in sinks[nearest]]):
+                self._update_arcs()
+            else:  # moves of nearly least cost have closed a circle that pays: see only what is larger
+                self.slack *= 10
+        return self.labels, self.prices[: self.pool]
+
+    def _shortest_paths(self, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bellman and Ford, from every node at its given distance; all arcs of a sweep at once."""
+        previous = np.full(len(distance), -1)
+        nodes = np.arange(len(distance))
+        for _ in nodes:
+            through = self.arcs + distance
+            best = through.argmin(axis=1)
+            reached = through[nodes, best]
+            better = reached < distance - self.slack
+            if not better.any():
+                break
+            distance = np.where(better, reached, distance)
+            previous = np.where(better, best, previous)
+        return distance, previous
+
+    def _send(self, sink: int, previous: np.ndarray) -> int:
+        """Send as many points as possible down the shortest path to `sink`; how many."""
+        path = [int(sink)]
+        while previous[path[-1]] >= 0 and len(path) <= len(previous):
+            path.append(int(previous[path[-1]]))
+        source = path[-1]
+        amount = min(self.excess[source], -self.excess[sink])
+        if amount <= 0 or len(path) > len(previous):
+            return 0
+        moves = []
+        for target, origin in itertools.pairwise(path):
+            if self.pool in (origin, target):
+                cluster = min(origin, target)
+                amount = min(amount, int(self.gives[cluster] == (origin == self.pool)))
+                moves.append((origin, target, None))
+                continue
+            members = np.flatnonzero(self.labels == origin)
+            extra = self.costs[members, target].astype(np.float64) - self.costs[members, origin]
+            free = [i for i in members[extra <= self.arcs[target, origin] + self.tie] if i not in self._moved]
+            moves.append((origin, target, free))
+            amount = min(amount, len(free))
+        if amount <= 0:
+            return 0
+        for origin, target, free in moves:
+            if free is None:
+                self.gives[min(origin, target)] = target == self.pool
+                continue
+            for point in free[:amount]:
+                self._moved[point] = origin
+                self.labels[point] = target
+        self.excess[source] -= amount
+        self.excess[sink] += amount
+        return int(amount)
+
+    def _update_arcs(self) -> None:
+        points = np.array(list(self._moved), dtype=np.int64)
+        origins = np.array(list(self._moved.values()), dtype=np.int64)
+        inner = self.arcs[: self.pool, : self.pool]
+        rows = self.costs[points].astype(np.float64)
+        for origin in np.unique(origins):
+            left = rows[origins == origin]
+            stale = np.flatnonzero((left - left[:, origin, None] <= inner[:, origin]).any(axis=0))
+            members = np.flatnonzero(self.labels == origin)
+            fresh = self.costs[np.ix_(members, stale)] - self.costs[members, origin, None].astype(np.float64)
+            inner[stale, origin] = fresh.min(axis=0, initial=np.inf)
+        arrived = rows - rows[np.arange(len(points)), self.labels[points], None]
+        np.minimum.at(inner.T, self.labels[points], arrived)
+        self._set_pool_arcs()

@@ -1,0 +1,244 @@
+"""Algorithm 2 of the paper: clustered allocation, so that tokens with like vectors share codes.
+
+    level 1        all tokens are split by k-means into M_1 clusters: f_1
+    level k < K    every group of tokens with equal f_1 .. f_(k-1) is split again: f_k
+    level K        inside each group (a leaf) tokens get distinct codes of the last table
+
+Balanced, every split has sizes that differ by at most one, so that leaves fit the last table. The
+paper's naive k-means leaves sizes free; then the last table is as long as the largest leaf.
+
+Beyond the paper: which number a cluster has, and which code a token of a leaf, need not be arbitrary
+(alignment.py). `last_level="random", align=False` is the paper's own form.
+
+Groups below level 1 are independent: they run in parallel over processes, and over the ranks of
+mpirun. Each is computed on one thread from a seed of its own, so the codes are the same bit for bit.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from ksub_ds.codes.alignment import match_to_codebook, refine
+from ksub_ds.codes.balanced import Clustering, as_matrix, balanced_kmeans, free_kmeans
+from ksub_ds.codes.table import CodeTable, reserve_special_tokens
+from ksub_ds.common.distributed import mpi_communicator
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.logging import Progress
+
+SMALL = 2e9  # N * D * M below which starting processes takes longer than the work
+
+
+def clustered_codes(
+    embeddings: Any,
+    num_tables: int,
+    table_size: int,
+    balanced: bool = True,
+    last_level: Literal["matched", "random"] = "matched",
+    align: bool = True,
+    seed: int = 0,
+    special_ids: Sequence[int] = (),
+    workers: int | None = None,
+    table_sizes: Sequence[int] | None = None,
+) -> CodeTable:
+    """Codes by Algorithm 2. Under mpirun every rank calls this, with the same arguments.
+
+    Args:
+        embeddings: (N, D) one vector a token; an array or a tensor.
+        num_tables: K >= 2.
+        table_size: M, rows of every table.
+        balanced: equal cluster sizes; otherwise naive k-means, and the last table gets as many rows as
+            the largest leaf has tokens.
+        last_level: "matched" to one codebook of what the other tables leave, or "random" as in the paper.
+        align: number the clusters of all groups alike.
+        seed: of k-means and of random last codes.
+        special_ids: tokens that get a row of their own in every table (see `reserve_special_tokens`).
+        workers: processes; does not change the result. [one per core, for large N]
+        table_sizes: M_1 ... M_K, instead of `table_size` for each.
+
+    Raises:
+        UserError: a vector that is not finite, sizes that make no sense, or a leaf larger than the last table.
+    """
+    vectors = as_matrix(embeddings)
+    sizes = tuple(int(size) for size in table_sizes or (table_size,) * num_tables)
+    special = sorted(set(special_ids))
+    _check(len(vectors), num_tables, sizes, last_level, special)
+    if special:
+        vectors = np.delete(vectors, special, axis=0)
+    if balanced:
+        _check_leaves(len(vectors), sizes)
+    workers = _default_workers(vectors, sizes) if workers is None else workers
+
+    codes = np.zeros((len(vectors), num_tables), dtype=np.int64)
+    inertias = []
+    for level in range(num_tables - 1):
+        codes[:, level], inertia = _split(vectors, codes[:, :level], sizes[level], balanced, seed, workers)
+        inertias.append(inertia)
+        if align and level:
+            codes[:, level] = _align(vectors, codes[:, : level + 1], sizes[level], seed)
+    leaves = _number_groups(codes[:, :-1])
+    largest = int(np.bincount(leaves).max())
+    if not balanced:
+        sizes = (*sizes[:-1], largest)
+    codes[:, -1] = _last_codes(vectors, leaves, sizes[-1], last_level, seed)
+    if (align and num_tables > 2) or last_level == "matched":
+        codes = refine(_centred(vectors), codes, sizes, align, last_level == "matched")
+
+    metadata = {
+        "algorithm": "clustered, balanced" if balanced else "clustered, naive k-means",
+        "seed": str(seed),
+        "last_level": last_level,
+        "align": str(align).lower(),
+        "largest_leaf": str(largest),
+        "group_sizes": "; ".join(_describe_sizes(codes[:, : level + 1]) for level in range(num_tables - 1)),
+        "inertia": " ".join(f"{inertia:.6g}" for inertia in inertias),
+    }
+    table = CodeTable(codes, sizes, metadata)
+    return reserve_special_tokens(table, special) if special else table
+
+
+def _check(count: int, num_tables: int, sizes: tuple[int, ...], last_level: str, special: list[int]) -> None:
+    if num_tables < 2:
+        raise UserError(f"num_tables {num_tables}: clustering needs at least 2 (1 is the plain embedding)")
+    if len(sizes) != num_tables or min(sizes) < 1:
+        raise UserError(f"table sizes {sizes}: must be {num_tables} positive integers")
+    if last_level not in ("matched", "random"):
+        raise UserError(f"last_level {last_level!r}: must be 'matched' or 'random'")
+    if special and not (special[0] >= 0 and special[-1] < count):
+        raise UserError(f"special ids {special} must lie in [0, {count})")
+    if len(special) >= count:
+        raise UserError(f"all {count} tokens are special: none is left to cluster")
+
+
+def _check_leaves(count: int, sizes: tuple[int, ...]) -> None:
+    """Balanced leaves have a size known beforehand."""
+    leaf = count
+    for size in sizes[:-1]:
+        leaf = -(-leaf // size)
+    if leaf > sizes[-1]:
+        shape = " x ".join(map(str, sizes[:-1]))
+        raise UserError(
+            f"{count:,} tokens in {shape} clusters make leaves of {leaf:,} tokens, but the last table has "
+            f"{sizes[-1]:,} rows; give larger table sizes"
+        )
+
+
+def _default_workers(vectors: np.ndarray, sizes: tuple[int, ...]) -> int:
+    if len(sizes) < 3 or vectors.size * max(sizes) < SMALL:
+        return 1
+    return len(os.sched_getaffinity(0))
+
+
+def _number_groups(prefixes: np.ndarray) -> np.ndarray:
+    """(N,) the number of each token's group: tokens with the same prefix, groups in the order of prefixes."""
+    if prefixes.shape[1] == 0:
+        return np.zeros(len(prefixes), dtype=np.int64)
+    return np.unique(prefixes, axis=0, return_inverse=True)[1].ravel()
+
+
+def _describe_sizes(prefixes: np.ndarray) -> str:
+    sizes = np.bincount(_number_groups(prefixes))
+    return f"{len(sizes):,} of {sizes.min():,} to {sizes.max():,}"
+
+
+def _split(
+    vectors: np.ndarray, prefixes: np.ndarray, num_clusters: int, balanced: bool, seed: int, workers: int
+) -> tuple[np.ndarray, float]:
+    """Cluster every group of one level: labels (N,) and the inertia of all groups."""
+    level = prefixes.shape[1]
+    groups = _number_groups(prefixes)
+    order = np.argsort(groups, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(groups))[:-1])
+    communicator = mpi_communicator()
+    rank, ranks = (communicator.Get_rank(), communicator.Get_size()) if communicator else (0, 1)
+    mine = range(rank, len(members), ranks)
+    tasks = ((vectors[members[g]], num_clusters, balanced, _seed(seed, level, g)) for g in mine)
+    total = None if len(members) == 1 else len(mine)
+    found = {}
+    with Progress(total, "iterations" if total is None else "groups", f"level {level + 1}") as progress:
+        if len(members) == 1:
+            threads = len(os.sched_getaffinity(0))
+            results = iter([_cluster(*task, threads=threads, progress=progress) for task in tasks])
+        else:
+            results = _parallel(tasks, workers)
+        for g, (labels, inertia) in zip(mine, results, strict=True):
+            found[g] = (labels, inertia)
+            if total is not None:
+                progress.advance()
+    if communicator:
+        for part in communicator.allgather(found):
+            found.update(part)
+    labels = np.empty(len(vectors), dtype=np.int64)
+    for g, rows in enumerate(members):
+        labels[rows] = found[g][0]
+    return labels, sum(found[g][1] for g in range(len(members)))
+
+
+def _seed(seed: int, level: int, group: int) -> int:
+    """A seed of 31 bits for one group, whoever computes it."""
+    return int(np.random.SeedSequence([seed, level, group]).generate_state(1)[0] >> 1)
+
+
+def _cluster(
+    vectors: np.ndarray,
+    num_clusters: int,
+    balanced: bool,
+    seed: int,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, float]:
+    clustering: Clustering
+    if balanced:
+        clustering = balanced_kmeans(vectors, num_clusters, seed, threads=threads, progress=progress)
+    else:
+        clustering = free_kmeans(vectors, num_clusters, seed)
+    return clustering.labels, clustering.inertia
+
+
+def _parallel(tasks: Iterator[tuple], workers: int) -> Iterator[tuple[np.ndarray, float]]:
+    """Results in the order of the tasks. joblib's processes need no `if __name__ == "__main__"` in the caller."""
+    if workers == 1:
+        for task in tasks:
+            yield _cluster(*task)
+        return
+    from joblib import Parallel, delayed, parallel_config
+
+    with parallel_config(backend="loky", inner_max_num_threads=1):
+        pool = Parallel(n_jobs=workers, max_nbytes=None, return_as="generator")
+        yield from pool(delayed(_cluster)(*task) for task in tasks)
+
+
+def _align(vectors: np.ndarray, prefixes: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
+    """(N,) the codes of a level, renumbered in each group by the direction from the group's mean."""
+    parents = _number_groups(prefixes[:, :-1])
+    clusters = _number_groups(prefixes)
+    sizes = np.bincount(clusters)
+    parent_of = np.zeros(len(sizes), dtype=np.int64)
+    parent_of[clusters] = parents
+    directions = _group_means(vectors, clusters) - _group_means(vectors, parents)[parent_of]
+    return match_to_codebook(directions, parent_of, num_rows, _seed(seed, prefixes.shape[1], 0), sizes)[clusters]
+
+
+def _last_codes(vectors: np.ndarray, leaves: np.ndarray, num_rows: int, last_level: str, seed: int) -> np.ndarray:
+    """(N,) distinct codes in every leaf."""
+    if last_level == "matched":
+        residuals = vectors - _group_means(vectors, leaves)[leaves]
+        return match_to_codebook(residuals, leaves, num_rows, _seed(seed, 0, 1))
+    draw = np.random.default_rng(np.random.SeedSequence([seed, 0, 2]))
+    codes = np.empty(len(leaves), dtype=np.int64)
+    order = np.argsort(leaves, kind="stable")
+    for rows in np.split(order, np.cumsum(np.bincount(leaves))[:-1]):
+        codes[rows] = draw.permutation(num_rows)[: len(rows)]
+    return codes
+
+
+def _group_means(vectors: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    order = np.argsort(groups, kind="stable")
+    sizes = np.bincount(groups)
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    return np.add.reduceat(vectors[order], starts, axis=0) / sizes[:, None].astype(np.float32)
+
+
+def _centred(vectors: np.ndarray) -> np.ndarray:
+    return vectors - vectors.mean(axis=0, dtype=np.float64).astype(np.float32)

@@ -1,0 +1,137 @@
+"""From a source of vectors to a code file: `ksub codes cluster` and preprocessing/build_codes.py.
+
+Under mpirun rank 0 reads the vectors and writes the file; the clustering divides its groups over the ranks.
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ksub_ds.codes.table import CodeTable
+from ksub_ds.common import distributed
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.logging import get_logger
+from ksub_ds.vectors.sources import Description, load_vectors
+
+
+@dataclass
+class ClusterVectors:
+    """Make codes by Algorithm 2: hierarchical balanced k-means of one vector a token, so that like tokens share codes.
+
+    Under `mpirun -n P` the work is divided over P processes; the codes are the same bit for bit.
+    """
+
+    embeddings: str
+    """A .npy or .safetensors matrix, a model folder or name, a run, or a shards folder (then: co-occurrence)."""
+    out: Path
+    """The code file to write (.safetensors)."""
+    num_tables: int = 3
+    """K, how many tables replace the embedding."""
+    table_size: int | None = None
+    """M, the rows of every table."""
+    table_sizes: tuple[int, ...] = ()
+    """M_1 ... M_K, if the tables differ in size. [--table-size for each]"""
+    tokenizer: Path | None = None
+    """SentencePiece .model or HuggingFace folder of these vectors. [the one beside them, if any]"""
+    last_level: Literal["matched", "random"] = "matched"
+    """Last codes in a leaf: matched to one codebook of residuals, or at random as in the paper."""
+    align: bool = True
+    """Number the clusters of all groups alike, so that equal codes mean like directions."""
+    unbalanced: bool = False
+    """The paper's naive k-means; the last table grows to the largest leaf."""
+    reserve_special_tokens: bool = False
+    """Give <s>, </s>, <pad>, <unk>, <mask> rows of their own in every table."""
+    seed: int = 0
+    """Of the first centroids, of random last codes, and of co-occurrence vectors."""
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Processes that cluster groups. [one per core]"""
+
+
+def build_codes(settings: ClusterVectors) -> CodeTable:
+    """Cluster and write the code file; every rank returns the table.
+
+    Raises:
+        UserError: naming the setting or the file at fault. On ranks other than 0: SystemExit(2), rank 0 tells it.
+    """
+    try:
+        if not distributed.is_main():
+            get_logger().setLevel(logging.ERROR)  # rank 0 tells it all
+        return _build(settings)
+    except UserError:
+        if distributed.is_main():
+            raise
+        raise SystemExit(2) from None
+
+
+def _build(settings: ClusterVectors) -> CodeTable:
+    from ksub_ds.codes.clustering import clustered_codes
+
+    sizes = _table_sizes(settings)
+    vectors, description = distributed.mpi_from_main(lambda: _load(settings))
+    special_ids: tuple[int, ...] = ()
+    if settings.reserve_special_tokens:
+        if description.tokenizer is None:
+            raise UserError("--reserve-special-tokens: give --tokenizer PATH too, it names the special tokens")
+        special_ids = description.tokenizer.special_ids
+    try:
+        table = clustered_codes(  # every rank, with the same vectors
+            vectors,
+            settings.num_tables,
+            max(sizes),
+            balanced=not settings.unbalanced,
+            last_level=settings.last_level,
+            align=settings.align,
+            seed=settings.seed,
+            special_ids=special_ids,
+            workers=settings.workers,
+            table_sizes=sizes,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    distributed.mpi_from_main(lambda: _measure_and_save(table, vectors, description, settings))
+    return table
+
+
+def _measure_and_save(
+    table: CodeTable, vectors: np.ndarray, description: Description, settings: ClusterVectors
+) -> None:
+    from ksub_ds.codes.quality import measure_quality
+
+    get_logger().info("quality of the codes (`ksub codes inspect` shows it)")
+    quality = json.dumps(measure_quality(vectors, table, settings.seed))
+    table.metadata.update(description.metadata() | {"quality": quality})
+    table.save(settings.out)
+
+
+def _load(settings: ClusterVectors) -> tuple[np.ndarray, Description]:
+    if settings.out.is_dir():  # said now, not after minutes of clustering
+        raise UserError(f"--out {settings.out}: is a folder; name a file, such as {settings.out / 'codes.safetensors'}")
+    return load_vectors(settings.embeddings, settings.tokenizer, settings.seed)
+
+
+def _table_sizes(settings: ClusterVectors) -> tuple[int, ...]:
+    if settings.num_tables < 2:
+        raise UserError(f"--num-tables {settings.num_tables}: clustering needs at least 2 (1 is the plain embedding)")
+    if settings.workers < 1:
+        raise UserError(f"--workers {settings.workers}: must be at least 1")
+    if (settings.table_size is None) == (not settings.table_sizes):
+        raise UserError("give either --table-size M or --table-sizes M_1 ... M_K")
+    sizes = settings.table_sizes or (settings.table_size,) * settings.num_tables
+    if len(sizes) != settings.num_tables:
+        raise UserError(
+            f"--table-sizes {' '.join(map(str, sizes))}: names {len(sizes)} tables, --num-tables is "
+            f"{settings.num_tables}"
+        )
+    if min(sizes) < 1:
+        raise UserError(f"--table-size {min(sizes)}: must be at least 1")
+    return tuple(int(size) for size in sizes)
+
+
+def report(table: CodeTable, out: Path) -> str:
+    """The one line that ends the command."""
+    return f"{out}: {table.num_tokens:,} tokens, tables of {' '.join(map(str, table.table_sizes))} rows"

@@ -1,0 +1,129 @@
+"""Input embeddings of a HuggingFace model by folder or name, read from safetensors without building the model."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import read_json
+from ksub_ds.vectors.matrix import EMBEDDING_NAMES, TensorFiles, check_matrix
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt"),
+)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+Fetch = Callable[[str], Path | None]
+
+
+def folder_vectors(folder: Path) -> np.ndarray:
+    """(N, p) input embeddings of a model folder.
+
+    Raises:
+        UserError: no safetensors weights, or no embedding among them.
+    """
+    return check_matrix(_embedding(in_folder(folder), str(folder)), str(folder))
+
+
+def in_folder(folder: Path) -> Fetch:
+    """Files of a folder by name, None where there is no such file."""
+
+    def fetch(name: str) -> Path | None:
+        path = folder / name
+        return path if path.is_file() else None
+
+    return fetch
+
+
+def weight_files(fetch: Fetch, name: str, wanted: Callable[[str], bool]) -> TensorFiles:
+    """The safetensors files of a model that hold the tensors `wanted` says yes to: all of a model of one file.
+
+    Raises:
+        UserError: there are none.
+    """
+    index = fetch(INDEX)
+    if index is not None:
+        places = read_json(index).get("weight_map", {})
+        files = sorted({str(place) for key, place in places.items() if wanted(key)})
+        if any(Path(file).name != file for file in files):
+            raise UserError(f"{index}: names a file outside its folder; fetch the model anew")
+        paths = [(file, fetch(file)) for file in files]
+        for file, path in paths:
+            if path is None:
+                raise UserError(f"{name}: {file}, which {INDEX} names, is missing; fetch the model anew")
+        if paths:
+            return TensorFiles([path for _, path in paths if path is not None])
+        raise UserError(f"{name}: {INDEX} names no input embedding; save the matrix alone, as .npy or .safetensors")
+    weights = fetch(WEIGHTS)
+    if weights is None:
+        pickled = [file for file in PICKLED if fetch(file) is not None]
+        if pickled:
+            raise UserError(
+                f"{name}: holds only {pickled[0]}, a pickled file, which is not read; load it with transformers in a "
+                "place you trust and save_pretrained() it as safetensors"
+            )
+        raise UserError(f"{name}: holds no {WEIGHTS}; give a model folder, a shards folder or a .npy matrix")
+    return TensorFiles([weights])
+
+
+def _embedding(fetch: Fetch, name: str) -> np.ndarray:
+    files = weight_files(fetch, name, lambda key: key.endswith(EMBEDDING_NAMES))
+    return files.read(files.embedding_name())
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a string may be a model's name on the HuggingFace Hub, such as FacebookAI/xlm-roberta-base."""
+    return bool(_HUB_NAME.fullmatch(name)) and Path(name).suffix not in (".npy", ".safetensors", ".bin", ".pt")
+
+
+def hub_vectors(name: str) -> tuple[np.ndarray, Path | None]:
+    """(N, p) input embeddings of a model by its Hub name, and the folder of its tokenizer files, if it has any.
+
+    The local cache is asked first, the network only for what is not there, and never under HF_HUB_OFFLINE=1.
+
+    Raises:
+        UserError: no such model, no network, or no safetensors weights.
+    """
+    fetch = _from_hub(name)
+    matrix = check_matrix(_embedding(fetch, name), name)
+    tokenizer = [path for path in map(fetch, TOKENIZER_FILES) if path is not None]
+    return matrix, tokenizer[0].parent if tokenizer else None
+
+
+def _from_hub(name: str) -> Fetch:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    known = any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", WEIGHTS, INDEX))
+
+    def fetch(file: str) -> Path | None:
+        cached = try_to_load_from_cache(name, file)
+        if isinstance(cached, str):
+            return Path(cached)
+        if offline:
+            if known:
+                return None
+            raise UserError(f"{name}: no such file or folder, and no model of that name in the local HuggingFace cache")
+        try:
+            return Path(hf_hub_download(name, file))
+        except LocalEntryNotFoundError as error:  # also an EntryNotFoundError, but it means: no connection
+            if known:
+                return None
+            raise UserError(
+                f"{name}: no such file or folder, and the HuggingFace Hub cannot be reached; download the model first"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{name}: no such file or folder, nor a model on the HuggingFace Hub ({reason})") from error
+
+    return fetch

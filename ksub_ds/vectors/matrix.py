@@ -1,0 +1,117 @@
+"""Numbers from files: a .npy or .safetensors matrix, and tensors by name from one or more safetensors files.
+
+Nothing is unpickled: .npy files with objects and .bin or .pt checkpoints are refused.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksub_ds.common.errors import UserError
+
+# Names of the input embedding, the part after the last module prefix; the first that fits wins.
+EMBEDDING_NAMES = (
+    "word_embeddings.weight",  # BERT, RoBERTa, XLM-R, BLOOM
+    "embed_tokens.weight",  # BART, mBART, Llama
+    "wte.weight",  # GPT-2
+    "embed_in.weight",  # GPT-NeoX
+    "tok_embeddings.weight",  # ModernBERT
+    "shared.weight",  # T5
+    "word_embedding.weight",  # XLNet
+    "embeddings.weight",  # XLM and others
+)
+
+
+class TensorFiles:
+    """Tensors by name from safetensors files.
+
+    Raises:
+        UserError: a file is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        from safetensors import SafetensorError, safe_open
+
+        self.files = list(files)
+        self._home: dict[str, Any] = {}
+        for path in self.files:
+            try:
+                stream = safe_open(path, framework="pt")  # numpy knows no bfloat16
+            except FileNotFoundError as error:
+                raise UserError(f"{path}: no such file") from error
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a readable safetensors file ({error}); fetch or save it anew") from error
+            self._home.update(dict.fromkeys(stream.keys(), stream))
+        self.shapes = {name: tuple(home.get_slice(name).get_shape()) for name, home in self._home.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor; floating point as float32."""
+        tensor = self._home[name].get_tensor(name)
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+    def embedding_name(self) -> str:
+        """The name of the input embedding: the only tensor, or one of EMBEDDING_NAMES, least deep first.
+
+        Raises:
+            UserError: none fits.
+        """
+        if len(self.shapes) == 1:
+            return next(iter(self.shapes))
+        for ending in EMBEDDING_NAMES:
+            found = [
+                name
+                for name, shape in self.shapes.items()
+                if (name == ending or name.endswith("." + ending)) and len(shape) == 2
+            ]
+            if found:
+                return min(found, key=lambda name: (name.count("."), name))
+        raise UserError(
+            f"{self.files[0]}: no input embedding among its {len(self.shapes)} tensors "
+            "(no ...word_embeddings.weight or the like); save the matrix alone, as .npy or .safetensors"
+        )
+
+
+def read_matrix(path: Path) -> np.ndarray:
+    """(N, p) float32 from a .npy or .safetensors file.
+
+    Raises:
+        UserError: pickled objects, a damaged file, wrong shape or type, NaN or infinity (naming the row).
+    """
+    if path.suffix == ".safetensors":
+        files = TensorFiles([path])
+        return check_matrix(files.read(files.embedding_name()), str(path))
+    if path.suffix != ".npy":
+        pickled = path.suffix in (".bin", ".pt", ".pth", ".pkl")
+        why = "pickled files are not read" if pickled else "not a file of vectors"
+        raise UserError(f"{path}: {why}; give a .npy or .safetensors matrix, a model folder or a shards folder")
+    try:
+        return check_matrix(np.load(path, mmap_mode="r", allow_pickle=False), str(path))
+    except UserError:
+        raise
+    except (ValueError, OSError, EOFError) as error:
+        if "Python objects" in str(error) or "Object arrays" in str(error):
+            raise UserError(
+                f"{path}: holds pickled objects, which are not read; save numbers: np.save(path, array.astype('f4'))"
+            ) from error
+        raise UserError(f"{path}: not a readable .npy file ({' '.join(str(error).split())}); save it anew") from error
+
+
+def check_matrix(matrix: np.ndarray, name: str) -> np.ndarray:
+    """The matrix as C-ordered float32.
+
+    Raises:
+        UserError: not (N, p) numbers, or a row that is not finite.
+    """
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise UserError(f"{name}: has shape {matrix.shape}; one row a token is needed, (N, p)")
+    if not (np.issubdtype(matrix.dtype, np.floating) or np.issubdtype(matrix.dtype, np.integer)):
+        raise UserError(f"{name}: holds {matrix.dtype}; real numbers are needed")
+    with np.errstate(over="ignore"):
+        result = np.ascontiguousarray(matrix, dtype=np.float32)
+    for first in range(0, len(result), 1 << 14):
+        bad = np.flatnonzero(~np.isfinite(result[first : first + (1 << 14)]).all(axis=1))
+        if len(bad):
+            raise UserError(f"{name}: row {first + int(bad[0])} holds NaN or infinity; repair the vector of that token")
+    return result

@@ -1,0 +1,61 @@
+"""Embeddings that one of our own models learnt: a run folder's newest whole checkpoint, or an exported folder.
+
+A plain model (K = 1) gives its one table; of a sub-embedding model the rows are composed from codes and tables.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from ksub_ds.codes.table import CodeTable
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import read_json
+from ksub_ds.pretrain.export import newest_checkpoint
+from ksub_ds.vectors.hf_folder import in_folder, weight_files
+from ksub_ds.vectors.matrix import TensorFiles, check_matrix
+
+LAYER = "word_embeddings."
+
+
+def run_vectors(run: Path) -> tuple[np.ndarray, str]:
+    """(N, d) embeddings of a run's newest whole checkpoint, and the checkpoint's name.
+
+    Raises:
+        UserError: not a run folder, no whole checkpoint, or one of other codes than the run's.
+    """
+    folder, checkpoint = newest_checkpoint(run)
+    table = CodeTable.load(folder.codes)
+    if table.sha256 != read_json(checkpoint / "trainer.json").get("codes_sha256"):
+        raise UserError(f"{checkpoint}: was trained with other codes than {folder.codes}")
+    files = TensorFiles([checkpoint / "model.safetensors"])
+    return check_matrix(_compose(files, table.codes, str(checkpoint)), str(checkpoint)), checkpoint.name
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds one of our models in HuggingFace's form."""
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("model_type") == "ksub_roberta"
+
+
+def export_vectors(folder: Path) -> np.ndarray:
+    """(N, d) embeddings of an exported model.
+
+    Raises:
+        UserError: no weights, or no codes and tables among them.
+    """
+    files = weight_files(in_folder(folder), str(folder), lambda key: LAYER in key)
+    codes = [name for name in files.shapes if name.endswith(LAYER + "codes")]
+    if not codes:
+        raise UserError(f"{folder}: no codes among the weights; export the run again")
+    return check_matrix(_compose(files, files.read(codes[0]), str(folder)), str(folder))
+
+
+def _compose(files: TensorFiles, codes: np.ndarray, name: str) -> np.ndarray:
+    """Row n is the concatenation over k of row codes[n, k] of table k."""
+    tables = []
+    for k, column in enumerate(codes.T):
+        found = [key for key in files.shapes if key.endswith(f"{LAYER}tables.{k}")]
+        if not found or files.shapes[found[0]][0] <= column.max() or column.min() < 0:
+            raise UserError(f"{name}: table {k} is missing, or shorter than the codes that point into it")
+        tables.append(files.read(found[0])[column])
+    return np.concatenate(tables, axis=1)

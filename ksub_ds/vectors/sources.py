@@ -1,0 +1,130 @@
+"""One door to all sources of vectors: what `--embeddings X` may be.
+
+X                                         the vectors
+a .npy or .safetensors file               the matrix in it (of a model file: its input embedding)
+a shards folder                           co-occurrence statistics of its text
+a run folder of `ksub pretrain`           the embeddings it has learnt so far
+an exported model, or any HF folder       its input embeddings
+a name, if there is no such path          the same, of a model on the HuggingFace Hub
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import sha256_bytes
+from ksub_ds.common.logging import get_logger
+from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
+from ksub_ds.vectors.matrix import read_matrix
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a matrix of vectors is.
+
+    Attributes:
+        source: in words, for people.
+        sha256: of the vectors.
+        tokenizer: whose ids the rows are; None when nobody said.
+    """
+
+    source: str
+    sha256: str
+    tokenizer: Tokenizer | None
+
+    def metadata(self) -> dict[str, str]:
+        """For the code file."""
+        found = {"vectors": self.source, "vectors_sha256": self.sha256}
+        if self.tokenizer is not None:
+            found["tokenizer_fingerprint"] = self.tokenizer.fingerprint
+        return found
+
+
+def load_vectors(
+    source: str | Path, tokenizer: str | Path | None = None, seed: int = 0
+) -> tuple[np.ndarray, Description]:
+    """Vectors to cluster, one a token.
+
+    Args:
+        source: X of the table above.
+        tokenizer: SentencePiece .model or HuggingFace folder; default the one that lies with the source, if any.
+        seed: of the co-occurrence vectors.
+
+    Returns:
+        (N, p) float32, all finite, and what they are.
+
+    Raises:
+        UserError: the source cannot be read, or its rows are not the tokenizer's tokens.
+    """
+    matrix, words, beside = _read(source, tokenizer, seed)
+    loaded = _open_tokenizer(source, tokenizer, beside)
+    if loaded is not None and loaded.vocab_size != len(matrix):
+        if beside is None or len(matrix) < loaded.vocab_size:
+            raise UserError(
+                f"{source}: {len(matrix):,} vectors, but the tokenizer {tokenizer or beside} has "
+                f"{loaded.vocab_size:,} tokens; give the tokenizer of these vectors"
+            )
+        get_logger().info(f"{source}: {len(matrix) - loaded.vocab_size:,} rows beyond the vocabulary left out")
+        matrix = matrix[: loaded.vocab_size]
+    return matrix, Description(words, sha256_bytes(matrix), loaded)
+
+
+def _read(source: str | Path, tokenizer: str | Path | None, seed: int) -> tuple[np.ndarray, str, Path | None]:
+    """Matrix, words for it, and the tokenizer that lies beside it."""
+    path = Path(source)
+    if path.is_file():
+        return read_matrix(path), f"matrix {path.name}", None
+    if path.is_dir():
+        return _read_folder(path, tokenizer, seed)
+    from ksub_ds.vectors.hf_folder import hub_vectors, is_hub_name
+
+    if not is_hub_name(str(source)):
+        raise UserError(f"{source}: no such file or folder")
+    matrix, beside = hub_vectors(str(source))
+    return matrix, f"input embeddings of {source}", beside
+
+
+def _read_folder(path: Path, tokenizer: str | Path | None, seed: int) -> tuple[np.ndarray, str, Path | None]:
+    name = path.resolve().name
+    if (path / "manifest.json").is_file():
+        return *_shards(path, tokenizer, seed), path / "tokenizer"
+    if (path / "recipe.json").is_file():
+        from ksub_ds.vectors.run import run_vectors
+
+        matrix, checkpoint = run_vectors(path)
+        return matrix, f"embeddings of run {name}, {checkpoint}", path / "tokenizer"
+    if (path / "config.json").is_file():
+        from ksub_ds.vectors.hf_folder import folder_vectors
+        from ksub_ds.vectors.run import export_vectors, is_export
+
+        matrix = export_vectors(path) if is_export(path) else folder_vectors(path)
+        return matrix, f"input embeddings of model {name}", path
+    raise UserError(
+        f"{path}: neither a shards folder (manifest.json), a run (recipe.json) nor a model (config.json); "
+        "give one of these, or a .npy or .safetensors matrix"
+    )
+
+
+def _shards(path: Path, tokenizer: str | Path | None, seed: int) -> tuple[np.ndarray, str]:
+    from ksub_ds.corpus.shards import ShardDataset
+    from ksub_ds.vectors.cooccurrence import Cooccurrence, shard_vectors
+
+    dataset = ShardDataset.open(path)
+    if tokenizer is not None:
+        dataset.check_tokenizer(load_tokenizer(tokenizer).fingerprint, str(tokenizer))
+    matrix = shard_vectors(dataset, Cooccurrence(seed=seed))
+    return matrix, f"co-occurrence in shards {dataset.fingerprint[:16]}, seed {seed}"
+
+
+def _open_tokenizer(source: str | Path, given: str | Path | None, beside: Path | None) -> Tokenizer | None:
+    if given is not None:
+        return load_tokenizer(given)
+    if beside is None:
+        return None
+    try:
+        return load_tokenizer(beside)
+    except UserError as error:
+        get_logger().warning(f"warning: {source} has no tokenizer of use here ({error}); the codes will not name one")
+        return None

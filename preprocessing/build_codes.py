@@ -1,0 +1,31 @@
+"""Vectors to clustered codes; the same as `ksub codes cluster`.
+
+    python preprocessing/build_codes.py --embeddings vectors.npy --num-tables 3 --table-size 128 --out codes.safetensors
+
+`--embeddings` may also be a shards folder, a run, a model folder or a model's name. The work is in
+ksub_ds/vectors and ksub_ds/codes.
+"""
+
+import sys
+
+import tyro
+
+from ksub_ds.common import distributed
+from ksub_ds.common.errors import UserError
+from ksub_ds.vectors.build import ClusterVectors, build_codes, report
+
+
+def main() -> None:
+    """Run; a user's mistake is one line and exit code 2."""
+    settings = tyro.cli(ClusterVectors, description=ClusterVectors.__doc__)
+    try:
+        table = build_codes(settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if distributed.is_main():
+        print(report(table, settings.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Matrices from .npy and .safetensors files, and what is refused."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.vectors.matrix import read_matrix
+from ksub_ds.vectors.sources import load_vectors
+
+VECTORS = np.random.default_rng(0).standard_normal((40, 6))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npy_round_trip(tmp_path, dtype, order):
+    path = tmp_path / "vectors.npy"
+    stored = np.asarray(VECTORS, dtype=dtype, order=order)
+    np.save(path, stored)
+    matrix = read_matrix(path)
+    assert matrix.dtype == np.float32 and matrix.flags.c_contiguous
+    np.testing.assert_array_equal(matrix, stored.astype("f4"))
+
+
+def test_safetensors_round_trip_whatever_the_tensor_is_called(tmp_path):
+    path = tmp_path / "vectors.safetensors"
+    save_file({"anything": VECTORS.astype("f4")}, path)
+    matrix, description = load_vectors(path)
+    np.testing.assert_array_equal(matrix, VECTORS.astype("f4"))
+    assert description.source == "matrix vectors.safetensors" and description.tokenizer is None
+
+
+def test_the_embedding_is_found_in_a_model_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    other = np.zeros((40, 6), "f4")
+    tensors = {"a.position_embeddings.weight": other, "a.word_embeddings.weight": VECTORS.astype("f4"), "b.bias": other}
+    save_file(tensors, path)
+    np.testing.assert_array_equal(read_matrix(path), VECTORS.astype("f4"))
+
+
+def test_two_tensors_of_unknown_names_are_not_guessed_at(tmp_path):
+    save_file({"a": VECTORS.astype("f4"), "b": VECTORS.astype("f4")}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="no input embedding among its 2 tensors"):
+        read_matrix(tmp_path / "x.safetensors")
+
+
+class Bomb:
+    """Unpickling this makes a file."""
+
+    def __init__(self, sentinel):
+        self.sentinel = str(sentinel)
+
+    def __reduce__(self):
+        return os.mkdir, (self.sentinel,)
+
+
+def test_pickled_objects_are_refused_and_not_run(tmp_path):
+    sentinel = tmp_path / "sentinel"
+    np.save(tmp_path / "objects.npy", np.array([[Bomb(sentinel)]], dtype=object), allow_pickle=True)
+    (tmp_path / "bare.npy").write_bytes(pickle.dumps(Bomb(sentinel)))
+    (tmp_path / "model.bin").write_bytes(pickle.dumps(Bomb(sentinel)))
+    for name, words in (("objects.npy", "pickled objects"), ("bare.npy", "bare.npy"), ("model.bin", "pickled files")):
+        with pytest.raises(UserError, match=words):
+            load_vectors(tmp_path / name)
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+@pytest.mark.parametrize("kept", [0, 5, 0.5, -1])
+def test_truncated_files_are_named(tmp_path, suffix, kept):
+    path = tmp_path / f"cut{suffix}"
+    np.save(path, VECTORS) if suffix == ".npy" else save_file({"x": VECTORS}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    with pytest.raises(UserError, match=f"cut{suffix}: not a readable"):
+        read_matrix(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_a_row_that_is_not_finite_is_named(tmp_path, value):
+    damaged = np.tile(VECTORS, (1000, 1))  # the fault lies beyond the first block that is checked
+    damaged[31_234, 3] = value
+    np.save(tmp_path / "v.npy", damaged)
+    with pytest.raises(UserError, match="row 31234 holds NaN or infinity"):
+        read_matrix(tmp_path / "v.npy")
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros(5), "has shape"),
+        (np.zeros((2, 3, 4)), "has shape"),
+        (np.zeros((0, 4)), "has shape"),
+        (np.zeros((3, 2), complex), "complex128"),
+        (np.array([["a"]]), "<U1"),
+    ],
+)
+def test_what_is_no_matrix_of_numbers_is_refused(tmp_path, array, words):
+    np.save(tmp_path / "v.npy", array)
+    with pytest.raises(UserError, match=words):
+        read_matrix(tmp_path / "v.npy")
+
+
+def test_the_tokenizer_must_have_as_many_tokens(tmp_path, tiny_tokenizer):
+    from ksub_ds.corpus.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    np.save(tmp_path / "right.npy", np.zeros((tokenizer.vocab_size, 2)))
+    np.save(tmp_path / "wrong.npy", np.zeros((tokenizer.vocab_size + 1, 2)))
+    _, description = load_vectors(tmp_path / "right.npy", tiny_tokenizer)
+    assert description.metadata()["tokenizer_fingerprint"] == tokenizer.fingerprint
+    with pytest.raises(UserError, match="give the tokenizer of these vectors"):
+        load_vectors(tmp_path / "wrong.npy", tiny_tokenizer)

@@ -1,0 +1,160 @@
+"""Vectors of models: HuggingFace folders and names, our runs and our exports."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ksub_ds.codes.positional import plain_codes, positional_codes
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import sha256_file
+from ksub_ds.corpus.tokenizer import load_tokenizer
+from ksub_ds.model.configuration import KSubRobertaConfig
+from ksub_ds.model.modeling import KSubRobertaForMaskedLM, KSubRobertaForSequenceClassification
+from ksub_ds.pretrain.checkpoint import FILES, FORMAT
+from ksub_ds.vectors.sources import load_vectors
+
+
+def small_models():
+    """One of each family of names, by family."""
+    from transformers import (
+        GPT2Config,
+        GPT2Model,
+        LlamaConfig,
+        LlamaModel,
+        RobertaConfig,
+        RobertaForMaskedLM,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    size = {"vocab_size": 90, "num_hidden_layers": 1, "num_attention_heads": 2}
+    yield "roberta", RobertaForMaskedLM(RobertaConfig(hidden_size=8, intermediate_size=8, **size))
+    yield "gpt2", GPT2Model(GPT2Config(vocab_size=90, n_embd=8, n_layer=1, n_head=2))
+    yield "llama", LlamaModel(LlamaConfig(hidden_size=8, intermediate_size=8, **size))
+    yield "t5", T5EncoderModel(T5Config(vocab_size=90, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+
+
+def test_input_embeddings_of_other_families(tmp_path):
+    for family, model in small_models():
+        model.save_pretrained(tmp_path / family)
+        matrix, _ = load_vectors(tmp_path / family)
+        np.testing.assert_array_equal(matrix, model.get_input_embeddings().weight.detach().numpy(), family)
+
+
+def test_sharded_and_bfloat16_weights(tmp_path):
+    _, model = next(small_models())
+    model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="3KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    expected = model.get_input_embeddings().weight.detach().float().numpy()
+    np.testing.assert_array_equal(load_vectors(tmp_path)[0], expected)
+
+    index = tmp_path / "model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    name = next(key for key in places["weight_map"] if key.endswith("word_embeddings.weight"))
+    (tmp_path / places["weight_map"][name]).unlink()
+    with pytest.raises(UserError, match="is missing; fetch the model anew"):
+        load_vectors(tmp_path)
+    places["weight_map"][name] = "../outside.safetensors"
+    index.write_text(json.dumps(places))
+    with pytest.raises(UserError, match="outside its folder"):
+        load_vectors(tmp_path)
+
+
+def test_folders_without_embeddings_say_what_is_wrong(tmp_path):
+    with pytest.raises(UserError, match="neither a shards folder"):
+        load_vectors(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
+        load_vectors(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"only pytorch_model\.bin, a pickled file"):
+        load_vectors(tmp_path)
+    save_file({"a": torch.zeros(3, 2), "b": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no input embedding among its 2 tensors"):
+        load_vectors(tmp_path)
+
+
+def test_a_name_is_looked_up_in_the_cache_only_when_offline(tmp_path):
+    _, model = next(small_models())
+    snapshot = tmp_path / "hub" / "models--someone--small" / "snapshots" / ("0" * 40)
+    model.save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    code = (
+        "from ksub_ds.vectors.sources import load_vectors; print(load_vectors('someone/small')[0].sum())\n"
+        "try: load_vectors('someone/absent')\nexcept ValueError as error: print(error)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    total, message = done.stdout.splitlines()
+    assert float(total) == pytest.approx(model.get_input_embeddings().weight.sum().item(), abs=1e-4)
+    assert message.startswith("someone/absent: no such file or folder, and no model of that name")
+
+
+def tiny_model(table, kind=KSubRobertaForMaskedLM):
+    torch.manual_seed(0)
+    return kind(KSubRobertaConfig.tiny(vocab_size=table.num_tokens), table)
+
+
+def dense(model):
+    return model.get_input_embeddings().dense_weight().detach().numpy()
+
+
+@pytest.mark.parametrize("kind", [KSubRobertaForMaskedLM, KSubRobertaForSequenceClassification])
+@pytest.mark.parametrize("table", [positional_codes(300, 3), plain_codes(300)], ids=["sub-embedding", "plain"])
+def test_exports_give_their_composed_embeddings(tmp_path, table, kind):
+    model = tiny_model(table, kind)
+    model.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(load_vectors(tmp_path)[0], dense(model))
+
+
+def write_run(run, table, tokenizer, models):
+    """A run folder with one checkpoint a model, as pretrain/checkpoint.py and run_folder.py describe it."""
+    run.mkdir()
+    (run / "recipe.json").write_text("{}")
+    table.save(run / "codes.safetensors")
+    tokenizer.save(run / "tokenizer")
+    for number, model in enumerate(models, start=1):
+        folder = run / "checkpoints" / f"global_step{number}"
+        folder.mkdir(parents=True)
+        save_file(dict(model.named_parameters()), folder / "model.safetensors")
+        save_file({"nothing": torch.zeros(1)}, folder / "optimizer.safetensors")
+        (folder / "trainer.json").write_text(json.dumps({"codes_sha256": table.sha256}))
+        files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in FILES}
+        (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": number, "files": files}))
+
+
+def test_a_run_gives_its_newest_whole_checkpoint(tmp_path, tiny_tokenizer):
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    table = positional_codes(tokenizer.vocab_size, 2)
+    first, second = tiny_model(table), tiny_model(table)
+    with torch.no_grad():
+        second.get_input_embeddings().tables[1].add_(1)
+    write_run(tmp_path / "run", table, tokenizer, [first, second])
+    matrix, description = load_vectors(tmp_path / "run")
+    np.testing.assert_array_equal(matrix, dense(second))
+    assert description.source == "embeddings of run run, global_step2"
+    assert description.tokenizer.fingerprint == tokenizer.fingerprint
+
+    (tmp_path / "run/checkpoints/global_step2/model.safetensors").write_bytes(b"cut short")
+    np.testing.assert_array_equal(load_vectors(tmp_path / "run")[0], dense(first))
+    (tmp_path / "run/checkpoints/global_step1/manifest.json").unlink()
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        load_vectors(tmp_path / "run")
+
+
+def test_a_run_whose_codes_were_exchanged_is_refused(tmp_path, tiny_tokenizer):
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    table = positional_codes(tokenizer.vocab_size, 2)
+    write_run(tmp_path / "run", table, tokenizer, [tiny_model(table)])
+    plain_codes(tokenizer.vocab_size).save(tmp_path / "run/codes.safetensors")
+    with pytest.raises(UserError, match="trained with other codes"):
+        load_vectors(tmp_path / "run")
