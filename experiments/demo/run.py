@@ -37,7 +37,7 @@ class Size:
     peak_lr: float
 
 
-OWN_CORPUS = Size(max_steps=1200, global_batch_size=16, sequence_length=128, peak_lr=2e-3)
+OWN_CORPUS = Size(max_steps=900, global_batch_size=16, sequence_length=128, peak_lr=2e-3)
 GIVEN_TEXT = Size(max_steps=600, global_batch_size=16, sequence_length=128, peak_lr=2e-3)
 
 
