@@ -33,7 +33,8 @@ NEWTON_STEPS = 6
 ATTEMPTS = 6
 LONGEST_STEP = 4.0  # temperatures
 REACH = 20.0  # temperatures: clusters this much dearer than a point's cheapest play no part
-TOLERANCE = 0.02  # of a size, in the smoothed problem
+TOLERANCE = 0.05  # of a size, in the smoothed problem,
+TOLERATED = 20.0  # or this many points if they are fewer: repair moves a cluster's surplus point by point
 TIE = 1e-7  # differences of costs below this are ties, so that equal points move together
 Result = TypeVar("Result")
 
@@ -75,11 +76,12 @@ def balanced_assignment(
     if count > 16 * SAMPLE * clusters:  # steps on all points are dear: go far on a larger sample first
         middle = costs[:: count // (8 * SAMPLE * clusters)]
         stages = [(middle, 3 * TEMPERATURES[0]), (middle, TEMPERATURES[0]), *stages[1:]]
+    tolerance = min(TOLERANCE, TOLERATED * clusters / count)
     for some, temperature in stages:
         for attempt in range(ATTEMPTS):  # a cluster that stands apart needs far steps to find its last points
             near = _WithinReach(some, prices, REACH * 2**attempt * temperature * unit, threads)
-            prices, wrong = near.balance(prices, temperature * unit, TOLERANCE, LONGEST_STEP * 2**attempt)
-            if wrong < TOLERANCE:
+            prices, wrong = near.balance(prices, temperature * unit, tolerance, LONGEST_STEP * 2**attempt)
+            if wrong < tolerance:
                 break
     return _Repair(costs, prices, TIE * unit, threads).run()
 
