@@ -29,10 +29,13 @@ BLOCK = 8_192  # rows; results of blocks are put together in order, so threads c
 SAMPLE = 32  # points per cluster that the first prices come from
 SAMPLE_TEMPERATURES = (2.0, 0.3)  # in units of the typical gap between a point's two cheapest clusters
 TEMPERATURES = (0.1, 0.03, 0.01)
-NEWTON_STEPS = 8
-ATTEMPTS = 4
+NEWTON_STEPS = 6
+ATTEMPTS = 6
+LONGEST_STEP = 4.0  # temperatures
 REACH = 20.0  # temperatures: clusters this much dearer than a point's cheapest play no part
-TOLERANCE = 1e-7  # differences of costs below this are ties, so that equal points move together
+TOLERANCE = 0.05  # of a size, in the smoothed problem,
+TOLERATED = 20.0  # or this many points if they are fewer: repair moves a cluster's surplus point by point
+TIE = 1e-7  # differences of costs below this are ties, so that equal points move together
 Result = TypeVar("Result")
 
 
@@ -68,14 +71,19 @@ def balanced_assignment(
     everywhere = _Everywhere(sample)
     prices = np.zeros(clusters) if prices is None else prices
     for temperature in SAMPLE_TEMPERATURES:
-        prices, _ = everywhere.balance(prices, temperature * unit, tolerance=0.01)
-    for temperature in TEMPERATURES:
-        for _ in range(ATTEMPTS):  # prices that move far bring other clusters within reach
-            near = _WithinReach(costs, prices, REACH * temperature * unit, threads)
-            prices, wrong = near.balance(prices, temperature * unit, tolerance=0.001)
-            if wrong < 0.001:
+        prices, _ = everywhere.balance(prices, temperature * unit, 0.1, LONGEST_STEP)
+    stages = [(costs, temperature) for temperature in TEMPERATURES]
+    if count > 16 * SAMPLE * clusters:  # steps on all points are dear: go far on a larger sample first
+        middle = costs[:: count // (8 * SAMPLE * clusters)]
+        stages = [(middle, 3 * TEMPERATURES[0]), (middle, TEMPERATURES[0]), *stages[1:]]
+    tolerance = min(TOLERANCE, TOLERATED * clusters / count)
+    for some, temperature in stages:
+        for attempt in range(ATTEMPTS):  # a cluster that stands apart needs far steps to find its last points
+            near = _WithinReach(some, prices, REACH * 2**attempt * temperature * unit, threads)
+            prices, wrong = near.balance(prices, temperature * unit, tolerance, LONGEST_STEP * 2**attempt)
+            if wrong < tolerance:
                 break
-    return _Repair(costs, prices, TOLERANCE * unit, threads).run()
+    return _Repair(costs, prices, TIE * unit, threads).run()
 
 
 class _SmoothedDual:
@@ -95,19 +103,22 @@ class _SmoothedDual:
         """(M, M) share' share."""
         raise NotImplementedError
 
-    def balance(self, prices: np.ndarray, temperature: float, tolerance: float) -> tuple[np.ndarray, float]:
-        """Newton steps until `tolerance` of the points are in the wrong place; prices, and the last share."""
+    def balance(
+        self, prices: np.ndarray, temperature: float, tolerance: float, longest: float
+    ) -> tuple[np.ndarray, float]:
+        """Newton steps until no size is off by more than `tolerance` of it; prices, and the last such share."""
         for _ in range(NEWTON_STEPS):
             share = self.spread(prices, temperature)
             sizes = self.sizes(share)
-            wrong = np.abs(sizes - self.target).sum() / (self.target * len(sizes))
+            off = np.abs(sizes - self.target) / self.target
+            wrong = float(off.max())
             if wrong < tolerance:
                 break
-            if wrong > 0.4:  # far away the quadratic model is of no use: Sinkhorn's step
+            if off.mean() > 0.4:  # far away the quadratic model is of no use: Sinkhorn's step
                 step = np.log(np.maximum(sizes, 1e-3 * self.target) / self.target)
             else:  # a constant added to all prices changes nothing: the small term makes the matrix regular
                 curvature = np.diag(sizes + 1e-3 * self.target) - self.overlap(share)
-                step = np.clip(np.linalg.solve(curvature, sizes - self.target), -4, 4)
+                step = np.clip(np.linalg.solve(curvature, sizes - self.target), -longest, longest)
             prices = prices + temperature * step
         return prices, wrong
 

@@ -22,7 +22,7 @@ from ksub_ds.common.logging import Progress, get_logger
 ITERATIONS = 15
 FIRST_ITERATIONS = 10  # of FAISS, for the first centroids
 TRAINING_POINTS = 256  # per centroid, at most, for those
-SMALLEST_GAIN = 1e-4  # of the inertia; an iteration that gains less is the last
+SMALLEST_GAIN = 5e-4  # of the inertia; an iteration that gains less is the last
 
 
 class Clustering(NamedTuple):

@@ -107,7 +107,7 @@ def test_no_matrix_is_refused(shape):
 
 
 def test_threads_change_nothing():
-    vectors = mixture(20_000, 16, 4)
+    vectors = mixture(9000, 16, 4)  # two blocks
     one, two = (balanced_kmeans(vectors, 25, threads=threads) for threads in (1, 2))
     assert (one.labels == two.labels).all() and one.inertia == two.inertia
 
