@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ksub_ds.codes.clustering import clustered_codes
 
+from ksub_ds.codes.clustering import clustered_codes
 from ksub_ds.codes.positional import plain_codes
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError

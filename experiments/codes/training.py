@@ -90,7 +90,8 @@ def train(folder: Path, result: Path, name: str, codes: str, initialise: bool, t
             losses.append(loss.item())
             if (step + 1) * EVALUATIONS // training.steps > step * EVALUATIONS // training.steps:
                 curve.append({"step": step + 1, **evaluate(model, material, rule, training.precision)})
-            progress.advance(loss=f"{losses[-1]:.3f}", **({"held_out": f"{curve[-1]['loss']:.3f}"} if curve else {}))
+            held_out = f"{curve[-1]['loss']:.3f}" if curve else "-"
+            progress.advance(loss=f"{losses[-1]:.3f}", held_out=held_out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     embedding = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
     write_json(

@@ -114,6 +114,7 @@ def free_kmeans(vectors: np.ndarray, num_clusters: int, seed: int, iterations: i
             gpu=faiss.get_num_gpus() > 0,
         )
         kmeans.train(points)
+        assert kmeans.centroids is not None, "trained just now"
         distance, labels = kmeans.index.search(points, 1)
     inertia = float(distance.sum(dtype=np.float64)) * scale**2
     return Clustering(labels[:, 0], kmeans.centroids * np.float32(scale) + mean, inertia)

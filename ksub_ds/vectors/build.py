@@ -119,9 +119,12 @@ def _table_sizes(settings: ClusterVectors) -> tuple[int, ...]:
         raise UserError(f"--num-tables {settings.num_tables}: clustering needs at least 2 (1 is the plain embedding)")
     if settings.workers < 1:
         raise UserError(f"--workers {settings.workers}: must be at least 1")
-    if (settings.table_size is None) == (not settings.table_sizes):
+    if settings.table_size is not None and not settings.table_sizes:
+        sizes: tuple[int, ...] = (settings.table_size,) * settings.num_tables
+    elif settings.table_size is None and settings.table_sizes:
+        sizes = settings.table_sizes
+    else:
         raise UserError("give either --table-size M or --table-sizes M_1 ... M_K")
-    sizes = settings.table_sizes or (settings.table_size,) * settings.num_tables
     if len(sizes) != settings.num_tables:
         raise UserError(
             f"--table-sizes {' '.join(map(str, sizes))}: names {len(sizes)} tables, --num-tables is "
@@ -129,7 +132,7 @@ def _table_sizes(settings: ClusterVectors) -> tuple[int, ...]:
         )
     if min(sizes) < 1:
         raise UserError(f"--table-size {min(sizes)}: must be at least 1")
-    return tuple(int(size) for size in sizes)
+    return sizes
 
 
 def report(table: CodeTable, out: Path) -> str:
