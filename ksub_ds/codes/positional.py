@@ -12,7 +12,7 @@ import numpy as np
 
 from ksub_ds.codes.table import CodeTable
 
-MOST_CODES = 2**30  # far beyond any vocabulary; more is a typing error, and would fill the memory
+MOST_CODES = 2**28  # far beyond any vocabulary; more is a typing error, and would fill the memory
 
 
 def smallest_base(num_tokens: int, num_tables: int) -> int:

@@ -37,7 +37,9 @@ class SubEmbedding(nn.Module):
         self.tables = nn.ParameterList(
             torch.empty(size, width) for size, width in zip(self.table_sizes, self.widths, strict=True)
         )
-        self._forget_derived()
+        self._derived_from: Tensor | None = None
+        self._derived_version = 0
+        self._derived_values: dict[str, Any] = {}
         self.reset_parameters()
 
     @property
@@ -113,11 +115,6 @@ class SubEmbedding(nn.Module):
             trie = build_trie(self.codes.cpu().numpy(), self.table_sizes)
             self._derived_values[name] = build(trie)
         return self._derived_values[name]
-
-    def _forget_derived(self) -> None:
-        self._derived_from: Tensor | None = None
-        self._derived_version = 0
-        self._derived_values: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: without what can be built again (and holds sparse tensors, which do not copy)."""
