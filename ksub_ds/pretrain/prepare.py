@@ -15,7 +15,8 @@ from ksub_ds.corpus.shards import ShardDataset
 from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
 from ksub_ds.pretrain.engine import build_optimizer, compose_config, read_mechanics, start_engine, zero_stage
 from ksub_ds.pretrain.feed import StepBatches
-from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, find_deepspeed_config, to_json
+from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, find_deepspeed_config
+from ksub_ds.pretrain.recipe_file import to_json
 from ksub_ds.pretrain.run_folder import RunFolder
 
 

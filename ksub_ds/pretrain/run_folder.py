@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, atomic_path, read_json, write_json
-from ksub_ds.pretrain.recipe import changed_keys
+from ksub_ds.common.files import atomic_folder, atomic_path, write_json
+from ksub_ds.pretrain.recipe_file import changed_keys, read_recipe
 
 
 class RunFolder:
@@ -86,10 +86,12 @@ class RunFolder:
             table, tokenizer: copied, so that the run folder alone can be exported.
 
         Raises:
-            UserError: another recipe stands there (each changed key is named), or the folder is not a run.
+            UserError: another recipe stands there (each changed key is named) or a damaged one, or the folder
+                is not a run.
         """
         if self.recipe.exists():
-            changes = changed_keys(read_json(self.recipe), identity)
+            _, before = read_recipe(self.recipe)
+            changes = changed_keys(before, identity)
             if changes:
                 raise UserError(
                     f"{self.recipe}: this run has another recipe ({'; '.join(changes)}); "
