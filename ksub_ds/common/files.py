@@ -1,7 +1,8 @@
 """Writing so that a file is either whole or absent, and reading it back with a clear error.
 
-Every writer of the project goes through here: a temporary name in the same folder, fsync, rename,
-fsync of the folder. A kill at any moment leaves the old file or the new one.
+Every file that must be whole is written through here (logs and metrics are appended): a temporary
+name in the same folder, fsync, rename, fsync of the folder. A kill at any moment leaves the old file
+or the new one.
 """
 
 import contextlib

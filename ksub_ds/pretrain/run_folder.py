@@ -6,7 +6,8 @@
         tokenizer/           copy of the tokenizer
         metrics.jsonl        one line per optimizer step     evaluation.jsonl   one per evaluation
         train.log            what the terminal showed        tensorboard/
-        checkpoints/global_step{N}/   LATEST                 export/   (ksub export's default)
+        checkpoints/global_step{N}/
+        LATEST               name of the newest checkpoint, for people: a continuation looks for itself
         STOP                 touch it, and the run saves and ends at the next step
 
 All methods that write run on rank 0 only (`distributed.on_main`).
@@ -41,9 +42,7 @@ class RunFolder:
         self.log = self.path / "train.log"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
-        self.latest = self.path / "LATEST"
         self.stop = self.path / "STOP"
-        self.export = self.path / "export"
         self._lock: int | None = None
 
     def lock(self) -> None:
