@@ -200,7 +200,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the `ksub` command. Returns the exit code: 0, or 2 after a user's mistake."""
+    """Entry of the `ksub` command. Returns the exit code: 0, 2 after a user's mistake, or 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -218,6 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
+            except KeyboardInterrupt:
+                print("interrupted; the same command continues", file=sys.stderr)
+                return 130
     group = [name for name in SUMMARIES if name.startswith(arguments[0] + " ")]
     if group and arguments[1:2] in ([], ["-h"], ["--help"]):
         print("\n".join(["usage:"] + [f"  ksub {name}  {SUMMARIES[name]}" for name in group]))

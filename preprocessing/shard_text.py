@@ -15,13 +15,16 @@ from ksub_ds.corpus.text_shards import ShardText, shard_text
 
 
 def main() -> None:
-    """Run; a user's mistake is one line and exit code 2."""
+    """Run; a user's mistake is one line and exit code 2, Ctrl-C one line and 130."""
     settings = tyro.cli(ShardText, description=ShardText.__doc__)
     try:
         shard_text(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

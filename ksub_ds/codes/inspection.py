@@ -34,7 +34,7 @@ def describe(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
         ("leaves", f"{len(leaf_sizes):,} of {leaf_sizes.min():,} to {leaf_sizes.max():,} tokens"),
         ("automaton", f"{sum(level.num_states for level in automaton):,} states, "
                       f"{sum(len(level.code) for level in automaton):,} transitions"),
-        (f"parameters at d = {embedding_dim}", f"{ours:,}, against {plain:,} plain: {plain / ours:,.0f} times fewer"),
+        (f"parameters at d = {embedding_dim}", f"{ours:,}, against {plain:,} plain: {plain / ours:,.1f} times fewer"),
         ("sha256", table.sha256),
     ]  # fmt: skip
     shown = {"algorithm", "quality"}

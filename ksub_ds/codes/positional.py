@@ -12,6 +12,8 @@ import numpy as np
 
 from ksub_ds.codes.table import CodeTable, reserve_special_tokens
 
+MOST_CODES = 2**28  # far beyond any vocabulary; more is a typing error, and would fill the memory
+
 
 def smallest_base(num_tokens: int, num_tables: int) -> int:
     """The least integer M with M^K >= N, in integers: float roots are off by one at exact powers."""
@@ -36,14 +38,19 @@ def positional_codes(num_tokens: int, num_tables: int, special_ids: Iterable[int
     Raises:
         ValueError: a count below 1, or a special id that is no token.
     """
-    if num_tokens < 1 or num_tables < 1:
-        raise ValueError(f"num_tokens and num_tables must be at least 1, not {num_tokens} and {num_tables}")
+    if num_tokens < 1 or num_tables < 1 or num_tokens * num_tables > MOST_CODES:
+        raise ValueError(
+            f"num_tokens {num_tokens:,} x num_tables {num_tables:,}: both must be at least 1, "
+            f"and their product at most {MOST_CODES:,}"
+        )
     special = sorted(set(special_ids))
     ordinary = num_tokens - len(special)
     if ordinary < 1:
         raise ValueError(f"all {num_tokens} tokens are special: none is left to code")
     base = smallest_base(ordinary, num_tables)
-    digits = np.arange(ordinary)[:, None] // base ** np.arange(num_tables) % base
+    digits, rest = np.empty((ordinary, num_tables), dtype=np.int32), np.arange(ordinary)
+    for k in range(num_tables):
+        rest, digits[:, k] = np.divmod(rest, base)
     table = CodeTable(digits, (base,) * num_tables, {"algorithm": "positional"})
     return reserve_special_tokens(table, special) if special else table
 

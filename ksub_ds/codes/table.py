@@ -113,7 +113,9 @@ class CodeTable:
 
         Raises:
             ValueError: the table does not verify.
+            UserError: the file cannot be written there.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         self.verify()
@@ -122,8 +124,11 @@ class CodeTable:
             "table_sizes": ",".join(map(str, self.table_sizes)),
             "sha256": self.sha256,
         }
-        with atomic_path(path) as temporary:
-            save_file({"codes": self.codes}, temporary, metadata=metadata)
+        try:
+            with atomic_path(Path(path).absolute()) as temporary:
+                save_file({"codes": self.codes}, temporary, metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be written ({error}); choose another place") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "CodeTable":

@@ -1,7 +1,8 @@
 """Writing so that a file is either whole or absent, and reading it back with a clear error.
 
-Every writer of the project goes through here: a temporary name in the same folder, fsync, rename,
-fsync of the folder. A kill at any moment leaves the old file or the new one.
+Every file that must be whole is written through here (logs and metrics are appended): a temporary
+name in the same folder, fsync, rename, fsync of the folder. A kill at any moment leaves the old file
+or the new one.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,19 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def _allow_as_umask(path: Path) -> None:
+    """Let others read a file as the umask says: safetensors writes with mode 0600 whatever the umask is.
+
+    Permissions are only added. A file system that refuses to change them keeps its own.
+    """
+    mask = os.umask(0o077)  # there is no way to ask for it without setting it
+    os.umask(mask)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode | (0o666 & ~mask) != mode:
+        with contextlib.suppress(PermissionError):
+            path.chmod(mode | (0o666 & ~mask))
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; publish it as `path` when the block ends well.
@@ -41,6 +56,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
+        _allow_as_umask(temporary)
         fsync_path(temporary)
         os.replace(temporary, path)
         fsync_path(path.parent)
@@ -51,6 +67,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def publish_folder(temporary: Path, final: Path) -> None:
     """Flush every file of a finished folder, then give it its final name (which must be free)."""
     for path in temporary.rglob("*"):
+        if path.is_file():
+            _allow_as_umask(path)
         fsync_path(path)
     fsync_path(temporary)
     os.rename(temporary, final)

@@ -6,6 +6,7 @@ tokenizer once. The result does not depend on their number.
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,7 @@ class ParallelEncoder:
         pending: deque[tuple[list[str], Future[Encoded]]] = deque()
         try:
             for texts in batches:
-                pending.append((texts, self._pool.submit(_encode_in_worker, texts)))
+                pending.append((texts, self._submit(self._pool, texts)))
                 if len(pending) > _BATCHES_AHEAD * self._workers:
                     texts, future = pending.popleft()
                     yield texts, future.result()
@@ -56,6 +57,15 @@ class ParallelEncoder:
             raise UserError(
                 f"--workers {self._workers}: a tokenising process was killed (out of memory?); use fewer workers"
             ) from error
+
+    @staticmethod
+    def _submit(pool: ProcessPoolExecutor, texts: list[str]) -> Future[Encoded]:
+        """Submitting may start a process: it inherits a blocked SIGINT, so that a Ctrl-C is the parent's alone."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.submit(_encode_in_worker, texts)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __enter__(self) -> "ParallelEncoder":
         return self

@@ -136,11 +136,15 @@ class DocumentReader:
     def __iter__(self) -> Iterator[str]:
         before = 0
         for source in self._sources:
+            silent, skipped = True, self.skipped.total()
             try:
                 with open(source.path, "rb") as raw:
                     for text in self._documents(raw, source.name):
+                        silent = False
                         self.bytes_read = before + raw.tell()
                         yield text
+                if silent and self.skipped.total() == skipped:
+                    self.skipped["empty_file"] += 1
                 before += source.path.stat().st_size
             except OSError:
                 self.skipped["unreadable_file"] += 1

@@ -58,7 +58,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
     _check(settings)
     text = find_text(settings.input, settings.languages)
     tokenizer = load_tokenizer(settings.tokenizer)
-    settings.out.mkdir(parents=True, exist_ok=True)
+    _make_folder(settings.out)
     with _lock(settings.out):
         _remove_leftovers(settings.out)
         _claim_folder(settings, tokenizer)
@@ -102,6 +102,15 @@ def _check(settings: ShardText) -> None:
     inside = settings.out.resolve()
     if inside == settings.input.resolve() or inside.is_relative_to(settings.input.resolve()):
         raise UserError(f"--out {settings.out}: lies in the input folder; write the shards somewhere else")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made a folder ({error.strerror}); choose another place") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder}: cannot be written to; choose another place")
 
 
 @contextmanager
@@ -188,7 +197,14 @@ def _build_manifest(folder: Path) -> dict[str, Any]:
 def _report(manifest: dict[str, Any], done: list[str]) -> None:
     log = get_logger()
     languages = manifest["languages"]
-    bare = [language for language, entry in languages.items() if not entry["validation"]["sequences"]]
+    unread = [language for language, entry in languages.items() if not entry["files"]]
+    if unread:
+        log.info(f"warning: no readable document in {', '.join(unread)}")
+    bare = [
+        language
+        for language, entry in languages.items()
+        if language not in unread and not entry["validation"]["sequences"]
+    ]
     if bare:
         log.info(
             f"warning: no held-out rows in {', '.join(bare)}: too few documents for --validation-fraction; "

@@ -37,7 +37,8 @@ class SubEmbedding(nn.Module):
         self.tables = nn.ParameterList(
             torch.empty(size, width) for size, width in zip(self.table_sizes, self.widths, strict=True)
         )
-        self._derived_source: tuple | None = None
+        self._derived_from: Tensor | None = None
+        self._derived_version = 0
         self._derived_values: dict[str, Any] = {}
         self.reset_parameters()
 
@@ -57,7 +58,7 @@ class SubEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) token ids -> (..., d)."""
-        codes = self.codes[ids]
+        codes = F.embedding(ids, self.codes)  # checks the range, where indexing would read -1 as the last token
         embedded = torch.cat([F.embedding(codes[..., k], table) for k, table in enumerate(self.tables)], dim=-1)
         if self.padding_idx is not None and embedded.requires_grad:
             embedded = torch.where((ids == self.padding_idx).unsqueeze(-1), embedded.detach(), embedded)
@@ -88,9 +89,10 @@ class SubEmbedding(nn.Module):
         """
         if not 1 <= k <= self.num_embeddings:
             raise ValueError(f"k must lie in 1..{self.num_embeddings}, not {k}")
-        parts = hidden.float().split(self.widths, dim=1)
-        scores = [part @ table.float().t() for part, table in zip(parts, self.tables, strict=True)]
-        return self._search()(scores, None if bias is None else bias.float(), k)
+        with torch.autocast(hidden.device.type, enabled=False):
+            parts = hidden.float().split(self.widths, dim=1)
+            scores = [part @ table.float().t() for part, table in zip(parts, self.tables, strict=True)]
+            return self._search()(scores, None if bias is None else bias.float(), k)
 
     def contraction(self, weighted: bool) -> Contraction:
         """The fold over all tokens for the current codes and device; `weighted`: one weight per token."""
@@ -105,13 +107,18 @@ class SubEmbedding(nn.Module):
 
     def _derived(self, name: str, build: Callable[[list[Transitions]], Any]) -> Any:
         """What follows from the codes, built when first needed and again when the codes change or move."""
-        source = (self.codes.device, self.codes.data_ptr(), self.codes._version)
-        if self._derived_source != source:
-            self._derived_source, self._derived_values = source, {}
+        version = 0 if self.codes.is_inference() else self.codes._version
+        if self._derived_from is not self.codes or self._derived_version != version:
+            # Holding the tensor itself: its address alone could come back with other codes.
+            self._derived_from, self._derived_version, self._derived_values = self.codes, version, {}
         if name not in self._derived_values:
             trie = build_trie(self.codes.cpu().numpy(), self.table_sizes)
             self._derived_values[name] = build(trie)
         return self._derived_values[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: without what can be built again (and holds sparse tensors, which do not copy)."""
+        return self.__dict__ | {"_derived_from": None, "_derived_version": 0, "_derived_values": {}}
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, tables={self.table_sizes}"

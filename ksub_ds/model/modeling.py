@@ -80,6 +80,24 @@ class KSubRobertaPreTrainedModel(RobertaPreTrainedModel):
             ) from error
         return loaded
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Only another SubEmbedding fits: the loss is tied to it."""
+        if not isinstance(value, SubEmbedding):
+            raise ValueError(f"the input embedding must be a SubEmbedding, not {type(value).__name__}")
+        encoder = self if isinstance(self, KSubRobertaModel) else self.roberta
+        encoder.embeddings.word_embeddings = value
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused: the codes decide the vocabulary.
+
+        Raises:
+            ValueError: always, unless the size stays as it is.
+        """
+        size = args[0] if args else kwargs.get("new_num_tokens")
+        if size in (None, self.config.vocab_size):
+            return self.get_input_embeddings()
+        raise ValueError(f"cannot resize {self.config.vocab_size} tokens to {size}: the codes decide; make new ones")
+
     def get_output_embeddings(self) -> None:
         """None: the decoder is tied inside the model, there is no output matrix to tie or resize."""
 

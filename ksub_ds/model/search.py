@@ -61,7 +61,7 @@ class TopKSearch:
                 found, found_ids, proven = self._search([score[some] for score in scores], bias, k, beam)
                 logits[some], ids[some] = found, found_ids
                 unproven.append(some[~proven])
-            open_rows = torch.cat(unproven)
+            open_rows = torch.cat(unproven) if beam < self.most_states else open_rows[:0]
             beam *= WIDER
         return logits, ids
 
@@ -92,7 +92,9 @@ class TopKSearch:
                 state = child.gather(1, place)
             else:
                 total, state = candidate, child
-        return total, self.tokens[state], (total[:, -1] >= best_dropped) & total[:, -1].isfinite()
+        # Nothing dropped is a proof too, and the only one for a row of NaN or with fewer than k finite logits.
+        enough = (total[:, -1] >= best_dropped) & (total[:, -1] > -torch.inf)
+        return total, self.tokens[state], enough | (best_dropped == -torch.inf)
 
 
 def _topk_padded(candidate: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@
     launch/pretrain.sh --hostfile launch/hostfile.example --preset tiny ...    (the same, on 2 ranks)
 
 Exit codes: 0 the last step was reached, or a STOP file or --max-hours ended the run in order; 2 the user's
-mistake or a run that cannot go on, one line on stderr from rank 0; 128 + n signal n, after a checkpoint.
+mistake or a run that cannot go on, one line on stderr from rank 0; 128 + n signal n, after a checkpoint (130,
+Ctrl-C, also before the first step).
 """
 
 import contextlib
@@ -18,11 +19,11 @@ from ksub_ds.common.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit code."""
-    import tyro
-
-    from ksub_ds.pretrain.recipe import Recipe
-
     try:
+        import tyro
+
+        from ksub_ds.pretrain.recipe import Recipe
+
         silent = contextlib.nullcontext() if distributed.is_main() else contextlib.redirect_stderr(io.StringIO())
         with silent:  # one rank is enough to say what is wrong with the arguments
             recipe = tyro.cli(Recipe, args=arguments, prog="ksub pretrain")
@@ -33,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if distributed.is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:  # before the first step or after the last; in between the loop saves and returns
+        if distributed.is_main():
+            print("interrupted; the same command continues", file=sys.stderr, flush=True)
+        return 130
     finally:
         if "torch" in sys.modules:
             distributed.shutdown()

@@ -78,6 +78,7 @@ def _write_or_explain(folder: Path, target: Path, tensors: dict[str, Any], state
 
     try:
         _write(target, tensors, state)
+        # LATEST is for people; `find_start` reads the checkpoints themselves, which may be damaged.
         with atomic_path(folder.parent / "LATEST") as temporary:
             temporary.write_text(target.name + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:

@@ -14,7 +14,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.pretrain import checkpoint
-from ksub_ds.pretrain.recipe import from_json
+from ksub_ds.pretrain.recipe_file import read_recipe
 from ksub_ds.pretrain.run_folder import RunFolder
 
 TOLERANCE = 1e-5  # the reloaded model makes the same numbers; this leaves room for another order of sums
@@ -94,10 +94,11 @@ def load_model(folder: RunFolder, path: Path) -> tuple[Any, Any]:
     from ksub_ds.corpus.tokenizer import load_tokenizer
     from ksub_ds.pretrain.prepare import build_for
 
+    recipe, _ = read_recipe(folder.recipe)
     table, tokenizer = CodeTable.load(folder.codes), load_tokenizer(folder.tokenizer)
     if table.sha256 != read_json(path / "trainer.json").get("codes_sha256"):
         raise UserError(f"{path}: was trained with other codes than {folder.codes}")
-    model = build_for(from_json(read_json(folder.recipe)), table, tokenizer)
+    model = build_for(recipe, table, tokenizer)
     missing, unexpected = model.load_state_dict(load_file(path / "model.safetensors"), strict=False)
     wrong = [name for name in missing if name in dict(model.named_parameters())] + unexpected
     if wrong:

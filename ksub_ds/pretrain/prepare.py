@@ -15,7 +15,8 @@ from ksub_ds.corpus.shards import ShardDataset
 from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
 from ksub_ds.pretrain.engine import build_optimizer, compose_config, read_mechanics, start_engine, zero_stage
 from ksub_ds.pretrain.feed import StepBatches
-from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, find_deepspeed_config, to_json
+from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, find_deepspeed_config
+from ksub_ds.pretrain.recipe_file import to_json
 from ksub_ds.pretrain.run_folder import RunFolder
 
 
@@ -61,7 +62,21 @@ def load_sources(recipe: Recipe) -> Sources:
             f"--codes {recipe.codes}: made for another tokenizer (fingerprint {theirs[:12]}..., the shards' has "
             f"{tokenizer.fingerprint[:12]}...); make them with --tokenizer {dataset.tokenizer_folder}"
         )
+    _check_width(recipe, table)
     return Sources(table, dataset, tokenizer)
+
+
+def _check_width(recipe: Recipe, table: CodeTable) -> None:
+    """Every table gives at least one of the d columns of an embedding."""
+    from ksub_ds.model.configuration import KSubRobertaConfig
+
+    width = getattr(KSubRobertaConfig, recipe.preset)().hidden_size
+    if table.num_tables > width:
+        raise UserError(
+            f"--codes {recipe.codes}: K = {table.num_tables} tables, but the embedding of {recipe.preset} has only "
+            f"d = {width} columns to share out; make codes with --num-tokens {table.num_tokens} and a smaller "
+            "--num-tables"
+        )
 
 
 def build_for(recipe: Recipe, table: CodeTable, tokenizer: Tokenizer) -> Any:

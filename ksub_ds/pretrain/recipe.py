@@ -1,11 +1,12 @@
-"""The recipe: every setting of a pretraining run, its presets (the paper's Table 5) and its file.
+"""The recipe: every setting of a pretraining run, and its presets (the paper's Table 5).
 
 A `Recipe` is the command line of `ksub pretrain`. `resolve` fills what was left out from the preset, and
-the result is written to RUN/recipe.json before anything else. The recipe owns batch, learning rate,
-steps, clipping and precision; the files in ds_configs/ own ZeRO and communication, and never these.
+the result is written to RUN/recipe.json before anything else (recipe_file.py). The recipe owns batch,
+learning rate, steps, clipping and precision; the files in ds_configs/ own ZeRO and communication, and never these.
 """
 
 import dataclasses
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -24,13 +25,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "xlmr_medium": {"max_steps": 250_000, "global_batch_size": 256, "peak_lr": 2e-4, "warmup_fraction": 0.096},
     "tiny": {"max_steps": 1_000, "global_batch_size": 32, "peak_lr": 1e-3, "warmup_fraction": 0.1},
 }
-
-# May change between a start and its continuation: they do not touch what is learnt. The codes and the
-# data may move to another folder: their content is compared, not their path.
-FREE_KEYS = (
-    *("codes", "data", "out", "deepspeed", "micro_batch_size", "max_hours", "save_every_steps", "keep_last"),
-    *("eval_every_steps", "eval_sequences", "log_every_steps"),
-)
 
 
 @dataclass(frozen=True)
@@ -138,6 +132,12 @@ def _check_values(recipe: Recipe) -> None:
     for key in ("weight_decay", "gradient_clipping", "eval_every_steps", "seed"):
         if not getattr(recipe, key) >= 0:
             raise UserError(f"{_flag(key)} {getattr(recipe, key)}: must not be negative")
+    for key in ("max_hours", "peak_lr", "weight_decay", "adam_epsilon", "gradient_clipping"):
+        value = getattr(recipe, key)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{_flag(key)} {value}: must be a finite number")
+    if recipe.seed >= 2**63:
+        raise UserError(f"--seed {recipe.seed}: must be less than 2^63 = {2**63}")
     for key in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(recipe, key) < 1:
             raise UserError(f"{_flag(key)} {getattr(recipe, key)}: must lie in [0, 1)")
@@ -172,26 +172,6 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
             f"{micro * world_size}; the nearest that is: {nearest}"
         )
     return total // (micro * world_size)
-
-
-def to_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain JSON values."""
-    values = dataclasses.asdict(recipe)
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
-
-
-def from_json(values: dict[str, Any]) -> Recipe:
-    """The recipe of a RUN/recipe.json (unknown keys belong to the run, not to the recipe)."""
-    names = {field.name for field in dataclasses.fields(Recipe)}
-    known = {key: value for key, value in values.items() if key in names}
-    paths = {key: Path(known[key]) for key in ("data", "out", "codes") if known.get(key) is not None}
-    return Recipe(**(known | paths))
-
-
-def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two recipe.json contents and may not, as `key: old -> new`."""
-    keys = [key for key in new if key not in FREE_KEYS] + [key for key in old if key not in new]
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shlex
 from pathlib import Path
 
 from ksub_ds.common import distributed
@@ -78,7 +79,7 @@ def _train(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> int:
             state, reason = train(training, state)
         signals = [number for number in distributed.gather_objects(stop.signal_number) if number]
     if reason is None:
-        log.info(f"done: step {state.step:,}. Next: ksub export {folder.path} --out model")
+        log.info(f"done: step {state.step:,}. Next: ksub export {shlex.quote(str(folder.path))} --out model")
         return 0
     distributed.on_main(folder.honour_stop)
     log.info(f"stopped after step {state.step:,} of {recipe.max_steps:,} ({reason}), saved; the same command continues")

@@ -6,7 +6,8 @@
         tokenizer/           copy of the tokenizer
         metrics.jsonl        one line per optimizer step     evaluation.jsonl   one per evaluation
         train.log            what the terminal showed        tensorboard/
-        checkpoints/global_step{N}/   LATEST                 export/   (ksub export's default)
+        checkpoints/global_step{N}/
+        LATEST               name of the newest checkpoint, for people: a continuation looks for itself
         STOP                 touch it, and the run saves and ends at the next step
 
 All methods that write run on rank 0 only (`distributed.on_main`).
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, atomic_path, read_json, write_json
-from ksub_ds.pretrain.recipe import changed_keys
+from ksub_ds.common.files import atomic_folder, atomic_path, write_json
+from ksub_ds.pretrain.recipe_file import changed_keys, read_recipe
 
 
 class RunFolder:
@@ -41,9 +42,7 @@ class RunFolder:
         self.log = self.path / "train.log"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
-        self.latest = self.path / "LATEST"
         self.stop = self.path / "STOP"
-        self.export = self.path / "export"
         self._lock: int | None = None
 
     def lock(self) -> None:
@@ -86,10 +85,12 @@ class RunFolder:
             table, tokenizer: copied, so that the run folder alone can be exported.
 
         Raises:
-            UserError: another recipe stands there (each changed key is named), or the folder is not a run.
+            UserError: another recipe stands there (each changed key is named) or a damaged one, or the folder
+                is not a run.
         """
         if self.recipe.exists():
-            changes = changed_keys(read_json(self.recipe), identity)
+            _, before = read_recipe(self.recipe)
+            changes = changed_keys(before, identity)
             if changes:
                 raise UserError(
                     f"{self.recipe}: this run has another recipe ({'; '.join(changes)}); "

@@ -13,7 +13,12 @@ def test_positional_then_inspect(tmp_path, capsys):
     assert main(["codes", "positional", "--num-tokens", "250002", "--num-tables", "3", "--out", path]) == 0
     assert main(["codes", "inspect", path]) == 0
     shown = capsys.readouterr().out
-    for fact in ("63 63 63", "99.98% of 250,047", "collisions             0", "32,256, against 128,001,024 plain"):
+    for fact in (
+        "63 63 63",
+        "99.98% of 250,047",
+        "collisions             0",
+        "against 128,001,024 plain: 3,968.3 times fewer",
+    ):
         assert fact in shown
 
 
@@ -22,6 +27,7 @@ def test_positional_then_inspect(tmp_path, capsys):
     [
         (["codes", "positional", "--num-tables", "3", "--out", "x"], "give --num-tokens N or --tokenizer PATH"),
         (["codes", "positional", "--num-tokens", "0", "--num-tables", "3", "--out", "x"], "at least 1"),
+        (["codes", "positional", "--num-tokens", "9", "--num-tables", "2", "--out", "."], "cannot be written"),
         (["codes", "inspect", "absent.safetensors"], "no such code file"),
         (["codes", "inspct", "x"], "did you mean `ksub codes inspect`"),
         (["pretrian"], "did you mean `ksub pretrain`"),

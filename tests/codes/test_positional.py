@@ -65,7 +65,12 @@ def test_special_tokens_share_no_row(num_tokens, num_tables, data):
     assert (table.codes[rest] == ordinary.codes).all()
 
 
-@pytest.mark.parametrize("arguments", [(0, 2), (5, 0), (3, 1, [0, 1, 2]), (5, 1, [5])])
+def test_more_tables_than_bits():
+    table = positional_codes(10, 80)
+    assert (table.codes[:, :4] @ 2 ** np.arange(4) == np.arange(10)).all() and (table.codes[:, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("arguments", [(10**13, 3), (10, 10**8), (0, 2), (5, 0), (3, 1, [0, 1, 2]), (5, 1, [5])])
 def test_counts_that_make_no_sense(arguments):
     with pytest.raises(ValueError):
         positional_codes(*arguments)

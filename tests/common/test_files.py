@@ -1,5 +1,6 @@
 """A file is whole or absent, whatever stops the writer."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -37,6 +38,25 @@ def test_a_folder_is_replaced_whole(tmp_path):
     with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
         raise RuntimeError
     assert [path.name for path in folder.iterdir()] == ["two"] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_others_may_read_what_the_umask_allows(tmp_path, umask, mode):
+    def write_private(path):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # as safetensors does
+
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "file") as temporary:
+            write_private(temporary)
+        with atomic_folder(tmp_path / "folder") as temporary:
+            (temporary / "below").mkdir()
+            write_private(temporary / "below" / "file")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    for name in ("file", "folder/below/file"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode
 
 
 def test_sigkill_in_the_middle_of_a_write(tmp_path):

@@ -161,6 +161,41 @@ def test_hostile_text_is_skipped_and_counted(
     assert "skipped" in corpus_table(tmp_path / "out")
 
 
+def test_languages_without_a_document_are_named(
+    tiny_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    for language, content in {"en": '{"text": "a river"}\n', "de": "", "es": " \n", "fr": '{"body": 1}\n'}.items():
+        (tmp_path / "in" / f"{language}.jsonl").write_text(content)
+    manifest = shard_text(ShardText(tmp_path / "in", tiny_tokenizer, tmp_path / "out", 64, 0.0, workers=1))
+    warnings = [message for message in caplog.messages if message.startswith("warning")]
+    assert warnings[0] == "warning: no readable document in de, es, fr"
+    assert warnings[1].startswith("warning: no held-out rows in en: too few") and len(warnings) == 2
+    skipped = {language: entry["skipped"] for language, entry in manifest["languages"].items()}
+    assert skipped == {"de": {"empty_file": 1}, "en": {}, "es": {"empty_file": 1}, "fr": {"no_text_key": 1}}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_is_one_line(tiny_tokenizer: Path, tmp_path: Path, make_documents: Any, workers: int) -> None:
+    (tmp_path / "in").mkdir()
+    lines = [json.dumps({"text": document}) for document in make_documents("en", 300)] * 400
+    (tmp_path / "in" / "en.jsonl").write_text("\n".join(lines))
+    options = ("--input", tmp_path / "in", "--tokenizer", tiny_tokenizer, "--workers", workers)
+    process = run_script(*options, "--out", tmp_path / "out", start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "out").glob(".en.*.partial")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and its workers
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert [line for line in errors.splitlines() if not line[:1].isdigit()] == [
+        "interrupted; the same command continues"
+    ]
+    assert not list((tmp_path / "out").glob(".en.*.partial"))
+
+
 def test_no_language_is_one_line_and_exit_code_2(tiny_tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.md").write_text("nothing")
@@ -186,6 +221,9 @@ def test_mistakes_are_named(tiny_text: Path, tiny_tokenizer: Path, tmp_path: Pat
         ({"languages": ("de",)}, "--languages de"),
         ({"languages": ("../x",)}, "--languages"),
         ({"out": tiny_text / "shards"}, "--out"),
+        ({"out": tiny_tokenizer}, "--out .* cannot be made a folder"),
+        ({"out": tiny_tokenizer / "x"}, "--out .* cannot be made a folder"),
+        ({"out": Path("/proc/ksub")}, "--out /proc/ksub: cannot be made a folder"),
     ]:
         with pytest.raises(UserError, match=fault):
             shard(**changes)

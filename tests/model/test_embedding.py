@@ -1,6 +1,7 @@
 """SubEmbedding: lookups, logits and exact top-k against the dense matrix it stands for."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksub_ds import CodeTable, SubEmbedding, plain_codes, positional_codes
+from ksub_ds import CodeTable, SubEmbedding, factorized_cross_entropy, plain_codes, positional_codes
 from ksub_ds.model import search
 
 
@@ -115,6 +116,51 @@ def test_what_follows_from_the_codes_follows_a_change_of_them():
     layer.load_state_dict(other.state_dict())
     check_topk(layer, hidden, 3, None)
     check_topk(copy.deepcopy(layer), hidden, 3, None)
+
+
+def test_topk_ends_when_there_is_nothing_to_prove():
+    """NaN rows, and fewer allowed tokens than asked for."""
+    layer = layer_of(positional_codes(20_000, 3))
+    bias = torch.full((20_000,), -torch.inf)
+    bias[[5, 70, 19_000]] = 0.0
+    logits, ids = layer.predict_topk(torch.randn(4, 20), 5, bias)
+    assert (logits.isfinite().sum(dim=1) == 3).all()
+    assert [set(row[:3]) for row in ids.tolist()] == [{5, 70, 19_000}] * 4
+    hidden = torch.randn(3, 20)
+    hidden[1] = torch.nan
+    logits, _ = layer.predict_topk(hidden, 2)
+    assert logits[[0, 2]].isfinite().all() and logits[1].isnan().all()
+
+
+def test_copies_and_pickles_after_use():
+    layer = layer_of(positional_codes(500, 3, special_ids=range(5)))
+    hidden, bias = torch.randn(3, 20), torch.randn(500)
+    wanted = factorized_cross_entropy(hidden, layer, torch.tensor([1, 2, 3]), bias)
+    layer.predict_topk(hidden, 2, bias)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert factorized_cross_entropy(hidden, twin, torch.tensor([1, 2, 3]), bias) == wanted
+
+
+def test_codes_loaded_at_the_address_of_older_ones():
+    layer, hidden, labels = layer_of(positional_codes(60, 2)), torch.randn(4, 20), torch.tensor([0, 1, 2, 3])
+    for seed in range(6):
+        codes = np.random.default_rng(seed).permutation(positional_codes(60, 2).codes)
+        layer.load_state_dict(layer_of(CodeTable(codes, (8, 8)), seed=seed).state_dict(), assign=True)
+        wanted = torch.nn.functional.cross_entropy(layer.logits(hidden), labels)
+        torch.testing.assert_close(factorized_cross_entropy(hidden, layer, labels), wanted)
+
+
+def test_ids_out_of_range_are_refused():
+    layer = layer_of(positional_codes(60, 2))
+    for wrong in (-1, 60):
+        with pytest.raises(IndexError):
+            layer(torch.tensor([wrong]))
+
+
+def test_built_and_used_in_inference_mode():
+    with torch.inference_mode():
+        layer = layer_of(positional_codes(60, 2))
+        check_topk(layer, torch.randn(4, 20), 3, None)
 
 
 def test_code_table_comes_back():

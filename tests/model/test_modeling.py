@@ -200,6 +200,15 @@ def test_configurations_that_make_no_sense(tmp_path):
         KSubRobertaForMaskedLM(KSubRobertaConfig.tiny(vocab_size=501), shuffled_codes())
 
 
+def test_what_would_break_the_tie_is_refused():
+    model = tiny_model()
+    assert model.resize_token_embeddings(500) is model.get_input_embeddings()
+    with pytest.raises(ValueError, match="cannot resize 500 tokens to 600"):
+        model.resize_token_embeddings(600)
+    with pytest.raises(ValueError, match="must be a SubEmbedding, not Embedding"):
+        model.set_input_embeddings(torch.nn.Embedding(5, 5))
+
+
 def test_the_given_configuration_is_left_alone():
     config = KSubRobertaConfig.tiny(vocab_size=500)
     model = KSubRobertaForMaskedLM(config, shuffled_codes())

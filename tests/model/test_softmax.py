@@ -208,6 +208,19 @@ def test_half_precision_inputs_are_summed_in_float32(dtype):
     assert [gradient.dtype for gradient in ours] == [dtype] * 4 + [torch.float32]
 
 
+@pytest.mark.parametrize("special", [(), range(5)])
+def test_autocast_changes_nothing(special):
+    """The rest of a model may run in bf16; the sums stay float32, in every form of leaves and levels."""
+    case = Case(positional_codes(900, 3, special_ids=special))
+    loss, exact = case.ours()
+    with torch.autocast("cpu", torch.bfloat16):
+        again, ours = case.ours()
+        log_total = log_partition(case.hidden, case.layer, case.bias)
+        logits, _ = case.layer.predict_topk(case.hidden, 3, case.bias)
+    assert again == loss and all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
+    assert torch.equal(log_total, log_partition(case.hidden, case.layer, case.bias)) and logits.dtype == torch.float32
+
+
 def test_only_wanted_gradients_are_made():
     case = Case(positional_codes(100, 2))
     frozen = case.bias.detach()

@@ -14,13 +14,12 @@ from ksub_ds.pretrain.engine import compose_config, read_mechanics
 from ksub_ds.pretrain.recipe import (
     Recipe,
     accumulation_steps,
-    changed_keys,
     find_deepspeed_config,
-    from_json,
     learning_rate,
     resolve,
-    to_json,
 )
+from ksub_ds.pretrain.recipe_file import changed_keys, from_json, read_recipe, to_json
+from ksub_ds.pretrain.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -75,6 +74,13 @@ def test_default_micro_batch_always_divides(world_size: int, per_rank: int, on_g
         ({"alpha": 1.5}, "--alpha"),
         ({"eval_every_steps": -1}, "--eval-every -1"),
         ({"seed": -1}, "--seed"),
+        ({"seed": 2**63}, "--seed 9223372036854775808: must be less than"),
+        *(
+            ({key: float("inf")}, f"--{key.replace('_', '-')} inf: must be")
+            for key in ("peak_lr", "weight_decay", "adam_epsilon", "gradient_clipping", "max_hours")
+        ),
+        ({"alpha": float("inf")}, "--alpha inf"),
+        ({"weight_decay": float("nan")}, "--weight-decay nan"),
     ],
 )
 def test_refusals(settings: dict[str, Any], message: str) -> None:
@@ -86,11 +92,38 @@ def test_refusals(settings: dict[str, Any], message: str) -> None:
 def test_json_round_trip_and_changes() -> None:
     old = resolve(recipe(), 1, on_gpu=False)
     values = json.loads(json.dumps(to_json(old) | {"codes_sha256": "aa"}))
-    assert from_json(values) == old
+    assert from_json(values, Path("recipe.json")) == old
     free = dataclasses.replace(old, max_hours=1.0, keep_last=9, micro_batch_size=1, deepspeed="zero2", out=Path("x"))
     assert changed_keys(values, to_json(free) | {"codes_sha256": "aa"}) == []
     other = to_json(dataclasses.replace(old, seed=1, max_steps=7)) | {"codes_sha256": "bb"}
     assert changed_keys(values, other) == ["max_steps: 1000 -> 7", "seed: 0 -> 1", "codes_sha256: aa -> bb"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("[]", "is not a JSON object"),
+        ('"tiny"', "is not a JSON object"),
+        ({"preset": None}, "preset cannot be None; it must be one of roberta_medium, xlmr_medium, tiny"),
+        ({"preset": "huge"}, "preset cannot be 'huge'; it must be one of"),
+        ({"preset": ["tiny"]}, "preset cannot be"),
+        ({"data": 3}, "data cannot be 3"),
+        ({"seed": "one"}, "seed cannot be 'one'"),
+        ({"precision": "fp8"}, "precision cannot be 'fp8'"),
+        ("{}", "lacks the key 'preset'"),
+    ],
+)
+def test_damaged_recipe_file(tmp_path: Path, changes: str | dict[str, Any], message: str) -> None:
+    path = tmp_path / "recipe.json"
+    whole = to_json(resolve(recipe(), 1, on_gpu=False))
+    path.write_text(changes if isinstance(changes, str) else json.dumps(whole | changes))
+    with pytest.raises(UserError, match=message) as caught:
+        read_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message):  # what a continuation says
+        RunFolder(tmp_path).claim(whole, None, None)
+    (tmp_path / "recipe.json").write_text(json.dumps(whole | {"peak_lr": 1}))
+    assert read_recipe(path)[0].peak_lr == 1
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
