@@ -117,7 +117,8 @@ def free_kmeans(vectors: np.ndarray, num_clusters: int, seed: int, iterations: i
         kmeans.train(points)
         distance, labels = kmeans.index.search(points, 1)
     inertia = float(distance.sum(dtype=np.float64)) * scale**2
-    return Clustering(labels[:, 0], kmeans.centroids * np.float32(scale) + mean, inertia)
+    centroids = np.asarray(kmeans.centroids)
+    return Clustering(labels[:, 0], centroids * np.float32(scale) + mean, inertia)
 
 
 def training_sample(vectors: np.ndarray, num_clusters: int) -> np.ndarray:
