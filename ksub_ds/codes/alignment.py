@@ -16,10 +16,10 @@ import itertools
 
 import numpy as np
 
-from ksub_ds.codes.balanced import free_kmeans, one_thread
+from ksub_ds.codes.balanced import free_kmeans, one_thread, training_sample
 
-ROUNDS = 6  # of the codebook, from its first centroids
-REFINEMENTS = 3  # of each level, against what the other tables leave
+ROUNDS = 4  # of the codebook, from its first centroids
+REFINEMENTS = 2  # of each level, against what the other tables leave
 BLOCK = 8_192
 LARGEST_FIT = 8_192  # rows of all tables together, for an exact fit
 
@@ -38,7 +38,7 @@ def match_to_codebook(
         (n,) rows in [0, num_rows), distinct within a group.
     """
     weights = np.ones(len(vectors)) if weights is None else weights
-    codebook = free_kmeans(vectors, num_rows, seed).centroids
+    codebook = free_kmeans(training_sample(vectors, num_rows), num_rows, seed).centroids
     rows = np.zeros(len(vectors), dtype=np.int64)
     for _ in range(ROUNDS):
         before, rows = rows, distinct_rows(vectors, groups, codebook, weights)
@@ -102,9 +102,18 @@ def refine(
 
 def _items(codes: np.ndarray, level: int) -> tuple[np.ndarray, np.ndarray]:
     """(N,) the item of each token at a level: its prefix of level + 1 codes, numbered; and each item's group."""
-    prefixes, items = np.unique(codes[:, : level + 1], axis=0, return_inverse=True)
-    groups = np.cumsum((np.diff(prefixes[:, :level], axis=0, prepend=prefixes[:1, :level]) != 0).any(axis=1))
-    return items.ravel(), groups
+    items, parents = number_groups(codes[:, : level + 1]), number_groups(codes[:, :level])
+    groups = np.empty(int(items.max()) + 1, dtype=np.int64)
+    groups[items] = parents
+    return items, groups
+
+
+def number_groups(prefixes: np.ndarray) -> np.ndarray:
+    """(N,) the number of each token's group: tokens with the same prefix of codes, groups in the order of prefixes."""
+    numbers = np.zeros(len(prefixes), dtype=np.int64)
+    for column in prefixes.T:
+        numbers = np.unique(numbers * (int(column.max()) + 1) + column, return_inverse=True)[1]
+    return numbers
 
 
 def fit_tables(vectors: np.ndarray, codes: np.ndarray, table_sizes: tuple[int, ...]) -> list[np.ndarray]:

@@ -268,16 +268,17 @@ class _Repair:
                 continue
             members = np.flatnonzero(self.labels == origin)
             extra = self.costs[members, target].astype(np.float64) - self.costs[members, origin]
-            movable = [i for i in members[extra <= self.arcs[target, origin] + self.tie] if i not in self._moved]
-            moves.append((origin, target, movable))
-            amount = min(amount, len(movable))
+            near = members[extra <= self.arcs[target, origin] + self.tie]
+            free = [i for i in near if i not in self._moved]
+            moves.append((origin, target, free))
+            amount = min(amount, len(free))
         if amount <= 0:
             return 0
-        for origin, target, free in moves:
-            if free is None:
+        for origin, target, points in moves:
+            if points is None:
                 self.gives[min(origin, target)] = target == self.pool
                 continue
-            for point in free[:amount]:
+            for point in points[:amount]:
                 self._moved[point] = origin
                 self.labels[point] = target
         self.excess[source] -= amount

@@ -79,7 +79,8 @@ def balanced_kmeans(
         return Clustering(labels, _means(np.asarray(vectors, np.float32), labels, num_clusters), 0.0)
     with one_thread():
         if initial is None:
-            centroids = free_kmeans(points, num_clusters, seed, FIRST_ITERATIONS).centroids
+            sample = training_sample(points, num_clusters)
+            centroids = free_kmeans(sample, num_clusters, seed, FIRST_ITERATIONS).centroids
         else:
             centroids = ((initial - mean) / scale).astype(np.float32)
         distances = _Distances(points, threads)
@@ -117,7 +118,13 @@ def free_kmeans(vectors: np.ndarray, num_clusters: int, seed: int, iterations: i
         assert kmeans.centroids is not None, "trained just now"
         distance, labels = kmeans.index.search(points, 1)
     inertia = float(distance.sum(dtype=np.float64)) * scale**2
-    return Clustering(labels[:, 0], kmeans.centroids * np.float32(scale) + mean, inertia)
+    centroids = np.asarray(kmeans.centroids)
+    return Clustering(labels[:, 0], centroids * np.float32(scale) + mean, inertia)
+
+
+def training_sample(vectors: np.ndarray, num_clusters: int) -> np.ndarray:
+    """An even sample of about as many vectors as FAISS trains on."""
+    return vectors[:: max(1, len(vectors) // (TRAINING_POINTS * num_clusters))]
 
 
 @contextlib.contextmanager

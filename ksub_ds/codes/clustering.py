@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ksub_ds.codes.alignment import match_to_codebook, refine
+from ksub_ds.codes.alignment import match_to_codebook, number_groups, refine
 from ksub_ds.codes.balanced import Clustering, as_matrix, balanced_kmeans, free_kmeans
 from ksub_ds.codes.table import CodeTable, reserve_special_tokens
 from ksub_ds.common.distributed import mpi_communicator
@@ -77,7 +77,7 @@ def clustered_codes(
         inertias.append(inertia)
         if align and level:
             codes[:, level] = _align(vectors, codes[:, : level + 1], sizes[level], seed)
-    leaves = _number_groups(codes[:, :-1])
+    leaves = number_groups(codes[:, :-1])
     largest = int(np.bincount(leaves).max())
     if not balanced:
         sizes = (*sizes[:-1], largest)
@@ -130,15 +130,8 @@ def _default_workers(vectors: np.ndarray, sizes: tuple[int, ...]) -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _number_groups(prefixes: np.ndarray) -> np.ndarray:
-    """(N,) the number of each token's group: tokens with the same prefix, groups in the order of prefixes."""
-    if prefixes.shape[1] == 0:
-        return np.zeros(len(prefixes), dtype=np.int64)
-    return np.unique(prefixes, axis=0, return_inverse=True)[1].ravel()
-
-
 def _describe_sizes(prefixes: np.ndarray) -> str:
-    sizes = np.bincount(_number_groups(prefixes))
+    sizes = np.bincount(number_groups(prefixes))
     return f"{len(sizes):,} of {sizes.min():,} to {sizes.max():,}"
 
 
@@ -147,7 +140,7 @@ def _split(
 ) -> tuple[np.ndarray, float]:
     """Cluster every group of one level: labels (N,) and the inertia of all groups."""
     level = prefixes.shape[1]
-    groups = _number_groups(prefixes)
+    groups = number_groups(prefixes)
     order = np.argsort(groups, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(groups))[:-1])
     communicator = mpi_communicator()
@@ -211,8 +204,8 @@ def _parallel(tasks: Iterator[tuple], workers: int) -> Iterator[tuple[np.ndarray
 
 def _align(vectors: np.ndarray, prefixes: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
     """(N,) the codes of a level, renumbered in each group by the direction from the group's mean."""
-    parents = _number_groups(prefixes[:, :-1])
-    clusters = _number_groups(prefixes)
+    parents = number_groups(prefixes[:, :-1])
+    clusters = number_groups(prefixes)
     sizes = np.bincount(clusters)
     parent_of = np.zeros(len(sizes), dtype=np.int64)
     parent_of[clusters] = parents

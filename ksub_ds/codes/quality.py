@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ksub_ds.codes.alignment import LARGEST_FIT, explained_share
+from ksub_ds.codes.alignment import LARGEST_FIT, explained_share, number_groups
 from ksub_ds.codes.balanced import as_matrix, free_kmeans, one_thread
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.codes.table import CodeTable
@@ -37,7 +37,7 @@ def measure_quality(vectors: Any, table: CodeTable, seed: int = 0) -> dict[str, 
     if len(matrix) != table.num_tokens:
         raise ValueError(f"{len(matrix):,} vectors for a table of {table.num_tokens:,} tokens")
     draw = np.random.default_rng(seed)
-    levels = [np.unique(table.codes[:, :k], axis=0, return_inverse=True)[1].ravel() for k in range(table.num_tables)]
+    levels = [number_groups(table.codes[:, :k].astype(np.int64)) for k in range(table.num_tables)]
     group_sizes = [np.bincount(level) for level in levels[1:]]
     positional = positional_codes(table.num_tokens, table.num_tables)
     report: dict[str, Any] = {
