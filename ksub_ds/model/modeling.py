@@ -31,6 +31,7 @@ from ksub_ds.model.softmax import factorized_cross_entropy, log_partition
 
 # Stored beside our weights with a shape no model can take: RobertaForMaskedLM and its kin would else
 # read our folder, find no embedding, and go on with a random one after a mere warning.
+# (Who passes ignore_mismatched_sizes=True has asked for just that.)
 GUARD = "embeddings.word_embeddings.weight"
 
 
