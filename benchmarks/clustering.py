@@ -11,9 +11,11 @@ Vectors are made here: an anisotropic mixture of 1,000 components of Zipf weight
     tree         250,002 -> 128 -> 128 -> distinct codes, all cores, against FAISS's own k-means of the
                  first level alone (25 iterations over all points, sizes free)
 
-The references need `pip install k-means-constrained` (which brings OR-tools).
+The references need `pip install --no-deps k-means-constrained ortools` (OR-tools' declared protobuf is older than
+ours, yet works); without them their parts are skipped.
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -204,12 +206,16 @@ def main() -> None:
         print(json.dumps(tree()))
         return
     print(measuring.machine(), file=sys.stderr)
-    result = {}
-    if "assignment" in options.parts:
+    parts, result = set(options.parts), {}
+    for part, library in (("assignment", "ortools"), ("kmeans", "k_means_constrained")):
+        if part in parts and importlib.util.find_spec(library) is None:
+            print(f"{part}: skipped, {library} is not installed (pip install --no-deps k-means-constrained ortools)")
+            parts.remove(part)
+    if "assignment" in parts:
         result["assignment"] = assignment(options)
-    if "kmeans" in options.parts:
+    if "kmeans" in parts:
         result["kmeans"] = kmeans()
-    if "tree" in options.parts:
+    if "tree" in parts:
         result["tree"] = measuring.in_fresh_process(__file__, "--tree-in-this-process")
         report_tree(result["tree"])
     measuring.save(options.json, result)

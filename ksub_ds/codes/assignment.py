@@ -18,6 +18,7 @@ takes one point from each of those.
     costs   (N, M) float32     labels  (N,) which cluster     prices  (M,) float64
 """
 
+import abc
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -86,22 +87,22 @@ def balanced_assignment(
     return _Repair(costs, prices, TIE * unit, threads).run()
 
 
-class _SmoothedDual:
+class _SmoothedDual(abc.ABC):
     """Points spread over clusters by a softmax of -(cost + price) / temperature."""
 
     target: float  # N / M
 
+    @abc.abstractmethod
     def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
         """Share of each point in each of its clusters."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sizes(self, share: np.ndarray) -> np.ndarray:
         """(M,) sums of the shares."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def overlap(self, share: np.ndarray) -> np.ndarray:
         """(M, M) share' share."""
-        raise NotImplementedError
 
     def balance(
         self, prices: np.ndarray, temperature: float, tolerance: float, longest: float

@@ -255,11 +255,6 @@ def mpi_from_main(function: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]  # no problem: function() returned
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    all_reduce_sum([0.0])
-
-
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     import torch.distributed as dist

@@ -149,4 +149,5 @@ def test_quality_report():
 
 def test_quality_of_a_few_tokens():
     for count in (2, 5):
-        measure_quality(vectors_of(count), clustered_codes(vectors_of(count), 2, 3))
+        report = measure_quality(vectors_of(count), clustered_codes(vectors_of(count), 2, 3))
+        assert report["largest_leaf"] == -(-count // 3)
