@@ -17,10 +17,10 @@ import itertools
 import numpy as np
 
 from ksub_ds.codes.balanced import free_kmeans, one_thread, training_sample
+from ksub_ds.codes.blocks import BLOCK
 
 ROUNDS = 4  # of the codebook, from its first centroids
 REFINEMENTS = 2  # of each level, against what the other tables leave
-BLOCK = 8_192
 LARGEST_FIT = 8_192  # rows of all tables together, for an exact fit
 
 

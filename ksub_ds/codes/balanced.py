@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ksub_ds.codes.assignment import balanced_assignment, map_blocks
+from ksub_ds.codes.assignment import balanced_assignment
+from ksub_ds.codes.blocks import map_blocks
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress, get_logger
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from ksub_ds.codes.alignment import LARGEST_FIT, explained_share, number_groups
 from ksub_ds.codes.balanced import as_matrix, free_kmeans, one_thread
+from ksub_ds.codes.blocks import BLOCK
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.codes.table import CodeTable
 
 PAIRS, QUERIES, NEIGHBOURS, GROUPS = 100_000, 500, 10, 16
-BLOCK = 8_192
 
 
 def measure_quality(vectors: Any, table: CodeTable, seed: int = 0) -> dict[str, Any]:
