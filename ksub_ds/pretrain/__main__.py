@@ -3,9 +3,19 @@
     python -m ksub_ds.pretrain --preset tiny --codes codes.safetensors --data shards --out run --max-steps 40
     launch/pretrain.sh --hostfile launch/hostfile.example --preset tiny ...    (the same, on 2 ranks)
 
-Exit codes: 0 the last step was reached, or a STOP file or --max-hours ended the run in order; 2 the user's
-mistake or a run that cannot go on, one line on stderr from rank 0; 128 + n signal n, after a checkpoint (130,
-Ctrl-C, also before the first step).
+Exit codes:
+
+    0     the last step was reached, or an (empty) STOP file or --max-hours ended the run in order
+    2     the user's mistake, or a run that cannot go on (NaN, full disk): starting again changes nothing
+    70    a rank failed, is lost or hangs: the same command may succeed, and continues from the last checkpoint
+    75    stopped for a scheduler, saved: start me again (SIGUSR1, or `echo requeue > RUN/STOP`)
+    130   Ctrl-C, also before the first step; 143 SIGTERM: saved when training had begun
+
+Of several ranks only one speaks, and its line is the last: `error: ...` with code 2, and with code 70
+`failed: rank 3 on node2 at step 14: REASON; ...`. What ended the run also lies in RUN/failure.json, for launchers that
+mix the codes of their ranks (pdsh gives the largest, mpirun the first): {"rank", "host", "step", "reason",
+"exit_code", "restart_may_help", "time"}; the next start removes it. A rank killed by a signal cannot
+write it; the ranks that miss it do.
 """
 
 import contextlib
