@@ -21,6 +21,7 @@ class KSubRobertaConfig(RobertaConfig):
         vocab_size: N, the number of coded tokens.
         table_sizes: M_1 .. M_K; set by the model from its code table.
         decoder_bias: whether the masked-token head has a bias per token, as RoBERTa's has.
+        embedding_mixing: whether the embedding keeps a fixed d x d matrix beside its tables (a compressed model).
     """
 
     model_type = "ksub_roberta"
@@ -34,6 +35,7 @@ class KSubRobertaConfig(RobertaConfig):
     layer_norm_eps: float = 1e-5
     table_sizes: list[int] | tuple[int, ...] | None = None
     decoder_bias: bool = True
+    embedding_mixing: bool = False
 
     def validate_architecture(self) -> None:
         """Called by transformers when a configuration is built.

@@ -20,20 +20,24 @@ class SubEmbedding(nn.Module):
         table: the codes; K = 1 with M = N is a plain embedding.
         embedding_dim: d; the first d mod K tables are one wider.
         padding_idx: token whose lookups send no gradient, as in `nn.Embedding`.
+        mixing: keep a fixed (d, d) matrix A and embed e_n = A · concat over k of E_k[f_k(n)]. It comes with
+            tables fitted to another model's embedding (fitting.py); a new layer has the identity.
 
-    The tables E_k (M_k, d_k) are exactly `parameters()`. The codes, (N, K) int32, are the one
-    persistent buffer; whatever else is derived from them is built when first needed.
+    The tables E_k (M_k, d_k) are exactly `parameters()`. The codes, (N, K) int32, and A, if there is one,
+    are the persistent buffers; whatever else is derived from the codes is built when first needed.
     """
 
     codes: Tensor
+    mixing: Tensor | None
 
-    def __init__(self, table: CodeTable, embedding_dim: int, padding_idx: int | None = None):
+    def __init__(self, table: CodeTable, embedding_dim: int, padding_idx: int | None = None, mixing: bool = False):
         super().__init__()
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
         self.table_sizes = table.table_sizes
         self.widths = table_widths(embedding_dim, table.num_tables)
         self.register_buffer("codes", torch.tensor(table.codes))
+        self.register_buffer("mixing", torch.eye(embedding_dim) if mixing else None)
         self.tables = nn.ParameterList(
             torch.empty(size, width) for size, width in zip(self.table_sizes, self.widths, strict=True)
         )
@@ -60,17 +64,24 @@ class SubEmbedding(nn.Module):
         """(...) token ids -> (..., d)."""
         codes = F.embedding(ids, self.codes)  # checks the range, where indexing would read -1 as the last token
         embedded = torch.cat([F.embedding(codes[..., k], table) for k, table in enumerate(self.tables)], dim=-1)
+        if self.mixing is not None:
+            embedded = embedded @ self.mixing.t()
         if self.padding_idx is not None and embedded.requires_grad:
             embedded = torch.where((ids == self.padding_idx).unsqueeze(-1), embedded.detach(), embedded)
         return embedded
 
     def dense_weight(self) -> Tensor:
         """The (N, d) matrix this layer stands for."""
-        return torch.cat([table[self.codes[:, k]] for k, table in enumerate(self.tables)], dim=1)
+        rows = torch.cat([table[self.codes[:, k]] for k, table in enumerate(self.tables)], dim=1)
+        return rows if self.mixing is None else rows @ self.mixing.t()
+
+    def to_tables(self, hidden: Tensor) -> Tensor:
+        """(..., d) decoder inputs in the columns of the tables: h · (A c) = (A^T h) · c."""
+        return hidden if self.mixing is None else hidden @ self.mixing.to(hidden.dtype)
 
     def logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """All N logits, (..., N), as sums of table scores; for a few rows, since N is wide."""
-        parts = hidden.split(self.widths, dim=-1)
+        parts = self.to_tables(hidden).split(self.widths, dim=-1)
         scores = [part @ table.t() for part, table in zip(parts, self.tables, strict=True)]
         total = scores[0][..., self.codes[:, 0]]
         for k, score in enumerate(scores[1:], start=1):
@@ -90,7 +101,7 @@ class SubEmbedding(nn.Module):
         if not 1 <= k <= self.num_embeddings:
             raise ValueError(f"k must lie in 1..{self.num_embeddings}, not {k}")
         with torch.autocast(hidden.device.type, enabled=False):
-            parts = hidden.float().split(self.widths, dim=1)
+            parts = self.to_tables(hidden.float()).split(self.widths, dim=1)
             scores = [part @ table.float().t() for part, table in zip(parts, self.tables, strict=True)]
             return self._search()(scores, None if bias is None else bias.float(), k)
 

@@ -74,6 +74,7 @@ def factorized_cross_entropy(
     if on_cpu and len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_tokens):
         raise ValueError(f"labels must be {ignore_index} or token ids in [0, {num_tokens})")
     with torch.autocast(hidden.device.type, enabled=False):  # sums are float32 whatever the rest of the model is
+        hidden_BD = layer.to_tables(hidden_BD)
         loss = _SummedLoss.apply(hidden_BD, bias, labels, layer, torch.is_grad_enabled(), *layer.tables)
     return loss / len(labels) if reduction == "mean" else loss
 
@@ -83,7 +84,7 @@ def log_partition(hidden: Tensor, layer: "SubEmbedding", bias: Tensor | None = N
     """log Z of every row: (B, d) decoder inputs -> (B,) float64. No gradient."""
     with torch.autocast(hidden.device.type, enabled=False):
         run = _Pass(layer, tuple(layer.tables), bias, len(hidden), with_gradients=False, with_bias_gradient=False)
-        blocks = [run.scores(rows) for rows in hidden.split(run.rows_per_block)]
+        blocks = [run.scores(rows) for rows in layer.to_tables(hidden).split(run.rows_per_block)]
         return torch.cat([run.log_total_and_residuals(scores)[0] for scores in blocks])
 
 

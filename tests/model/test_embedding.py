@@ -166,3 +166,28 @@ def test_built_and_used_in_inference_mode():
 def test_code_table_comes_back():
     table = positional_codes(60, 2)
     assert SubEmbedding(table, 8).code_table().sha256 == table.sha256
+
+
+@pytest.mark.parametrize("num_tables", [1, 3])
+def test_a_mixing_matrix_is_part_of_the_embedding_everywhere(num_tables):
+    """Lookup, logits, loss with gradients, and top k against the dense matrix tables x A^T."""
+    torch.manual_seed(3)
+    layer = SubEmbedding(positional_codes(200, num_tables), 20, mixing=True)
+    layer.reset_parameters(std=0.5)
+    assert [name for name, _ in layer.named_buffers()] == ["codes", "mixing"]
+    plain = SubEmbedding(positional_codes(200, num_tables), 20)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    layer.mixing.copy_(torch.randn(20, 20) / 4)
+    dense = plain.dense_weight() @ layer.mixing.T
+    torch.testing.assert_close(layer.dense_weight(), dense)
+    ids = torch.randint(200, (4, 5))
+    torch.testing.assert_close(layer(ids), dense[ids])
+    hidden, bias = torch.randn(6, 20, requires_grad=True), torch.randn(200)
+    torch.testing.assert_close(layer.logits(hidden, bias), hidden @ dense.T + bias)
+    check_topk(layer, hidden.detach(), 5, bias)
+    labels = torch.randint(200, (6,))
+    ours = factorized_cross_entropy(hidden, layer, labels, bias)
+    theirs = torch.nn.functional.cross_entropy(hidden @ layer.dense_weight().T + bias, labels)
+    torch.testing.assert_close(ours, theirs)
+    inputs = [hidden, *layer.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs))

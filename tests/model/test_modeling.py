@@ -203,10 +203,39 @@ def test_configurations_that_make_no_sense(tmp_path):
 def test_what_would_break_the_tie_is_refused():
     model = tiny_model()
     assert model.resize_token_embeddings(500) is model.get_input_embeddings()
-    with pytest.raises(ValueError, match="cannot resize 500 tokens to 600"):
-        model.resize_token_embeddings(600)
     with pytest.raises(ValueError, match="must be a SubEmbedding, not Embedding"):
         model.set_input_embeddings(torch.nn.Embedding(5, 5))
+
+
+def test_growing_keeps_the_old_logits_bit_for_bit(tmp_path):
+    model, (ids, labels) = tiny_model(), batch()
+    before, parameters = model(ids).logits, model.num_parameters()
+    model(ids, labels=labels)  # builds what is derived from the old codes
+    model.resize_token_embeddings(510)
+    after = model(ids).logits
+    assert after.shape[-1] == 510 and torch.equal(after[..., :500], before)
+    assert model.num_parameters() == parameters + 10 and model.config.vocab_size == 510
+    assert model.lm_head.bias[500:].eq(model.lm_head.bias[:500].mean()).all()
+    new = torch.where(labels == -100, -100, 500 + labels % 10)
+    torch.testing.assert_close(
+        model(ids, labels=new).loss, F.cross_entropy(model(ids).logits.flatten(0, 1), new.flatten())
+    )
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForMaskedLM.from_pretrained(tmp_path).eval()(ids).logits, after)
+    model.resize_token_embeddings(500)
+    assert torch.equal(model(ids).logits, before) and model.num_parameters() == parameters
+    with pytest.raises(ValueError, match=r"the code space is full: 13 new tokens, .* only 12 are unused"):
+        model.resize_token_embeddings(513)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_new_tokens_go_where_their_vectors_lie():
+    table = shuffled_codes(300)
+    model = KSubRobertaForSequenceClassification(KSubRobertaConfig.tiny(vocab_size=300), table)
+    vectors = model.get_input_embeddings().dense_weight()[[7, 70]].detach() + 0.001
+    model.resize_token_embeddings(302, vectors=vectors)
+    codes = model.code_table().codes
+    assert (codes[300:, :-1] == codes[[7, 70], :-1]).all()
 
 
 def test_the_given_configuration_is_left_alone():
