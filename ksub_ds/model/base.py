@@ -180,6 +180,7 @@ class SubMaskedLM(SubEmbeddingModel):
         labels: Tensor | None = None,
         loss_reduction: str = "mean",
         output_logits: bool = False,
+        output_correct: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | tuple:
@@ -191,25 +192,27 @@ class SubMaskedLM(SubEmbeddingModel):
                 positions reach the head; the logits are then None unless `output_logits`.
             loss_reduction: "mean" over labelled positions, or "sum".
             output_logits: also return (batch, length, N) logits. N is wide.
+            output_correct: also return, as `correct`, at how many labelled positions the label is the most
+                probable token.
         """
         outputs = self.base_model(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         states = outputs.last_hidden_state
         embedding = self.get_input_embeddings()
-        loss = logits = None
+        loss = logits = correct = None
         if labels is not None:
             labelled = labels != -100
-            loss = factorized_cross_entropy(
-                self._decoder_input(states[labelled]),
-                embedding,
-                labels[labelled],
-                self.decoder_bias,
-                reduction=loss_reduction,
-            )
+            decoder_input, targets, bias = self._decoder_input(states[labelled]), labels[labelled], self.decoder_bias
+            loss = factorized_cross_entropy(decoder_input, embedding, targets, bias, reduction=loss_reduction)
+            if output_correct:
+                _, best = embedding.predict_topk(decoder_input, 1, bias)
+                correct = (best.squeeze(1) == targets).sum()
         if labels is None or output_logits:
             logits = embedding.logits(self._decoder_input(states), self.decoder_bias)
         result = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+        if correct is not None:
+            result["correct"] = correct
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return result if use_dict else result.to_tuple()
 
@@ -222,13 +225,11 @@ class SubMaskedLM(SubEmbeddingModel):
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[float, int, int]:
         """Summed loss, number of labelled positions whose most probable token is the label, and their count."""
-        labelled = labels != -100
-        decoder_input = self._decoder_input_at(input_ids, labelled, attention_mask)
-        targets = labels[labelled]
-        embedding, bias = self.get_input_embeddings(), self.decoder_bias
-        loss = factorized_cross_entropy(decoder_input, embedding, targets, bias, reduction="sum")
-        _, best = embedding.predict_topk(decoder_input, 1, bias)
-        return loss.item(), int((best.squeeze(1) == targets).sum()), len(targets)
+        # By way of forward: there alone ZeRO 3 gathers the weights that it has shared out.
+        output = self(
+            input_ids, attention_mask=attention_mask, labels=labels, loss_reduction="sum", output_correct=True
+        )
+        return output.loss.item(), int(output["correct"]), int((labels != -100).sum())
 
     @torch.no_grad()
     def predict_topk(

@@ -25,6 +25,7 @@ from ksub_ds.common.logging import get_logger
 from ksub_ds.pretrain.engine_state import (
     MOMENTS,
     adam_step,
+    full_shape,
     loss_scaler_state,
     make_adam_state,
     named_masters,
@@ -213,7 +214,7 @@ def load(engine: Any, path: Path, state: TrainerState) -> None:
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
             for key in ("weight", *MOMENTS) if state.adam_step else ("weight",):
-                value = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+                value = torch.empty(full_shape(parameter), dtype=torch.float32, device=distributed.device())
                 if reader is not None:
                     value.copy_(reader(name if key == "weight" else f"{key}.{name}"))
                 distributed.broadcast_tensor(value)
@@ -232,7 +233,7 @@ def _open_tensors(engine: Any, path: Path, with_moments: bool) -> Callable[[str]
     if with_moments:
         streams.append(safe_open(path / "optimizer.safetensors", framework="pt"))
     home = {key: stream for stream in streams for key in stream.keys()}  # noqa: SIM118 - not a dict
-    shapes = {name: list(parameter.shape) for name, parameter in engine.module.named_parameters()}
+    shapes = {name: list(full_shape(parameter)) for name, parameter in engine.module.named_parameters()}
     stored = {key: streams[0].get_slice(key).get_shape() for key, stream in home.items() if stream is streams[0]}
     wrong = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
     if wrong:

@@ -44,7 +44,7 @@ def read_mechanics(path: Path) -> dict[str, Any]:
     """Read a ds_configs file.
 
     Raises:
-        UserError: not JSON, a key the recipe owns, an unknown key, a ZeRO stage that is not 0, 1 or 2.
+        UserError: not JSON, a key the recipe owns, an unknown key, no ZeRO stage, an offload this program lacks.
     """
     config = read_json(path)
     if not isinstance(config, dict):
@@ -58,11 +58,18 @@ def read_mechanics(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("zero_optimization", {}), dict):
         raise UserError(f"{path}: zero_optimization is {config['zero_optimization']!r}, not an object with a stage")
     stage = zero_stage(config)
-    if stage not in (0, 1, 2):
-        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; this program trains with stage 0, 1 or 2")
-    for key in ("offload_optimizer", "offload_param"):
-        if key in config.get("zero_optimization", {}):
-            raise UserError(f"{path}: zero_optimization.{key} is not supported; remove it")
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+    for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        offload = config.get("zero_optimization", {}).get(key)
+        if offload is None:
+            continue
+        if stage not in stages:
+            raise UserError(f"{path}: zero_optimization.{key} needs stage {' or '.join(map(str, stages))}, not {stage}")
+        if not isinstance(offload, dict) or offload.get("device", "none") not in ("cpu", "none"):
+            raise UserError(f'{path}: zero_optimization.{key} must be {{"device": "cpu"}} (no NVMe here)')
+        if offload.get("ratio", 1.0) != 1.0:
+            raise UserError(f"{path}: zero_optimization.{key}.ratio must be 1.0: all of the state in one place")
     return config
 
 
@@ -97,9 +104,13 @@ def compose_config(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": gradient_clipping,
-        # Each rank's loss is already divided by the global count of masked tokens: ranks add up.
-        "gradient_allreduce_op": "sum",
+        # With offload too, the optimizer is torch's: DeepSpeed's own for the CPU is compiled at the first start.
+        "zero_force_ds_cpu_optimizer": False,
     }
+    if zero_stage(mechanics) != 3:
+        # Each rank's loss is already divided by the global count of masked tokens: ranks add up.
+        # Stage 3 knows the mean alone; see `loss_factor`.
+        config["gradient_allreduce_op"] = "sum"
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -145,6 +156,16 @@ def start_engine(model: Any, optimizer: Any, config: dict[str, Any]) -> Any:
     # Metrics go to the monitor from the recorder; the engine would add its own events at every step.
     engine.monitor.enabled = False
     return engine
+
+
+def loss_factor(engine: Any) -> int:
+    """What a rank's loss must be multiplied by for gradients to add up over ranks: stage 3 divides by their number."""
+    return engine.dp_world_size if zero_stage(engine.config) == 3 else 1
+
+
+def is_sharded(engine: Any) -> bool:
+    """Whether a forward pass gathers weights from the other ranks, so that all of them must make it."""
+    return zero_stage(engine.config) == 3
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

@@ -2,14 +2,22 @@
 
 ZeRO 1 and 2 flatten the parameters and give each rank a part of the flat vector, in fp32, with the part of Adam's
 state that belongs to it. DeepSpeed links each parameter to its fragments; here they are read and written whole.
-Without ZeRO the parameters are their own masters.
+ZeRO 3 cuts each parameter into equal parts, the last one padded. Without ZeRO the parameters are their own masters.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
+from ksub_ds.common import distributed
+from ksub_ds.pretrain.engine import is_sharded
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def full_shape(parameter: Any) -> Any:
+    """The shape of a parameter, of which ZeRO 3 leaves an empty tensor between uses."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _master(engine: Any, parameter: Any, key: str) -> Any:
@@ -27,12 +35,29 @@ def set_master(engine: Any, parameter: Any, key: str, value: Any) -> None:
     """Overwrite one parameter's master weight or moment; call `publish_masters` when all are set."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    if not engine.zero_optimization():
+    if hasattr(parameter, "ds_id"):
+        _set_part(parameter, key, value)
+    elif not engine.zero_optimization():
         (parameter.data if key == "weight" else engine.optimizer.state[parameter][key]).copy_(value)
     elif key == "weight":
         safe_set_full_fp32_param(parameter, value)
     else:
         safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _set_part(parameter: Any, key: str, value: Any) -> None:
+    """ZeRO 3: overwrite this rank's part. DeepSpeed's own function for whole values forgets the padding."""
+    import torch
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    size = parameter.ds_tensor.numel()
+    start = min(distributed.rank() * size, value.numel())
+    part = value.flatten()[start : start + size]
+    part = torch.nn.functional.pad(part, (0, size - part.numel()))
+    if key == "weight":
+        safe_set_local_fp32_param(parameter, part)
+    else:
+        safe_set_local_optimizer_state(parameter, part, key)
 
 
 def adam_step(engine: Any) -> int:
@@ -48,10 +73,12 @@ def make_adam_state(engine: Any, steps: int) -> None:
     import torch
 
     optimizer = engine.basic_optimizer
-    for group in optimizer.param_groups:
-        for tensor in group["params"]:
-            step = torch.tensor(float(steps), dtype=torch.float32, device=tensor.device)
-            optimizer.state[tensor] = {"step": step} | {key: torch.zeros_like(tensor) for key in MOMENTS}
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    if is_sharded(engine):
+        tensors = engine.optimizer.fp32_partitioned_groups_flat
+    for tensor in tensors:
+        step = torch.tensor(float(steps), dtype=torch.float32, device=tensor.device)
+        optimizer.state[tensor] = {"step": step} | {key: torch.zeros_like(tensor) for key in MOMENTS}
     _link_adam_state(engine)
 
 
@@ -61,7 +88,7 @@ def _link_adam_state(engine: Any) -> None:
     DeepSpeed does this once, after the first group of parameters has made its first step: the other groups
     have no state then, and stay without a link.
     """
-    if engine.zero_optimization():
+    if engine.zero_optimization() and not is_sharded(engine):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -79,8 +106,14 @@ def named_masters(engine: Any) -> Iterator[tuple[str, Any]]:
 
 def publish_masters(engine: Any) -> None:
     """Copy the master weights into the (half precision) weights the model computes with, on every rank."""
-    if engine.zero_optimization():
-        engine.optimizer.update_lp_params()
+    optimizer = engine.optimizer
+    if is_sharded(engine):
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif engine.zero_optimization():
+        optimizer.update_lp_params()
 
 
 def loss_scaler_state(engine: Any) -> dict[str, float] | None:

@@ -1,5 +1,6 @@
 """Held-out loss and masked accuracy per language, with masks that never change."""
 
+import itertools
 from typing import Any
 
 from ksub_ds.common import distributed
@@ -21,9 +22,12 @@ def evaluate(model: Any, held_out: Any, languages: list[str]) -> dict[str, Any]:
     rank, world_size = distributed.rank(), distributed.world_size()
     was_training = model.training
     model.eval()
-    for index, (language, batch) in enumerate(held_out):
-        if index % world_size == rank:
-            totals = model.score_masked(**to_tensors(batch, distributed.device()))
+    batches = iter(held_out)
+    while turn := list(itertools.islice(batches, world_size)):
+        # A rank without a batch in the last turn goes along: under ZeRO 3 the others need its shards.
+        language, batch = turn[min(rank, len(turn) - 1)]
+        totals = model.score_masked(**to_tensors(batch, distributed.device()))
+        if rank < len(turn):
             sums[language] = [old + float(new) for old, new in zip(sums[language], totals, strict=True)]
     model.train(was_training)
 

@@ -18,7 +18,14 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.pretrain import checkpoint
 from ksub_ds.pretrain.checkpoint import TrainerState
-from ksub_ds.pretrain.engine import loss_scale, reduced_gradient_norm, set_learning_rate, update_was_skipped
+from ksub_ds.pretrain.engine import (
+    is_sharded,
+    loss_factor,
+    loss_scale,
+    reduced_gradient_norm,
+    set_learning_rate,
+    update_was_skipped,
+)
 from ksub_ds.pretrain.evaluation import evaluate, to_tensors
 from ksub_ds.pretrain.feed import BatchFeed, StepBatches
 from ksub_ds.pretrain.recipe import Recipe, learning_rate
@@ -104,7 +111,7 @@ def train_step(training: Training, batches: StepBatches, steps_done: int) -> Ste
         torch.manual_seed(dropout_seed(recipe.seed, step, index))
         engine.set_gradient_accumulation_boundary(index == batches.indices[-1])
         loss = engine(**tensors, loss_reduction="sum").loss
-        engine.backward(loss / masked, scale_wrt_gas=False)
+        engine.backward(loss * loss_factor(engine) / masked, scale_wrt_gas=False)
         loss_sum += loss.detach()
 
     local_loss = loss_sum.item()
@@ -116,7 +123,7 @@ def train_step(training: Training, batches: StepBatches, steps_done: int) -> Ste
         distributed.in_agreement(training.recorder.check)
     if not math.isfinite(total_loss):
         _refuse(training, step, "the loss", _ranks_where(not math.isfinite(local_loss)))
-    accuracy = masked_accuracy(engine.module, tensors) if step % recipe.log_every_steps == 0 else None
+    accuracy = masked_accuracy(engine, tensors) if step % recipe.log_every_steps == 0 else None
 
     gradient_norm = reduced_gradient_norm(engine)
     if gradient_norm is not None and not math.isfinite(gradient_norm):
@@ -138,10 +145,11 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def masked_accuracy(model: Any, tensors: dict[str, Any]) -> float | None:
-    """Part of one batch's masked tokens that the model predicts, without dropout, before it learns from them."""
-    if not distributed.is_main():
+def masked_accuracy(engine: Any, tensors: dict[str, Any]) -> float | None:
+    """Part of rank 0's last micro-batch's masked tokens that the model predicts, before it learns from them."""
+    if not distributed.is_main() and not is_sharded(engine):
         return None
+    model = engine.module
     model.eval()
     _, correct, count = model.score_masked(**tensors)
     model.train()

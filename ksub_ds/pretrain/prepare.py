@@ -1,5 +1,6 @@
 """From a recipe to everything the loop works on: sources, model, engine, and what is said before step 1."""
 
+import math
 import platform
 import socket
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards import ShardDataset
 from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
 from ksub_ds.pretrain.engine import build_optimizer, compose_config, read_mechanics, start_engine, zero_stage
+from ksub_ds.pretrain.engine_state import full_shape
 from ksub_ds.pretrain.feed import StepBatches
 from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, find_deepspeed_config
 from ksub_ds.pretrain.recipe_file import to_json
@@ -173,7 +175,7 @@ def describe_start(recipe: Recipe, sources: Sources, engine: Any, first: StepBat
 def parameter_table(model: Any, table: CodeTable) -> list[str]:
     """Parameters of this model beside the same model with a plain embedding, as lines of text."""
     width = model.config.hidden_size
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
     ours, plain = table.num_parameters(width), table.num_tokens * width
     name = "plain" if table.num_tables == 1 else f"sub-embedding, K = {table.num_tables}"
     rows = [("plain embedding", plain, total - ours + plain)]

@@ -81,7 +81,7 @@ class Recipe:
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of weights and activations; master weights are always fp32. [bf16 on a GPU, fp32 on a CPU]"""
     deepspeed: str = "zero1"
-    """DeepSpeed's mechanics: a JSON file, or the name of one in ds_configs/ (zero0, zero1, zero2)."""
+    """DeepSpeed's mechanics: a JSON file, or a name in ds_configs/ (zero0, zero1, zero2, zero3, zero3_offload)."""
 
     # ---- saving, evaluating, telling ----
     save_every_steps: int = 1_000

@@ -145,8 +145,14 @@ def test_shipped_configs_compose(path: Path, precision: str) -> None:
         ('{"train_batch_size": 8}', "'train_batch_size' belongs to the recipe"),
         ('{"bf16": {"enabled": true}}', "'bf16' belongs to the recipe .--precision."),
         ('{"zero_optimisation": {}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'"),
-        ('{"zero_optimization": {"stage": 3}}', "stage 0, 1 or 2"),
-        ('{"zero_optimization": {"stage": 1, "offload_optimizer": {}}}', "offload_optimizer is not supported"),
+        ('{"zero_optimization": {"stage": 4}}', "must be 0, 1, 2 or 3"),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}',
+            "offload_param needs stage 3, not 2",
+        ),
+        ('{"zero_optimization": {"stage": 0, "offload_optimizer": {}}}', "offload_optimizer needs stage 1 or 2 or 3"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "no NVMe"),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}}', "ratio must be 1.0"),
         ('{"zero_optimization": 1}', "zero_optimization is 1, not an object"),
         ("[]", "not a JSON object"),
         ("{", "not valid JSON"),
@@ -160,5 +166,5 @@ def test_config_files_with_another_owner(tmp_path: Path, content: str, message: 
 
 
 def test_missing_config_is_named() -> None:
-    with pytest.raises(UserError, match=r"zero9.*there: zero0, zero1, zero2"):
+    with pytest.raises(UserError, match=r"zero9.*there: zero0, zero1, zero2, zero3, zero3_offload"):
         find_deepspeed_config("zero9")
