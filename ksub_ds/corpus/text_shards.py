@@ -6,25 +6,21 @@ and the same command again does the missing ones. The result depends on text, to
 alone: not on the number of processes, nor on the day.
 """
 
-import fcntl
 import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, read_json, sha256_file, write_json
+from ksub_ds.common.files import read_json, write_json
 from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.corpus.encoding import ParallelEncoder
 from ksub_ds.corpus.language_shards import shard_language
 from ksub_ds.corpus.packing import Packing
-from ksub_ds.corpus.shards import FORMAT_VERSION, LANGUAGE_CODE, MANIFEST, SPLITS, dataset_fingerprint
+from ksub_ds.corpus.shard_folder import build_manifest, claim_folder, is_whole, locked, make_folder, remove_leftovers
+from ksub_ds.corpus.shards import LANGUAGE_CODE, MANIFEST, SPLITS
 from ksub_ds.corpus.text import LanguageText, find_text
-from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
+from ksub_ds.corpus.tokenizer import load_tokenizer
 
 SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
 
@@ -58,10 +54,10 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
     _check(settings)
     text = find_text(settings.input, settings.languages)
     tokenizer = load_tokenizer(settings.tokenizer)
-    _make_folder(settings.out)
-    with _lock(settings.out):
-        _remove_leftovers(settings.out)
-        _claim_folder(settings, tokenizer)
+    make_folder(settings.out)
+    with locked(settings.out):
+        remove_leftovers(settings.out)
+        claim_folder(settings.out, settings.sequence_length, tokenizer)
         todo = {}
         for language, sources in text.items():
             recipe = _recipe_of(settings, sources)
@@ -77,7 +73,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
             ):
                 for language, recipe in todo.items():
                     shard_language(settings.out, language, text[language], recipe, packing, encoder, progress)
-        manifest = _build_manifest(settings.out)
+        manifest = build_manifest(settings.out)
         if not any(entry["files"] for entry in manifest["languages"].values()):
             raise UserError(f"--input {settings.input}: no readable document in any language (see the counts above)")
         write_json(settings.out / MANIFEST, manifest)
@@ -104,62 +100,6 @@ def _check(settings: ShardText) -> None:
         raise UserError(f"--out {settings.out}: lies in the input folder; write the shards somewhere else")
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be made a folder ({error.strerror}); choose another place") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--out {folder}: cannot be written to; choose another place")
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock goes with the process, however it ends."""
-    with open(folder / ".lock", "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"--out {folder}: another shard_text.py is writing there; wait for it") from error
-        yield
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """What a killed run left under temporary names."""
-    for path in folder.iterdir():
-        if re.fullmatch(r"\..+\.\d+\.(partial|old)", path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _claim_folder(settings: ShardText, tokenizer: Tokenizer) -> None:
-    """Write settings.json and tokenizer/, or check that an earlier run wrote the same."""
-    path = settings.out / "settings.json"
-    tokenizer_facts = {
-        "fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        **{key: getattr(tokenizer, key) for key in ("bos_id", "eos_id", "pad_id", "unk_id", "mask_id")},
-        "special_ids": list(tokenizer.special_ids),
-    }
-    wanted = {"format": FORMAT_VERSION, "sequence_length": settings.sequence_length, "tokenizer": tokenizer_facts}
-    if path.exists():
-        existing = read_json(path)
-        for key, value in wanted.items():
-            if existing.get(key) != value:
-                before, now = (
-                    (str(entry.get("fingerprint"))[:16] if isinstance(entry, dict) else entry)
-                    for entry in (existing.get(key), value)
-                )
-                raise UserError(
-                    f"{path}: {key} is {before}, this run has {now}; choose another --out, or remove this one"
-                )
-    elif any(settings.out.glob("*/part.json")):
-        raise UserError(f"{settings.out}: holds shards but no settings.json; choose another --out, or remove this one")
-    if not (settings.out / "tokenizer").is_dir():
-        with atomic_folder(settings.out / "tokenizer") as temporary:
-            tokenizer.save(temporary)
-    write_json(path, wanted)
-
-
 def _recipe_of(settings: ShardText, text: LanguageText) -> dict[str, Any]:
     """What, beside settings.json, decides a language's shards."""
     return {"validation_fraction": settings.validation_fraction, "text": text.fingerprint()}
@@ -175,23 +115,12 @@ def _is_done(folder: Path, language: str, recipe: dict[str, Any]) -> bool:
         if part["recipe"] != recipe:
             get_logger().info(f"{language}: text or --validation-fraction changed, doing it again")
             return False
-        damaged = [f["path"] for f in part["files"] if not _is_whole(folder / f["path"], f["sha256"])]
+        damaged = [f["path"] for f in part["files"] if not is_whole(folder / f["path"], f["sha256"])]
     except (UserError, KeyError, TypeError):
         damaged = [f"{language}/part.json"]
     if damaged:
         get_logger().info(f"{damaged[0]}: missing or damaged, doing {language} again")
     return not damaged
-
-
-def _is_whole(path: Path, sha256: str) -> bool:
-    return path.is_file() and sha256_file(path) == sha256
-
-
-def _build_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of every language published in the folder, by this run or an earlier one."""
-    languages = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/part.json"))}
-    manifest = {**read_json(folder / "settings.json"), "languages": languages}
-    return {**manifest, "fingerprint": dataset_fingerprint(manifest)}
 
 
 def _report(manifest: dict[str, Any], done: list[str]) -> None:

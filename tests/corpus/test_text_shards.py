@@ -17,6 +17,7 @@ import pytest
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus import language_shards, text, text_shards
+from ksub_ds.corpus.shard_folder import locked
 from ksub_ds.corpus.shards import ShardDataset
 from ksub_ds.corpus.statistics import corpus_statistics, corpus_table
 from ksub_ds.corpus.text import DocumentReader, find_text
@@ -314,7 +315,7 @@ def test_a_killed_run_leaves_nothing_half_written(tiny_tokenizer: Path, tmp_path
 
 def test_a_folder_in_use_is_refused(tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with text_shards._lock(tmp_path / "out"), pytest.raises(UserError, match="another"):
+    with locked(tmp_path / "out"), pytest.raises(UserError, match="another"):
         shard_text(ShardText(tiny_text, tiny_tokenizer, tmp_path / "out", workers=1))
 
 
