@@ -42,6 +42,8 @@ help:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -e '.[cpu,test]' -c constraints.txt
+	@$(BIN)/python -m pip install --quiet kenlm -c constraints.txt \
+		|| echo 'note: kenlm did not build (it needs a C++ compiler); the perplexity test will be skipped'
 	@touch $@
 
 install: .venv/.installed
