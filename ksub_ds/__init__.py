@@ -22,6 +22,7 @@ _HOMES = {
     "KSubRobertaModel": "ksub_ds.model.modeling",
     "KSubRobertaForMaskedLM": "ksub_ds.model.modeling",
     "KSubRobertaForSequenceClassification": "ksub_ds.model.modeling",
+    "replace_embeddings": "ksub_ds.model.convert",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -14,12 +14,13 @@ from types import ModuleType
 
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
-
+FAMILIES = ("Bert", "Electra", "DistilBert", "ModernBert")  # of families.py; each has the same three heads
 
 # Our modules, each with the last name it defines: importing one imports transformers' Auto classes on the way.
 _OURS = {
     "ksub_ds.model.configuration": "KSubRobertaConfig",
     "ksub_ds.model.modeling": "KSubRobertaForSequenceClassification",
+    "ksub_ds.model.families": "KSubModernBertForSequenceClassification",
 }
 
 
@@ -29,15 +30,17 @@ def _register_all() -> None:
 
     from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-    from ksub_ds.model import modeling
-    from ksub_ds.model.configuration import KSubRobertaConfig
+    from ksub_ds.model import families, modeling
 
-    AutoConfig.register(KSubRobertaConfig.model_type, KSubRobertaConfig, exist_ok=True)
-    AutoModel.register(KSubRobertaConfig, modeling.KSubRobertaModel, exist_ok=True)
-    AutoModelForMaskedLM.register(KSubRobertaConfig, modeling.KSubRobertaForMaskedLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(
-        KSubRobertaConfig, modeling.KSubRobertaForSequenceClassification, exist_ok=True
-    )
+    for home, family in ((modeling, "Roberta"), *((families, name) for name in FAMILIES)):
+        config = getattr(home, f"KSub{family}Config")
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for door, head in (
+            (AutoModel, "Model"),
+            (AutoModelForMaskedLM, "ForMaskedLM"),
+            (AutoModelForSequenceClassification, "ForSequenceClassification"),
+        ):
+            door.register(config, getattr(home, f"KSub{family}{head}"), exist_ok=True)
 
 
 def complete() -> None:

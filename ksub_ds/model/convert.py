@@ -1,0 +1,198 @@
+"""From a plain transformers model to the same model over sub-embeddings, and back.
+
+    small = replace_embeddings(model, table)     fresh tables, every other weight kept
+    plain = to_plain(small)                      the N x d matrix written out: any tool reads it
+
+Fitting the tables to the old embedding is compression (compress.py).
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CamembertForMaskedLM,
+    CamembertForSequenceClassification,
+    CamembertModel,
+    PreTrainedModel,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    RobertaModel,
+    XLMRobertaForMaskedLM,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaModel,
+)
+from transformers.models.bert import modeling_bert as bert
+from transformers.models.distilbert import modeling_distilbert as distilbert
+from transformers.models.electra import modeling_electra as electra
+from transformers.models.modernbert import modeling_modernbert as modernbert
+
+from ksub_ds.codes.table import CodeTable
+from ksub_ds.model import families, modeling
+from ksub_ds.model.base import SubEmbeddingModel, SubMaskedLM
+from ksub_ds.model.embedding import SubEmbedding
+
+# Plain class -> ours. The first of several plain classes of one of ours is what `to_plain` makes.
+CLASSES: dict[type, type[SubEmbeddingModel]] = {
+    RobertaModel: modeling.KSubRobertaModel,
+    RobertaForMaskedLM: modeling.KSubRobertaForMaskedLM,
+    RobertaForSequenceClassification: modeling.KSubRobertaForSequenceClassification,
+    XLMRobertaModel: modeling.KSubRobertaModel,
+    XLMRobertaForMaskedLM: modeling.KSubRobertaForMaskedLM,
+    XLMRobertaForSequenceClassification: modeling.KSubRobertaForSequenceClassification,
+    CamembertModel: modeling.KSubRobertaModel,
+    CamembertForMaskedLM: modeling.KSubRobertaForMaskedLM,
+    CamembertForSequenceClassification: modeling.KSubRobertaForSequenceClassification,
+    bert.BertModel: families.KSubBertModel,
+    bert.BertForMaskedLM: families.KSubBertForMaskedLM,
+    bert.BertForSequenceClassification: families.KSubBertForSequenceClassification,
+    electra.ElectraModel: families.KSubElectraModel,
+    electra.ElectraForMaskedLM: families.KSubElectraForMaskedLM,
+    electra.ElectraForSequenceClassification: families.KSubElectraForSequenceClassification,
+    distilbert.DistilBertModel: families.KSubDistilBertModel,
+    distilbert.DistilBertForMaskedLM: families.KSubDistilBertForMaskedLM,
+    distilbert.DistilBertForSequenceClassification: families.KSubDistilBertForSequenceClassification,
+    modernbert.ModernBertModel: families.KSubModernBertModel,
+    modernbert.ModernBertForMaskedLM: families.KSubModernBertForMaskedLM,
+    modernbert.ModernBertForSequenceClassification: families.KSubModernBertForSequenceClassification,
+}
+OURS_ALONE = ("table_sizes", "embedding_mixing")  # configuration fields that no plain model has
+OF_A_FILE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
+
+
+def replace_embeddings(model: PreTrainedModel, table: CodeTable, mixing: bool = False) -> SubEmbeddingModel:
+    """The model with fresh sub-embedding tables at both ends; every other weight is kept.
+
+    Args:
+        model: an encoder of the BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT or ModernBERT family: bare,
+            for masked tokens or for sequence classification; or one of ours, which gets other codes.
+        table: codes of as many tokens as the model has, or fewer: later ids are then dropped.
+        mixing: keep a fixed d x d matrix beside the tables (`SubEmbedding`).
+
+    Returns:
+        A new model of our class for the family; `save_pretrained` writes a folder that transformers' Auto classes
+        open after `import ksub_ds`. The given model is left alone.
+
+    Raises:
+        ValueError: another kind of model, a decoder, or more codes than tokens.
+    """
+    ours = _our_class(model)
+    if getattr(model.config, "is_decoder", False) or getattr(model.config, "add_cross_attention", False):
+        raise ValueError(f"{type(model).__name__} is set up as a decoder (config.is_decoder); only encoders are read")
+    if table.num_tokens > model.config.vocab_size:
+        raise ValueError(f"codes of {table.num_tokens:,} tokens for a model of {model.config.vocab_size:,}")
+    config = ours.config_class(
+        **_fields(model.config), vocab_size=table.num_tokens, embedding_mixing=mixing, **_decoder_bias(ours, model)
+    )
+    keywords = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
+    new = ours(config, table, **keywords)
+    drop = _vocabulary_names(model)
+    missing, unexpected = new.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if name not in drop}, strict=False
+    )
+    wrong = sorted(set(missing) - _vocabulary_names(new)) + unexpected
+    if wrong:
+        raise ValueError(f"{type(model).__name__}: its weight {wrong[0]!r} does not fit {ours.__name__}")
+    if isinstance(new, SubMaskedLM) and new.decoder_bias is not None:
+        with torch.no_grad():
+            new.decoder_bias.copy_(_output_bias(model)[: table.num_tokens])
+    return new.to(dtype=model.dtype, device=model.device).train(model.training)
+
+
+def to_plain(model: SubEmbeddingModel, plain_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """The plain transformers model that computes the same: the N x d matrix written out, tied to its decoder.
+
+    Args:
+        model: one of ours.
+        plain_class: which plain class, where there are several. [RoBERTa's for RoBERTa, XLM-R and CamemBERT]
+
+    Raises:
+        ValueError: no plain class has this form (a head without a bias).
+    """
+    candidates: list[Any] = [plain for plain, ours in CLASSES.items() if ours is type(model)]
+    chosen = candidates[0] if plain_class is None else plain_class
+    if chosen not in candidates:
+        raise ValueError(f"{type(model).__name__} has no plain form {chosen.__name__}")
+    if isinstance(model, modeling.KSubRobertaForMaskedLM) and model.decoder_bias is None:
+        raise ValueError("a head without a bias per token (decoder_bias=False) has no plain form")
+    config = chosen.config_class(**_fields(model.config), vocab_size=model.config.vocab_size)
+    keywords = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
+    plain = chosen(config, **keywords)
+    drop = _vocabulary_names(model)
+    weights = {name: value for name, value in model.state_dict().items() if name not in drop}
+    weights[f"{model.embedding_name()}.weight"] = model.get_input_embeddings().dense_weight().detach()
+    missing, unexpected = plain.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= _vocabulary_names(plain), (missing, unexpected)
+    plain.tie_weights()
+    decoder = plain.get_output_embeddings()
+    if decoder is not None and decoder.bias is not None:
+        with torch.no_grad():
+            decoder.bias.copy_(model.decoder_bias)
+    return plain.to(dtype=model.dtype, device=model.device).train(model.training)
+
+
+def embedding_matrix(model: PreTrainedModel) -> Tensor:
+    """(N, d) the input embedding of a plain model or of one of ours, without a gradient.
+
+    Raises:
+        ValueError: the decoder of the model has another matrix, so one set of tables cannot stand for both.
+    """
+    layer = model.get_input_embeddings()
+    if isinstance(layer, SubEmbedding):
+        return layer.dense_weight().detach()
+    decoder = model.get_output_embeddings()
+    if decoder is not None and not torch.equal(decoder.weight, layer.weight):
+        raise ValueError(
+            f"{type(model).__name__}: its decoder is not tied to its input embedding; tie them first "
+            "(tie_word_embeddings=True, then train)"
+        )
+    return layer.weight.detach()
+
+
+def _our_class(model: PreTrainedModel) -> type[SubEmbeddingModel]:
+    if isinstance(model, SubEmbeddingModel):
+        return type(model)
+    if type(model) not in CLASSES:
+        known = ", ".join(plain.__name__ for plain in CLASSES)
+        raise ValueError(f"{type(model).__name__} cannot be given sub-embeddings; known are {known}")
+    return CLASSES[type(model)]
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """What two configurations of one family share."""
+    drop = {*OURS_ALONE, *OF_A_FILE, "vocab_size", "decoder_bias"}
+    fields = {key: value for key, value in copy.deepcopy(config).to_dict().items() if key not in drop}
+    if "modernbert" in config.model_type:
+        fields["decoder_bias"] = config.decoder_bias
+    return fields
+
+
+def _decoder_bias(ours: type, model: PreTrainedModel) -> dict[str, bool]:
+    """Ours without a bias stays without."""
+    if isinstance(model, modeling.KSubRobertaPreTrainedModel):
+        return {"decoder_bias": model.config.decoder_bias}
+    return {}
+
+
+def _vocabulary_names(model: PreTrainedModel) -> set[str]:
+    """Names of the tensors with a row per token (embedding, decoder, bias), and of our tables and codes."""
+    owners = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if isinstance(model, SubMaskedLM):
+        owners.append(model._bias_home())
+    tensors = [each for owner in owners if owner is not None for each in _own_tensors(owner)]
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name for name, value in named if any(value is each for each in tensors)}
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    """All tensors of an embedding or decoder; of a head with layers of its own, the bias alone."""
+    if isinstance(module, SubEmbedding | nn.Embedding | nn.Linear):
+        return [*module.parameters(), *module.buffers()]
+    return [] if module.bias is None else [module.bias]
+
+
+def _output_bias(model: PreTrainedModel) -> Any:
+    if isinstance(model, SubMaskedLM):
+        return model.decoder_bias
+    return model.get_output_embeddings().bias

@@ -1,0 +1,254 @@
+"""Other encoder families over sub-embeddings: BERT, ELECTRA, DistilBERT and ModernBERT, both ends.
+
+transformers' own class builds everything with a vocabulary of a few tokens; then our embedding takes the place of
+its word embedding, and the decoder goes. RoBERTa, XLM-R and CamemBERT are one network and have their classes in
+modeling.py. Each family has a model type of its own, so that its folder is never taken for a plain one.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    ElectraForSequenceClassification,
+    ElectraModel,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    ModernBertModel,
+)
+from transformers.models.modernbert.modeling_modernbert import ModernBertEmbeddings
+
+from ksub_ds.codes.table import CodeTable
+from ksub_ds.model import auto
+from ksub_ds.model.base import SubEmbeddingModel, SubMaskedLM, with_table
+from ksub_ds.model.embedding import SubEmbedding
+
+
+class GraftedModel(SubEmbeddingModel):
+    """transformers' class of a family, built small and given a sub-embedding.
+
+    Args:
+        config: `config.vocab_size` must be the table's number of tokens.
+        table: the codes; None only when transformers loads a saved folder.
+        keywords: what transformers' class takes besides, such as `add_pooling_layer`.
+    """
+
+    bare_class: ClassVar[type | None] = None  # our class of the encoder inside; None: this is it
+    place: ClassVar[str] = "embeddings.word_embeddings"
+
+    def __init__(self, config: Any, table: CodeTable | None = None, **keywords: Any):
+        config, table = with_table(config, table)
+        config.vocab_size = (config.pad_token_id or 0) + 1
+        super().__init__(config, **keywords)
+        config.vocab_size = table.num_tokens
+        encoder = self
+        if self.bare_class is not None:
+            encoder = self.base_model
+            encoder.__class__ = self.bare_class  # it was built as the plain class, and differs in methods only
+        plain = encoder.get_submodule(self.place)
+        layer = SubEmbedding(table, plain.embedding_dim, plain.padding_idx, mixing=config.embedding_mixing)
+        encoder.set_submodule(self.place, layer)
+        self._replace_decoder(table.num_tokens)
+
+    def _replace_decoder(self, num_tokens: int) -> None:
+        """Nothing, without a masked-token head."""
+
+
+class TokenBias(nn.Module):
+    """What is left of a decoder whose matrix is the embedding: one bias a token."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(num_tokens))
+
+
+# ---------------------------------------------------------------- BERT
+
+
+@strict
+class KSubBertConfig(BertConfig):
+    """BERT's configuration and the sizes of the tables."""
+
+    model_type = "ksub_bert"
+    table_sizes: list[int] | tuple[int, ...] | None = None
+    embedding_mixing: bool = False
+
+
+class KSubBertModel(GraftedModel, BertModel):
+    """BERT's encoder."""
+
+    config_class = KSubBertConfig
+
+
+class KSubBertForMaskedLM(SubMaskedLM, GraftedModel, BertForMaskedLM):
+    """BERT with the exact masked-token loss."""
+
+    config_class = KSubBertConfig
+    bare_class = KSubBertModel
+
+    def _replace_decoder(self, num_tokens: int) -> None:
+        self.cls.predictions.decoder = None
+        self.cls.predictions.bias = nn.Parameter(torch.zeros(num_tokens))
+
+    def _decoder_input(self, states: Tensor) -> Tensor:
+        return self.cls.predictions.transform(states)
+
+    def _bias_home(self) -> nn.Module:
+        return self.cls.predictions
+
+
+class KSubBertForSequenceClassification(GraftedModel, BertForSequenceClassification):
+    """BERT with a classifier."""
+
+    config_class = KSubBertConfig
+    bare_class = KSubBertModel
+
+
+# ---------------------------------------------------------------- ELECTRA (the generator's head)
+
+
+@strict
+class KSubElectraConfig(ElectraConfig):
+    """ELECTRA's configuration and the sizes of the tables; d is its embedding_size."""
+
+    model_type = "ksub_electra"
+    table_sizes: list[int] | tuple[int, ...] | None = None
+    embedding_mixing: bool = False
+
+
+class KSubElectraModel(GraftedModel, ElectraModel):
+    """ELECTRA's encoder."""
+
+    config_class = KSubElectraConfig
+
+
+class KSubElectraForMaskedLM(SubMaskedLM, GraftedModel, ElectraForMaskedLM):
+    """ELECTRA's generator with the exact masked-token loss."""
+
+    config_class = KSubElectraConfig
+    bare_class = KSubElectraModel
+
+    def _replace_decoder(self, num_tokens: int) -> None:
+        self.generator_lm_head = TokenBias(num_tokens)
+
+    def _decoder_input(self, states: Tensor) -> Tensor:
+        return self.generator_predictions(states)
+
+    def _bias_home(self) -> nn.Module:
+        return self.generator_lm_head
+
+
+class KSubElectraForSequenceClassification(GraftedModel, ElectraForSequenceClassification):
+    """ELECTRA with a classifier."""
+
+    config_class = KSubElectraConfig
+    bare_class = KSubElectraModel
+
+
+# ---------------------------------------------------------------- DistilBERT
+
+
+@strict
+class KSubDistilBertConfig(DistilBertConfig):
+    """DistilBERT's configuration and the sizes of the tables."""
+
+    model_type = "ksub_distilbert"
+    table_sizes: list[int] | tuple[int, ...] | None = None
+    embedding_mixing: bool = False
+
+
+class KSubDistilBertModel(GraftedModel, DistilBertModel):
+    """DistilBERT's encoder."""
+
+    config_class = KSubDistilBertConfig
+
+
+class KSubDistilBertForMaskedLM(SubMaskedLM, GraftedModel, DistilBertForMaskedLM):
+    """DistilBERT with the exact masked-token loss."""
+
+    config_class = KSubDistilBertConfig
+    bare_class = KSubDistilBertModel
+
+    def _replace_decoder(self, num_tokens: int) -> None:
+        self.vocab_projector = TokenBias(num_tokens)
+
+    def _decoder_input(self, states: Tensor) -> Tensor:
+        return self.vocab_layer_norm(self.activation(self.vocab_transform(states)))
+
+    def _bias_home(self) -> nn.Module:
+        return self.vocab_projector
+
+
+class KSubDistilBertForSequenceClassification(GraftedModel, DistilBertForSequenceClassification):
+    """DistilBERT with a classifier."""
+
+    config_class = KSubDistilBertConfig
+    bare_class = KSubDistilBertModel
+
+
+# ---------------------------------------------------------------- ModernBERT
+
+
+@strict
+class KSubModernBertConfig(ModernBertConfig):
+    """ModernBERT's configuration and the sizes of the tables."""
+
+    model_type = "ksub_modernbert"
+    table_sizes: list[int] | tuple[int, ...] | None = None
+    embedding_mixing: bool = False
+
+
+class GraftedModernBert(GraftedModel):
+    """What ModernBERT's classes share: initial values for an embedding and a decoder without `weight`."""
+
+    config_class = KSubModernBertConfig
+    place = "embeddings.tok_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        grafted = isinstance(module, ModernBertEmbeddings) and isinstance(module.tok_embeddings, SubEmbedding)
+        if not grafted and not (isinstance(module, SubMaskedLM) and isinstance(module.decoder, TokenBias)):
+            super()._init_weights(module)
+
+
+class KSubModernBertModel(GraftedModernBert, ModernBertModel):
+    """ModernBERT's encoder."""
+
+
+class KSubModernBertForMaskedLM(SubMaskedLM, GraftedModernBert, ModernBertForMaskedLM):
+    """ModernBERT with the exact masked-token loss."""
+
+    bare_class = KSubModernBertModel
+    decoder: nn.Module
+
+    def _replace_decoder(self, num_tokens: int) -> None:
+        self.decoder = TokenBias(num_tokens)
+        if not self.config.decoder_bias:
+            self.decoder.bias = None
+
+    def _decoder_input(self, states: Tensor) -> Tensor:
+        return self.head(states)
+
+    def _bias_home(self) -> nn.Module:
+        return self.decoder
+
+
+class KSubModernBertForSequenceClassification(GraftedModernBert, ModernBertForSequenceClassification):
+    """ModernBERT with a classifier."""
+
+    bare_class = KSubModernBertModel
+
+
+auto.complete()

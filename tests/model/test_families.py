@@ -1,0 +1,151 @@
+"""Every encoder family over sub-embeddings: both ends replaced, saved, found again by the Auto classes, written out."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from ksub_ds import CodeTable, positional_codes, replace_embeddings
+from ksub_ds.model.convert import to_plain
+from ksub_ds.model.embedding import SubEmbedding
+
+SIZE = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+FAMILIES = {
+    "bert": SIZE,
+    "roberta": SIZE | {"max_position_embeddings": 40},
+    "xlm-roberta": SIZE | {"max_position_embeddings": 40},
+    "camembert": SIZE | {"max_position_embeddings": 40},
+    "electra": SIZE | {"embedding_size": 24},
+    "distilbert": {"vocab_size": 120, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
+    "modernbert": SIZE
+    | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2},
+}
+HEADS = {"bare": AutoModel, "mlm": AutoModelForMaskedLM, "classifier": AutoModelForSequenceClassification}
+TABLE = CodeTable(np.random.default_rng(0).permutation(positional_codes(120, 3).codes), [5, 5, 5])
+
+
+def plain_model(family, head="mlm"):
+    torch.manual_seed(0)
+    model = HEADS[head].from_config(AutoConfig.for_model(family, **FAMILIES[family])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 120, (2, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    return ids, mask, torch.where(torch.rand(ids.shape, generator=generator) < 0.4, ids, -100)
+
+
+def outputs(model, ids, mask):
+    result = model(ids, attention_mask=mask)
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_with_new_embeddings(family, head, tmp_path):
+    source = plain_model(family, head)
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    model = replace_embeddings(source, TABLE)
+    assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
+    assert isinstance(model.get_input_embeddings(), SubEmbedding)
+    assert not any(120 in parameter.shape for parameter in model.parameters() if parameter.ndim > 1), "no N x d left"
+    ids, mask, labels = batch()
+
+    # The plain model with the matrix that the tables stand for computes the same.
+    dense = model.get_input_embeddings().dense_weight()
+    with torch.no_grad():
+        source.get_input_embeddings().weight.copy_(dense)
+    expected = outputs(source, ids, mask)
+    torch.testing.assert_close(outputs(model, ids, mask), expected)
+    if head == "mlm":
+        loss = model(ids, attention_mask=mask, labels=labels).loss
+        torch.testing.assert_close(loss, F.cross_entropy(expected.flatten(0, 1), labels.flatten()))
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        assert model.score_masked(ids, labels, mask)[2] == (labels != -100).sum()
+
+    # Back to a plain model, and through a folder, by the Auto class.
+    plain = to_plain(model, type(source))
+    assert type(plain) is type(source)
+    torch.testing.assert_close(outputs(plain, ids, mask), expected)
+    model.save_pretrained(tmp_path / "ours")
+    again = HEADS[head].from_pretrained(tmp_path / "ours").eval()
+    assert type(again) is type(model) and torch.equal(outputs(again, ids, mask), outputs(model, ids, mask))
+    plain.save_pretrained(tmp_path / "plain")
+    read = HEADS[head].from_pretrained(tmp_path / "plain").eval()
+    assert type(read) is type(source)
+    torch.testing.assert_close(outputs(read, ids, mask), expected)
+
+    # transformers' own class must not read our folder as a plain one.
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(source).from_pretrained(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "electra", "distilbert"])
+def test_heads_read_each_others_folders_and_grow(family, tmp_path):
+    model = replace_embeddings(plain_model(family), TABLE)
+    model.save_pretrained(tmp_path)
+    for door in (AutoModel, AutoModelForSequenceClassification):
+        other = door.from_pretrained(tmp_path)
+        theirs = other.base_model.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in model.base_model.state_dict().items())
+    ids, mask, labels = batch()
+    before = model(ids, attention_mask=mask).logits
+    model.resize_token_embeddings(125)
+    after = model(ids, attention_mask=mask).logits
+    assert after.shape[-1] == 125 and torch.equal(after[..., :120], before)
+    assert model(ids, labels=labels).loss.isfinite()
+    with pytest.raises(ValueError, match="code space is full"):
+        model.resize_token_embeddings(126)
+
+
+def test_other_codes_for_one_of_ours():
+    model = replace_embeddings(plain_model("bert"), TABLE)
+    fewer = replace_embeddings(model, positional_codes(100, 2))
+    assert type(fewer) is type(model) and fewer.config.vocab_size == 100
+    assert torch.equal(fewer.decoder_bias, model.decoder_bias[:100])
+    assert torch.equal(fewer.bert.pooler.dense.weight, model.bert.pooler.dense.weight) if fewer.bert.pooler else True
+
+
+def test_a_folder_in_a_process_that_only_imports_ksub_ds(tmp_path):
+    model = replace_embeddings(plain_model("bert"), TABLE)
+    model.save_pretrained(tmp_path)
+    code = (
+        "import sys, torch, ksub_ds; from transformers import AutoModelForMaskedLM as A\n"
+        "model = A.from_pretrained(sys.argv[1]).eval(); ids = torch.arange(24).reshape(2, 12)\n"
+        "print(repr(model(ids, labels=ids.flip(1)).loss.item()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    ids = torch.arange(24).reshape(2, 12)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(model(ids, labels=ids.flip(1)).loss.item(), rel=1e-6)
+
+
+def test_what_cannot_be_converted_is_refused():
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=120, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be given sub-embeddings; known are RobertaModel"):
+        replace_embeddings(small, TABLE)
+    with pytest.raises(ValueError, match="codes of 130 tokens for a model of 120"):
+        replace_embeddings(plain_model("bert", "bare"), positional_codes(130, 3))
+    decoder = AutoModel.from_config(AutoConfig.for_model("bert", is_decoder=True, **SIZE))
+    with pytest.raises(ValueError, match="set up as a decoder"):
+        replace_embeddings(decoder, TABLE)
+    with pytest.raises(ValueError, match="has no plain form BertModel"):
+        to_plain(replace_embeddings(plain_model("roberta", "bare"), TABLE), type(plain_model("bert", "bare")))
