@@ -134,11 +134,9 @@ class _Normal(dict[int, str]):
 
 
 _NORMAL = _Normal(
-    {
-        **str.maketrans("，、„”“«»」「《》´’∶：？！（）；–━►～〈〉【】％。", ',,"""""""""\'\'::?!();---~<>[]%.'),
-        **{ord(character): text for character, text in (("—", " - "), ("．", ". "), ("…", "..."))},
-    }
+    zip(map(ord, "，、„”“«»」「《》´’∶：？！（）；–━►～〈〉【】％。"), ',,"""""""""\'\'::?!();---~<>[]%.', strict=True)
 )
+_NORMAL |= {ord("—"): " - ", ord("．"): ". ", ord("…"): "..."}
 
 
 def normalise(text: str) -> str:
