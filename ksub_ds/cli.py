@@ -22,6 +22,7 @@ SUMMARIES = {
     "codes inspect": "sizes, quality and parameters of a code file",
     "corpus stats": "tokens and bytes per language of a shards folder, as the paper's Table 7",
     "pretrain": "pretrain a masked language model on DeepSpeed; the same command again resumes",
+    "analyze": "similarities and PCA of embeddings and hidden states: numbers, figures, a 3-D page (Figures 2 to 10)",
     "export": "write a run's model as a HuggingFace folder, checked by its logits",
 }
 
@@ -160,6 +161,16 @@ def export(run: Positional[Path], out: Path, step: int | None = None) -> None:
     export_run(run, out, step)
 
 
+def analyze(arguments: Sequence[str]) -> None:
+    """`ksub analyze` has its options in analysis/analyze.py."""
+    import tyro
+
+    from ksub_ds.analysis.analyze import Analyze, summary
+    from ksub_ds.analysis.analyze import analyze as run_analysis
+
+    print(summary(run_analysis(tyro.cli(Analyze, args=arguments, prog="ksub analyze"))))
+
+
 def pretrain(arguments: Sequence[str]) -> int:
     """`ksub pretrain` parses its own recipe."""
     from ksub_ds.pretrain.__main__ import main as pretrain_main
@@ -192,6 +203,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return pretrain(arguments)
     if name == "codes cluster":
         codes_cluster(arguments)
+        return 0
+    if name == "analyze":
+        analyze(arguments)
         return 0
     import tyro
 

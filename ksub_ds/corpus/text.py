@@ -58,19 +58,20 @@ class LanguageText:
         return sum(source.path.stat().st_size for source in self.sources)
 
 
-def find_text(folder: Path, languages: tuple[str, ...] = ()) -> dict[str, LanguageText]:
+def find_text(folder: Path, languages: tuple[str, ...] = (), flag: str = "--input") -> dict[str, LanguageText]:
     """The text of each language below a folder, sorted.
 
     Args:
         folder: where the text lies.
         languages: take these only; empty = all.
+        flag: the option that names the folder, for errors.
 
     Raises:
         UserError: no folder, no language, or one of `languages` is not there.
     """
     if not folder.is_dir():
         raise UserError(
-            f"--input {folder}: is not a folder; give the folder that holds <lang>.jsonl, <lang>.txt or <lang>/"
+            f"{flag} {folder}: is not a folder; give the folder that holds <lang>.jsonl, <lang>.txt or <lang>/"
         )
     found: dict[str, LanguageText] = {}
     others: list[str] = []
@@ -95,7 +96,7 @@ def find_text(folder: Path, languages: tuple[str, ...] = ()) -> dict[str, Langua
                 text.sources.append(Source(path, path.relative_to(folder).as_posix()))
     if not found and not others:
         raise UserError(
-            f"--input {folder}: holds no language; name the files <lang>.jsonl[.gz], <lang>.txt[.gz] or <lang>/"
+            f"{flag} {folder}: holds no language; name the files <lang>.jsonl[.gz], <lang>.txt[.gz] or <lang>/"
         )
     missing = sorted(set(languages) - set(found))
     if missing:

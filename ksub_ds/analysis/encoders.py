@@ -1,0 +1,158 @@
+"""Opening what is to be looked at: an exported model, a run's newest checkpoint, or any HuggingFace encoder."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksub_ds.codes.table import CodeTable
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import sha256_file
+from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
+from ksub_ds.vectors.hf_folder import is_hub_name
+
+HARMLESS = ("pooler.", "position_ids", "token_type_ids")  # may be missing from a checkpoint: no state comes from them
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model to look at.
+
+    Attributes:
+        name: for legends and files; unique among the models of one analysis.
+        source: what was given on the command line.
+        model: in evaluation mode; called with output_hidden_states=True it gives layers 0 (embedding) to L.
+        last_codes: (N,) by which points are coloured; None for a plain model without --codes.
+        table_sizes: M_1 .. M_K of the model itself; empty for a plain one.
+        fingerprint: sha256 of the weights file; empty when there are several.
+    """
+
+    name: str
+    source: str
+    model: Any
+    tokenizer: Tokenizer
+    last_codes: np.ndarray | None
+    table_sizes: tuple[int, ...]
+    fingerprint: str
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the encoder, pooler and head left out."""
+        return sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith("pooler."))
+
+    @property
+    def longest_row(self) -> int | None:
+        """How many tokens a row may have, special ones included; None when the model sets no bound."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is None:
+            return None
+        # RoBERTa and its kin number positions from pad_token_id + 1, so two of them are never used
+        return positions - 2 if hasattr(self.model.embeddings, "padding_idx") else positions
+
+
+def open_encoder(source: str, name: str, tokenizer: Path | None = None, codes: CodeTable | None = None) -> Encoder:
+    """Open a model for looking at its states.
+
+    Args:
+        source: a folder of `ksub export` or of any HuggingFace encoder, a run folder, or a name on the Hub.
+        name: what to call it.
+        tokenizer: SentencePiece .model or HuggingFace folder; default the one that lies with the model.
+        codes: colours a plain model; one with codes of its own keeps them.
+
+    Raises:
+        UserError: nothing usable there, weights missing from it, or a tokenizer or codes of another vocabulary.
+    """
+    folder = Path(source)
+    own_tokenizer: Tokenizer | None = None
+    if (folder / "recipe.json").is_file():
+        model, own_tokenizer, fingerprint = _from_run(folder)
+    else:
+        model, fingerprint = _from_huggingface(source)
+    if tokenizer is not None:
+        own_tokenizer = load_tokenizer(tokenizer)
+    elif own_tokenizer is None:
+        if not folder.is_dir():
+            raise UserError(f"{source}: give its tokenizer by --tokenizer (a folder or a SentencePiece .model)")
+        own_tokenizer = _beside(folder)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if own_tokenizer.vocab_size > vocabulary:
+        raise UserError(
+            f"{source}: embeds {vocabulary:,} tokens, its tokenizer has {own_tokenizer.vocab_size:,}; "
+            "give the right one by --tokenizer"
+        )
+    last_codes, table_sizes = _codes_of(model, source, codes)
+    return Encoder(name, source, model, own_tokenizer, last_codes, table_sizes, fingerprint)
+
+
+def _from_run(folder: Path) -> tuple[Any, Tokenizer, str]:
+    from ksub_ds.pretrain.export import load_model, newest_checkpoint
+
+    run, checkpoint = newest_checkpoint(folder)
+    model, tokenizer = load_model(run, checkpoint)
+    return model.roberta, tokenizer, sha256_file(checkpoint / "model.safetensors")
+
+
+def _from_huggingface(source: str) -> tuple[Any, str]:
+    from transformers import AutoModel
+
+    import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
+
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{source}: neither a model (config.json) nor a run (recipe.json); give one of these")
+    if not folder.is_dir() and not is_hub_name(source):
+        raise UserError(f"{source}: no such folder")
+    try:
+        with _quiet_transformers():
+            model, told = AutoModel.from_pretrained(source, output_loading_info=True, use_safetensors=True)
+    except Exception as error:  # the library raises many kinds for a damaged or absent model
+        reason = " ".join(str(error).split())[:200]
+        what = "transformers cannot open this model" if folder.is_dir() else "no such folder, and no model to be had"
+        raise UserError(f"{source}: {what} ({reason})") from error
+    missing = sorted(key for key in told["missing_keys"] if not any(part in key for part in HARMLESS))
+    if missing:
+        raise UserError(f"{source}: {missing[0]} is not among its weights, it would be random; save the model anew")
+    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "embeddings"):
+        raise UserError(f"{source}: is a {model.config.model_type} model; give an encoder such as BERT or XLM-R")
+    weights = folder / "model.safetensors"
+    return model.eval(), sha256_file(weights) if weights.is_file() else ""
+
+
+def _beside(folder: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"{error} (or give one by --tokenizer)") from error
+
+
+def _codes_of(model: Any, source: str, given: CodeTable | None) -> tuple[np.ndarray | None, tuple[int, ...]]:
+    """Last codes to colour by, and the model's own table sizes."""
+    embedding = model.get_input_embeddings()
+    own = embedding.code_table() if hasattr(embedding, "code_table") else None
+    if own is not None and own.num_tables > 1:
+        return own.codes[:, -1], own.table_sizes
+    if given is None:
+        return None, ()
+    if given.num_tokens > embedding.num_embeddings:
+        raise UserError(f"--codes: has {given.num_tokens:,} tokens, {source} embeds {embedding.num_embeddings:,}")
+    padding = np.zeros(embedding.num_embeddings - given.num_tokens, dtype=np.int32)
+    return np.concatenate([given.codes[:, -1], padding]), ()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the table of keys and the bar of a load; what matters in it is checked here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

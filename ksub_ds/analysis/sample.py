@@ -1,0 +1,115 @@
+"""The text that an analysis looks at: as many tokens of each language, as rows a model can read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.text import DocumentReader, find_text
+from ksub_ds.corpus.tokenizer import Tokenizer
+
+DOCUMENTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """Rows of token ids.
+
+    Attributes:
+        rows: each (n,) int64 with the start and end token around it.
+        tokens_per_language: ordinary tokens taken, by language.
+        counts: (N,) how often each token type occurs; start and end tokens are not counted.
+    """
+
+    rows: list[np.ndarray]
+    tokens_per_language: dict[str, int]
+    counts: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Ordinary tokens in all."""
+        return int(self.counts.sum())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows side by side: (B, T) ids and attention mask, and the (B, T) places of ordinary tokens."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    ordinary: Tensor
+
+
+def sample_text(
+    data: Path, languages: tuple[str, ...], tokenizer: Tokenizer, num_tokens: int, sequence_length: int
+) -> TextSample:
+    """Take the beginning of every document, in order, until each language has its share of tokens.
+
+    Args:
+        data: folder of <lang>.jsonl[.gz], <lang>.txt[.gz] or <lang>/.
+        languages: which; empty = all there are.
+        num_tokens: in all; a language with less text gives what it has.
+        sequence_length: tokens of a row, special ones included.
+
+    Raises:
+        UserError: no such folder or language, or no text in it.
+    """
+    if (data / "manifest.json").is_file():
+        raise UserError(f"--data {data}: holds token shards; give the folder of the text they were made from")
+    found = find_text(data, languages, flag="--data")
+    share = max(1, num_tokens // len(found))
+    rows: list[np.ndarray] = []
+    taken: dict[str, int] = {}
+    for language, text in found.items():
+        start = len(rows)
+        _take(DocumentReader(text.sources, text.skipped), tokenizer, share, sequence_length, rows)
+        taken[language] = sum(len(row) - 2 for row in rows[start:])
+        if not taken[language]:
+            why = ", ".join(f"{count} {reason}" for reason, count in text.skipped.items()) or "no document"
+            raise UserError(f"--data {data}: language {language!r} has no readable text ({why})")
+    ordinary = np.concatenate([row[1:-1] for row in rows])
+    return TextSample(rows, taken, np.bincount(ordinary, minlength=tokenizer.vocab_size))
+
+
+def _take(
+    documents: DocumentReader, tokenizer: Tokenizer, share: int, sequence_length: int, rows: list[np.ndarray]
+) -> None:
+    left, waiting = share, []
+    for text in documents:
+        waiting.append(text[: 40 * sequence_length])  # no tokenizer makes tokens of more than 40 characters a piece
+        if len(waiting) == DOCUMENTS_AT_ONCE:
+            left = _encode(waiting, tokenizer, left, sequence_length, rows)
+            waiting = []
+            if not left:
+                return
+    _encode(waiting, tokenizer, left, sequence_length, rows)
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer, left: int, sequence_length: int, rows: list[np.ndarray]) -> int:
+    """Append rows of `texts`; returns how many tokens are still wanted."""
+    for ids in tokenizer.encode_batch(texts) if texts else []:
+        ids = ids[: min(left, sequence_length - 2)]
+        if len(ids):
+            rows.append(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.int64))
+            left -= len(ids)
+    return left
+
+
+def batches(sample: TextSample, tokenizer: Tokenizer, batch_size: int) -> list[Batch]:
+    """All rows, those of like length together."""
+    order = sorted(range(len(sample.rows)), key=lambda index: (len(sample.rows[index]), index))
+    made = []
+    for start in range(0, len(order), batch_size):
+        rows = [sample.rows[index] for index in order[start : start + batch_size]]
+        shape = (len(rows), max(map(len, rows)))
+        input_ids_BT = np.full(shape, tokenizer.pad_id, dtype=np.int64)
+        attention_BT, ordinary_BT = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+        for index, row in enumerate(rows):
+            input_ids_BT[index, : len(row)] = row
+            attention_BT[index, : len(row)] = 1
+            ordinary_BT[index, 1 : len(row) - 1] = True
+        made.append(Batch(*map(torch.from_numpy, (input_ids_BT, attention_BT, ordinary_BT))))
+    return made
