@@ -18,8 +18,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ksub_ds.codes.positional import smallest_base
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
+from ksub_ds.corpus.tokenizer import load_tokenizer
 from summary import check_and_report, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +142,11 @@ def demo(out: Path, data: Path | None, tokenizer: Path | None) -> None:
 
     headline(3, "a code for every token")
     codes = out / "codes.safetensors"
-    run_command("ksub", "codes", "positional", "--tokenizer", tokenizer, "--num-tables", "3", "--out", codes)
+    rows = smallest_base(load_tokenizer(tokenizer).vocab_size, 3)
+    run_command(
+        *("ksub", "codes", "cluster", "--embeddings", shards),
+        *("--num-tables", "3", "--table-size", str(rows), "--out", codes),
+    )
     run_command("ksub", "codes", "inspect", codes)
 
     headline(4, "pretraining on two ranks, stopped in the middle")
