@@ -41,7 +41,7 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
-        kept = [line for line in _whole_lines(path) if line["step"] <= resume_step] if resume_step else []
+        kept = [line for line in read_lines(path) if line["step"] <= resume_step] if resume_step else []
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
@@ -57,7 +57,8 @@ class MetricsWriter:
         self._stream.close()
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl or evaluation.jsonl; without those that a kill cut short, empty without a file."""
     if not path.exists():
         return []
     lines = []
