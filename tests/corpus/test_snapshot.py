@@ -219,7 +219,7 @@ def test_damaged_listings_are_refused_and_not_kept(
         with pytest.raises(UserError, match="is removed; run again"):
             fetch(server, tmp_path)
     monkeypatch.setattr(snapshot_module, "LARGEST_LISTING", 1000)
-    server.files[LISTING] = gzip.compress(b"\n" * 100_000)
+    server.files[LISTING] = gzip.compress(b"x\n" * 100_000)
     with pytest.raises(UserError, match="unpacks to more"):
         fetch(server, tmp_path)
 
