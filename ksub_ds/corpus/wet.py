@@ -13,18 +13,14 @@ What cannot be read comes out as a `Fault`: where, and why.
 """
 
 import hashlib
-import os
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-_PIECE = 1 << 15  # compressed bytes handed to zlib at a time
-_WINDOW = 1 << 20  # compressed bytes read from the disk at a time
-_OUTPUT = 1 << 18  # inflated bytes taken from zlib at a time
-_MAGIC = b"\x1f\x8b\x08"
+from ksub_ds.corpus.gzip_members import MAGIC, Compressed, Damaged, Member, TooMuch
+
 _RECORD = b"WARC/1."
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 
@@ -83,14 +79,6 @@ class Other(NamedTuple):
     offset: int
 
 
-class _Damaged(Exception):
-    """The member cannot be inflated to its end."""
-
-
-class _TooMuch(Exception):
-    """The file's budget is spent."""
-
-
 def read_wet(path: Path, limits: Limits | None = None) -> Iterator[Page | Fault | Other]:
     """Everything in one WET file, in order.
 
@@ -101,24 +89,23 @@ def read_wet(path: Path, limits: Limits | None = None) -> Iterator[Page | Fault 
     limits = limits or Limits()
     try:
         with open(path, "rb") as stream:
-            yield from _capped(_read_file(_Compressed(stream, limits), limits), limits)
+            yield from _capped(_read_file(Compressed(stream, limits.file), limits), limits)
     except OSError as error:
         yield Fault(0, f"cannot be read: {error.strerror}")
 
 
 def _capped(found: Iterator[Page | Fault | Other], limits: Limits) -> Iterator[Page | Fault | Other]:
-    faults = records = 0
-    for item in found:
+    faults = 0
+    for records, item in enumerate(found, start=1):
         yield item
         faults += isinstance(item, Fault)
-        records += 1
         if faults >= limits.faults or records >= limits.records:
             what = f"{faults:,} faults" if faults >= limits.faults else f"{records:,} records"
             yield Fault(item.offset, f"the rest of the file is left: {what} so far")
             return
 
 
-def _read_file(source: "_Compressed", limits: Limits) -> Iterator[Page | Fault | Other]:
+def _read_file(source: Compressed, limits: Limits) -> Iterator[Page | Fault | Other]:
     seen: set[bytes] = set()
     head = bytes(source.at(0)[: len(_RECORD)])
     if not head:
@@ -128,110 +115,25 @@ def _read_file(source: "_Compressed", limits: Limits) -> Iterator[Page | Fault |
     offset = 0
     try:
         while source.at(offset):
-            if not plain and source.at(offset)[: len(_MAGIC)] != _MAGIC:
+            if not plain and source.at(offset)[: len(MAGIC)] != MAGIC:
                 yield Fault(offset, "no gzip member starts here" if offset else "is neither gzip nor WARC")
-                offset = source.find_member(offset + 1)
+                offset = source.find_member(offset + 1, _RECORD)
                 continue
-            member = _Member(source, offset, limits, plain)
+            member = Member(source, offset, plain)
             try:
                 yield from _Records(member, limits, seen)
                 offset = member.position
-            except _Damaged as error:
+            except Damaged as error:
                 yield Fault(offset, str(error))
-                offset = source.find_member(offset + 1)
-    except _TooMuch:
+                offset = source.find_member(offset + 1, _RECORD)
+    except TooMuch:
         yield Fault(offset, f"the rest of the file is left: it inflates to more than {limits.file:,} bytes")
-
-
-class _Compressed:
-    """The file as it lies on the disk, by offset; counts what is spent on inflating it."""
-
-    def __init__(self, stream: BinaryIO, limits: Limits):
-        self._descriptor = stream.fileno()
-        self._start, self._window = 0, b""
-        self._budget = limits.file
-
-    def at(self, offset: int) -> memoryview:
-        """Some bytes from `offset` on, at most _PIECE; none at the end of the file."""
-        place = offset - self._start
-        if not 0 <= place < len(self._window):
-            self._start, self._window, place = offset, os.pread(self._descriptor, _WINDOW, offset), 0
-        return memoryview(self._window)[place : place + _PIECE]
-
-    def spend(self, count: int) -> None:
-        self._budget -= count
-        if self._budget < 0:
-            raise _TooMuch
-
-    def find_member(self, offset: int) -> int:
-        """Where the next gzip member that holds a WARC record starts, from `offset` on; else the file's end."""
-        while len(piece := bytes(self.at(offset))) >= len(_MAGIC):
-            place = piece.find(_MAGIC)
-            if place < 0:
-                offset += len(piece) - len(_MAGIC) + 1
-                continue
-            offset += place
-            try:
-                self.spend(1 << 10)
-                if zlib.decompressobj(31).decompress(self.at(offset), len(_RECORD)) == _RECORD:
-                    return offset
-            except zlib.error:
-                pass
-            offset += 1
-        return offset + len(piece)
-
-
-class _Member:
-    """One gzip member, or a whole plain file, inflated as far as asked for.
-
-    Attributes:
-        data: inflated bytes not dropped yet.
-        dropped: inflated bytes dropped before them.
-        position: offset in the file of the first byte not taken yet.
-        ended: whether it is inflated to its end, checksum and length verified.
-    """
-
-    def __init__(self, source: _Compressed, offset: int, limits: Limits, plain: bool):
-        self.offset = self.position = offset
-        self.data, self.dropped, self.ended = bytearray(), 0, False
-        self.plain = plain
-        self._source = source
-        self._inflate = zlib.decompressobj(31)
-
-    def pull(self) -> None:
-        """Inflate a little more."""
-        piece = self._source.at(self.position)
-        if self.plain:
-            output, used = bytes(piece), len(piece)
-            self.ended = not used
-        else:
-            try:
-                output = self._inflate.decompress(piece, _OUTPUT)
-            except zlib.error as error:
-                raise _Damaged(f"damaged gzip member ({error})") from None
-            self.ended = self._inflate.eof
-            used = len(piece) - len(self._inflate.unused_data if self.ended else self._inflate.unconsumed_tail)
-            if not piece and not output and not self.ended:
-                raise _Damaged("gzip member is cut off by the end of the file")
-        self._source.spend(max(used, len(output)))
-        self.position += used
-        self.data += output
-
-    def fill(self, size: int) -> bool:
-        """Have `size` bytes in `data`; False when the member ends before."""
-        while len(self.data) < size and not self.ended:
-            self.pull()
-        return len(self.data) >= size
-
-    def drop(self, count: int) -> None:
-        del self.data[:count]
-        self.dropped += count
 
 
 class _Records:
     """Iterates over the records of a member."""
 
-    def __init__(self, member: _Member, limits: Limits, seen: set[bytes]):
+    def __init__(self, member: Member, limits: Limits, seen: set[bytes]):
         self._member, self._limits, self._seen = member, limits, seen
 
     def __iter__(self) -> Iterator[Page | Fault | Other]:
@@ -242,7 +144,7 @@ class _Records:
                 yield self._fault(item)
                 if not self._find_record():
                     # No record within reach: the member is given up, the file is not.
-                    raise _Damaged(f"no further record within {self._limits.skip:,} bytes of this member")
+                    raise Damaged(f"no further record within {self._limits.skip:,} bytes of this member")
             else:
                 yield item
         assert member.ended, "a member is left only at its end"
@@ -302,7 +204,7 @@ class _Records:
             return f"Content-Length is {length:,}, but only {len(member.data) - begin:,} bytes follow"
         # Pull as far as the member's checksum, when this is its only record.
         member.fill(end + 5)
-        if not b"\r\n\r\n".startswith(member.data[end : end + 4]) and not member.data[end : end + 2] == b"\n\n":
+        if not b"\r\n\r\n".startswith(member.data[end : end + 4]) and member.data[end : end + 2] != b"\n\n":
             return f"Content-Length is {length:,}, but the record goes on after that"
         item = self._page(fields, bytes(member.data[begin:end]))
         member.drop(min(end + 4, len(member.data)))
