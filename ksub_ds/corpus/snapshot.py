@@ -127,11 +127,11 @@ def _read_listing(path: Path) -> list[str]:
         text = data.decode("ascii").strip()
         if not text:
             raise ValueError("it is empty")
+        if len(data) > LARGEST_LISTING:
+            raise ValueError(f"it unpacks to more than {LARGEST_LISTING >> 20} MB")
     except (OSError, EOFError, zlib.error, ValueError) as error:
         path.unlink(missing_ok=True)
         raise UserError(f"{path}: was no list of paths in gzip ({error}) and is removed; run again") from error
-    if len(data) > LARGEST_LISTING:
-        raise UserError(f"{path}: unpacks to more than {LARGEST_LISTING >> 20} MB; is --base-url right?")
     return [line.strip() for line in text.split("\n")]
 
 
