@@ -65,7 +65,7 @@ format: .venv/.installed
 	$(BIN)/ruff format $(SOURCES)
 
 bench: .venv/.installed
-	@set -e; for file in loss step batches clustering; do echo "== $$file"; $(BIN)/python benchmarks/$$file.py; done
+	@set -e; for file in loss step batches clustering langid; do echo "== $$file"; $(BIN)/python benchmarks/$$file.py; done
 
 clean:
 	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

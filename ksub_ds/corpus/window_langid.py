@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from py3langid import langid as py3langid
-from scipy.sparse import coo_matrix
+from scipy.sparse import coo_matrix, csr_matrix
 
 from ksub_ds.common.files import sha256_bytes, sha256_file
 from ksub_ds.corpus.langid import LANGUAGES, OTHER
@@ -63,7 +63,7 @@ class WindowIdentifier:
         return answers
 
     def _identify(self, texts: Sequence[str]) -> list[tuple[str, float]]:
-        windows_of_page = [_windows(text) for text in texts]
+        windows_of_page = [cut_windows(text) for text in texts]
         windows = [window for page in windows_of_page for window in page]
         first = np.cumsum([0, *map(len, windows_of_page)])[:-1]
         weights = np.array([len(window) for window in windows], dtype=np.float64)
@@ -93,7 +93,7 @@ class WindowIdentifier:
         groups = np.add.reduceat(scores, self._first_of_group, axis=1)
         return groups / groups.sum(axis=1, keepdims=True)
 
-    def _count(self, windows: Sequence[bytes], lengths: np.ndarray) -> "coo_matrix":
+    def _count(self, windows: Sequence[bytes], lengths: np.ndarray) -> csr_matrix:
         """log(1 + count) of the features in each window: (windows, features), CSR, float32."""
         longest_first = np.argsort(-lengths, kind="stable")
         longest = int(lengths.max(initial=0))
@@ -118,7 +118,7 @@ class WindowIdentifier:
         return counts
 
 
-def _windows(text: str) -> list[bytes]:
+def cut_windows(text: str) -> list[bytes]:
     """Up to WINDOWS pieces of the text, in UTF-8 without what is no word; at least one, maybe empty."""
     text = text.strip()
     if len(text) <= WINDOWS * WINDOW_CHARACTERS:
