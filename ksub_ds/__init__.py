@@ -23,6 +23,7 @@ _HOMES = {
     "KSubRobertaForMaskedLM": "ksub_ds.model.modeling",
     "KSubRobertaForSequenceClassification": "ksub_ds.model.modeling",
     "replace_embeddings": "ksub_ds.model.convert",
+    "compress": "ksub_ds.model.compress",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -20,9 +20,11 @@ SUMMARIES = {
     "codes cluster": "codes by Algorithm 2: hierarchical balanced k-means of vectors, or of a corpus",
     "codes neighbours": "the tokens that share most codes with a token",
     "codes inspect": "sizes, quality and parameters of a code file",
+    "codes extend": "unused codes for new tokens: the vocabulary grows, the tables do not",
     "corpus stats": "tokens and bytes per language of a shards folder, as the paper's Table 7",
     "pretrain": "pretrain a masked language model on DeepSpeed; the same command again resumes",
     "analyze": "similarities and PCA of embeddings and hidden states: numbers, figures, a 3-D page (Figures 2 to 10)",
+    "compress": "fit small tables to a trained model's embedding, at both ends",
     "export": "write a run's model as a HuggingFace folder, checked by its logits",
 }
 
@@ -137,6 +139,26 @@ def codes_neighbours(path: Positional[Path], token: Positional[str], tokenizer: 
         print(line(index, "same leaf" if same_leaf else f"{shared} of {table.num_tables} codes"))
 
 
+def codes_extend(arguments: Sequence[str]) -> None:
+    """`ksub codes extend` has its options in vectors/extend.py."""
+    import tyro
+
+    from ksub_ds.vectors.build import report
+    from ksub_ds.vectors.extend import ExtendCodes, extend_code_file
+
+    settings = tyro.cli(ExtendCodes, args=arguments, prog="ksub codes extend", description=ExtendCodes.__doc__)
+    print(report(extend_code_file(settings), settings.out))
+
+
+def compress(arguments: Sequence[str]) -> None:
+    """`ksub compress` has its options in pretrain/compress.py."""
+    import tyro
+
+    from ksub_ds.pretrain.compress import CompressModel, compress_model
+
+    compress_model(tyro.cli(CompressModel, args=arguments, prog="ksub compress", description=CompressModel.__doc__))
+
+
 def corpus_stats(shards: Positional[Path]) -> None:
     """Print tokens and bytes per language of a shards folder beside the paper's Table 7.
 
@@ -203,6 +225,12 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return pretrain(arguments)
     if name == "codes cluster":
         codes_cluster(arguments)
+        return 0
+    if name == "codes extend":
+        codes_extend(arguments)
+        return 0
+    if name == "compress":
+        compress(arguments)
         return 0
     if name == "analyze":
         analyze(arguments)

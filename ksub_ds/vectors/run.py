@@ -14,7 +14,7 @@ from ksub_ds.pretrain.export import newest_checkpoint
 from ksub_ds.vectors.hf_folder import in_folder, weight_files
 from ksub_ds.vectors.matrix import TensorFiles, check_matrix
 
-LAYER = "word_embeddings."
+LAYERS = ("word_embeddings.", "tok_embeddings.")
 
 
 def run_vectors(run: Path) -> tuple[np.ndarray, str]:
@@ -34,7 +34,7 @@ def run_vectors(run: Path) -> tuple[np.ndarray, str]:
 def is_export(folder: Path) -> bool:
     """Whether a folder holds one of our models in HuggingFace's form."""
     path = folder / "config.json"
-    return path.is_file() and read_json(path).get("model_type") == "ksub_roberta"
+    return path.is_file() and read_json(path).get("model_type", "").startswith("ksub_")
 
 
 def export_vectors(folder: Path) -> np.ndarray:
@@ -43,19 +43,25 @@ def export_vectors(folder: Path) -> np.ndarray:
     Raises:
         UserError: no weights, or no codes and tables among them.
     """
-    files = weight_files(in_folder(folder), str(folder), lambda key: LAYER in key)
-    codes = [name for name in files.shapes if name.endswith(LAYER + "codes")]
+    files = weight_files(in_folder(folder), str(folder), lambda key: any(layer in key for layer in LAYERS))
+    codes = [name for name in files.shapes if name.endswith(tuple(layer + "codes" for layer in LAYERS))]
     if not codes:
         raise UserError(f"{folder}: no codes among the weights; export the run again")
     return check_matrix(_compose(files, files.read(codes[0]), str(folder)), str(folder))
 
 
 def _compose(files: TensorFiles, codes: np.ndarray, name: str) -> np.ndarray:
-    """Row n is the concatenation over k of row codes[n, k] of table k."""
+    """Row n is the concatenation over k of row codes[n, k] of table k, through the matrix A if there is one."""
+
+    def find(end: str) -> list[str]:
+        return [key for key in files.shapes if key.endswith(tuple(layer + end for layer in LAYERS))]
+
     tables = []
     for k, column in enumerate(codes.T):
-        found = [key for key in files.shapes if key.endswith(f"{LAYER}tables.{k}")]
+        found = find(f"tables.{k}")
         if not found or files.shapes[found[0]][0] <= column.max() or column.min() < 0:
             raise UserError(f"{name}: table {k} is missing, or shorter than the codes that point into it")
         tables.append(files.read(found[0])[column])
-    return np.concatenate(tables, axis=1)
+    rows = np.concatenate(tables, axis=1)
+    mixing = find("mixing")
+    return rows @ files.read(mixing[0]).T if mixing else rows

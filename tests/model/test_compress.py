@@ -1,0 +1,170 @@
+"""Fitting tables to a matrix, and compressing models: against brute force, against random codes, for every family."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+
+from ksub_ds import CodeTable, clustered_codes, compress, plain_codes, positional_codes, replace_embeddings
+from ksub_ds.common.errors import UserError
+from ksub_ds.model.compress import compress_with_report, open_model
+from ksub_ds.model.convert import embedding_matrix
+from ksub_ds.model.fitting import fit_tables
+
+SIZE = {"vocab_size": 200, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+def words(count=200, width=24, seed=0):
+    """Vectors with groups and sub-groups, as words have them."""
+    draw = np.random.default_rng(seed)
+    coarse, fine = draw.standard_normal((6, width)), draw.standard_normal((12, width))
+    parts = coarse[draw.integers(6, size=count)] + 0.5 * fine[draw.integers(12, size=count)]
+    return (parts + 0.2 * draw.standard_normal((count, width)) + 1).astype(np.float32)
+
+
+def composed(fit, table):
+    rows = np.concatenate([part[table.codes[:, k]] for k, part in enumerate(fit.tables)], axis=1)
+    return rows if fit.mixing is None else rows @ fit.mixing.T
+
+
+def relative_error(vectors, approximation, weights):
+    mean = weights @ vectors / weights.sum()
+    return (weights @ np.square(vectors - approximation).sum(1)) / (weights @ np.square(vectors - mean).sum(1))
+
+
+def random_codes(count, sizes, seed):
+    draw = np.random.default_rng(seed)
+    numbers = draw.choice(int(np.prod(sizes)), size=count, replace=False)
+    return CodeTable(np.stack(np.unravel_index(numbers, sizes), axis=1), sizes)
+
+
+def bert(vectors=None, head=AutoModelForMaskedLM, family="bert", **more):
+    torch.manual_seed(0)
+    model = head.from_config(AutoConfig.for_model(family, **SIZE | more)).eval()
+    if vectors is not None:
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(torch.from_numpy(vectors))
+    return model
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(2, 4), st.sampled_from([2, 7, 12]), st.booleans(), st.integers(0, 2**31))
+def test_each_freedom_helps_and_the_error_is_the_real_one(num_tables, width, weighted, seed):
+    draw = np.random.default_rng(seed)
+    vectors = words(60, max(width, num_tables), seed)
+    weights = draw.integers(0, 5, size=60) + 0.1 if weighted else np.ones(60)
+    table = random_codes(60, (5, 4, 6, 3)[:num_tables] if num_tables > 2 else (9, 8), seed)
+    fits = [fit_tables(vectors, table, mixing, weights) for mixing in ("none", "orthogonal", "linear")]
+    for fit in fits:
+        assert fit.error == pytest.approx(relative_error(vectors, composed(fit, table), weights), rel=1e-3, abs=1e-5)
+    none, orthogonal, linear = (fit.error for fit in fits)
+    assert none + 1e-9 >= orthogonal and orthogonal + 1e-9 >= linear
+    if fits[1].mixing is not None:
+        matrix = fits[1].mixing
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(len(matrix)), atol=1e-4)
+
+
+def test_rows_are_the_means_of_what_shares_them():
+    vectors, table = words(50, 7), random_codes(50, (4, 5, 3), 0)
+    fit = fit_tables(vectors, table, "none")
+    assert [part.shape for part in fit.tables] == [(4, 3), (5, 2), (3, 2)] and fit.mixing is None
+    row = vectors[table.codes[:, 1] == 2][:, 3:5].mean(axis=0)
+    np.testing.assert_allclose(fit.tables[1][2], row, rtol=1e-5)
+    for k, part in enumerate(fit.tables):  # a step away in any row is worse: it is the least-squares solution
+        moved = [each.copy() for each in fit.tables]
+        moved[k] += 0.01 * np.sign(part)
+        rows = np.concatenate([each[table.codes[:, j]] for j, each in enumerate(moved)], axis=1)
+        assert relative_error(vectors, rows, np.ones(50)) > fit.error
+
+
+def test_wide_tables_reach_the_full_width_optimum():
+    """M_k <= d_k: the linear form is any sum of full-width tables, whose optimum least squares gives directly."""
+    vectors, table = words(), random_codes(200, (8, 8, 8), 1)
+    ones = np.concatenate([np.eye(8)[column] for column in table.codes.T], axis=1)
+    best = ones @ np.linalg.lstsq(ones, vectors, rcond=None)[0]
+    fit = fit_tables(vectors, table, "linear")
+    assert fit.error == pytest.approx(relative_error(vectors, best, np.ones(200)), rel=1e-4)
+
+
+def test_plain_codes_lose_nothing():
+    vectors = words()
+    fit = fit_tables(vectors, plain_codes(200))
+    assert fit.error < 1e-12 and fit.mixing is None
+    np.testing.assert_array_equal(fit.tables[0], vectors)
+
+
+@pytest.mark.parametrize("mixing", ["none", "orthogonal", "linear"])
+def test_clustered_codes_never_lose_to_random_ones(mixing):
+    vectors = words()
+    model = bert(vectors)
+    table = clustered_codes(vectors, num_tables=3, table_size=6)
+    small, report = compress_with_report(model, table, mixing)
+    ours = embedding_matrix(small).numpy()
+    assert report.error == pytest.approx(relative_error(vectors, ours, np.ones(200)), rel=1e-3)
+    for seed in range(5):
+        other = compress_with_report(model, random_codes(200, (6, 6, 6), seed), mixing)[1]
+        assert report.error < other.error and report.cosine > other.cosine
+    fresh = embedding_matrix(replace_embeddings(model, table)).numpy()
+    assert report.error < relative_error(vectors, fresh, np.ones(200))
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta", "modernbert"])
+def test_a_compressed_model_is_saved_and_read(family, tmp_path):
+    more = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    model = bert(words(), family=family, **(more if family == "modernbert" else {}))
+    model.save_pretrained(tmp_path / "plain")
+    table = clustered_codes(words(), num_tables=2, table_size=20)
+    small = compress(tmp_path / "plain", table)
+    small.save_pretrained(tmp_path / "small")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "small").eval()
+    ids = torch.randint(3, 200, (2, 9))
+    assert torch.equal(again(ids, labels=ids).loss, small(ids, labels=ids).loss)
+    model.get_input_embeddings().weight.data = embedding_matrix(small)
+    model.tie_weights()
+    torch.testing.assert_close(small(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_report_counts_and_calls_back():
+    model = bert(words(), head=AutoModel)
+    table = positional_codes(200, 3)
+    small, report = compress_with_report(model, table, loss=lambda each: float(each.num_parameters()))
+    assert report.embedding_parameters == (200 * 24, 6 * 24) and report.mixing_numbers == 24 * 24
+    assert report.total_parameters == (model.num_parameters(), small.num_parameters()) == report.loss
+    assert json.loads(json.dumps(report.to_json()))["num_tokens"] == 200
+    assert "4,800 -> 144 and 576 fixed numbers (the linear matrix)" in report.lines()[0]
+
+
+def test_rows_that_no_token_uses_differ():
+    table = CodeTable(np.stack([np.arange(200) % 15, np.arange(200) // 15], 1), (20, 20))
+    layer = compress(bert(words()), table, mixing="none").get_input_embeddings()
+    assert len(torch.unique(layer.tables[0], dim=0)) == 20
+    spread = (layer.tables[0][15:] - layer.tables[0][:15].mean(dim=0)).abs().max()
+    assert spread < 0.2
+
+
+def test_what_cannot_be_compressed_is_refused(tmp_path):
+    untied = bert(tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="decoder is not tied"):
+        compress(untied, positional_codes(200, 3))
+    with pytest.raises(ValueError, match="weights"):
+        compress(bert(), positional_codes(200, 3), weights=np.zeros(200))
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        open_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="transformers finds no model it knows there"):
+        open_model(tmp_path)
+    bert().config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a none named; give an encoder of BERT"):
+        open_model(tmp_path)
+    bert().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "aside")
+    torch.save(bert().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="weights must be safetensors: pickled ones are not read"):
+        open_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "aside").read_bytes()[:2000])
+    with pytest.raises(UserError, match="cannot be read"):
+        open_model(tmp_path)
