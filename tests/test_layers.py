@@ -21,10 +21,11 @@ MAY_IMPORT = {
     "model": {"common", "codes"},
     "vectors": {"common", "codes", "corpus", "model", "pretrain.export"},
     "pretrain": {"common", "codes", "corpus", "model"},
-    "evaluate": {"common", "codes", "corpus", "model", "pretrain.engine"},
+    "cluster": {"common", "codes", "corpus"},
+    "evaluate": {"common", "codes", "corpus", "model", "pretrain"},
     "analysis": {"common", "codes", "corpus", "model", "vectors", "pretrain", "evaluate"},
-    "cli": {"common", "codes", "corpus", "model", "vectors", "pretrain", "evaluate", "analysis"},
-    "": {"common", "codes", "corpus", "model", "vectors", "pretrain", "evaluate", "analysis"},  # __init__.py
+    "cli": {"common", "codes", "corpus", "model", "vectors", "pretrain", "evaluate", "analysis", "cluster"},
+    "": {"common", "codes", "corpus", "model", "vectors", "pretrain", "evaluate", "analysis", "cluster"},  # __init__.py
 }
 SCRIPTS_MAY_IMPORT = {"preprocessing": {"common", "codes", "corpus", "vectors"}, "launch": set()}
 

@@ -3,12 +3,15 @@
 import json
 import os
 import py_compile
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+
+from ksub_ds.cluster.errand import Errand
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "pretrain.sh"
@@ -63,55 +66,46 @@ def test_other_wrong_launcher_options(tmp_path: Path) -> None:
         (["--hostfile"], "--hostfile: needs a value"),
         (["--hostfile", EXAMPLE, "--include", "elsewhere"], "'elsewhere' is not in the hostfile"),
         (["--hostfile", EXAMPLE, "--exclude=localhost"], "leaves no host"),
+        (["--hostfile", EXAMPLE, "--max-restarts", "some"], "--max-restarts some: must be a whole number"),
+        (["--hostfile", EXAMPLE, "--min-hosts", "2"], "the hostfile has 1 hosts"),
+        (["--hostfile", EXAMPLE, "--master_port", "port"], "--master_port port: is no port"),
+        (["--hostfile", EXAMPLE, "--force_multi", "--launcher", "rsh"], "choose one of pdsh, ssh, openmpi"),
     ):
         done = call(SCRIPT, *options, cwd=tmp_path)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1) and message in done.stderr
 
 
-def fake_deepspeed(folder: Path) -> None:
-    """A `deepspeed` that tells its arguments and its environment, for looking at what the script passes."""
-    program = folder / "deepspeed"
-    lines = ("import json, os, sys", "print(json.dumps([sys.argv[1:], dict(os.environ)]))")
+def passed(folder: Path, *arguments: object, **variables: str) -> tuple[list[str], dict[str, str], Errand]:
+    """What the script gives to `deepspeed`: its options, its environment, and what every rank is to run."""
+    program, seen = folder / "deepspeed", folder / "seen.json"
+    lines = ("import json, os, sys", f"json.dump([sys.argv[1:], dict(os.environ)], open({str(seen)!r}, 'w'))")
     program.write_text(f"#!{sys.executable}\n" + "\n".join(lines) + "\n")
     program.chmod(0o755)
-
-
-def passed(folder: Path, *arguments: object, **variables: str) -> tuple[list[str], dict[str, str]]:
-    fake_deepspeed(folder)
     changed = environment() | {"PATH": f"{folder}{os.pathsep}{environment()['PATH']}"} | variables
     command = [str(part) for part in (SCRIPT, *arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=changed, cwd=folder, check=True)
-    options, found = json.loads(done.stdout)
-    return options, found
+    done = subprocess.run(command, capture_output=True, text=True, env=changed, cwd=folder)
+    assert done.returncode == 70 and "no rank started" in done.stderr.splitlines()[-1], done.stderr
+    options, found = json.loads(seen.read_text())
+    seen.unlink()
+    return options[:-1], found, Errand.unpack(options[-1])
 
 
 def test_options_are_divided_and_never_reparsed(tmp_path: Path) -> None:
     words = ["--out", "a run; $(touch hacked) 'x' \"y\" *", "--max-steps=3"]
-    options, _ = passed(tmp_path, "--hostfile", EXAMPLE, *words, "--master_port=1234", "--bind_cores_to_rank")
-    assert options[-len(words) :] == words
-    launcher = options[: -len(words)]
-    assert launcher[-3:] == ["--no_local_rank", "--module", "ksub_ds.pretrain"]
-    for name, value in (("--hostfile", str(EXAMPLE)), ("--master_port", "1234"), ("--master_addr", "127.0.0.1")):
+    launcher, _, errand = passed(tmp_path, "--hostfile", EXAMPLE, *words, "--master_port=1234", "--bind_cores_to_rank")
+    assert errand.arguments == words and errand.folder == str(tmp_path)
+    assert launcher[-3:] == ["--no_local_rank", "--module", "ksub_ds.cluster.rank"]
+    for name, value in (("--master_port", "1234"), ("--master_addr", "127.0.0.1")):
         assert launcher[launcher.index(name) + 1] == value
     assert {"--no_ssh_check", "--bind_cores_to_rank"} <= set(launcher)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["deepspeed"]
-
-
-def test_several_hosts_get_an_environment_file_without_secrets(tmp_path: Path) -> None:
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("node1 slots=8\nnode2 slots=8 # the other\n")
-    secret, risky = {"HF_TOKEN": "hf_abc"}, {"HF_HOME": "/data/$(reboot)"}
-    options, _ = passed(tmp_path, "--hostfile", hostfile, HF_HUB_CACHE="/data/hf", **secret, **risky)
-    assert "--no_ssh_check" not in options and "--master_addr" not in options
-    lines = (tmp_path / ".deepspeed_env").read_text().splitlines()
-    assert "HF_HUB_CACHE=/data/hf" in lines and "OMP_NUM_THREADS=1" in lines
-    assert not [line for line in lines if line.startswith(("HF_TOKEN", "HF_HOME"))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [words[1], "deepspeed"]
+    assert re.fullmatch(r"[\w-]+", errand.pack())
 
 
 def test_outer_ranks_are_cleared(tmp_path: Path) -> None:
     """As DeepSpeed's launcher starts it: rank 0 starts the run afresh, the others end."""
     outer = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    _, found = passed(tmp_path, "--local_rank=0", "--hostfile", EXAMPLE, CUDA_VISIBLE_DEVICES="0,1", **outer)
+    _, found, _ = passed(tmp_path, "--local_rank=0", "--hostfile", EXAMPLE, CUDA_VISIBLE_DEVICES="0,1", **outer)
     assert not ({*outer, "CUDA_VISIBLE_DEVICES"} & found.keys())
     second = environment() | outer | {"RANK": "1", "LOCAL_RANK": "1"}
     command = [sys.executable, str(SCRIPT), "--local_rank=1", "--hostfile", "no such file"]

@@ -1,0 +1,1 @@
+"""How several machines start a run, watch it, and start it again."""

@@ -1,0 +1,85 @@
+"""Hostfiles, DeepSpeed's and MPI's kind: `host slots=N` a line, `#` begins a comment."""
+
+import re
+import socket
+from pathlib import Path
+
+from ksub_ds.common.errors import UserError
+
+# Host names reach shells (pdsh, ssh) and option parsers: nothing but names and addresses gets through.
+HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+
+
+def read_hostfile(path: str) -> dict[str, int]:
+    """{host: slots}, in the order of the file.
+
+    Raises:
+        UserError: the file cannot be read, or DeepSpeed would pass over a line in silence: none at all, another
+            form, a host named twice, no slots.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--hostfile {path}: cannot be read ({reason})") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        line = line.split("#")[0].strip()
+        if not line:
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=(\d{1,6})", line)
+        if not found or not HOST.fullmatch(found[1]):
+            raise UserError(f"--hostfile {path}: line {number} is {line!r}, not `host slots=N`")
+        host, slots = found[1], int(found[2])
+        if host in hosts:
+            raise UserError(f"--hostfile {path}: line {number} names {host!r} again; give each host one line")
+        if slots < 1:
+            raise UserError(
+                f"--hostfile {path}: line {number} gives {host!r} no slots; write slots=1 or more, or remove the line"
+            )
+        hosts[host] = slots
+    if not hosts:
+        raise UserError(f"--hostfile {path}: names no host; write lines such as `localhost slots=2`")
+    return hosts
+
+
+def chosen_hosts(hosts: dict[str, int], include: str, exclude: str) -> dict[str, int]:
+    """The hosts that DeepSpeed's --include or --exclude (`node1@node2:0,1`) leave.
+
+    Raises:
+        UserError: a host that is not in the file, or none is left.
+    """
+    for name, text in (("--include", include), ("--exclude", exclude)):
+        parts = [part for part in text.split("@") if part]
+        unknown = [part for part in parts if part.split(":")[0] not in hosts]
+        if unknown:
+            raise UserError(f"{name} {text}: {unknown[0]!r} is not in the hostfile")
+        if parts and name == "--include":
+            named = {part.split(":")[0] for part in parts}
+            return {host: slots for host, slots in hosts.items() if host in named}
+        hosts = {host: slots for host, slots in hosts.items() if host not in parts}
+    if not hosts:
+        raise UserError("--exclude leaves no host")
+    return hosts
+
+
+def without_hosts(filter_text: str, gone: set[str]) -> str:
+    """An --include or --exclude that no longer names hosts that are gone."""
+    return "@".join(part for part in filter_text.split("@") if part.split(":")[0] not in gone)
+
+
+def write_hostfile(path: Path, hosts: dict[str, int]) -> None:
+    """Write a hostfile."""
+    path.write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()), encoding="utf-8")
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a name or address is this machine's own."""
+    if host in ("localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()):
+        return True
+    try:
+        with socket.socket() as probe:  # an address can be bound only where it lives
+            probe.bind((socket.gethostbyname(host), 0))
+        return True
+    except OSError:
+        return False
