@@ -10,6 +10,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -26,6 +27,11 @@ SUMMARIES = {
     "analyze": "similarities and PCA of embeddings and hidden states: numbers, figures, a 3-D page (Figures 2 to 10)",
     "compress": "fit small tables to a trained model's embedding, at both ends",
     "export": "write a run's model as a HuggingFace folder, checked by its logits",
+    "evaluate xnli": "fine-tune on XNLI and test 15 languages (Table 4); more of the same command = more workers",
+    "evaluate glue": "fine-tune on GLUE's tasks over a grid (Tables 2 and 3)",
+    "evaluate watch": "score each new checkpoint of a running pretraining, without disturbing it",
+    "evaluate status": "which jobs of an evaluation are done, running or waiting, and who holds them",
+    "report": "results joined into Tables 2 to 4, with differences and a paired test; --html for a run's page",
 }
 
 
@@ -200,12 +206,39 @@ def pretrain(arguments: Sequence[str]) -> int:
     return pretrain_main(arguments)
 
 
+def report(
+    results: Positional[tuple[Path, ...]],
+    format: Literal["markdown", "csv", "latex"] = "markdown",
+    baseline: Path | None = None,
+    html: Path | None = None,
+) -> None:
+    """Join results of `ksub evaluate` into the paper's tables; or, with --html, write the page of a run.
+
+    Args:
+        results: Folders of `ksub evaluate xnli` or `glue`. With --html: a run folder, then any results.
+        format: How to print the tables.
+        baseline: The result that the others are compared with. [the first with a plain embedding]
+        html: Write the report of a pretraining run to this file.
+    """
+    if not results:
+        raise UserError("give the --out folders of `ksub evaluate xnli` or `glue`, or a run folder and --html FILE")
+    if html is not None:
+        from ksub_ds.analysis.run_report import write_report
+
+        write_report(results[0], html, results[1:])
+        return
+    from ksub_ds.evaluate.report import report as join_results
+
+    print(join_results(results, format, baseline))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "codes positional": codes_positional,
     "codes neighbours": codes_neighbours,
     "codes inspect": codes_inspect,
     "corpus stats": corpus_stats,
     "export": export,
+    "report": report,
 }
 
 
@@ -223,6 +256,10 @@ def _help() -> str:
 def _run(name: str, arguments: Sequence[str]) -> int:
     if name == "pretrain":
         return pretrain(arguments)
+    if name.startswith("evaluate "):
+        from ksub_ds.evaluate.__main__ import main as evaluate_main
+
+        return evaluate_main([name.removeprefix("evaluate "), *arguments])
     if name == "codes cluster":
         codes_cluster(arguments)
         return 0

@@ -1,0 +1,97 @@
+"""Evaluate: what `ksub evaluate` calls, and one worker of `launch/evaluate.sh` or a SLURM array.
+
+    python -m ksub_ds.evaluate xnli --model model --data xnli --setting cross-lingual --out results
+    launch/evaluate.sh --hostfile launch/hostfile.example xnli --model model ...    (two workers of the same)
+
+Exit codes: 0 all is done; 2 the user's mistake, one line on stderr; 130 Ctrl-C, 143 SIGTERM: the claimed jobs are
+given back, and the same command continues.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ksub_ds.common.errors import UserError
+
+NAMES = ("xnli", "glue", "watch", "status")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, evaluate, and return the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "xnli": _work,
+        "glue": _work,
+        "watch": _watch,
+        "status": _status,
+    }
+    if not arguments or arguments[0] not in commands:
+        asked = bool(arguments) and arguments[0] in ("-h", "--help")
+        text = f"usage: ksub evaluate {'|'.join(NAMES)} [OPTIONS]; `ksub evaluate NAME --help` tells the options"
+        print(text if asked else f"error: {text}", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    before = signal.signal(signal.SIGTERM, _end_in_order)
+    try:
+        commands[arguments[0]](arguments)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_in_order(number: int, frame: Any) -> None:
+    """SIGTERM: leave by an exception, so that claims are given back."""
+    raise SystemExit(128 + number)
+
+
+def parse(kind: Any, arguments: Sequence[str]) -> Any:
+    """The settings of `ksub evaluate NAME ...`."""
+    import tyro
+
+    return tyro.cli(kind, args=arguments[1:], prog=f"ksub evaluate {arguments[0]}")
+
+
+def _work(arguments: Sequence[str]) -> None:
+    from ksub_ds.evaluate.plans import KINDS, make_plans
+    from ksub_ds.evaluate.queue import drain
+
+    settings = parse(KINDS[arguments[0]][0], arguments)
+    _use_own_gpu()
+    plans = make_plans(settings)
+    drain(plans)
+    for plan in plans:
+        print(plan.summary())
+
+
+def _use_own_gpu() -> None:
+    """Workers on one machine share its GPUs by their place among each other."""
+    from ksub_ds.common import distributed
+
+    if distributed.has_gpu():
+        import torch
+
+        place = int(os.environ.get("KSUB_WORKER", distributed.local_rank()))
+        torch.cuda.set_device(place % torch.cuda.device_count())
+
+
+def _watch(arguments: Sequence[str]) -> None:
+    from ksub_ds.evaluate.watch import WatchSettings, watch
+
+    watch(parse(WatchSettings, arguments))
+
+
+def _status(arguments: Sequence[str]) -> None:
+    from ksub_ds.evaluate.status import StatusSettings, status
+
+    print(status(parse(StatusSettings, arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

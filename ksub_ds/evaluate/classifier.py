@@ -1,0 +1,183 @@
+"""Opening any HuggingFace encoder with a fresh classification head, and saying what it is.
+
+Ours and others' alike go by the Auto classes; only safetensors are read.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import sha256_file
+from ksub_ds.corpus.xlmr_tokenizer import MODEL_NAME
+from ksub_ds.evaluate.encoding import PairEncoder, load_encoder
+
+HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
+TOKENIZER_FILES = ("tokenizer.json", MODEL_NAME, "vocab.txt", "vocab.json")
+
+
+def load_classifier(path: str, num_labels: int, seed: int, body: str | None = None) -> Any:
+    """A sequence classification model in fp32: the weights of `path`, a head drawn from the seed.
+
+    Args:
+        path: a model folder, or a name on the hub.
+        num_labels: classes; 1 for regression.
+        body: take the weights below the head from this folder instead (the MNLI checkpoint, for RTE and others).
+
+    Raises:
+        UserError: not a model transformers can open, or one whose weights are not those of its encoder.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    model = _load(path, num_labels)
+    if body is not None:
+        donor = _load(body, None)
+        theirs, ours = donor.base_model.state_dict(), model.base_model.state_dict()
+        if {key: value.shape for key, value in theirs.items()} != {key: value.shape for key, value in ours.items()}:
+            raise UserError(f"{body}: is no fine-tuned form of {path}: their weights have other names or shapes")
+        model.base_model.load_state_dict(theirs)
+    return model.train()
+
+
+def load_trained(path: str | Path) -> Any:
+    """A fine-tuned model, head and all, ready to score.
+
+    Raises:
+        UserError: as `load_classifier`, and for a folder without a trained head.
+    """
+    return _load(str(path), None).eval()
+
+
+def _load(path: str, num_labels: int | None) -> Any:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
+
+    if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/")) or Path(path).exists()):
+        raise UserError(f"{path}: is not a model folder; give one (ksub export), or a name such as xlm-roberta-base")
+    settings = {} if num_labels is None else {"num_labels": num_labels}
+    with _quiet_transformers():
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **settings
+            )
+        except Exception as error:  # the library raises many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: transformers cannot open this model ({reason})") from error
+    missing = sorted(key for key in info["missing_keys"] if not set(key.split(".")) & set(HEADS))
+    if missing:
+        raise UserError(f"{path}: {len(missing)} weights are absent, for example {missing[0]!r}; the folder is damaged")
+    if num_labels is None and any("classifier" in key for key in info["missing_keys"]):
+        raise UserError(f"{path}: has no trained classification head; give a fine-tuned checkpoint")
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """A new head is what we ask for: no report of it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def open_encoder(model: str, tokenizer: str | None) -> PairEncoder:
+    """The tokenizer given, or the model folder's own.
+
+    Raises:
+        UserError: the folder holds none, and none is given.
+    """
+    folder = Path(model)
+    if tokenizer is None and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{model}: holds no tokenizer; give --tokenizer FOLDER or a SentencePiece .model")
+    return load_encoder(tokenizer or model)
+
+
+def check_fit(model: str, encoder: PairEncoder, max_length: int) -> None:
+    """Refuse a tokenizer with more tokens than the model, and rows longer than its positions.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    config = _config(model)
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and encoder.vocab_size > vocabulary:
+        raise UserError(
+            f"--tokenizer: has {encoder.vocab_size:,} tokens, but {model} only {vocabulary:,}; give the model's own"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+    if positions is not None and max_length > positions - offset:
+        raise UserError(f"--max-length {max_length}: {model} has positions for {positions - offset} tokens")
+
+
+def describe(model: str) -> dict[str, Any]:
+    """What the results say of a model: path, fingerprint of its files, architecture, kind of embedding.
+
+    Kind is "plain" (one row a token), "positional" (Algorithm 1) or "clustered" (other codes).
+    """
+    config = _config(model)
+    about: dict[str, Any] = {
+        "path": str(model),
+        "fingerprint": fingerprint(model, config),
+        "architecture": config.model_type,
+        "num_tokens": getattr(config, "vocab_size", None),
+        "kind": "plain",
+    }
+    for key in ("num_hidden_layers", "hidden_size"):
+        about[key] = getattr(config, key, None)
+    sizes = getattr(config, "table_sizes", None)
+    if sizes is not None:
+        about |= {"num_tables": len(sizes), "table_sizes": list(sizes)}
+        about["kind"] = "plain" if len(sizes) == 1 else _kind_of_codes(Path(model), list(sizes))
+    return about
+
+
+def _kind_of_codes(folder: Path, sizes: list[int]) -> str:
+    """Whether the codes among the weights are the digits of the token id."""
+    import numpy as np
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as stream:
+            for key in stream.keys():  # noqa: SIM118 - not a dict
+                if key.endswith("word_embeddings.codes"):
+                    codes = stream.get_tensor(key)
+                    ids, digits = np.arange(len(codes)), []
+                    for size in sizes:
+                        digits.append(ids % size)
+                        ids = ids // size
+                    return "positional" if (np.stack(digits, axis=1) == codes).all() else "clustered"
+    return "unknown"
+
+
+def fingerprint(model: str, config: Any = None) -> str:
+    """sha256 over configuration and weights of a folder; of a hub model its commit."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"commit {getattr(config or _config(model), '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except Exception as error:  # the library raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--model {model}: transformers finds no model there ({reason})") from error

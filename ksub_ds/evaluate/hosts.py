@@ -1,0 +1,140 @@
+"""Starting workers on the machines of a hostfile: what launch/evaluate.sh calls.
+
+    python -m ksub_ds.evaluate.hosts --hostfile launch/hostfile.example xnli --model model --data xnli ...
+
+One worker for each slot. Workers on this machine are plain processes; on others they are started by ssh, in the same
+folder with the same Python. They find each other by the queue in --out, so that folder must be shared; nothing else
+connects them.
+"""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.common.errors import UserError
+
+# Variables a worker on another machine needs; ssh takes none along.
+TRAVELS = re.compile(r"(HF_|KSUB_|OMP_|MKL_|TORCH_|TOKENIZERS_|XDG_CACHE_HOME$|PYTHONPATH$|LD_LIBRARY_PATH$)")
+SECRET = re.compile(r"TOKEN$|KEY|SECRET|PASSWORD")
+SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Host -> slots, of lines `host slots=N`.
+
+    Raises:
+        UserError: unreadable, empty, or a line that is none (it is named).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--hostfile {path}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        line = line.split("#")[0].strip()
+        found = re.fullmatch(r"([\w.:-]+)\s+slots=(\d+)", line)
+        if not line:
+            continue
+        if not found or found[1].startswith("-") or int(found[2]) < 1:
+            raise UserError(f"--hostfile {path}: line {number} is {line!r}, not `host slots=N` with N from 1 on")
+        if found[1] in hosts:
+            raise UserError(f"--hostfile {path}: line {number} names {found[1]!r} again; give each host one line")
+        hosts[found[1]] = int(found[2])
+    if not hosts:
+        raise UserError(f"--hostfile {path}: names no host; write lines such as `localhost slots=2`")
+    return hosts
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host's name means the machine this runs on."""
+    if host in ("localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()):
+        return True
+    try:
+        with socket.socket() as probe:  # an address can be bound only where it lives
+            probe.bind((socket.gethostbyname(host), 0))
+        return True
+    except OSError:
+        return False
+
+
+def worker_command(host: str, place: int, slots: int, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command and environment of worker number `place` of a host."""
+    own = {"KSUB_WORKER": str(place)}
+    if "OMP_NUM_THREADS" not in os.environ and is_this_machine(host):
+        own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // slots))
+    command = [sys.executable, "-m", "ksub_ds.evaluate", *arguments]
+    if is_this_machine(host):
+        return command, dict(os.environ) | own
+    travels = {name: value for name, value in os.environ.items() if TRAVELS.match(name) and not SECRET.search(name)}
+    setting = [f"{name}={value}" for name, value in sorted((travels | own).items())]
+    line = f"cd {shlex.quote(str(Path.cwd()))} && exec env {shlex.join([*setting, *command])}"
+    return [*SSH, host, line], dict(os.environ)
+
+
+def start_workers(hosts: dict[str, int], arguments: Sequence[str]) -> int:
+    """Run a worker a slot until all have ended; the highest of their exit codes.
+
+    A worker that fails leaves its job to the others, so they go on; all of them failing ends the evaluation.
+    """
+    processes: list[subprocess.Popen[Any]] = []
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # the outer launcher's; a worker stands alone
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        for host, slots in hosts.items():
+            for place in range(slots):
+                command, environment = worker_command(host, place, slots, arguments)
+                quiet = subprocess.DEVNULL if processes else None  # the first one prints the table
+                processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=quiet))
+        while any(process.poll() is None for process in processes):
+            if any(process.returncode == 2 for process in processes if process.poll() is not None):
+                break  # the user's mistake: every worker would make it
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        return 130  # the terminal has told the workers as well
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in processes:
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
+    codes = [process.returncode for process in processes]
+    if 2 in codes:
+        return 2
+    return 0 if 0 in codes else max(abs(code) for code in codes)  # one that ended well saw all jobs done
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Divide the arguments, read the hostfile, start the workers."""
+    rest, hostfile = [], None
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--hostfile", "-H"):
+            hostfile = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    if hostfile is None:
+        from ksub_ds.evaluate.__main__ import main as evaluate_main
+
+        return evaluate_main(rest)
+    try:
+        if not hostfile:
+            raise UserError("--hostfile: needs a value")
+        return start_workers(read_hostfile(Path(hostfile)), rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

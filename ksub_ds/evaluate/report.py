@@ -1,0 +1,177 @@
+"""Results joined into the paper's tables: differences from the paper and from the baseline, with a paired test.
+
+ksub report xnli-cl xnli-tta glue --format markdown
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import read_json
+from ksub_ds.evaluate import published, tables
+from ksub_ds.evaluate.metrics import paired_test
+from ksub_ds.evaluate.tables import Format, short_name, signed
+from ksub_ds.evaluate.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
+
+NEEDED = {"task", "setting", "test", "average", "model", "data", "settings"}
+
+
+def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | None = None) -> str:
+    """Tables 4, then 2 and 3, of these results.
+
+    Args:
+        paths: folders of `ksub evaluate xnli` or `glue`, or results.json files.
+        form: markdown, csv or latex.
+        baseline: the one of them that the others are compared with. [the first with a plain embedding]
+
+    Raises:
+        UserError: no results there, unfinished or damaged ones.
+    """
+    found = [result for path in paths for result in load(path)]
+    if not found:
+        raise UserError("give the --out folders of `ksub evaluate xnli` or `glue`")
+    chosen = None
+    if baseline is not None:
+        chosen = load(baseline)[0]["_folder"]
+        if all(result["_folder"] != chosen for result in found):
+            raise UserError(f"--baseline {baseline}: is not among the results")
+    parts = []
+    for setting in (CROSS_LINGUAL, TRANSLATE_TRAIN_ALL):
+        group = [result for result in found if result["setting"] == setting]
+        if group:
+            parts.append(tables.xnli_table(group, form))
+            rows = [*_against_paper(group), *_against_baseline(group, _baseline(group, chosen))]
+            if rows:
+                header = ["difference, points", *LANGUAGES, "avg", "p"]
+                parts.append(tables.render(f"XNLI, {setting}: differences", header, rows, form))
+    group = [result for result in found if result["task"] == "glue"]
+    if group:
+        parts.append(tables.glue_table(group, form))
+        rows = _glue_differences(group, _baseline(group, chosen))
+        if rows:
+            header = ["difference, points", *tables.GLUE_NAMES.values()]
+            parts.append(tables.render("GLUE: differences of the best cells", header, rows, form))
+    return "\n".join(parts)
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The results of a folder (several where several models were evaluated together), each with its "_folder".
+
+    Raises:
+        UserError: none, unfinished or damaged ones.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = [path / "results.json"] if (path / "results.json").exists() else sorted(path.glob("*/results.json"))
+        if not files and list(path.glob("**/queue/plan.json")):
+            raise UserError(f"{path}: is not finished (see `ksub evaluate status {path}`); run its command again")
+        if not files:
+            raise UserError(f"{path}: holds no results.json; give the --out folder of `ksub evaluate xnli` or `glue`")
+    else:
+        files = [path]
+    results = []
+    for file in files:
+        result = read_json(file)
+        if not isinstance(result, dict) or not result.keys() >= NEEDED or not isinstance(result["test"], dict):
+            raise UserError(f"{file}: is not a results.json of `ksub evaluate`, or of another version; evaluate again")
+        results.append(result | {"_folder": str(file.parent)})
+    return results
+
+
+def _baseline(group: list[dict[str, Any]], chosen: str | None) -> dict[str, Any] | None:
+    for result in group:
+        if result["_folder"] == chosen or (chosen is None and result["model"].get("kind") == "plain"):
+            return result
+    return None
+
+
+def _against_paper(group: list[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for result in group:
+        kind = result["model"].get("kind")
+        theirs = published.XNLI[result["setting"]].get(kind)
+        if theirs is None:
+            continue
+        whole = set(result["test"]) == set(LANGUAGES)  # an average over fewer languages compares with nothing
+        cells = [
+            signed(result["test"][each]["accuracy"] - theirs[each] / 100) if each in result["test"] else tables.NOTHING
+            for each in LANGUAGES
+        ]
+        average = signed(result["average"] - theirs["average"] / 100) if whole else tables.NOTHING
+        rows.append([f"{short_name(result, group)} - paper, {kind}", *cells, average, ""])
+    return rows
+
+
+def _against_baseline(group: list[dict[str, Any]], baseline: dict[str, Any] | None) -> list[list[str]]:
+    """Differences on the languages both have, and the p of their mean over rows, languages and seeds."""
+    rows = []
+    for result in group if baseline is not None else []:
+        if result is baseline:
+            continue
+        assert baseline is not None
+        common = [each for each in LANGUAGES if each in result["test"] and each in baseline["test"]]
+        gaps = {each: result["test"][each]["accuracy"] - baseline["test"][each]["accuracy"] for each in common}
+        p = _paired(result, baseline, common)
+        cells = [signed(gaps.get(each)) for each in LANGUAGES]
+        average = signed(float(np.mean(list(gaps.values())))) if common else tables.NOTHING
+        told = "other test rows" if p is None else f"{p:.4f}"
+        rows.append([f"{short_name(result, group)} - {short_name(baseline, group)}", *cells, average, told])
+    return rows
+
+
+def _paired(ours: dict[str, Any], theirs: dict[str, Any], languages: list[str]) -> float | None:
+    """p of the difference in mean accuracy; None where the test rows are not the same.
+
+    XNLI's languages are parallel: a row counts once, with the mean over languages and seeds, for its translations are
+    not independent.
+    """
+    per_row = []
+    labels = []
+    for result in (ours, theirs):
+        path = Path(result["_folder"]) / "predictions.json"
+        if not path.exists():
+            return None
+        stored = read_json(path)
+        try:
+            gold = {each: np.frombuffer(stored["labels"][each].encode(), np.uint8) for each in languages}
+            runs = [
+                [np.frombuffer(answers[each].encode(), np.uint8) == gold[each] for each in languages]
+                for answers in stored["predictions"].values()
+            ]
+        except (KeyError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
+        labels.append({each: gold[each].tobytes() for each in languages})
+        per_row.append(runs)
+    sizes = {len(gold) for gold in labels[0].values()}
+    if labels[0] != labels[1] or not languages:
+        return None
+    if len(sizes) == 1:
+        ours_by_row, theirs_by_row = (np.mean(runs, axis=(0, 1)) for runs in per_row)
+    else:  # languages cut to different sizes are not parallel: every row stands alone
+        ours_by_row, theirs_by_row = (np.mean([np.concatenate(run) for run in runs], axis=0) for runs in per_row)
+    return paired_test(ours_by_row, theirs_by_row)["p"]
+
+
+def _glue_differences(group: list[dict[str, Any]], baseline: dict[str, Any] | None) -> list[list[str]]:
+    rows = []
+    for result in group:
+        paper = published.glue_row(result["model"].get("kind", ""), result["model"].get("num_tables"))
+        if paper is not None:
+            name, theirs = paper
+            cells = [_gap(result, task, theirs[task] / 100) for task in GLUE_TASKS]
+            rows.append([f"{short_name(result, group)} - paper, {name}", *cells])
+        if baseline is not None and result is not baseline:
+            cells = [
+                _gap(result, task, baseline["test"][task]["best"]["score"]) if task in baseline["test"] else "–"
+                for task in GLUE_TASKS
+            ]
+            rows.append([f"{short_name(result, group)} - {short_name(baseline, group)}", *cells])
+    return rows
+
+
+def _gap(result: dict[str, Any], task: str, theirs: float) -> str:
+    scores = result["test"].get(task)
+    return tables.NOTHING if scores is None else signed(scores["best"]["score"] - theirs)

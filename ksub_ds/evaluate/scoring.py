@@ -1,0 +1,57 @@
+"""Predictions of a model for tokenised rows: batches of like length, in one pass over everything given."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ksub_ds.common.logging import Progress
+from ksub_ds.evaluate.batching import scoring_batches
+from ksub_ds.evaluate.encoding import Encoded
+
+TOKENS_ON_CPU, TOKENS_ON_GPU = 4_096, 65_536  # a batch; on a CPU its states should stay in the cache
+
+
+def to_device(batch: dict[str, np.ndarray], device: Any) -> dict[str, Any]:
+    """A batch of arrays as tensors."""
+    import torch
+
+    return {key: torch.from_numpy(array).to(device, non_blocking=True) for key, array in batch.items()}
+
+
+def predict(
+    model: Any,
+    encoded: Encoded,
+    precision: str = "fp32",
+    check: Callable[[], None] = lambda: None,
+    what: str = "",
+) -> np.ndarray:
+    """Logits of every row, (n, classes) float32, in the order of the rows.
+
+    Args:
+        model: a sequence classification model; its mode is left as it was.
+        check: called between batches; may raise to give up.
+        what: named in the progress; nothing is shown without it.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    tokens = TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_GPU
+    logits: np.ndarray | None = None
+    was_training = model.training
+    model.eval()
+    progress = Progress(len(encoded), "rows", what) if what else None
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for rows in scoring_batches(encoded.lengths(), tokens):
+            part = model(**to_device(encoded.batch(rows), device)).logits.float().cpu().numpy()
+            if logits is None:
+                logits = np.empty((len(encoded), part.shape[1]), np.float32)
+            logits[rows] = part
+            check()
+            if progress:
+                progress.advance(len(rows))
+    if progress:
+        progress.__exit__(None, None, None)
+    model.train(was_training)
+    assert logits is not None
+    return logits

@@ -1,0 +1,251 @@
+"""Scoring each new checkpoint of a running pretraining, from the outside.
+
+    ksub evaluate watch --run run --data xnli --out curve           follows the run to its last step
+    ksub evaluate watch --run run --data xnli --once --out curve    scores what is there and ends
+
+The run is only read: a checkpoint's files are linked (or copied) to OUT before anything else, so that the run may
+prune it meanwhile, and count only when all have the size and sha256 of their manifest. What is half written is waited
+for. OUT/curve.jsonl gets one line a checkpoint; OUT/xnli/global_step{N} holds the evaluation behind it.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import atomic_folder
+from ksub_ds.common.logging import get_logger
+
+NICENESS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+    """Score the checkpoints of a pretraining run as they appear: masked accuracy, and XNLI by a short fine-tune."""
+
+    run: Path
+    """Run folder of `ksub pretrain`; nothing in it is touched."""
+    out: Path
+    """Folder for the curve."""
+    data: str | None = None
+    """XNLI's folder or name on the hub. [none: masked accuracy alone]"""
+    once: bool = False
+    """Score the checkpoints that are there, then end."""
+    setting: str = "cross-lingual"
+    """cross-lingual or translate-train-all."""
+    epochs: int = 1
+    """Of the short fine-tune."""
+    max_train_examples: int = 2_000
+    """Training rows (of each language)."""
+    max_test_examples: int = 500
+    """Validation and test rows of each language."""
+    learning_rate: float = 5e-5
+    """Of the short fine-tune: higher than Table 6's, for it is short."""
+    eval_sequences: int = 32
+    """Held-out sequences per language for the masked accuracy."""
+    poll_seconds: float = 30.0
+    """Look for new checkpoints every so many seconds."""
+    patience_seconds: float = 60.0
+    """With --once: wait so long for a checkpoint that is half written."""
+    use_gpu: bool = False
+    """Compute on a GPU; by default on the CPU, for the run needs the GPUs."""
+
+
+def watch(settings: WatchSettings) -> None:
+    """Score checkpoints until the run's last step is scored (or once).
+
+    Raises:
+        UserError: no run folder, data that cannot be used, another watcher in OUT.
+    """
+    from ksub_ds.pretrain.recipe_file import read_recipe
+    from ksub_ds.pretrain.run_folder import RunFolder
+
+    folder = RunFolder(settings.run)
+    if not folder.recipe.exists():
+        raise UserError(f"--run {settings.run}: no recipe.json there; give the --out folder of `ksub pretrain`")
+    recipe, _ = read_recipe(folder.recipe)
+    if settings.poll_seconds <= 0:
+        raise UserError(f"--poll-seconds {settings.poll_seconds}: must be above 0")
+    if not settings.use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.nice(NICENESS)  # the run goes first
+    with _Lock(settings.out):
+        curve = _Curve(settings.out / "curve.jsonl")
+        end_of_patience = time.monotonic() + settings.patience_seconds
+        while True:
+            waiting = _score_new(settings, folder, curve)
+            if settings.once and (not waiting or time.monotonic() > end_of_patience):
+                if waiting:
+                    get_logger().warning(f"{', '.join(waiting)}: still half written; the next call scores them")
+                break
+            if not settings.once and recipe.max_steps in curve.steps:
+                break
+            time.sleep(min(settings.poll_seconds, 1.0) if settings.once else settings.poll_seconds)
+        if not curve.steps:
+            raise UserError(f"{folder.checkpoints}: holds no whole checkpoint yet")
+        print(curve.table())
+
+
+def _score_new(settings: WatchSettings, folder: Any, curve: "_Curve") -> list[str]:
+    """Score every whole checkpoint that is not in the curve; names of those that are not whole yet."""
+    from ksub_ds.pretrain import checkpoint
+
+    waiting = []
+    for path in sorted(checkpoint.checkpoints(folder.checkpoints), key=checkpoint.step_of):
+        if checkpoint.step_of(path) in curve.steps:
+            continue
+        copy = _take(path, settings.out / "checkpoint")
+        if copy is None:
+            if path.exists():  # else the run has pruned it
+                waiting.append(path.name)
+            continue
+        try:
+            curve.append(_score(settings, folder, copy))
+        finally:
+            shutil.rmtree(settings.out / "checkpoint", ignore_errors=True)
+    return waiting
+
+
+def _take(path: Path, into: Path) -> Path | None:
+    """A copy of a checkpoint that the run cannot take away, or None when it is not whole."""
+    from ksub_ds.pretrain import checkpoint
+
+    shutil.rmtree(into, ignore_errors=True)
+    copy = into / path.name
+    copy.mkdir(parents=True)
+    try:
+        for source in path.iterdir():
+            try:
+                os.link(source, copy / source.name)
+            except OSError:  # another file system
+                shutil.copyfile(source, copy / source.name)
+    except FileNotFoundError:
+        return None
+    return copy if checkpoint.fault(copy) is None else None
+
+
+def _score(settings: WatchSettings, folder: Any, path: Path) -> dict[str, Any]:
+    from ksub_ds.common import distributed
+    from ksub_ds.pretrain import checkpoint
+    from ksub_ds.pretrain.export import load_model
+
+    step = checkpoint.step_of(path)
+    get_logger().info(f"scoring {path.name}")
+    model, tokenizer = load_model(folder, path)
+    line: dict[str, Any] = {"step": step, **_masked_accuracy(settings, folder, model.to(distributed.device()))}
+    if settings.data is not None:
+        exported = settings.out / "model"
+        with atomic_folder(exported) as temporary:
+            model.to("cpu").save_pretrained(temporary)
+            tokenizer.save(temporary)
+        line["xnli"] = _xnli(settings, exported, settings.out / "xnli" / path.name)
+    return line
+
+
+def _masked_accuracy(settings: WatchSettings, folder: Any, model: Any) -> dict[str, Any]:
+    """Loss and masked accuracy on the run's held-out rows, per language; empty where the shards are gone."""
+    from ksub_ds.corpus.batches import HeldOutBatches
+    from ksub_ds.corpus.shards import ShardDataset
+    from ksub_ds.pretrain.evaluation import evaluate
+    from ksub_ds.pretrain.recipe_file import read_recipe
+
+    recipe, _ = read_recipe(folder.recipe)
+    try:
+        dataset = ShardDataset.open(recipe.data, verify=False)
+    except UserError as error:
+        get_logger().warning(f"no masked accuracy: {error}")
+        return {}
+    held_out = HeldOutBatches(dataset, settings.eval_sequences, recipe.mlm_probability, 8)
+    if not len(held_out):
+        return {}
+    return evaluate(model, held_out, dataset.languages)
+
+
+def _xnli(settings: WatchSettings, model: Path, out: Path) -> dict[str, Any]:
+    from ksub_ds.common.files import read_json
+    from ksub_ds.evaluate.plans import make_plans
+    from ksub_ds.evaluate.queue import drain
+    from ksub_ds.evaluate.xnli import XnliSettings
+
+    assert settings.data is not None
+    if settings.setting not in ("cross-lingual", "translate-train-all"):
+        raise UserError(f"--setting {settings.setting}: must be cross-lingual or translate-train-all")
+    plans = make_plans(
+        XnliSettings(
+            model=(str(model),),
+            data=settings.data,
+            out=out,
+            setting=settings.setting,  # type: ignore[arg-type]  # one of the two, as checked
+            epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            max_train_examples=settings.max_train_examples,
+            max_test_examples=settings.max_test_examples,
+        )
+    )
+    drain(plans)
+    shutil.rmtree(out / "work", ignore_errors=True)  # a model per checkpoint would fill the disk
+    results = read_json(out / "results.json")
+    accuracy = {language: scores["accuracy"] for language, scores in results["test"].items()}
+    return {"average": results["average"], "accuracy": accuracy}
+
+
+class _Lock:
+    """One watcher a folder."""
+
+    def __init__(self, out: Path):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise UserError(f"--out {out}: another `ksub evaluate watch` is at work there") from error
+
+    def __enter__(self) -> "_Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+class _Curve:
+    """curve.jsonl: a line a checkpoint, each step once."""
+
+    def __init__(self, path: Path):
+        from ksub_ds.common.logging import MetricsWriter
+
+        self._path = path
+        self._writer = MetricsWriter(path, resume_step=2**62)  # drops a last line that a kill cut short
+        self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def steps(self) -> set[int]:
+        """The steps that are scored."""
+        return {line["step"] for line in self.lines}
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line, on disk at once."""
+        self._writer.write(**line)
+        self.lines.append(line)
+        get_logger().info(_line(line))
+
+    def table(self) -> str:
+        """All lines, in words."""
+        return "\n".join(_line(line) for line in sorted(self.lines, key=lambda line: line["step"]))
+
+
+def _line(line: dict[str, Any]) -> str:
+    text = f"step {line['step']:,}"
+    if "masked_accuracy" in line:
+        text += f": masked accuracy {100 * line['masked_accuracy']:.1f} %, held-out loss {line['loss']:.3f}"
+    if "xnli" in line:
+        text += f", XNLI average {100 * line['xnli']['average']:.1f} %"
+    return text
