@@ -1,0 +1,49 @@
+"""Common Crawl to token shards of 15 languages: check, deduplicate, identify, filter, tokenise, pack.
+
+    python preprocessing/shard_cc.py --input wet --tokenizer sentencepiece.bpe.model --out cc15
+    mpirun -n 8 python preprocessing/shard_cc.py --snapshot 2019-09 --segments 0:40 --cache cache \\
+        --tokenizer sentencepiece.bpe.model --out cc15
+
+`wet` holds WET files. Any number of ranks gives the same bytes. The work is in ksub_ds/corpus/crawl.py.
+"""
+
+import contextlib
+import io
+import sys
+
+import tyro
+
+from ksub_ds.common.distributed import is_main
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.mpi import Ranks
+from ksub_ds.corpus.crawl import shard_cc
+from ksub_ds.corpus.crawl_report import exit_line
+from ksub_ds.corpus.crawl_settings import ShardCC
+from ksub_ds.corpus.statistics import corpus_table
+
+
+def main() -> None:
+    """Run; a user's mistake is one line and exit code 2, Ctrl-C one line and 130."""
+    try:
+        with contextlib.ExitStack() as stack:
+            if not is_main():  # the help, and what is wrong with the arguments, are told once
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            settings = tyro.cli(ShardCC, description=ShardCC.__doc__)
+        ranks = Ranks()
+        with ranks.together():
+            report = shard_cc(settings, ranks)
+        if ranks.is_main:
+            print(corpus_table(settings.out))
+            print(exit_line(report))
+    except UserError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
