@@ -220,3 +220,12 @@ def test_a_plain_model_is_coloured_by_a_code_file(plain_model):
     assert coloured.table_sizes == ()
     with pytest.raises(UserError, match="--codes"):
         open_encoder(str(plain_model), "plain", codes=positional_codes(encoder.tokenizer.vocab_size + 1, 2))
+
+
+def test_chromium_paints_the_clouds(analysis, chromium, tmp_path):
+    """The script of explore.html runs, and its canvas has points of many colours."""
+    picture = tmp_path / "explore.png"
+    done = chromium(analysis / "explore.html", f"--screenshot={picture}")
+    assert not [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    colours = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) > 50

@@ -1,0 +1,167 @@
+"""The parts of a run's report that come from elsewhere: scores on XNLI and GLUE, and an analysis."""
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.analysis.page import facts, number, paragraph, section, table, text
+from ksub_ds.analysis.run_files import finite
+from ksub_ds.common.files import read_json
+from ksub_ds.evaluate import published
+from ksub_ds.evaluate.tasks import GLUE_TASKS, LANGUAGES
+
+FIGURE_WORDS = {
+    "embeddings": "The embedding in its first three principal axes (as Figure 2)",
+    "similarity": "Mean cosine similarity by layer (as Figure 3)",
+    "layers": "States of each layer (as Figures 4 to 10)",
+    "tokens": "Chosen tokens through the layers",
+}
+LARGEST_PICTURE = 20_000_000  # bytes
+FIGURE_DPI = 170  # a little larger than in print, where it is 200
+
+
+def scores(results: list[dict[str, Any]]) -> str:
+    """One table for each setting of XNLI, and one for GLUE."""
+    xnli = [result for result in results if result.get("task") != "glue" and result.get("setting") != "glue"]
+    glue = [result for result in results if result not in xnli]
+    settings = dict.fromkeys(str(result.get("setting")) for result in xnli)
+    tables = [
+        _xnli(setting, [result for result in xnli if str(result.get("setting")) == setting]) for setting in settings
+    ]
+    return section("Scores", *tables, _glue(glue) if glue else "", *(_settings(result) for result in results))
+
+
+def _xnli(setting: str, results: list[dict[str, Any]]) -> str:
+    """Languages down, models across: it fits a phone."""
+    kinds = list(dict.fromkeys(str(_model(result).get("kind")) for result in results))
+    paper = {kind: row for kind in kinds if (row := published.XNLI.get(setting, {}).get(kind)) is not None}
+    others = sorted({language for result in results for language in result["test"]} - set(LANGUAGES))
+    header = ["language", *(_name(result) for result in results), *(f"paper, {text(kind)}" for kind in paper)]
+    rows = []
+    for language in (*LANGUAGES, *others):
+        own = [_xnli_cell(result["test"].get(language)) for result in results]
+        rows.append([text(language), *own, *(_paper_cell(row.get(language)) for row in paper.values())])
+    average = [number(finite(result.get("average")), 1, percent=True) for result in results]
+    rows.append(["<b>average</b>", *average, *(_paper_cell(row.get("average")) for row in paper.values())])
+    return f"<h3>XNLI, {text(setting)} (Table 4)</h3>" + table(header, rows)
+
+
+def _xnli_cell(row: Any) -> str:
+    if not isinstance(row, dict):
+        return number(None)
+    cell = number(finite(row.get("accuracy")), 1, percent=True)
+    interval = row.get("interval")
+    if isinstance(interval, list) and len(interval) == 2:
+        low, high = (number(finite(value), 1, percent=True) for value in interval)
+        cell += f" <small>{low} to {high}</small>"
+    return cell
+
+
+def _paper_cell(value: float | None) -> str:
+    return number(value, 1) + (" %" if value is not None else "")
+
+
+def _glue(results: list[dict[str, Any]]) -> str:
+    """Tasks down; best and median of the grid of each model across."""
+    header = ["task"]
+    papers = []
+    for result in results:
+        header += [f"{_name(result)}, best", f"{_name(result)}, median"]
+        found = published.glue_row(str(_model(result).get("kind", "")), _model(result).get("num_tables"))
+        if found is not None and found not in papers:
+            papers.append(found)
+    header += [f"paper, {text(name)}" for name, _ in papers]
+    rows = []
+    for task in GLUE_TASKS:
+        cells = [_glue_cell(result["test"].get(task), task, what) for result in results for what in ("best", "median")]
+        rows.append([text(task), *cells, *(_paper_cell(row.get(task)) for _, row in papers)])
+    return "<h3>GLUE (Tables 2 and 3)</h3>" + table(header, rows)
+
+
+def _glue_cell(row: Any, task: str, what: str) -> str:
+    values = row.get(what) if isinstance(row, dict) else None
+    if not isinstance(values, dict):
+        return number(None)
+    names = [*GLUE_TASKS[task].metrics, "mismatched"]
+    shown = [f"{number(value, 1, percent=True)} <small>{text(name)}</small>"
+             for name in names if (value := finite(values.get(name))) is not None]  # fmt: skip
+    return "<br>".join(shown) or number(None)
+
+
+def _settings(result: dict[str, Any]) -> str:
+    """What a reader must know of a row: settings, selection, what was missing."""
+    rows = []
+    for key in ("selection", "seeds", "settings", "missing"):
+        if value := result.get(key):
+            rows.append((key, text(_words(value))))
+    data = result.get("data")
+    if isinstance(data, dict) and (
+        missing := {key: value for key, value in (data.get("missing") or {}).items() if value}
+    ):
+        rows.append(("no data for", text(_words(missing))))
+    if isinstance(data, dict) and data.get("fingerprint"):
+        rows.append(("data fingerprint", f"<code>{text(data['fingerprint'])}</code>"))
+    if _model(result).get("fingerprint"):
+        rows.append(("model fingerprint", f"<code>{text(_model(result)['fingerprint'])}</code>"))
+    return f"<h3>{_name(result)}: {text(result.get('setting'))}</h3>" + facts(rows) if rows else ""
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_words(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_words(inner) for inner in value)
+    return str(value)
+
+
+def _model(result: dict[str, Any]) -> dict[str, Any]:
+    model = result.get("model")
+    return model if isinstance(model, dict) else {"path": model}
+
+
+def _name(result: dict[str, Any]) -> str:
+    path = Path(str(_model(result).get("path") or "model"))
+    return text(path.name or path)
+
+
+def analyses(folders: list[Path]) -> str:
+    """Numbers and figures of `ksub analyze`."""
+    return section("Analysis", *(_analysis(folder) for folder in folders))
+
+
+def _analysis(folder: Path) -> str:
+    values = read_json(folder / "analysis.json")
+    rows = [
+        [
+            text(model["name"]),
+            number(layer["layer"]),
+            number(layer["explained_variance_ratio"].get("3"), 3),
+            number(layer["s_inter"], 3),
+            number(layer["s_intra"], 3),
+        ]
+        for model in values["models"]
+        for layer in model["layers"]
+    ]
+    header = ["model", "layer", "r<sub>3</sub>", "S<sub>inter</sub>", "S<sub>intra</sub>"]
+    languages = ", ".join(values["settings"]["languages"])
+    words = f"On {number(values['models'][0]['layers'][0]['states'])} tokens of {text(languages)}; layer 0 is the "
+    words += "embedding's output. r<sub>3</sub> is the share of the variance on three axes, S<sub>inter</sub> the mean "
+    words += "cosine of states of different tokens, S<sub>intra</sub> of occurrences of one token."
+    pictures = "".join(_picture(folder, str(name)) for name in values["figures"])
+    return pictures + paragraph(words, "soft") + table(header, rows)
+
+
+def _picture(folder: Path, name: str) -> str:
+    path = folder / f"{name}.png"
+    if not re.fullmatch(r"[\w.+=-]+", name) or not path.is_file() or path.stat().st_size > LARGEST_PICTURE:
+        return ""
+    kind, _, model = name.partition("-")
+    words = FIGURE_WORDS.get(kind, kind) + (f": {model}" if model else "")
+    picture = path.read_bytes()
+    width = round(int.from_bytes(picture[16:20]) * 96 / FIGURE_DPI)  # of a PNG, in CSS pixels: as wide as in print
+    data = base64.b64encode(picture).decode()
+    return (
+        f'<figure class="picture"><img alt="{text(words)}" width="{width}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{text(words)}</figcaption></figure>"
+    )

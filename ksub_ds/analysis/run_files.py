@@ -1,0 +1,166 @@
+"""What a run folder tells, read for the report: also of a run that is still going or was cut short."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.codes.table import CodeTable
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import read_json
+from ksub_ds.common.logging import read_lines
+from ksub_ds.pretrain.checkpoint import checkpoints, step_of
+from ksub_ds.pretrain.recipe_file import read_recipe
+from ksub_ds.pretrain.run_folder import RunFolder
+
+LOG_VERSIONS = re.compile(r"^(?P<when>[\d :,-]+?),\d+ (?P<what>python [\d.]+, torch .*)$")
+LOG_RANKS = re.compile(r"^[\d :,-]+ (?P<what>\d+ ranks? \(.*)$")
+LONGEST_LOG = 50_000_000  # bytes; beyond it only the beginning is looked through
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start or continuation: when, with what software, on which ranks and hosts (as train.log says)."""
+
+    when: str
+    versions: str
+    ranks: str
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Everything the report needs of a run.
+
+    Attributes:
+        recipe: what stands in recipe.json.
+        metrics: lines of metrics.jsonl, by step; loss and step are finite numbers in each.
+        evaluations: lines of evaluation.jsonl, by step.
+        failure: what stands in failure.json, if the last start ended before its time.
+        parameters: {"embedding", "embedding_plain", "total", "total_plain", "hidden_size"}.
+    """
+
+    path: Path
+    recipe: dict[str, Any]
+    table: CodeTable
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    parameters: dict[str, int]
+    commands: list[str]
+    starts: list[Start] = field(default_factory=list)
+    checkpoint_steps: list[int] = field(default_factory=list)
+    failure: dict[str, Any] = field(default_factory=dict)
+
+    def tokens_at(self, step: int) -> int | None:
+        """Tokens seen when `step` was done; None when no line says."""
+        return 0 if step == 0 else self._tokens.get(step)
+
+    @cached_property
+    def _tokens(self) -> dict[int, int]:
+        return {line["step"]: line["tokens"] for line in self.metrics if isinstance(line.get("tokens"), int)}
+
+
+def read_run(path: Path) -> RunFiles:
+    """Read a run folder.
+
+    Raises:
+        UserError: not a run folder, or a recipe or codes that cannot be read.
+    """
+    folder = RunFolder(path)
+    if not folder.recipe.is_file():
+        raise UserError(f"{path}: no recipe.json there; give the --out folder of `ksub pretrain`")
+    recipe, values = read_recipe(folder.recipe)
+    table = CodeTable.load(folder.codes)
+    return RunFiles(
+        path=Path(path),
+        recipe=values,
+        table=table,
+        metrics=[line for line in read_lines(folder.metrics) if finite(line.get("loss")) is not None],
+        evaluations=[line for line in read_lines(folder.evaluation) if isinstance(line.get("languages"), dict)],
+        parameters=_parameters(recipe.preset, table),
+        commands=_text(folder.command).splitlines(),
+        starts=_starts(_text(folder.log)),
+        checkpoint_steps=[step_of(each) for each in checkpoints(folder.checkpoints)],
+        failure=_object(folder.failure),
+    )
+
+
+def finite(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if ok else None
+
+
+def _parameters(preset: str, table: CodeTable) -> dict[str, int]:
+    """Counted on the model itself, built without memory."""
+    import torch
+
+    from ksub_ds.model.configuration import KSubRobertaConfig
+    from ksub_ds.model.modeling import KSubRobertaForMaskedLM
+
+    config = getattr(KSubRobertaConfig, preset)(vocab_size=table.num_tokens)
+    with torch.device("meta"):
+        model = KSubRobertaForMaskedLM(config, table)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    ours, plain = table.num_parameters(config.hidden_size), table.num_tokens * config.hidden_size
+    return {
+        "embedding": ours,
+        "embedding_plain": plain,
+        "total": total,
+        "total_plain": total - ours + plain,
+        "hidden_size": config.hidden_size,
+    }
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = read_json(path) if path.is_file() else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with open(path, encoding="utf-8", errors="replace") as stream:
+        return stream.read(LONGEST_LOG)
+
+
+def _starts(log: str) -> list[Start]:
+    starts: list[Start] = []
+    for line in log.splitlines():
+        if found := LOG_VERSIONS.match(line):
+            starts.append(Start(found["when"].strip(), found["what"], ""))
+        elif starts and not starts[-1].ranks and (found := LOG_RANKS.match(line)):
+            starts[-1] = Start(starts[-1].when, starts[-1].versions, found["what"])
+    return starts
+
+
+def read_results(folders: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Results of evaluations, and folders of analyses, among `folders`.
+
+    Raises:
+        UserError: a folder that holds neither results.json nor analysis.json.
+    """
+    results, analyses = [], []
+    for folder in folders:
+        if (folder / "analysis.json").is_file():
+            analyses.append(folder)
+            continue
+        path = folder / "results.json" if folder.is_dir() else folder
+        if not path.is_file():
+            raise UserError(f"{folder}: holds neither results.json (ksub evaluate) nor analysis.json (ksub analyze)")
+        result = read_json(path)
+        if not isinstance(result, dict) or not isinstance(result.get("test"), dict):
+            raise UserError(f"{path}: is not a results.json of `ksub evaluate` (no 'test')")
+        results.append(result)
+    return results, analyses
+
+
+def quality(table: CodeTable) -> dict[str, Any]:
+    """The quality report that clustering stored with the codes; empty without one."""
+    try:
+        found = json.loads(table.metadata.get("quality", "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
