@@ -1,8 +1,10 @@
 """Text to token shards: tokenise, hold out a part, pack to rows, write Arrow files and a manifest.
 
     python preprocessing/shard_text.py --input text --tokenizer sentencepiece.bpe.model --out shards
+    python preprocessing/shard_text.py --datasets wikipedia bookcorpus --tokenizer roberta-base --out english
 
-`text` holds <lang>.jsonl[.gz], <lang>.txt[.gz] or folders <lang>/ of these. The work is in
+`text` holds <lang>.jsonl[.gz], <lang>.txt[.gz], <lang>.parquet or folders <lang>/ of these. The second line is
+RoBERTa-MEDIUM's data, streamed from the hub; `roberta-base` is the folder of that tokenizer. The work is in
 ksub_ds/corpus/text_shards.py.
 """
 

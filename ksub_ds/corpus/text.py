@@ -2,7 +2,10 @@
 
     <lang>.jsonl[.gz]  <lang>.json[.gz]   one JSON object a line: {"text": ...}, or CCNet's {"raw_content": ...}
     <lang>.txt[.gz]                       documents parted by blank lines
+    <lang>.parquet                        a column "text" or "raw_content"
     <lang>/...                            any of these, under any name
+
+and, beside files, what `datasets` opens by name (dataset_text.py).
 
 What cannot be read is skipped and counted by reason; a bad file never ends a run. Reading is
 streamed and bounded: neither an endless line nor a gzip bomb fills the memory.
@@ -14,17 +17,23 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow
+import pyarrow.parquet
+
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
 from ksub_ds.common.logging import get_logger
+from ksub_ds.corpus.dataset_text import TEXT_COLUMNS, DatasetSource
 from ksub_ds.corpus.shards import LANGUAGE_CODE
 
 SUFFIXES = (".jsonl", ".json", ".txt")
+PARQUET = ".parquet"
+PARQUET_ROWS = 1000  # held at a time
 LONGEST_DOCUMENT = 10_000_000  # characters
 LONGEST_LINE = 4 * LONGEST_DOCUMENT  # bytes
 INFLATION_LIMIT = 200  # text compresses 3 to 20 times; beyond this, past the first bytes, it is a bomb
@@ -38,24 +47,34 @@ class Source:
     path: Path
     name: str
 
+    @property
+    def digest(self) -> str:
+        """sha256 of the content."""
+        return sha256_file(self.path)
+
+    @property
+    def size(self) -> int:
+        """Bytes as they lie on the disk."""
+        return self.path.stat().st_size
+
 
 @dataclass
 class LanguageText:
     """The sources of one language, and how many files and documents were skipped, by reason."""
 
-    sources: list[Source]
+    sources: list[Source | DatasetSource]
     skipped: Counter[str]
 
     def fingerprint(self) -> str:
         """sha256 over the names and contents of all sources."""
         digest = hashlib.sha256()
         for source in self.sources:
-            digest.update(f"{source.name}\0{sha256_file(source.path)}\n".encode())
+            digest.update(f"{source.name}\0{source.digest}\n".encode())
         return digest.hexdigest()
 
     def size(self) -> int:
-        """Bytes of all sources as they lie on the disk."""
-        return sum(source.path.stat().st_size for source in self.sources)
+        """Bytes of all sources as they lie on the disk; of a dataset, of its text."""
+        return sum(source.size for source in self.sources)
 
 
 def find_text(folder: Path, languages: tuple[str, ...] = (), flag: str = "--input") -> dict[str, LanguageText]:
@@ -106,7 +125,7 @@ def find_text(folder: Path, languages: tuple[str, ...] = (), flag: str = "--inpu
 
 
 def _is_text_name(name: str) -> bool:
-    return name.removesuffix(".gz").endswith(SUFFIXES)
+    return name.removesuffix(".gz").endswith(SUFFIXES) or name.endswith(PARQUET)
 
 
 def _files_below(entry: Path, skipped: Counter[str]) -> list[Path]:
@@ -130,37 +149,64 @@ class DocumentReader:
         bytes_read: bytes taken from the disk so far.
     """
 
-    def __init__(self, sources: list[Source], skipped: Counter[str]):
+    def __init__(self, sources: Sequence[Source | DatasetSource], skipped: Counter[str]):
         self._sources, self.skipped = sources, skipped
         self.bytes_read = 0
 
     def __iter__(self) -> Iterator[str]:
-        before = 0
         for source in self._sources:
-            silent, skipped = True, self.skipped.total()
-            try:
-                with open(source.path, "rb") as raw:
-                    for text in self._documents(raw, source.name):
-                        silent = False
-                        self.bytes_read = before + raw.tell()
-                        yield text
-                if silent and self.skipped.total() == skipped:
-                    self.skipped["empty_file"] += 1
-                before += source.path.stat().st_size
-            except OSError:
-                self.skipped["unreadable_file"] += 1
+            before, silent, skipped = self.bytes_read, True, self.skipped.total()
+            texts = self._dataset(source) if isinstance(source, DatasetSource) else self._file(source)
+            for text in self._usable(texts):
+                silent = False
+                yield text
+            if silent and self.skipped.total() == skipped:
+                self.skipped["empty_file"] += 1
+            if isinstance(source, Source):
+                self.bytes_read = before + source.size
 
-    def _documents(self, raw: IO[bytes], name: str) -> Iterator[str]:
-        compressed = name.endswith(".gz")
-        stream: IO[bytes] = gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw  # type: ignore[assignment]
-        lines = self._lines(stream, raw, compressed)
-        parse = _paragraphs if name.removesuffix(".gz").endswith(".txt") else _json_texts
-        for text in parse(lines, self.skipped):
-            reason = fault(text)
+    def _usable(self, texts: Iterable[Any]) -> Iterator[str]:
+        for text in texts:
+            reason = fault(text) if isinstance(text, str) else "no_text_key"
             if reason is None:
                 yield text
             else:
                 self.skipped[reason] += 1
+
+    def _dataset(self, source: DatasetSource) -> Iterator[Any]:
+        for text in source.texts():
+            self.bytes_read += len(text) if isinstance(text, str) else 0
+            yield text
+
+    def _file(self, source: Source) -> Iterator[Any]:
+        before = self.bytes_read
+        try:
+            with open(source.path, "rb") as raw:
+                parse = self._parquet if source.name.endswith(PARQUET) else self._lines_of_text
+                for text in parse(raw, source.name):
+                    self.bytes_read = max(self.bytes_read, before + raw.tell())
+                    yield text
+        except OSError:
+            self.skipped["unreadable_file"] += 1
+
+    def _parquet(self, raw: IO[bytes], name: str) -> Iterator[Any]:
+        try:
+            table = pyarrow.parquet.ParquetFile(raw)
+            columns = [column for column in TEXT_COLUMNS if column in table.schema_arrow.names]
+            if not columns:
+                self.skipped["no_text_column"] += 1
+                return
+            for rows in table.iter_batches(PARQUET_ROWS, columns=columns[:1]):
+                yield from rows.column(0).to_pylist()
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError):  # OSError: a torn page
+            self.skipped["damaged_parquet"] += 1
+
+    def _lines_of_text(self, raw: IO[bytes], name: str) -> Iterator[Any]:
+        compressed = name.endswith(".gz")
+        stream: IO[bytes] = gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw  # type: ignore[assignment]
+        lines = self._lines(stream, raw, compressed)
+        parse = _paragraphs if name.removesuffix(".gz").endswith(".txt") else _json_texts
+        return parse(lines, self.skipped)
 
     def _lines(self, stream: IO[bytes], raw: IO[bytes], compressed: bool) -> Iterator[bytes]:
         inflated = 0
@@ -188,7 +234,7 @@ def _is_bomb(inflated: int, raw: IO[bytes], compressed: bool) -> bool:
     return compressed and inflated > INFLATION_FREE and inflated > INFLATION_LIMIT * raw.tell()
 
 
-def _json_texts(lines: Iterator[bytes], skipped: Counter[str]) -> Iterator[str]:
+def _json_texts(lines: Iterator[bytes], skipped: Counter[str]) -> Iterator[Any]:
     for line in lines:
         if not line.strip():
             continue
@@ -200,11 +246,7 @@ def _json_texts(lines: Iterator[bytes], skipped: Counter[str]) -> Iterator[str]:
         except (ValueError, RecursionError):
             skipped["bad_json"] += 1
             continue
-        text = value.get("text", value.get("raw_content")) if isinstance(value, dict) else None
-        if isinstance(text, str):
-            yield text
-        else:
-            skipped["no_text_key"] += 1
+        yield value.get("text", value.get("raw_content")) if isinstance(value, dict) else None
 
 
 def _paragraphs(lines: Iterator[bytes], skipped: Counter[str]) -> Iterator[str]:

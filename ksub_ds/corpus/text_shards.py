@@ -7,13 +7,17 @@ alone: not on the number of processes, nor on the day.
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json, write_json
 from ksub_ds.common.logging import Progress, get_logger
+from ksub_ds.corpus.dataset_text import DatasetSource
 from ksub_ds.corpus.encoding import ParallelEncoder
 from ksub_ds.corpus.language_shards import shard_language
 from ksub_ds.corpus.packing import Packing
@@ -29,11 +33,11 @@ SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
 class ShardText:
     """Turn a folder of text into token shards for pretraining. The same command again does what is missing."""
 
-    input: Path
-    """Folder of <lang>.jsonl[.gz], <lang>.txt[.gz] (blank lines part documents) or <lang>/ with such files."""
-    tokenizer: Path
+    input: Path | None = None
+    """Folder of <lang>.jsonl[.gz], <lang>.txt[.gz] (blank lines part documents), <lang>.parquet or <lang>/."""
+    tokenizer: Path = tyro.MISSING
     """A SentencePiece .model in XLM-R's layout, or the folder of a HuggingFace tokenizer."""
-    out: Path
+    out: Path = tyro.MISSING
     """Folder to write the shards to."""
     sequence_length: int = 512
     """Tokens a row, <s> and </s> included."""
@@ -42,7 +46,11 @@ class ShardText:
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that tokenise. [one per core]"""
     languages: tuple[str, ...] = ()
-    """Only these languages. [all that are there]"""
+    """Only these languages of --input. [all that are there]"""
+    datasets: tuple[str, ...] = ()
+    """Streamed from the hub: wikipedia, bookcorpus, NAME or NAME:CONFIG (column "text"); NAME may be a local folder."""
+    datasets_language: str = "en"
+    """Language of --datasets; wikipedia comes in that edition."""
 
 
 def shard_text(settings: ShardText) -> dict[str, Any]:
@@ -52,7 +60,10 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
         UserError: a setting out of range, no text, or shards made with other settings in the way.
     """
     _check(settings)
-    text = find_text(settings.input, settings.languages)
+    text = find_text(settings.input, settings.languages) if settings.input else {}
+    if settings.datasets:
+        streamed = [DatasetSource(name, settings.datasets_language) for name in settings.datasets]
+        text.setdefault(settings.datasets_language, LanguageText([], Counter())).sources.extend(streamed)
     tokenizer = load_tokenizer(settings.tokenizer)
     make_folder(settings.out)
     with locked(settings.out):
@@ -75,7 +86,8 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
                     shard_language(settings.out, language, text[language], recipe, packing, encoder, progress)
         manifest = build_manifest(settings.out)
         if not any(entry["files"] for entry in manifest["languages"].values()):
-            raise UserError(f"--input {settings.input}: no readable document in any language (see the counts above)")
+            given = settings.input or " ".join(settings.datasets)
+            raise UserError(f"{given}: no readable document in any language (see the counts above)")
         write_json(settings.out / MANIFEST, manifest)
     _report(manifest, sorted(todo))
     return manifest
@@ -92,9 +104,14 @@ def _check(settings: ShardText) -> None:
         )
     if settings.workers < 1:
         raise UserError(f"--workers {settings.workers}: must be at least 1")
-    for language in settings.languages:
-        if not LANGUAGE_CODE.fullmatch(language):
-            raise UserError(f"--languages {language}: is not a language code such as en or zh-Hant")
+    for option, languages in (("languages", settings.languages), ("datasets-language", (settings.datasets_language,))):
+        for language in languages:
+            if not LANGUAGE_CODE.fullmatch(language):
+                raise UserError(f"--{option} {language}: is not a language code such as en or zh-Hant")
+    if settings.input is None:
+        if not settings.datasets:
+            raise UserError("--input FOLDER or --datasets NAME...: one of them is needed")
+        return
     inside = settings.out.resolve()
     if inside == settings.input.resolve() or inside.is_relative_to(settings.input.resolve()):
         raise UserError(f"--out {settings.out}: lies in the input folder; write the shards somewhere else")

@@ -1,0 +1,125 @@
+"""Text from the sources that `datasets` opens by name, read as a stream: nothing is kept on the disk.
+
+    wikipedia              English Wikipedia (wikimedia/wikipedia, 20231101.en), one article a document
+    bookcorpus             BooksCorpus, whose rows are sentences in the order of the books: rows are joined to
+                           documents of about 10,000 characters
+    NAME, NAME:CONFIG      any other dataset of the hub, or a local folder of one, with a column "text"
+
+The first two are what RoBERTa-MEDIUM is trained on. A hub dataset is taken at the commit that is found first, and
+that commit is part of the fingerprint of the shards.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ksub_ds.common.errors import UserError
+
+TEXT_COLUMNS = ("text", "raw_content")
+JOINED_CHARACTERS = 10_000
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a dataset lies on the hub, and whether its rows are pieces of longer documents."""
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    joined: bool = False
+
+
+KNOWN = {
+    "wikipedia": Dataset("wikimedia/wikipedia", "20231101.{language}"),
+    # The original is a loading script, which `datasets` no longer runs; this is the hub's own conversion of it.
+    "bookcorpus": Dataset("bookcorpus/bookcorpus", revision="refs/convert/parquet", joined=True),
+}
+
+
+class DatasetSource:
+    """The train split of one dataset, as a source of documents.
+
+    Args:
+        name: one of KNOWN, NAME or NAME:CONFIG.
+        language: of the text; chooses Wikipedia's edition.
+
+    Raises:
+        UserError: no such dataset or configuration, no train split, no network, no column of text.
+    """
+
+    def __init__(self, name: str, language: str):
+        path, _, config = name.partition(":")
+        known = KNOWN.get(path, Dataset(path))
+        self.name = name
+        self._joined = known.joined
+        self._path, self._revision = known.path, known.revision
+        self._config = config or (known.config and known.config.format(language=language))
+        self._builder = self._open()
+        rows = self._stream()
+        columns = rows.column_names or list(next(iter(rows), {}))
+        found = [column for column in TEXT_COLUMNS if column in columns]
+        if not found:
+            raise UserError(f'--datasets {name}: has no column "text", only {", ".join(columns) or "empty rows"}')
+        self._column = found[0]
+
+    def _open(self) -> Any:
+        import datasets
+
+        try:
+            return datasets.load_dataset_builder(self._path, self._config, revision=self._revision)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(f"--datasets {self.name}: cannot be opened ({_one_line(error)})") from error
+
+    def _stream(self) -> Any:
+        try:
+            return self._builder.as_streaming_dataset(split="train")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"--datasets {self.name}: has no train split ({_one_line(error)})") from error
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What decides the text: path, configuration, and the commit (the files' names and times, if local)."""
+        return f"{self._path} {self._builder.config.name} {self._builder.hash} {self._column} {self._joined}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of text, as far as the dataset tells; else 0."""
+        split = (self._builder.info.splits or {}).get("train")
+        return int(split.num_bytes or 0) if split else 0
+
+    def texts(self) -> Iterator[Any]:
+        """The documents, in order; a row whose text is no string comes as it is.
+
+        Raises:
+            UserError: the stream broke off.
+        """
+        rows = (row.get(self._column) for row in self._rows())
+        return _join(rows) if self._joined else rows
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        import datasets
+
+        try:
+            yield from self._stream()
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(f"--datasets {self.name}: broke off ({_one_line(error)}); run again") from error
+
+
+def _join(rows: Iterable[Any]) -> Iterator[str]:
+    """Rows put together, a line each, until a document has JOINED_CHARACTERS."""
+    lines: list[str] = []
+    size = 0
+    for row in rows:
+        if isinstance(row, str):
+            lines.append(row)
+            size += len(row) + 1
+        if size >= JOINED_CHARACTERS:
+            yield "\n".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield "\n".join(lines)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

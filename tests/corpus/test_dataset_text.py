@@ -1,0 +1,113 @@
+"""Parquet files and sources that `datasets` opens: the same shards as from JSONL, rows joined, mistakes told."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.corpus import dataset_text
+from ksub_ds.corpus.dataset_text import KNOWN, Dataset, DatasetSource
+from ksub_ds.corpus.text import DocumentReader, find_text
+from ksub_ds.corpus.text_shards import ShardText, shard_text
+
+
+@pytest.fixture(scope="module")
+def english(tiny_text: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in (tiny_text / "en.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"id": range(len(texts)), column: texts}), path)
+    return path
+
+
+def read(folder: Path) -> tuple[list[str], Counter[str]]:
+    text = find_text(folder)["en"]
+    return list(DocumentReader(text.sources, text.skipped)), text.skipped
+
+
+def test_parquet_files_are_read_as_jsonl_is(tmp_path: Path, english: list[str]) -> None:
+    write_parquet(tmp_path / "one/en.parquet", [*english, None, "", "a\0b"])
+    write_parquet(tmp_path / "two/en/part-0.parquet", list(english), column="raw_content")
+    assert read(tmp_path / "one") == (english, Counter({"no_text_key": 1, "empty": 1, "nul_character": 1}))
+    assert read(tmp_path / "two") == (english, Counter())
+
+
+def test_bad_parquet_files_are_counted(tmp_path: Path, english: list[str]) -> None:
+    good = write_parquet(tmp_path / "good.parquet", list(english)).read_bytes()
+    write_parquet(tmp_path / "in/en/a.parquet", list(english), column="body")
+    middle = len(good) // 2  # in the text
+    torn = good[:middle] + b"\xff" * 99 + good[middle + 99 :]
+    for name, content in {"b": good[:-100], "c": b"PAR1", "d": b"", "e": torn}.items():
+        (tmp_path / f"in/en/{name}.parquet").write_bytes(content)
+    write_parquet(tmp_path / "in/en/z.parquet", english[:2])
+    texts, skipped = read(tmp_path / "in")
+    assert texts[-2:] == english[:2]
+    assert +skipped == {"no_text_column": 1, "damaged_parquet": 4}
+
+
+def test_a_dataset_gives_the_shards_of_its_text(tmp_path: Path, tiny_tokenizer: Path, english: list[str]) -> None:
+    """A local folder goes through `datasets` as a name of the hub does; streamed, as JSONL and as parquet."""
+    (tmp_path / "jsonl").mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in english)
+    (tmp_path / "jsonl/en.jsonl").write_text(lines, encoding="utf-8")
+    write_parquet(tmp_path / "hub/data/train-0.parquet", list(english))
+    files = shard_text(ShardText(tmp_path / "jsonl", tiny_tokenizer, tmp_path / "a", sequence_length=64, workers=1))
+    by_name = ShardText(None, tiny_tokenizer, tmp_path / "b", 64, workers=1, datasets=(str(tmp_path / "hub"),))
+    streamed = shard_text(by_name)
+    assert files["languages"]["en"]["files"] == streamed["languages"]["en"]["files"]
+    stamp = (tmp_path / "b/en/part.json").stat().st_mtime_ns
+    shard_text(by_name)  # nothing changed: nothing is done
+    assert (tmp_path / "b/en/part.json").stat().st_mtime_ns == stamp
+    write_parquet(tmp_path / "hub/data/train-0.parquet", english[:100])
+    assert shard_text(by_name)["fingerprint"] != streamed["fingerprint"]
+
+
+def test_text_of_a_folder_and_of_datasets_goes_together(tmp_path: Path, tiny_text: Path, tiny_tokenizer: Path) -> None:
+    write_parquet(tmp_path / "hub/train.parquet", ["one stone and one bird"] * 7)
+    settings = ShardText(
+        tiny_text,
+        tiny_tokenizer,
+        tmp_path / "out",
+        64,
+        0.0,
+        1,
+        datasets=(str(tmp_path / "hub"),),
+        datasets_language="tr",
+    )
+    languages = shard_text(settings)["languages"]
+    assert {name: entry["train"]["documents"] for name, entry in languages.items()} == {"el": 100, "en": 300, "tr": 47}
+
+
+def test_rows_of_books_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [f"sentence number {number} of the book ." for number in range(1000)]
+    write_parquet(tmp_path / "books/train.parquet", list(rows))
+    monkeypatch.setitem(KNOWN, "bookcorpus", Dataset(str(tmp_path / "books"), joined=KNOWN["bookcorpus"].joined))
+    texts = list(DatasetSource("bookcorpus", "en").texts())
+    assert "\n".join(texts).split("\n") == rows
+    assert all(len(text) >= dataset_text.JOINED_CHARACTERS - 1 for text in texts[:-1])
+    assert len(texts) == 4
+
+
+def test_mistakes_are_one_line(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    write_parquet(tmp_path / "body/train.parquet", ["x"], column="body")
+    write_parquet(tmp_path / "test/test.parquet", ["x"])
+    (tmp_path / "empty").mkdir()
+    for name, words in (
+        (str(tmp_path / "body"), 'no column "text", only id, body'),
+        (str(tmp_path / "test"), "train"),
+        (str(tmp_path / "empty"), "cannot be opened"),
+        (str(tmp_path / "body") + ":nosuch", "cannot be opened"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            DatasetSource(name, "en")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="--input FOLDER or --datasets"):
+        shard_text(ShardText(None, tiny_tokenizer, tmp_path / "out"))
+    with pytest.raises(UserError, match="--datasets-language"):
+        shard_text(ShardText(None, tiny_tokenizer, tmp_path / "out", datasets=("x",), datasets_language="../x"))
