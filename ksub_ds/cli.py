@@ -176,17 +176,32 @@ def corpus_stats(shards: Positional[Path]) -> None:
     print(corpus_table(shards))
 
 
-def export(run: Positional[Path], out: Path, step: int | None = None) -> None:
+def export(
+    run: Positional[Path],
+    out: Path,
+    step: int | None = None,
+    remote_code: bool = False,
+    dense: bool = False,
+    onnx: bool = False,
+    license: str | None = None,
+) -> None:
     """Write the model of a run as a HuggingFace folder, reload it and compare logits before publishing.
 
     Args:
-        run: A run folder of `ksub pretrain`.
+        run: A run folder of `ksub pretrain`, or a folder of `ksub compress`.
         out: The folder to write.
         step: Export the checkpoint of this step. [the newest]
+        remote_code: Bring the model's code along: the folder opens without ksub_ds, by trust_remote_code=True.
+        dense: A plain XLM-R or RoBERTa with its N x d matrix, which any tool opens.
+        onnx: Write model.onnx too, compared with onnxruntime.
+        license: Of the weights, for the model card, as the Hub spells it (apache-2.0, cc-by-4.0).
     """
     from ksub_ds.pretrain.export import export_run
 
-    export_run(run, out, step)
+    if remote_code and dense:
+        raise UserError("--remote-code and --dense: a dense folder needs no code of ours; give one of them")
+    form: Literal["ksub", "remote-code", "dense"] = "dense" if dense else "remote-code" if remote_code else "ksub"
+    export_run(run, out, step, form, onnx, license)
 
 
 def analyze(arguments: Sequence[str]) -> None:
@@ -215,7 +230,8 @@ def report(
     """Join results of `ksub evaluate` into the paper's tables; or, with --html, write the page of a run.
 
     Args:
-        results: Folders of `ksub evaluate xnli` or `glue`. With --html: a run folder, then any results.
+        results: Folders of `ksub evaluate xnli` or `glue`. With --html: a run folder, then any results
+            and analyses to show in its page.
         format: How to print the tables.
         baseline: The result that the others are compared with. [the first with a plain embedding]
         html: Write the report of a pretraining run to this file.

@@ -87,7 +87,7 @@ def compress_model(settings: CompressModel) -> Path:
         table.save(temporary / "codes.safetensors")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        _copy_sentence_files(Path(settings.model), temporary)
+        copy_sentence_files(Path(settings.model), temporary)
         source = {"model": settings.model, "codes_sha256": table.sha256}
         write_json(temporary / "compression.json", source | report.to_json())
     for line in report.lines():
@@ -157,7 +157,8 @@ def _masked_loss(settings: CompressModel, model: Any, tokenizer: Any) -> Callabl
     return measure
 
 
-def _copy_sentence_files(source: Path, target: Path) -> None:
+def copy_sentence_files(source: Path, target: Path) -> None:
+    """Copy what makes a folder one of sentence-transformers, if it is there."""
     for name in SENTENCE_FILES:
         if (source / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)
