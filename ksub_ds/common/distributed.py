@@ -8,20 +8,28 @@ The only file that reads RANK, SLURM_* and OMPI_*, and the home of mpi4py. Four 
     nothing                 one process
 
 A rank that fails alone leaves the others waiting in their next reduction. So whatever can go wrong
-for the user runs under `in_agreement`: every rank raises when one does.
+for the user runs under `in_agreement`: every rank raises when one does. What goes wrong without a
+word (a killed process, a cut network, a rank that hangs) is the `Watchdog`'s, started here:
+
+    KSUB_TIMEOUT_SECONDS    a rank that stands still for so long hangs; a collective ends after it [600]
+    KSUB_SILENCE_SECONDS    a rank without a sign of life for so long is lost [60]
 """
 
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.watchdog import Watchdog, connector
 
-TIMEOUT_SECONDS = 600.0  # a cut network ends the run after this; torch's own half hour is too long to notice
+TIMEOUT_SECONDS, SILENCE_SECONDS = 600, 60
+BACKEND_GRACE_SECONDS = 30  # torch's own timeout comes later than ours, which names the rank
 Result = TypeVar("Result")
+_watchdog: Watchdog | None = None
 
 
 class Place(NamedTuple):
@@ -94,12 +102,25 @@ def device() -> Any:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
-def init_distributed(timeout_s: float = TIMEOUT_SECONDS) -> Place:
-    """Start the process group (nccl on GPUs, gloo otherwise); safe to call twice.
+def watchdog() -> Watchdog | None:
+    """This rank's watchdog, once `init_distributed` has started it."""
+    return _watchdog
+
+
+def arrive(where: str | None = None) -> None:
+    """Tell the watchdog that this rank has come to the next point that all ranks come to."""
+    if _watchdog is not None:
+        _watchdog.arrive(where)
+
+
+def init_distributed() -> Place:
+    """Start the process group (nccl on GPUs, gloo otherwise) and the watchdog; safe to call twice.
 
     Raises:
-        UserError: the environment names ranks but no place to meet (MASTER_ADDR).
+        UserError: the environment names ranks but no place to meet (MASTER_ADDR), or its port is taken.
+        RuntimeError: not all ranks came in time; those that are missing are named.
     """
+    global _watchdog
     import torch
     import torch.distributed as dist
 
@@ -122,11 +143,50 @@ def init_distributed(timeout_s: float = TIMEOUT_SECONDS) -> Place:
     if not has_gpu():
         # 40 s of g++ at the first start, for an operator that only inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    timeout = timedelta(seconds=timeout_s)
+    patience = _integer("KSUB_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
+    timeout = timedelta(seconds=patience + BACKEND_GRACE_SECONDS)
     # DeepSpeed makes its data-parallel group without a timeout, so the default has to change as well.
     dist.distributed_c10d.default_pg_timeout = timeout
+    if here.world_size > 1:
+        _meet(here, patience, timeout)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    if here.world_size == 1:
+        _watchdog = Watchdog(0, [socket.gethostname()])
     return here
+
+
+def _meet(here: Place, patience: float, timeout: timedelta) -> None:
+    """Wait for all ranks at rank 0's store, start the watchdog, then torch's process group."""
+    global _watchdog
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, for all attempts
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    serves = here.rank == 0 and not served
+    try:
+        store = dist.TCPStore(
+            address, port, is_master=serves, timeout=timedelta(seconds=patience), wait_for_workers=False
+        )
+    except dist.DistNetworkError as error:
+        if serves and "EADDRINUSE" in str(error):
+            raise UserError(f"MASTER_PORT {port} is taken on {address}; export another MASTER_PORT") from None
+        raise RuntimeError(f"no answer from rank 0 at {address}:{port} for {patience} s") from None
+    store.set(f"ksub/{attempt}/here/{here.rank}", socket.gethostname())
+    deadline = time.monotonic() + patience
+    keys = [f"ksub/{attempt}/here/{rank}" for rank in range(here.world_size)]
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            raise RuntimeError(f"rank {', '.join(map(str, missing))} did not come to {address}:{port} in {patience} s")
+        time.sleep(0.02)
+    hosts = [host.decode() for host in store.multi_get(keys)]
+    silence = _integer("KSUB_SILENCE_SECONDS", SILENCE_SECONDS)
+    connect = connector(address, port, f"ksub/{attempt}", timedelta(seconds=silence))
+    _watchdog = Watchdog(here.rank, hosts, connect, patience, silence)
+    backend = "nccl" if has_gpu() else "gloo"
+    group_store = dist.PrefixStore(f"group/{attempt}", store)
+    dist.init_process_group(backend, store=group_store, rank=here.rank, world_size=here.world_size, timeout=timeout)
 
 
 def _share_cores(here: Place) -> None:
@@ -169,6 +229,7 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     import torch
     import torch.distributed as dist
 
+    arrive()
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(tensor)
     return tensor.tolist()
@@ -180,6 +241,7 @@ def broadcast_object(value: Any) -> Any:
         return value
     import torch.distributed as dist
 
+    arrive()
     box = [value if is_main() else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -190,6 +252,7 @@ def broadcast_tensor(tensor: Any) -> None:
     if world_size() > 1:
         import torch.distributed as dist
 
+        arrive()
         dist.broadcast(tensor, src=0)
 
 
@@ -199,6 +262,7 @@ def gather_objects(value: Any) -> list[Any]:
         return [value]
     import torch.distributed as dist
 
+    arrive()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -217,8 +281,15 @@ def in_agreement(function: Callable[[], Result]) -> Result:
     problems = gather_objects(problem)
     for failed_rank, text in enumerate(problems):
         if text is not None:
-            raise UserError(text if failed_rank == 0 else f"{text} (on rank {failed_rank})")
+            all_raise(text if failed_rank == 0 else f"{text} (on rank {failed_rank})")
     return result  # type: ignore[return-value]  # no problem anywhere: function() returned
+
+
+def all_raise(text: str) -> NoReturn:
+    """Raise a UserError that every rank raises at this point; rank 0 alone will print it."""
+    error = UserError(text)
+    error.agreed = True
+    raise error
 
 
 def on_main(function: Callable[[], Result]) -> Result | None:
@@ -257,7 +328,11 @@ def mpi_from_main(function: Callable[[], Result]) -> Result:
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
+    global _watchdog
     import torch.distributed as dist
 
+    if _watchdog is not None:
+        _watchdog.stop()
+        _watchdog = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -20,15 +20,19 @@ write it; the ranks that miss it do.
 
 import contextlib
 import io
+import os
+import socket
 import sys
 from collections.abc import Sequence
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.watchdog import EXIT_INTERRUPTED, EXIT_USER_ERROR, Failure, Watchdog
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is ours to tell, without C++ frames
     try:
         import tyro
 
@@ -40,17 +44,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from ksub_ds.pretrain.run import run  # seconds of imports that --help does without
 
         return run(recipe)
-    except UserError as error:
-        if distributed.is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     except KeyboardInterrupt:  # before the first step or after the last; in between the loop saves and returns
-        if distributed.is_main():
-            print("interrupted; the same command continues", file=sys.stderr, flush=True)
-        return 130
+        return end_early("interrupted; the same command continues", EXIT_INTERRUPTED)
+    except UserError as error:
+        return end_early(str(error), EXIT_USER_ERROR, error.agreed)
+    except Exception as error:
+        return (distributed.watchdog() or _alone()).end_by(error)
     finally:
         if "torch" in sys.modules:
             distributed.shutdown()
+
+
+def end_early(reason: str, exit_code: int, agreed: bool = False) -> int:
+    """Say why the run ends, once for all ranks, and return the exit code. With several ranks it may not return.
+
+    Args:
+        agreed: every rank is here for the same reason.
+    """
+    watchdog = distributed.watchdog()
+    if watchdog is None:  # before the ranks have met: all of them are here, for the same reason
+        watchdog = _alone()
+        if watchdog.rank > 0:
+            return exit_code
+    elif agreed and not distributed.is_main():
+        return watchdog.wait_for_main(exit_code)
+    rank, host = watchdog.rank, watchdog.hosts[watchdog.rank]
+    if watchdog.world_size > 1 and not agreed and exit_code == EXIT_USER_ERROR:
+        reason += f" (rank {rank} on {host})"
+    return watchdog.end(Failure(rank, host, watchdog.step, reason, exit_code, restart_may_help=False))
+
+
+def _alone() -> Watchdog:
+    """Stands in before the ranks have met."""
+    try:
+        rank = distributed.rank()
+    except UserError:  # the environment names no number
+        rank = 0
+    return Watchdog(rank, [socket.gethostname()] * (rank + 1))
 
 
 if __name__ == "__main__":

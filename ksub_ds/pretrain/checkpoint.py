@@ -63,6 +63,7 @@ def save(engine: Any, folder: Path, state: TrainerState, keep_last: int) -> Path
     Raises:
         UserError: on every rank, when the disk is full or refuses; the earlier checkpoints are untouched.
     """
+    distributed.arrive(f"saving step {state.step}")
     tensors: dict[str, Any] = {}
     for key, tensor in named_masters(engine):
         if distributed.is_main():

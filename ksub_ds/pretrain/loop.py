@@ -11,10 +11,9 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from ksub_ds.common import distributed
-from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.pretrain import checkpoint
 from ksub_ds.pretrain.checkpoint import TrainerState
@@ -101,6 +100,8 @@ def train_step(training: Training, batches: StepBatches, steps_done: int) -> Ste
     import torch
 
     recipe, engine, step = training.recipe, training.engine, steps_done + 1
+    distributed.watchdog().step = step
+    distributed.arrive(f"step {step}")
     device = distributed.device()
     masked, tokens = distributed.all_reduce_sum([batches.masked_tokens, batches.tokens])
     masked = max(masked, 1.0)
@@ -125,6 +126,7 @@ def train_step(training: Training, batches: StepBatches, steps_done: int) -> Ste
         _refuse(training, step, "the loss", _ranks_where(not math.isfinite(local_loss)))
     accuracy = masked_accuracy(engine, tensors) if step % recipe.log_every_steps == 0 else None
 
+    distributed.arrive(f"the update of step {step}")
     gradient_norm = reduced_gradient_norm(engine)
     if gradient_norm is not None and not math.isfinite(gradient_norm):
         _refuse(training, step, "the gradient", [])
@@ -183,6 +185,7 @@ def _evaluation_is_missing(training: Training, step: int) -> bool:
 
 def _evaluate(training: Training, step: int) -> None:
     if training.held_out is not None:
+        distributed.arrive(f"the evaluation after step {step}")
         scores = evaluate(training.engine.module, training.held_out, training.languages)
         training.recorder.evaluation(step, scores)
 
@@ -191,14 +194,14 @@ def _ranks_where(condition: bool) -> list[int]:
     return [rank for rank, holds in enumerate(distributed.gather_objects(condition)) if holds]
 
 
-def _refuse(training: Training, step: int, what: str, ranks: list[int]) -> None:
+def _refuse(training: Training, step: int, what: str, ranks: list[int]) -> NoReturn:
     """Every rank raises the same line; the update of this step was not made."""
     where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
     latest = distributed.broadcast_object(
         checkpoint.newest_complete(training.folder.checkpoints, quiet=True) if distributed.is_main() else None
     )
     good = f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet"
-    raise UserError(
+    distributed.all_raise(
         f"step {step}: {what} is not finite{where}; stopped before the update; {good}. "
         "Try a lower --peak-lr, a --gradient-clipping of 1.0 or --precision fp32 in a new --out"
     )

@@ -19,21 +19,21 @@ from ksub_ds.pretrain.stopping import StopRequest
 
 
 def run(recipe: Recipe) -> int:
-    """Start or continue the run of a recipe; every rank calls this. Returns the exit code.
-
-    0: the last step was reached, or a STOP file or --max-hours ended the run; 128 + n: signal n did.
+    """Start or continue the run of a recipe; every rank calls this. Returns the exit code (`__main__` lists them).
 
     Raises:
         UserError: on every rank alike.
     """
-    recipe = resolve(recipe, distributed.world_size(), distributed.has_gpu())
-    prepare.check_mechanics(recipe)
+    if distributed.world_size() > 1:  # first, so that one rank's mistake is told by all
+        distributed.init_distributed()
+    recipe = distributed.in_agreement(lambda: _settle(recipe))
     distributed.init_distributed()
     if not distributed.is_main():
         get_logger().setLevel(logging.ERROR)
     logging.raiseExceptions = False  # a full disk must not print a traceback per line of train.log
     folder = RunFolder(recipe.out)
     distributed.on_main(folder.lock)
+    distributed.watchdog().on_failure = folder.record_failure
     try:
         sources = distributed.in_agreement(lambda: prepare.load_sources(recipe))
         distributed.on_main(lambda: folder.claim(sources.identity(recipe), sources.table, sources.tokenizer))
@@ -42,6 +42,13 @@ def run(recipe: Recipe) -> int:
         return _train(recipe, folder, sources)
     finally:
         folder.unlock()
+
+
+def _settle(recipe: Recipe) -> Recipe:
+    """The recipe with nothing left open, checked together with its ds_configs file."""
+    recipe = resolve(recipe, distributed.world_size(), distributed.has_gpu())
+    prepare.check_mechanics(recipe)
+    return recipe
 
 
 def _train(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> int:
@@ -77,13 +84,13 @@ def _train(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> int:
         with Recorder(folder, engine.monitor, state.step, recipe.max_steps) as recorder:
             training = Training(recipe, folder, engine, feed, held_out, languages, recorder, stop)
             state, reason = train(training, state)
-        signals = [number for number in distributed.gather_objects(stop.signal_number) if number]
+        exit_codes = [code for code in distributed.gather_objects(stop.exit_code()) if code]
     if reason is None:
         log.info(f"done: step {state.step:,}. Next: ksub export {shlex.quote(str(folder.path))} --out model")
         return 0
     distributed.on_main(folder.honour_stop)
     log.info(f"stopped after step {state.step:,} of {recipe.max_steps:,} ({reason}), saved; the same command continues")
-    return 128 + signals[0] if signals else 0
+    return exit_codes[0] if exit_codes else 0
 
 
 def _start_state(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> tuple[Path | None, TrainerState]:

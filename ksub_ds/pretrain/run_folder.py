@@ -8,12 +8,14 @@
         train.log            what the terminal showed        tensorboard/
         checkpoints/global_step{N}/
         LATEST               name of the newest checkpoint, for people: a continuation looks for itself
-        STOP                 touch it, and the run saves and ends at the next step
+        STOP                 touch it, and the run saves and ends at the next step (`echo requeue > STOP`: with code 75)
+        failure.json         why the last start ended before its time, if it did
 
 All methods that write run on rank 0 only (`distributed.on_main`).
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shlex
@@ -25,6 +27,7 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, atomic_path, write_json
+from ksub_ds.common.watchdog import Failure
 from ksub_ds.pretrain.recipe_file import changed_keys, read_recipe
 
 
@@ -43,6 +46,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.stop = self.path / "STOP"
+        self.failure = self.path / "failure.json"
         self._lock: int | None = None
 
     def lock(self) -> None:
@@ -70,6 +74,7 @@ class RunFolder:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock = descriptor
+        self.failure.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         """Let the folder go."""
@@ -96,7 +101,9 @@ class RunFolder:
                     f"{self.recipe}: this run has another recipe ({'; '.join(changes)}); "
                     "give the old values, or a new --out"
                 )
-        elif foreign := sorted(entry.name for entry in self.path.iterdir() if entry.name not in (".lock", "STOP")):
+        elif foreign := sorted(
+            entry.name for entry in self.path.iterdir() if entry.name not in (".lock", "STOP", "logs")
+        ):
             raise UserError(
                 f"--out {self.path}: holds {foreign[0]!r} but no recipe.json: not a run folder; choose another"
             )
@@ -111,6 +118,14 @@ class RunFolder:
         if not self.tokenizer.exists():
             with atomic_folder(self.tokenizer) as temporary:
                 tokenizer.save(temporary)
+
+    def record_failure(self, failure: Failure) -> None:
+        """Write failure.json and the last line of train.log; whatever goes wrong here is not the news."""
+        with contextlib.suppress(OSError, UserError):
+            if self.recipe.exists() and not self.failure.exists():
+                write_json(self.failure, dataclasses.asdict(failure))
+                with open(self.log, "a", encoding="utf-8") as stream:
+                    stream.write(f"{failure.time} {failure.line()}\n")
 
     def honour_stop(self) -> None:
         """Remove the STOP file: it has been obeyed."""

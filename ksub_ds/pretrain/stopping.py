@@ -4,6 +4,7 @@ DeepSpeed's launcher passes signals on to its ranks one after the other, 30 seco
 all. So a request on any rank counts, and the loop agrees on it in a reduction it makes anyway.
 """
 
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import FrameType, TracebackType
 
 from ksub_ds.common import distributed
 
+EXIT_REQUEUE = 75  # sysexits' EX_TEMPFAIL: try again
+REQUEUE = "requeue"  # in the STOP file: a scheduler asks, and will start the run again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -34,6 +37,15 @@ class StopRequest:
             if self._deadline is not None and time.monotonic() > self._deadline:
                 return f"--max-hours {self._max_hours:g} is over"
         return None
+
+    def exit_code(self) -> int:
+        """What to end with after `reason` has given one, as this rank sees it."""
+        if self.signal_number is not None:
+            return EXIT_REQUEUE if self.signal_number == signal.SIGUSR1 else 128 + self.signal_number
+        if distributed.is_main():
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                return EXIT_REQUEUE if self._stop_file.read_text(encoding="utf-8").strip() == REQUEUE else 0
+        return 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number

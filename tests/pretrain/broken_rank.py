@@ -1,0 +1,56 @@
+"""Pretrain as usual, but one rank breaks in the middle: it raises, hangs, is stopped, or is killed.
+
+    RANK=0 WORLD_SIZE=2 ... python tests/pretrain/broken_rank.py HOW RANK CALL --preset tiny ...
+
+HOW happens in the CALL-th forward pass on that rank.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from ksub_ds import KSubRobertaForMaskedLM
+from ksub_ds.common.errors import UserError
+from ksub_ds.pretrain.__main__ import main
+
+FORWARD = KSubRobertaForMaskedLM.forward
+
+
+def mistake() -> None:
+    raise UserError("the disk of this rank alone is full")
+
+
+def fault() -> None:
+    raise KeyError("a bug on this rank alone")
+
+
+BREAK = {
+    "raises": fault,
+    "errs": mistake,
+    "hangs": lambda: time.sleep(1000),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "interrupted": lambda: signal.raise_signal(signal.SIGINT),
+    "fine": lambda: None,
+}
+
+
+def break_forward(how: str, call: int) -> None:
+    calls = 0
+
+    def forward(self, *arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            BREAK[how]()
+        return FORWARD(self, *arguments, **keywords)
+
+    KSubRobertaForMaskedLM.forward = forward
+
+
+if __name__ == "__main__":
+    how, rank, call, *arguments = sys.argv[1:]
+    if os.environ["RANK"] == rank:
+        break_forward(how, int(call))
+    sys.exit(main(arguments))
