@@ -89,7 +89,7 @@ def shard_language(
         skipped = dict(sorted((+text.skipped).items()))
         files = part.pop("files")
         write_json(folder / "part.json", {"recipe": recipe, **part, "skipped": skipped, "files": files})
-    progress.advance(text.size() // 1000 - shown, language=language)
+    progress.advance(max(text.size() // 1000 - shown, 0), language=language)
     if skipped:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
         get_logger().info(f"{language}: skipped documents or files: {reasons}")

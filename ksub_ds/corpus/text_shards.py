@@ -79,7 +79,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
             total = sum(text[language].size() for language in todo)
             packing = Packing(settings.sequence_length, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
             with (
-                Progress(total // 1000, "kB of text", "sharding") as progress,
+                Progress(total // 1000 or None, "kB of text", "sharding") as progress,
                 ParallelEncoder(tokenizer, settings.workers) as encoder,
             ):
                 for language, recipe in todo.items():
