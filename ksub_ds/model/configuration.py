@@ -68,6 +68,17 @@ class KSubRobertaConfig(RobertaConfig):
         return cls._preset({"vocab_size": 250002}, overrides)
 
     @classmethod
+    def small(cls, **overrides: Any) -> "KSubRobertaConfig":
+        """6 layers, d = 384 (10.6M parameters outside the embedding): for experiments; give your codes' vocab_size."""
+        fields = {
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+            "intermediate_size": 1536,
+        }
+        return cls._preset(fields, overrides)
+
+    @classmethod
     def tiny(cls, **overrides: Any) -> "KSubRobertaConfig":
         """2 layers, d = 128: for trials and tests; give the vocab_size of your codes."""
         fields = {

@@ -1,0 +1,154 @@
+"""Do small models learn XNLI? Plain, positional and clustered models pretrained and fine-tuned on a CPU.
+
+    python experiments/xnli/run.py --text text --data xnli --out xnli-experiment
+
+A vocabulary of at most 32,000 pieces is trained on the text; models have 6 layers of width 384 (10.6M parameters
+outside the embedding). Each step is a command of the project, and what is done is not done again: the same command
+goes on where it was stopped. OUT/results.json and OUT/table.md are written anew after every model, so what is there
+can be read at any time. The fine-tuning's learning rate is not Table 6's: a model that has read little must still
+learn much from the pairs.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from baselines import logistic_regression
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import read_json, write_json
+from ksub_ds.evaluate.tables import percent, render, write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("clustered", "plain", "positional")
+
+
+class Steps:
+    """Runs commands once each, and keeps how long they took."""
+
+    def __init__(self, out: Path):
+        self._out, self._path = out, out / "seconds.json"
+        out.mkdir(parents=True, exist_ok=True)
+        self.seconds: dict[str, float] = read_json(self._path) if self._path.exists() else {}
+
+    def run(self, name: str, made: Path, *command: Any) -> None:
+        """Run a Python command unless `made` is there; it must be there afterwards."""
+        if made.exists():
+            return
+        words = [sys.executable, *map(str, command)]
+        print(f"+ {shlex.join(words)}", flush=True)
+        start = time.monotonic()
+        done = subprocess.run(words, check=False)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
+        write_json(self._path, self.seconds)
+        if done.returncode or not made.exists():
+            raise UserError(f"{name}: ended with exit code {done.returncode}; its message stands above")
+
+
+def experiment(options: argparse.Namespace) -> None:
+    """All steps; the table after each model."""
+    out, ksub = options.out, ("-m", "ksub_ds.cli")
+    steps = Steps(out)
+    tokenizer, shards = out / "tokenizer" / "sentencepiece.bpe.model", out / "shards"
+    train_tokenizer = (ROOT / "experiments/demo/tokenizer.py", "--input", options.text, "--out", tokenizer)
+    steps.run("tokenizer", tokenizer, *train_tokenizer, "--pieces", options.pieces)
+    cut = ("--sequence-length", 128, "--validation-fraction", 0.01, "--workers", 1)
+    shard = (ROOT / "preprocessing/shard_text.py", "--input", options.text, "--tokenizer", tokenizer, "--out", shards)
+    steps.run("shards", shards / "manifest.json", *shard, *cut)
+    make_codes(steps, out, tokenizer, shards, ksub)
+    baselines = out / "baselines.json"
+    if not baselines.exists():
+        write_json(baselines, logistic_regression(options.data))
+    outcome(options, steps)
+    for kind in KINDS:
+        pretrain_and_evaluate(kind, options, steps, ksub)
+        outcome(options, steps)
+
+
+def make_codes(steps: Steps, out: Path, tokenizer: Path, shards: Path, ksub: tuple[str, ...]) -> None:
+    """Positional codes with M = ceil(N^(1/3)); clustered ones of as many rows and a quarter more."""
+    from ksub_ds.corpus.tokenizer import load_tokenizer
+
+    rows = 1
+    while rows**3 < load_tokenizer(tokenizer).vocab_size:
+        rows += 1
+    codes = {kind: out / f"{kind}.safetensors" for kind in ("positional", "clustered")}
+    sizes = ("--tokenizer", tokenizer, "--num-tables", 3)
+    steps.run(
+        "positional codes", codes["positional"], *ksub, "codes", "positional", *sizes, "--out", codes["positional"]
+    )
+    cluster = ("codes", "cluster", "--embeddings", shards, "--num-tables", 3, "--table-size", rows + rows // 4)
+    steps.run("clustered codes", codes["clustered"], *ksub, *cluster, "--out", codes["clustered"])
+
+
+def pretrain_and_evaluate(kind: str, options: argparse.Namespace, steps: Steps, ksub: tuple[str, ...]) -> None:
+    """One model: pretrain, export, fine-tune with every seed."""
+    out = options.out / kind
+    codes = ("--plain",) if kind == "plain" else ("--codes", options.out / f"{kind}.safetensors")
+    length = ("--max-steps", options.steps, "--save-every-steps", 100, "--eval-every", options.steps)
+    run = ("pretrain", "--preset", "small", *codes, "--data", options.out / "shards", "--out", out / "run", *length)
+    last = out / "run" / "checkpoints" / f"global_step{options.steps}"
+    steps.run(f"{kind}: pretraining", last, *ksub, *run, "--precision", options.precision, "--gradient-clipping", 1)
+    model = out / kind
+    steps.run(f"{kind}: export", model / "config.json", *ksub, "export", out / "run", "--out", model)
+    tuning = ("--epochs", options.epochs, "--learning-rate", options.learning_rate, "--precision", options.precision)
+    cell = ("--setting", options.setting, "--seeds", *range(options.seeds), "--out", out / "xnli")
+    evaluate = ("evaluate", "xnli", "--model", model, "--data", options.data, *cell, *tuning)
+    steps.run(f"{kind}: fine-tuning and test", out / "xnli" / "results.json", *ksub, *evaluate)
+
+
+def outcome(options: argparse.Namespace, steps: Steps) -> None:
+    """Write results.json and table.md of what is there so far."""
+    out = options.out
+    baselines = read_json(out / "baselines.json")
+    models = {kind: read_json(out / kind / "xnli" / "results.json") for kind in KINDS if _is_done(out, kind)}
+    rows = [[name, percent(value), "", ""] for name, value in baselines.items()]
+    for kind, result in models.items():
+        english = [percent(seed["accuracy"]["en"]) for seed in result["seeds"].values()]
+        cells = [percent(result["test"]["en"]["accuracy"]), " ".join(english), percent(result["average"])]
+        rows.append([kind, *cells])
+    rows += [[kind, "not run", "", ""] for kind in KINDS if kind not in models]
+    seconds = sum(steps.seconds.values())
+    title = f"XNLI, {options.setting}, small models on a CPU"
+    table = render(title, ["model", "en", "en, each seed", "average"], rows, "markdown")
+    told = f"\nPretraining {options.steps} steps of 32 x 128 tokens, {options.epochs} epochs of fine-tuning; "
+    write_text(out / "table.md", table + told + f"{seconds / 60:.0f} minutes in all.\n")
+    settings = {key: str(value) for key, value in vars(options).items()}
+    summary = {kind: {key: result[key] for key in ("test", "average", "seeds")} for kind, result in models.items()}
+    results = {"settings": settings, "baselines": baselines, "models": summary, "seconds": steps.seconds}
+    write_json(out / "results.json", results)
+
+
+def _is_done(out: Path, kind: str) -> bool:
+    return (out / kind / "xnli" / "results.json").exists()
+
+
+def main() -> None:
+    """Parse and run; a user's mistake is one line and exit code 2."""
+    parser = argparse.ArgumentParser(description="Pretrain small models on text, fine-tune and test them on XNLI.")
+    parser.add_argument("--text", type=Path, required=True, help="folder of <lang>.jsonl.gz")
+    parser.add_argument("--data", required=True, help="XNLI's folder, or facebook/xnli")
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything")
+    parser.add_argument("--steps", type=int, default=10_000, help="of pretraining, 4,096 tokens each [10000]")
+    parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning [5]")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of fine-tuning [1e-4]")
+    parser.add_argument("--seeds", type=int, default=3, help="fine-tunings a model [3]")
+    parser.add_argument("--pieces", type=int, default=32_000, help="largest vocabulary")
+    parser.add_argument("--setting", default="cross-lingual", choices=("cross-lingual", "translate-train-all"))
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    try:
+        experiment(parser.parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
