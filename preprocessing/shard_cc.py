@@ -16,7 +16,7 @@ import tyro
 from ksub_ds.common.distributed import is_main
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.mpi import Ranks
-from ksub_ds.corpus.crawl import shard_cc
+from ksub_ds.corpus.crawl import dry_run, shard_cc
 from ksub_ds.corpus.crawl_report import exit_line
 from ksub_ds.corpus.crawl_settings import ShardCC
 from ksub_ds.corpus.statistics import corpus_table
@@ -32,10 +32,13 @@ def main() -> None:
             settings = tyro.cli(ShardCC, description=ShardCC.__doc__)
         ranks = Ranks()
         with ranks.together():
-            report = shard_cc(settings, ranks)
+            if settings.dry_run:
+                lines = [dry_run(settings, ranks)]
+            else:
+                report = shard_cc(settings, ranks)
+                lines = [corpus_table(settings.out), exit_line(report)]
         if ranks.is_main:
-            print(corpus_table(settings.out))
-            print(exit_line(report))
+            print("\n".join(lines))
     except UserError as error:
         if is_main():
             print(f"error: {error}", file=sys.stderr)

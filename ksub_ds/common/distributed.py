@@ -298,11 +298,22 @@ def on_main(function: Callable[[], Result]) -> Result | None:
 
 
 def mpi_communicator() -> Any:
-    """MPI's world of processes where mpirun started several, else None: for work that needs no process group."""
-    if "OMPI_COMM_WORLD_SIZE" not in os.environ or world_size() == 1:
+    """MPI's world of processes where mpirun or srun started several, else None: for work without a process group.
+
+    Raises:
+        UserError: several processes were started, but with no MPI between them.
+    """
+    environment = os.environ
+    by_srun = "SLURM_STEP_NUM_TASKS" in environment and "RANK" not in environment
+    if world_size() == 1 or not ("OMPI_COMM_WORLD_SIZE" in environment or by_srun):
         return None
     from mpi4py import MPI
 
+    if MPI.COMM_WORLD.Get_size() != world_size():
+        raise UserError(
+            f"{world_size()} processes were started, but MPI sees {MPI.COMM_WORLD.Get_size()}; start them with "
+            "mpirun, or with srun --mpi=pmix (srun --mpi=list tells what this machine has)"
+        )
     return MPI.COMM_WORLD
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ksub_ds.common.logging import get_logger
 from ksub_ds.common.mpi import Ranks
+from ksub_ds.corpus.crawl_estimate import estimate
 from ksub_ds.corpus.crawl_input import WetFile, describe, find_wet_files
 from ksub_ds.corpus.crawl_pages import Selection
 from ksub_ds.corpus.crawl_run import CrawlRun
@@ -37,7 +38,7 @@ def shard_cc(settings: ShardCC, ranks: Ranks) -> dict[str, Any]:
     if not ranks.is_main:
         get_logger().setLevel("WARNING")
     check(settings)
-    files = ranks.on_main(lambda: find_files(settings))
+    files = ranks.on_main(lambda: find_files(settings, settings.segments))
     tokenizer = ranks.agree(lambda: load_tokenizer(settings.tokenizer))
     selection = ranks.agree(lambda: load_selection(settings))
     ranks.on_main(lambda: make_folder(settings.out))
@@ -49,11 +50,29 @@ def shard_cc(settings: ShardCC, ranks: Ranks) -> dict[str, Any]:
         lock.__exit__(None, None, None)
 
 
-def find_files(settings: ShardCC) -> list[WetFile]:
-    """The input's files in their order, fetched first when they are a snapshot's."""
+def dry_run(settings: ShardCC, ranks: Ranks) -> str:
+    """An estimate of time and disk for this many ranks, made by rank 0; empty on the others.
+
+    Of a snapshot one file is fetched and stands for all.
+    """
+
+    def on_rank_0() -> str:
+        first, _, end = settings.segments.partition(":")
+        files = find_files(settings, f"{first}:{int(first) + 1}" if first.isdigit() and end.isdigit() else "")
+        total = sum(file.size for file in files) * (1 if settings.snapshot is None else int(end) - int(first))
+        selection, tokenizer = load_selection(settings), load_tokenizer(settings.tokenizer)
+        return estimate(
+            files, total, selection, tokenizer, settings.dedup, ranks.size, settings.text_out is not None, settings.out
+        )
+
+    check(settings)
+    return ranks.on_main(on_rank_0)
+
+
+def find_files(settings: ShardCC, segments: str) -> list[WetFile]:
+    """The input's files in their order; of a snapshot those of `segments`, fetched first."""
     if settings.snapshot is None:
         return find_wet_files(settings.input)
-    segments = settings.segments
     paths = fetch_snapshot(settings.snapshot, segments, settings.base_url, settings.cache, settings.connections)
     return [describe(path, path.relative_to(settings.cache).as_posix()) for path in paths]
 

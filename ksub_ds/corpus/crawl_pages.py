@@ -142,12 +142,12 @@ def select_file(
     if content_hash(file) != sha256:
         raise UserError(f"{file.path}: was changed while this run read it; run again when it stays")
     counts: Counts = {}
-    kept, paragraphs = _Kept(masks), 0
+    answers, paragraphs = None if masks is None else _Answers(masks), 0
     with DocumentWriter(out) as writer:
         batch: list[Document] = []
         size = 0
         for page in _pages(file, {}, {"faults": 0, "other": 0}, None):
-            document = kept.of(page)
+            document = keep_paragraphs(page, None if answers is None else answers.take(page.text.count("\n") + 1))
             before = len(page.text.encode())
             count(counts, "dedup", UNKNOWN, before, None if document is None else document.size)
             if document is None:
@@ -156,39 +156,36 @@ def select_file(
             batch.append(document)
             size += len(document.text)
             if size >= BATCH_CHARACTERS:
-                writer.write(_select(batch, selection, counts))
+                writer.write(select_batch(batch, selection, counts))
                 batch, size = [], 0
-        writer.write(_select(batch, selection, counts))
+        writer.write(select_batch(batch, selection, counts))
     return {"counts": counts, "paragraphs": paragraphs}
 
 
-class _Kept:
-    """Takes from each page, in order, the paragraphs that stay."""
+class _Answers:
+    """The masks of a file's blocks as one stream of bytes, 0 or 1 a paragraph."""
 
-    def __init__(self, masks: Iterator[np.ndarray] | None):
-        self._masks = masks
-        self._bits = b""
+    def __init__(self, masks: Iterator[np.ndarray]):
+        self._masks, self._bits = masks, b""
 
-    def of(self, page: Page) -> Document | None:
-        """What is left of a page, or None."""
-        lines = page.text.split("\n")
-        kept = range(len(lines)) if self._masks is None else compress(range(len(lines)), self._take(len(lines)))
-        line_ids = list(kept)
-        if not line_ids:
-            return None
-        text = page.text if len(line_ids) == len(lines) else "\n".join([lines[number] for number in line_ids])
-        return Document(page, lines[0], len(lines), line_ids, text, len(text.encode()))
-
-    def _take(self, number: int) -> bytes:
-        """The next `number` answers, a byte each."""
-        assert self._masks is not None, "asked only when there are masks"
+    def take(self, number: int) -> bytes:
         while len(self._bits) < number:
             self._bits += next(self._masks).tobytes()
         taken, self._bits = self._bits[:number], self._bits[number:]
         return taken
 
 
-def _select(batch: list[Document], selection: Selection, counts: Counts) -> list[Document]:
+def keep_paragraphs(page: Page, answers: bytes | None) -> Document | None:
+    """What is left of a page, or None; `answers` is a byte a line, None keeps all."""
+    lines = page.text.split("\n")
+    line_ids = list(range(len(lines)) if answers is None else compress(range(len(lines)), answers))
+    if not line_ids:
+        return None
+    text = page.text if len(line_ids) == len(lines) else "\n".join([lines[number] for number in line_ids])
+    return Document(page, lines[0], len(lines), line_ids, text, len(text.encode()))
+
+
+def select_batch(batch: list[Document], selection: Selection, counts: Counts) -> list[Document]:
     """The documents of a batch that stay, with their language and bucket filled in."""
     chosen = []
     answers = selection.identifier.identify([document.text for document in batch]) if batch else []
