@@ -24,12 +24,14 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null | head -n 1),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench clean test-cluster test-chaos
 
 help:
 	@echo 'make demo     train, resume, export and query a small 15-language model under demo/'
 	@echo '              [DATA=folder of <lang>.jsonl.gz  TOKENIZER=sentencepiece .model or folder]'
 	@echo 'make test     all tests [KSUB_DATA=folder with real data  ARGS="-k masking"]'
+	@echo 'make test-cluster  three hosts as namespaces, with ssh, pdsh, MPI and SLURM: needs root and docs/cluster.md'"'"'s packages'
+	@echo 'make test-chaos    20 kills at random moments; the weights must be those of a run left alone'
 	@echo 'make lint     ruff check, ruff format --check, mypy'
 	@echo 'make format   let ruff rewrite the files'
 	@echo 'make bench    every measurement in benchmarks/'
@@ -54,6 +56,13 @@ demo: .venv/.installed
 # HF_HUB_OFFLINE: no test may reach for the network. -rs: a skipped test says why.
 test: .venv/.installed
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -rs --durations=10 $(ARGS)
+
+# Not part of `make test`: they need root, and packages that docs/cluster.md names. Without them they skip, and say why.
+test-cluster: .venv/.installed
+	KSUB_CLUSTER=1 $(BIN)/python -m pytest -rs --durations=10 tests/cluster $(ARGS)
+
+test-chaos: .venv/.installed
+	KSUB_CLUSTER=1 KSUB_CHAOS_KILLS=20 $(BIN)/python -m pytest -rs -s tests/cluster/test_chaos.py $(ARGS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check $(SOURCES)

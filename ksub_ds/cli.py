@@ -24,6 +24,7 @@ SUMMARIES = {
     "codes extend": "unused codes for new tokens: the vocabulary grows, the tables do not",
     "corpus stats": "tokens and bytes per language of a shards folder, as the paper's Table 7",
     "pretrain": "pretrain a masked language model on DeepSpeed; the same command again resumes",
+    "submit": "submit a pretraining, evaluation or data job to SLURM; --dry-run prints the sbatch line",
     "analyze": "similarities and PCA of embeddings and hidden states: numbers, figures, a 3-D page (Figures 2 to 10)",
     "compress": "fit small tables to a trained model's embedding, at both ends",
     "export": "write a run's model as a HuggingFace folder, checked by its logits",
@@ -272,6 +273,10 @@ def _help() -> str:
 def _run(name: str, arguments: Sequence[str]) -> int:
     if name == "pretrain":
         return pretrain(arguments)
+    if name == "submit":
+        from ksub_ds.cluster.submit import submit
+
+        return submit(arguments)
     if name.startswith("evaluate "):
         from ksub_ds.evaluate.__main__ import main as evaluate_main
 

@@ -1,0 +1,102 @@
+"""`ksub submit`: a job of ours for SLURM, as the sbatch line that one would type.
+
+ksub submit --dry-run --nodes 4 --time 12:00:00 -- --preset xlmr_medium --codes codes.safetensors --data shards --out run
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ksub_ds.cluster.remote import ROOT
+from ksub_ds.common.errors import UserError
+
+# As sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
+ARRAY = re.compile(r"\d+(-\d+)?(:\d+)?(,\d+(-\d+)?(:\d+)?)*(%\d+)?")
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Submit a job to SLURM. What stands behind `--` goes to the job: `ksub pretrain`'s options, and
+    --max-restarts N; for --job evaluate those of `ksub evaluate`, for shard_cc those of preprocessing/shard_cc.py."""
+
+    job: Literal["pretrain", "evaluate", "shard_cc"] = "pretrain"
+    """Which script of launch/."""
+    nodes: int | None = None
+    """Nodes. [the script's: 1]"""
+    ntasks_per_node: int | None = None
+    """Ranks on each node: one per GPU. [--gpus-per-node, else the script's]"""
+    gpus_per_node: int | None = None
+    """GPUs on each node. [none asked for]"""
+    cpus_per_task: int | None = None
+    """Cores for each rank. [SLURM's default]"""
+    time: str | None = None
+    """Longest time of one start, as sbatch takes it: 12:00:00, 2-00:00:00. A pretraining that needs longer is
+    requeued and continues. [the partition's]"""
+    array: str | None = None
+    """Array of workers, for --job evaluate: 0-15. [the script's: 0-3]"""
+    partition: str | None = None
+    """SLURM's partition."""
+    account: str | None = None
+    """SLURM's account."""
+    job_name: str | None = None
+    """Name in the queue. [the script's]"""
+    dry_run: bool = False
+    """Print the line, submit nothing."""
+
+
+def command_line(settings: Submit, arguments: Sequence[str]) -> list[str]:
+    """The words of the sbatch line.
+
+    Raises:
+        UserError: a value that sbatch would refuse, or an array of a job that is one.
+    """
+    for name in ("nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    if settings.time is not None and not TIME.fullmatch(settings.time):
+        raise UserError(f"--time {settings.time}: write hours:minutes:seconds, such as 12:00:00, or 2-00:00:00")
+    if settings.array is not None and not ARRAY.fullmatch(settings.array):
+        raise UserError(f"--array {settings.array}: write a range such as 0-15")
+    if settings.array is not None and settings.job != "evaluate":
+        raise UserError(f"--array {settings.array}: {settings.job} is one job, not an array; only evaluate is")
+    if settings.job == "pretrain" and not any(word == "--out" or word.startswith("--out=") for word in arguments):
+        raise UserError("--out is missing behind `--`: give the run folder, it is how the job is asked to stop")
+    ranks = settings.ntasks_per_node or settings.gpus_per_node
+    options = {
+        "nodes": settings.nodes,
+        "ntasks-per-node": ranks,
+        "gpus-per-node": settings.gpus_per_node,
+        "cpus-per-task": settings.cpus_per_task,
+        "time": settings.time,
+        "array": settings.array,
+        "partition": settings.partition,
+        "account": settings.account,
+        "job-name": settings.job_name,
+    }
+    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return ["sbatch", *words, str(ROOT / "launch" / f"{settings.job}.sbatch"), *arguments]
+
+
+def submit(arguments: Sequence[str]) -> int:
+    """Parse, then print or run the sbatch line; returns its exit code."""
+    import tyro
+
+    cut = list(arguments).index("--") if "--" in arguments else len(arguments)
+    settings = tyro.cli(Submit, args=list(arguments[:cut]), prog="ksub submit")
+    words = command_line(settings, arguments[cut + 1 :])
+    if settings.dry_run:
+        print(shlex.join(words))
+        return 0
+    if not Path(words[len(words) - len(arguments[cut + 1 :]) - 1]).is_file():
+        raise UserError(f"{ROOT / 'launch'}: the scripts are not installed; submit from a checkout of the project")
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not installed here; submit on a login node of the cluster, or see --dry-run")
+    return subprocess.run(words, stdout=sys.stdout, stderr=sys.stderr).returncode
