@@ -9,6 +9,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -19,6 +20,7 @@ FAMILIES = ("Bert", "Electra", "DistilBert", "ModernBert")  # of families.py; ea
 # Our modules, each with the last name it defines: importing one imports transformers' Auto classes on the way.
 _OURS = {
     "ksub_ds.model.configuration": "KSubRobertaConfig",
+    "ksub_ds.model.base": "SubMaskedLM",
     "ksub_ds.model.modeling": "KSubRobertaForSequenceClassification",
     "ksub_ds.model.families": "KSubModernBertForSequenceClassification",
 }
@@ -49,22 +51,19 @@ def complete() -> None:
         _register_all()
 
 
-def _import_models() -> None:
-    """AutoConfig alone was imported; our configuration cannot be before the Auto models are whole."""
-    if MODELS not in sys.modules:
-        importlib.import_module(MODELS)
-
-
-_ACTIONS = {CONFIGURATIONS: _import_models, MODELS: _register_all}
-
-
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Runs the action of a module right after that module is first imported."""
+    """Registers once the Auto classes are imported, at the end of the outermost import of a transformers module.
+
+    Not before: transformers' modules import each other in circles, and ours need whole ones.
+    """
+
+    def __init__(self) -> None:
+        self._running = threading.local()  # depth of nested transformers imports, for each thread
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in _ACTIONS:
+        if not name.startswith("transformers."):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is None or spec.loader is None:
@@ -72,8 +71,16 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_then_register(module: ModuleType) -> None:
-            execute(module)
-            _ACTIONS[name]()
+            depth = getattr(self._running, "depth", 0)
+            self._running.depth = depth + 1
+            try:
+                execute(module)
+            finally:
+                self._running.depth = depth
+            if depth == 0 and (CONFIGURATIONS in sys.modules or MODELS in sys.modules) and self in sys.meta_path:
+                sys.meta_path.remove(self)
+                importlib.import_module(MODELS)  # AutoConfig alone may have been imported: our models need it all
+                _register_all()
 
         spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
         return spec

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from ksub_ds.codes.extension import extend_codes
 from ksub_ds.codes.table import CodeTable
+from ksub_ds.model import auto
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.softmax import factorized_cross_entropy, log_partition
 
@@ -248,3 +249,6 @@ class SubMaskedLM(SubEmbeddingModel):
         logits, ids = embedding.predict_topk(decoder_input, k, bias)
         log_total = log_partition(decoder_input, embedding, bias)
         return (logits - log_total.unsqueeze(1)).exp().float(), ids
+
+
+auto.complete()

@@ -83,9 +83,9 @@ class SubEmbedding(nn.Module):
         """All N logits, (..., N), as sums of table scores; for a few rows, since N is wide."""
         parts = self.to_tables(hidden).split(self.widths, dim=-1)
         scores = [part @ table.t() for part, table in zip(parts, self.tables, strict=True)]
-        total = scores[0][..., self.codes[:, 0]]
+        total = scores[0].index_select(-1, self.codes[:, 0])  # ONNX gathers by int32 here, but not by [...]
         for k, score in enumerate(scores[1:], start=1):
-            total = total + score[..., self.codes[:, k]]
+            total = total + score.index_select(-1, self.codes[:, k])
         return total if bias is None else total + bias
 
     @torch.no_grad()
