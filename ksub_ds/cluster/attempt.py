@@ -164,7 +164,9 @@ class Attempt:
                 if not self._lines.empty():
                     continue
             self._notice_silence()
-            if deadline is None and self.outcome.bad():
+            # A launcher that was killed leaves its children, which hold its pipe: no end of file tells.
+            died = any(processes[number].poll() is not None for number in running)
+            if deadline is None and (died or self.outcome.bad()):
                 deadline = time.monotonic() + GRACE_SECONDS
             if len(self.signals) > signals_seen:
                 signals_seen = len(self.signals)

@@ -1,6 +1,6 @@
 """`ksub submit`: a job of ours for SLURM, as the sbatch line that one would type.
 
-ksub submit --dry-run --nodes 4 --time 12:00:00 -- --preset xlmr_medium --codes codes.safetensors --data shards --out run
+ksub submit --dry-run --nodes 4 --time 12:00:00 -- --preset tiny --codes codes.safetensors --data shards --out run
 """
 
 import re

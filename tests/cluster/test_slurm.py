@@ -4,14 +4,13 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
 from .conftest import ROOT, Cluster, losses, steps_done
 from .namespaces import wait_until
 from .slurm import Slurm
 
 PRETRAIN = ROOT / "launch" / "pretrain.sbatch"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
+SCANCEL = next(line.strip() for line in (ROOT / "docs" / "cluster.md").open() if line.startswith("    scancel"))
 LONG = 400  # steps: long enough for something to happen before the end
 
 
@@ -32,23 +31,11 @@ def wait_for_step(slurm: Slurm, cluster: Cluster, number: int, name: str, step: 
     wait_until(trained, f"step {step} of {name}", 240)
 
 
-def test_losses_agree_with_one_host(slurm: Slurm, cluster: Cluster, reference: list[float]) -> None:
-    number = submit(slurm, cluster, "by-slurm")
-    job = slurm.wait(number)
-    assert job["JobState"] == "COMPLETED", output(cluster, number)
-    assert losses(cluster.folder / "by-slurm") == pytest.approx(reference, rel=1e-5)
-    logs = cluster.folder / "by-slurm" / "logs"
-    assert (logs / "hostfile").read_text() == "node1 slots=1\nnode2 slots=1\n"
-    assert "0: " in (logs / f"slurm-{number}.log").read_text() and "2 ranks (node1 x 1, node2 x 1)" in output(
-        cluster, number
-    )
-
-
 def test_a_job_whose_time_is_over_goes_back_into_the_queue(slurm: Slurm, cluster: Cluster) -> None:
     """USR1, as --signal sends it: saved, requeued, continued without a word, and the same weights at the end."""
     number = submit(slurm, cluster, "requeued", max_steps=LONG, save_every_steps=LONG)
     wait_for_step(slurm, cluster, number, "requeued", 5)
-    slurm.run("scancel", "--batch", "--signal=USR1", number)
+    slurm.run("bash", "-c", f"job={number}\n{SCANCEL}")
     slurm.wait(number, Restarts="1", JobState="RUNNING")
     stopped = [int(p.name.removeprefix("global_step")) for p in (cluster.folder / "requeued/checkpoints").iterdir()]
     assert len(stopped) == 1 and 5 <= stopped[0] < LONG
@@ -70,13 +57,18 @@ def test_scancel_saves_and_ends(slurm: Slurm, cluster: Cluster) -> None:
 
 
 def test_a_killed_rank_starts_again_within_the_job(slurm: Slurm, cluster: Cluster) -> None:
-    number = submit(slurm, cluster, "killed-by-slurm", max_steps=60)
-    wait_for_step(slurm, cluster, number, "killed-by-slurm", 5)
-    os.kill(cluster.workers(2, "killed-by-slurm")[-1], signal.SIGKILL)
+    """Submitted by `ksub submit`."""
+    words = ["ksub", "submit", "--nodes=2", "--ntasks-per-node=1", "--time=00:30:00", "--job-name=mine", "--"]
+    arguments = cluster.arguments("killed", max_steps=60)
+    number = int(slurm.run(*words, *arguments, cwd=cluster.folder).stdout.split()[-1])
+    output = cluster.folder / f"mine-{number}.log"
+    wait_until(lambda: steps_done(cluster.folder / "killed") >= 5, "step 5", 240)
+    os.kill(cluster.workers(2, "killed")[-1], signal.SIGKILL)
     job = slurm.wait(number)
-    assert job["JobState"] == "COMPLETED" and job["Restarts"] == "0", output(cluster, number)
-    assert "start 1 of 3 failed" in output(cluster, number)
-    assert len(losses(cluster.folder / "killed-by-slurm")) == 60
+    assert job["JobState"] == "COMPLETED" and job["Restarts"] == "0", output.read_text()
+    assert job["JobName"] == "mine" and job["TimeLimit"] == "00:30:00"
+    assert "start 1 of 3 failed" in output.read_text()
+    assert len(losses(cluster.folder / "killed")) == 60
 
 
 def test_a_mistake_is_told_and_not_repeated(slurm: Slurm, cluster: Cluster) -> None:
@@ -98,12 +90,3 @@ def test_the_other_scripts_find_their_way(slurm: Slurm, cluster: Cluster, tmp_pa
     texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert sum("--model" in text for text in texts.values()) == 2
     assert any("--segments" in text for text in texts.values())
-
-
-def test_submit_submits(slurm: Slurm, cluster: Cluster) -> None:
-    words = ["ksub", "submit", "--nodes=2", "--ntasks-per-node=1", "--time=00:10:00", "--job-name=mine", "--"]
-    done = slurm.run(*words, *cluster.arguments("submitted", max_steps=4), cwd=cluster.folder)
-    number = int(done.stdout.split()[-1])
-    job = slurm.wait(number)
-    assert job["JobState"] == "COMPLETED" and job["JobName"] == "mine" and job["TimeLimit"] == "00:10:00"
-    assert len(losses(cluster.folder / "submitted")) == 4

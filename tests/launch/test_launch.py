@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ksub_ds.cluster import hostfile, inspection, remote
+from ksub_ds.cluster import hostfile, inspection, launchers, remote
 from ksub_ds.cluster.attempt import Outcome, Rank
 from ksub_ds.cluster.errand import LAUNCH_ID, Errand, travelling_environment, write_environment_file
 from ksub_ds.cluster.options import split_arguments
@@ -48,6 +48,16 @@ def test_the_trainers_last_value_counts() -> None:
 def test_hosts_that_are_gone_leave_the_filters() -> None:
     assert hostfile.without_hosts("node1@node2:0,1@node3", {"node2"}) == "node1@node3"
     assert hostfile.chosen_hosts({"node1": 2, "node2": 2}, "", "node1@node2:1") == {"node2": 2}
+
+
+def test_the_launcher_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launchers.choose(None) == "ssh"
+    with pytest.raises(UserError, match="mpirun is not installed here"):
+        launchers.choose("openmpi")
+    (tmp_path / "pdsh").write_text("")
+    (tmp_path / "pdsh").chmod(0o755)
+    assert launchers.choose(None) == "pdsh"
 
 
 @pytest.mark.parametrize("name", ["-oProxyCommand=x", "a;b", "$(x)", "a/b"])
