@@ -6,11 +6,10 @@
         trainer.json             step, Adam's step, tokens, loss scale, identity of codes and data
         manifest.json            size and sha256 of the three; without it the folder is not a checkpoint
 
-DeepSpeed's own format divides the state over the ranks that wrote it. Here every parameter is
-gathered with its fragment API and rank 0 writes it whole: at 26M parameters that is 300 MB.
+DeepSpeed's own format divides the state over the ranks that wrote it. Here rank 0 gathers the fragments and
+writes each parameter whole (saving.py): at 26M parameters that is 300 MB. This file finds and reads them.
 """
 
-import dataclasses
 import re
 import shutil
 from collections.abc import Callable
@@ -20,15 +19,12 @@ from typing import Any
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import TEMPORARY_SUFFIX, atomic_folder, atomic_path, read_json, sha256_file, write_json
+from ksub_ds.common.files import TEMPORARY_SUFFIX, read_json, sha256_file
 from ksub_ds.common.logging import get_logger
 from ksub_ds.pretrain.engine_state import (
     MOMENTS,
-    adam_step,
     full_shape,
-    loss_scaler_state,
     make_adam_state,
-    named_masters,
     publish_masters,
     set_loss_scaler,
     set_master,
@@ -50,71 +46,6 @@ class TrainerState:
     data_fingerprint: str = ""
     world_size: int = 1
     precision: str = "fp32"
-
-
-# ---------------------------------------------------------------- writing
-
-
-def save(engine: Any, folder: Path, state: TrainerState, keep_last: int) -> Path:
-    """Write checkpoint `global_step{state.step}`, point LATEST at it, then drop the oldest beyond `keep_last`.
-
-    Every rank calls this. Returns the checkpoint's folder.
-
-    Raises:
-        UserError: on every rank, when the disk is full or refuses; the earlier checkpoints are untouched.
-    """
-    distributed.arrive(f"saving step {state.step}")
-    tensors: dict[str, Any] = {}
-    for key, tensor in named_masters(engine):
-        if distributed.is_main():
-            tensors[key] = tensor.to("cpu", copy=True).contiguous()
-    state = dataclasses.replace(state, adam_step=adam_step(engine), loss_scaler=loss_scaler_state(engine))
-    target = folder / f"global_step{state.step}"
-    distributed.on_main(lambda: _write_or_explain(folder, target, tensors, state))
-    distributed.on_main(lambda: _prune(folder, keep_last))
-    return target
-
-
-def _write_or_explain(folder: Path, target: Path, tensors: dict[str, Any], state: TrainerState) -> None:
-    from safetensors import SafetensorError
-
-    try:
-        _write(target, tensors, state)
-        # LATEST is for people; `find_start` reads the checkpoints themselves, which may be damaged.
-        with atomic_path(folder.parent / "LATEST") as temporary:
-            temporary.write_text(target.name + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        good = newest_complete(folder, quiet=True)
-        rest = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
-        reason = str(error).removeprefix("Error while serializing: ")
-        raise UserError(
-            f"{target}: cannot be written ({reason}); free some space and run the same command again; {rest}"
-        ) from error
-
-
-def _write(target: Path, tensors: dict[str, Any], state: TrainerState) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_folder(target) as temporary:
-        moments = {key: tensor for key, tensor in tensors.items() if key.startswith(MOMENTS)}
-        weights = {key: tensor for key, tensor in tensors.items() if key not in moments}
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        save_file(moments, temporary / "optimizer.safetensors", metadata={"format": "pt"})
-        write_json(temporary / "trainer.json", dataclasses.asdict(state))
-        files = {name: _size_and_sha256(temporary / name) for name in FILES}
-        write_json(temporary / "manifest.json", {"format": FORMAT, "step": state.step, "files": files})
-
-
-def _size_and_sha256(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def _prune(folder: Path, keep_last: int) -> None:
-    for path in checkpoints(folder)[keep_last:]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-# ---------------------------------------------------------------- finding and reading
 
 
 def checkpoints(folder: Path) -> list[Path]:

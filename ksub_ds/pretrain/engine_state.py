@@ -1,11 +1,10 @@
 """The state inside DeepSpeed, parameter by parameter: fp32 master weights, Adam's moments, the loss scale.
 
 ZeRO 1 and 2 flatten the parameters and give each rank a part of the flat vector, in fp32, with the part of Adam's
-state that belongs to it. DeepSpeed links each parameter to its fragments; here they are read and written whole.
+state that belongs to it; DeepSpeed links each parameter to its fragments.
 ZeRO 3 cuts each parameter into equal parts, the last one padded. Without ZeRO the parameters are their own masters.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from ksub_ds.common import distributed
@@ -18,17 +17,6 @@ LOSS_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteres
 def full_shape(parameter: Any) -> Any:
     """The shape of a parameter, of which ZeRO 3 leaves an empty tensor between uses."""
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _master(engine: Any, parameter: Any, key: str) -> Any:
-    """One parameter's whole fp32 master weight (key "weight") or moment, gathered from all ranks."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if not engine.zero_optimization():
-        return parameter.detach() if key == "weight" else engine.optimizer.state[parameter][key]
-    if key == "weight":
-        return safe_get_full_fp32_param(parameter)
-    return safe_get_full_optimizer_state(parameter, key)
 
 
 def set_master(engine: Any, parameter: Any, key: str, value: Any) -> None:
@@ -93,15 +81,65 @@ def _link_adam_state(engine: Any) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def named_masters(engine: Any) -> Iterator[tuple[str, Any]]:
-    """Every weight and moment as (file key, fp32 tensor). A collective: all ranks must iterate to the end."""
+def collect_masters(engine: Any) -> dict[str, Any]:
+    """Every weight and moment by file key, whole, fp32, on the CPU of rank 0; empty on the others. A collective.
+
+    Each rank sends rank 0 the fragments that it owns, once: no rank holds more than its own share twice.
+    """
+    import torch
+    import torch.distributed as dist
+
     keys: tuple[str, ...] = ("weight",)
     if adam_step(engine):
         _link_adam_state(engine)
         keys += MOMENTS
+    parts, places = [], []  # flat fragments, and where they belong: (file key, first element, elements)
     for name, parameter in engine.module.named_parameters():
         for key in keys:
-            yield (name if key == "weight" else f"{key}.{name}"), _master(engine, parameter, key)
+            start, fragment = _own_fragment(engine, parameter, key)
+            if len(fragment):
+                parts.append(fragment)
+                places.append((name if key == "weight" else f"{key}.{name}", start, len(fragment)))
+    flat = torch.cat(parts) if parts else torch.empty(0)
+    all_places = distributed.gather_objects(places)
+    if not distributed.is_main():
+        if len(flat):
+            dist.send(flat.to(distributed.device()), dst=0)
+        return {}
+    shapes = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
+    whole = {
+        (name if key == "weight" else f"{key}.{name}"): torch.empty(shape)
+        for name, shape in shapes.items()
+        for key in keys
+    }
+    for rank, theirs in enumerate(all_places):
+        size = sum(length for _, _, length in theirs)
+        if rank > 0 and size:
+            flat = torch.empty(size, device=distributed.device())
+            dist.recv(flat, src=rank)
+        for (name, start, length), fragment in zip(theirs, flat.split([place[2] for place in theirs]), strict=True):
+            whole[name].view(-1)[start : start + length] = fragment
+    return whole
+
+
+def _own_fragment(engine: Any, parameter: Any, key: str) -> tuple[int, Any]:
+    """(first element, flat fp32 elements) of a parameter's master weight or moment that this rank owns."""
+    import torch
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    if is_sharded(engine):
+        weight = key == "weight"
+        part = safe_get_local_fp32_param(parameter) if weight else safe_get_local_optimizer_state(parameter, key)
+        start = distributed.rank() * len(part)
+        return start, part[: max(0, parameter.ds_numel - start)]
+    if engine.zero_optimization():
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, torch.empty(0)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(None if key == "weight" else key).flatten()
+    if not distributed.is_main():
+        return 0, torch.empty(0)
+    return 0, (parameter.detach() if key == "weight" else engine.optimizer.state[parameter][key]).flatten()
 
 
 def publish_masters(engine: Any) -> None:

@@ -30,6 +30,7 @@ from ksub_ds.pretrain.feed import BatchFeed, StepBatches
 from ksub_ds.pretrain.recipe import Recipe, learning_rate
 from ksub_ds.pretrain.recorder import Recorder
 from ksub_ds.pretrain.run_folder import RunFolder
+from ksub_ds.pretrain.saving import CheckpointWriter
 from ksub_ds.pretrain.stopping import StopRequest
 
 
@@ -44,6 +45,7 @@ class Training:
     held_out: Any  # re-iterable of (language, batch); None: nothing to evaluate on
     languages: list[str]
     recorder: Recorder
+    writer: CheckpointWriter
     stop: StopRequest
 
 
@@ -82,7 +84,7 @@ def train(training: Training, state: TrainerState) -> tuple[TrainerState, str | 
 
         last = result.stop_wanted or state.step == recipe.max_steps
         if last or state.step % recipe.save_every_steps == 0:
-            checkpoint.save(training.engine, training.folder.checkpoints, state, recipe.keep_last)
+            training.writer.save(state)
             saved_step = state.step
             training.recorder.restart_clock()
         if not result.stop_wanted and _evaluation_is_due(recipe, state.step):
@@ -91,6 +93,7 @@ def train(training: Training, state: TrainerState) -> tuple[TrainerState, str | 
         if result.stop_wanted:
             break
 
+    training.writer.finish()
     assert saved_step == state.step
     return state, _stop_reason(training) if state.step < recipe.max_steps else None
 
@@ -118,10 +121,11 @@ def train_step(training: Training, batches: StepBatches, steps_done: int) -> Ste
     local_loss = loss_sum.item()
     stop_wanted = training.stop.reason() is not None
     total_loss, stops, problems = distributed.all_reduce_sum(
-        [local_loss, float(stop_wanted), float(training.recorder.problem is not None)]
+        [local_loss, float(stop_wanted), float(training.recorder.problem is not None or training.writer.has_failed())]
     )
     if problems:
         distributed.in_agreement(training.recorder.check)
+        training.writer.finish()
     if not math.isfinite(total_loss):
         _refuse(training, step, "the loss", _ranks_where(not math.isfinite(local_loss)))
     accuracy = masked_accuracy(engine, tensors) if step % recipe.log_every_steps == 0 else None
@@ -196,6 +200,7 @@ def _ranks_where(condition: bool) -> list[int]:
 
 def _refuse(training: Training, step: int, what: str, ranks: list[int]) -> NoReturn:
     """Every rank raises the same line; the update of this step was not made."""
+    training.writer.finish()
     where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
     latest = distributed.broadcast_object(
         checkpoint.newest_complete(training.folder.checkpoints, quiet=True) if distributed.is_main() else None

@@ -15,6 +15,7 @@ from ksub_ds.pretrain.loop import Training, train
 from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, resolve
 from ksub_ds.pretrain.recorder import Recorder
 from ksub_ds.pretrain.run_folder import RunFolder
+from ksub_ds.pretrain.saving import CheckpointWriter
 from ksub_ds.pretrain.stopping import StopRequest
 
 
@@ -79,10 +80,11 @@ def _train(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> int:
     with (
         BatchFeed(batches, recipe.micro_batch_size, accumulation, rank, world_size) as feed,
         StopRequest(folder.stop, recipe.max_hours) as stop,
+        CheckpointWriter(engine, folder.checkpoints, recipe.keep_last) as writer,
     ):
         prepare.describe_start(recipe, sources, engine, feed.take(state.step))
         with Recorder(folder, engine.monitor, state.step, recipe.max_steps) as recorder:
-            training = Training(recipe, folder, engine, feed, held_out, languages, recorder, stop)
+            training = Training(recipe, folder, engine, feed, held_out, languages, recorder, writer, stop)
             state, reason = train(training, state)
         exit_codes = [code for code in distributed.gather_objects(stop.exit_code()) if code]
     if reason is None:

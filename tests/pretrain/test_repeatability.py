@@ -30,7 +30,8 @@ def test_loss_falls(bench: Bench, one_rank: dict[str, Outcome]) -> None:
 def test_killed_and_continued_is_the_same_bit_for_bit(bench: Bench, one_rank: dict[str, Outcome]) -> None:
     killed = bench.start("killed", save_every_steps=10)
     path = bench.folder / "killed" / "metrics.jsonl"
-    while not path.exists() or path.read_text().count("\n") < 12:
+    saved = bench.folder / "killed" / "checkpoints" / "global_step10"  # written beside the training
+    while not saved.exists() or path.read_text().count("\n") < 12:
         assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
