@@ -135,6 +135,7 @@ def _own_address(peer: str) -> str:
 
 def _port(wanted: int) -> int:
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just been closed is free
         probe.bind(("", wanted))
         return probe.getsockname()[1]
 

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksub_ds.cluster.errand import PLAIN_WORD, Errand
+from ksub_ds.cluster.errand import LAUNCH_ID, PLAIN_WORD, Errand
 from ksub_ds.cluster.hostfile import write_hostfile
 from ksub_ds.cluster.remote import python_module, ssh
 from ksub_ds.common.errors import UserError
@@ -104,6 +104,7 @@ def _by_ssh(
             *(f"--world_info={world}", f"--node_rank={number}", f"--master_addr={address}", f"--master_port={port}"),
             *("--no_local_rank", "--log_level=warning", *passed_on, "--module", GUARDIAN, errand.pack()),
         )
-        variables = [f"{name}={value}" for name, value in errand.environment.items()]
+        environment = errand.environment | {LAUNCH_ID: errand.launch_id}
+        variables = [f"{name}={value}" for name, value in environment.items()]
         found.append(Start(ssh(host, options.get("--ssh_port"), "env", *variables, *words), host))
     return found

@@ -42,12 +42,11 @@ def main() -> int:
     """Run the worker of this rank; returns its exit code, 128 + n for signal n."""
     errand = Errand.unpack(sys.argv[1])
     rank = distributed.rank()
-    voice = Voice(errand.environment.get("KSUB_HOST") or socket.gethostname(), rank)
+    voice = Voice(socket.gethostname(), rank)
     try:
         os.chdir(errand.folder)
     except OSError as error:
-        if distributed.is_main() or distributed.local_rank() == 0:
-            voice.say("line", f"error: {socket.gethostname()}: working folder {errand.folder}: {error.strerror}")
+        voice.say("line", f"error: {socket.gethostname()}: working folder {errand.folder}: {error.strerror}")
         voice.say("end", "2")
         return 2
     parent = os.getppid()

@@ -8,9 +8,9 @@ from pathlib import Path
 from ksub_ds.cluster.attempt import Outcome, describe
 
 DONE, USER_ERROR, FAILED, REQUEUE = 0, 2, 70, 75  # as python -m ksub_ds.pretrain
-# Signals that come from outside or from a crash; the launcher's own SIGTERM to the ranks beside is not the cause.
-FATAL = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE, -signal.SIGABRT}
-SHOWN_NOISE = 15
+# Signals that come from outside or from a crash. SIGTERM is what launchers send to the ranks beside, and SIGABRT what
+# torch does to itself when another rank is gone: neither is the cause.
+FATAL = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def environment() -> dict[str, str]:
     """What a user's shell has, and nothing of this process: one thread a rank, no GPU."""
     return {
         "PATH": f"{BIN}:{SYSTEM_PATH}",
+        "PYTHONPATH": str(ROOT),
         "HOME": os.environ.get("HOME", "/root"),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
