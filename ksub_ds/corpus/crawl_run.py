@@ -128,7 +128,7 @@ class CrawlRun:
 
     def _read(self) -> Results:
         def recipe(file: WetFile) -> Recipe:
-            return {"format": FORMAT, "file": file[1:], "hashed": rule() if self._hashed else None}
+            return {"format": FORMAT, "file": list(file[1:]), "hashed": rule() if self._hashed else None}
 
         def paths(unit: int) -> tuple[Path | None, Path]:
             hashes = self._stages.path("read", unit, "hashes") if self._hashed else None
@@ -139,7 +139,7 @@ class CrawlRun:
             "reading",
             [recipe(file) for file in self._files],
             lambda unit: read_file(self._files[unit], *paths(unit)),
-            lambda unit, _: [path for path in paths(unit) if path is not None],
+            lambda unit, _: all(path is None or path.is_file() for path in paths(unit)),
         )
 
     def _find_duplicates(self, reads: Results) -> tuple[Deduplication, list[HashFile], str] | None:
@@ -176,7 +176,11 @@ class CrawlRun:
             return select_file(self._files[unit], reads[unit]["sha256"], masks, self._selection, out)
 
         results = self._stages.run(
-            "select", "selecting", recipes, select, lambda unit, _: [self._stages.path("select", unit, "documents")]
+            "select",
+            "selecting",
+            recipes,
+            select,
+            lambda unit, _: self._stages.path("select", unit, "documents").is_file(),
         )
         return results, recipes
 
@@ -195,7 +199,7 @@ class CrawlRun:
             lambda unit: {
                 "files": write_ccnet(self._stages.path("select", unit, "documents"), text, unit, self._files[unit].name)
             },
-            lambda unit, result: [text / entry["path"] for entry in result["files"]],
+            lambda unit, result: all(is_whole(text / entry["path"], entry["sha256"]) for entry in result["files"]),
         )
 
         def publish() -> None:
@@ -224,7 +228,7 @@ class CrawlRun:
             "tokenising",
             recipes,
             lambda unit: tokenise_file(*paths(unit), self._tokenizer, fraction),
-            lambda unit, _: [paths(unit)[1]],
+            lambda unit, _: paths(unit)[1].is_file(),
         )
         return results, recipes
 

