@@ -182,6 +182,8 @@ class SubMaskedLM(SubEmbeddingModel):
         loss_reduction: str = "mean",
         output_logits: bool = False,
         output_correct: bool = False,
+        soft_targets: Any = None,
+        soft_weight: float = 0.0,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | tuple:
@@ -195,6 +197,8 @@ class SubMaskedLM(SubEmbeddingModel):
             output_logits: also return (batch, length, N) logits. N is wide.
             output_correct: also return, as `correct`, at how many labelled positions the label is the most
                 probable token.
+            soft_targets, soft_weight: a teacher's distributions at the labelled positions (distillation.py), and
+                their share of the loss.
         """
         outputs = self.base_model(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         states = outputs.last_hidden_state
@@ -204,6 +208,9 @@ class SubMaskedLM(SubEmbeddingModel):
             labelled = labels != -100
             decoder_input, targets, bias = self._decoder_input(states[labelled]), labels[labelled], self.decoder_bias
             loss = factorized_cross_entropy(decoder_input, embedding, targets, bias, reduction=loss_reduction)
+            if soft_targets is not None and soft_weight:
+                change = _from_labels_to_teacher(decoder_input, embedding, targets, bias, soft_targets)
+                loss = loss + soft_weight * (change / len(targets) if loss_reduction == "mean" else change)
             if output_correct:
                 _, best = embedding.predict_topk(decoder_input, 1, bias)
                 correct = (best.squeeze(1) == targets).sum()
@@ -249,6 +256,22 @@ class SubMaskedLM(SubEmbeddingModel):
         logits, ids = embedding.predict_topk(decoder_input, k, bias)
         log_total = log_partition(decoder_input, embedding, bias)
         return (logits - log_total.unsqueeze(1)).exp().float(), ids
+
+
+def _from_labels_to_teacher(
+    hidden: Tensor, layer: SubEmbedding, labels: Tensor, bias: Tensor | None, soft_targets: Any
+) -> Tensor:
+    """KL to the teacher minus cross-entropy of the labels, summed over the rows: log Z cancels (distillation.py)."""
+    parts = layer.to_tables(hidden).split(layer.widths, dim=-1)
+    change = -soft_targets.entropy
+    label_codes = layer.codes[labels].long()
+    marginals = soft_targets.marginals.split(layer.table_sizes, dim=1)
+    for k, (part, table) in enumerate(zip(parts, layer.tables, strict=True)):
+        scores = (part @ table.t()).float()
+        change = change + scores.gather(1, label_codes[:, k : k + 1]).sum() - (scores * marginals[k]).sum()
+    if bias is not None:
+        change = change + bias[labels].float().sum() - (bias.float() * soft_targets.totals).sum()
+    return change
 
 
 auto.complete()

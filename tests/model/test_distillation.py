@@ -1,0 +1,95 @@
+"""Distillation: KL to a teacher from marginals over codes, against dense float64 softmaxes of both."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+
+from ksub_ds import compress, plain_codes, positional_codes, replace_embeddings
+from ksub_ds.common.errors import UserError
+from ksub_ds.model import distillation
+from ksub_ds.model.distillation import Teacher
+
+SIZE = {"vocab_size": 130, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def plain(family="bert", head=AutoModelForMaskedLM, **more):
+    torch.manual_seed(0)
+    extra = {"distilbert": {"dim": 24, "n_layers": 1, "n_heads": 2, "hidden_dim": 16, "vocab_size": 130}}
+    if family == "modernbert":
+        more |= {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    model = head.from_config(AutoConfig.for_model(family, **extra.get(family, SIZE) | more)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 120, (2, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    return ids, mask, torch.where((torch.rand(ids.shape, generator=generator) < 0.5) & (mask == 1), ids, -100)
+
+
+def expected_loss(student, teacher_logits, ids, mask, labels, weight):
+    """(1 - w) CE + w KL, summed, from dense logits in float64."""
+    chosen = labels != -100
+    ours = student(ids, attention_mask=mask).logits[chosen].double().log_softmax(1)
+    theirs = teacher_logits[chosen].double().log_softmax(1)
+    divergence = (theirs.exp() * (theirs - ours)).sum()
+    return (1 - weight) * F.nll_loss(ours, labels[chosen], reduction="sum") + weight * divergence
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert", "modernbert"])
+def test_the_loss_and_its_gradients_are_those_of_dense_softmaxes(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "BLOCK_NUMBERS", 4 * 120)  # several blocks
+    source = plain(family)
+    source.save_pretrained(tmp_path)
+    ids, mask, labels = batch()
+    logits = source(ids, attention_mask=mask).logits[..., :120].detach()
+    table = positional_codes(120, 3)  # the teacher has ten more rows than the tokenizer has tokens
+    student = compress(source, table).eval()
+    soft = Teacher(tmp_path, table).targets(ids, labels, mask)
+    assert soft.marginals.shape == ((labels != -100).sum(), 15) and soft.totals.shape == (120,)
+    torch.testing.assert_close(soft.marginals.sum(1), torch.full((len(soft.marginals),), 3.0))
+    for weight in (0.3, 1.0):
+        loss = student(
+            ids, attention_mask=mask, labels=labels, soft_targets=soft, soft_weight=weight, loss_reduction="sum"
+        ).loss
+        wanted = expected_loss(student, logits, ids, mask, labels, weight)
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-4)
+        parameters = list(student.parameters())
+        ours = torch.autograd.grad(loss, parameters, allow_unused=True)
+        theirs = torch.autograd.grad(wanted, parameters, allow_unused=True)
+        for first, second in zip(ours, theirs, strict=True):
+            if second is not None:
+                torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+    mean = student(ids, attention_mask=mask, labels=labels, soft_targets=soft, soft_weight=1.0).loss
+    torch.testing.assert_close(mean * (labels != -100).sum(), loss)
+
+
+def test_a_copy_of_the_teacher_has_nothing_to_learn(tmp_path):
+    source = plain()
+    student = compress(source, plain_codes(130)).eval()
+    student.save_pretrained(tmp_path)  # one of ours as the teacher
+    ids, mask, labels = batch()
+    soft = Teacher(tmp_path, student.code_table()).targets(ids, labels, mask)
+    loss = student(ids, attention_mask=mask, labels=labels, soft_targets=soft, soft_weight=1.0).loss
+    assert abs(loss.item()) < 1e-4
+    loss.backward()
+    assert max(each.grad.abs().max() for each in student.parameters() if each.grad is not None) < 1e-4
+
+
+def test_teachers_that_will_not_do(tmp_path):
+    plain(head=AutoModel).save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="is a BertModel, which predicts no masked tokens"):
+        Teacher(tmp_path / "bare", positional_codes(120, 3))
+    plain(tie_word_embeddings=False).save_pretrained(tmp_path / "untied")
+    with pytest.raises(UserError, match="decoder is not tied"):
+        Teacher(tmp_path / "untied", positional_codes(120, 3))
+    plain().save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match="has 130 tokens, the codes 200"):
+        Teacher(tmp_path / "small", positional_codes(200, 3))
+    assert replace_embeddings(plain(), positional_codes(130, 2)).training is False
