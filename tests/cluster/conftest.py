@@ -44,8 +44,6 @@ def environment() -> dict[str, str]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",  # two ranks on one core, in the words of Open MPI 4 and 5
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
     }

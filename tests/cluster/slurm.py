@@ -12,13 +12,14 @@ from typing import Any
 from .namespaces import SYSTEM_PATH, Host, Hosts, wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "munged")
+# cred_expire: a requeued job waits for so long; 120 s by default.
 CONFIGURATION = """
 ClusterName=ksub
 SlurmctldHost=head
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=/run/munge/munge.socket
+AuthInfo=socket=/run/munge/munge.socket,cred_expire=20
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -37,7 +38,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
-SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0,requeue_delay=1
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0
 SlurmctldTimeout=60
 SlurmdTimeout=60
 KillWait=30
