@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -127,39 +128,38 @@ class Launch:
         return self.options.deepspeed.get("--master_addr") or ready.address, ready.port
 
     def _attempt(self, hosts: dict[str, int], address: str, port: int) -> tuple[Outcome, int | None]:
+        """One start of all ranks; returns how it ended, and the signal that asked this program to stop."""
         travelling = travelling_environment()
         if self.launcher == "openmpi":  # the others are told by DeepSpeed's per-host launcher
             travelling |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         errand = Errand(self.id, str(Path.cwd()), travelling, self.options.trainer)
-        folder = self.logs or Path.cwd()
-        environment = self._environment(folder)
-        options = self._options_for(hosts)
-        starts = launchers.starts(self.launcher, hosts, options, errand, folder / ".hostfile", address, port)
         logs = HostLogs(self.logs)
         hostnames = self.hostnames or dict.fromkeys([socket.gethostname()], next(iter(hosts), socket.gethostname()))
         work = Path.cwd() if self.local else Path("/")  # DeepSpeed writes it into a shell line
-        attempt = Attempt(starts, environment, work, logs, hostnames, self._ask_to_stop)
-        try:
-            outcome = attempt.run()
-        finally:
-            logs.close()
-            (folder / ".hostfile").unlink(missing_ok=True)
-            (folder / ".deepspeed_env").unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix="ksub-launch-") as scratch:
+            environment = self._environment(Path(scratch) / "deepspeed_env")
+            options = self._options_for(hosts)
+            hostfile = Path(scratch) / "hostfile"
+            starts = launchers.starts(self.launcher, hosts, options, errand, hostfile, address, port)
+            attempt = Attempt(starts, environment, work, logs, hostnames, self._ask_to_stop)
+            try:
+                outcome = attempt.run()
+            finally:
+                logs.close()
         stopped_by = attempt.signals[0] if attempt.signals else None
         if stopped_by is not None:
             with contextlib.suppress(OSError):
                 (self.out / "STOP").unlink(missing_ok=True)
         return outcome, stopped_by
 
-    def _environment(self, folder: Path) -> dict[str, str]:
-        """Of the launcher's processes; writes DeepSpeed's environment file for those on other hosts."""
+    def _environment(self, path: Path) -> dict[str, str]:
+        """Of the launcher's processes; writes DeepSpeed's environment file, for those on other hosts, to `path`."""
         environment = {name: value for name, value in os.environ.items() if name not in RANKS_OF_OTHERS}
         environment[LAUNCH_ID] = self.id
         if self.local:
             if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):  # noqa: PTH110
                 environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would say so in a warning per process
             return environment
-        path = folder / ".deepspeed_env"
         write_environment_file(path, Path.cwd())
         with path.open("a", encoding="utf-8") as stream:
             stream.write(f"{LAUNCH_ID}={self.id}\n")

@@ -135,7 +135,7 @@ class Host:
 
     def command(self, *words: object, cwd: Path | None = None) -> list[str]:
         """The command line that runs `words` on this host."""
-        enter = ["nsenter", "-t", str(self.init), "-n", "-u", "-p", "-m", f"--wd={cwd or Path.cwd()}"]
+        enter = ["nsenter", "-t", str(self.init), "-n", "-u", "-p", "-m", f"--wdns={cwd or Path.cwd()}"]
         return [*enter, *map(str, words)]
 
     def run(
