@@ -76,7 +76,7 @@ def test_a_mistake_is_told_and_not_repeated(slurm: Slurm, cluster: Cluster) -> N
     job = slurm.wait(number)
     assert job["JobState"] == "FAILED" and job["ExitCode"] == "2:0", output(cluster, number)
     last = output(cluster, number).strip().splitlines()[-1]
-    assert "error: " in last and "none.safetensors" in last and "Traceback" not in output(cluster, number)
+    assert last.startswith("error: ") and "none.safetensors" in last and "Traceback" not in output(cluster, number)
 
 
 def test_the_other_scripts_find_their_way(slurm: Slurm, cluster: Cluster, tmp_path: Path) -> None:
