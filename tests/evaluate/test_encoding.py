@@ -1,0 +1,98 @@
+"""Tokenising pairs as transformers does, the cache, and batches that waste next to nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ksub_ds.evaluate.batching import scoring_batches, training_batches
+from ksub_ds.evaluate.encoding import HuggingFacePairs, XlmrPairs, encode, load_encoder
+from ksub_ds.evaluate.rows import Rows
+
+TEXT = ["the old house falls", "a bird", "", "river stone green walks sings falls under over near slowly today " * 4]
+
+
+@pytest.mark.parametrize("max_length", [8, 9, 20, 33, 128])
+def test_pairs_are_those_of_transformers(tiny_model: Path, max_length: int) -> None:
+    ours, theirs = load_encoder(str(tiny_model)), HuggingFacePairs(str(tiny_model))
+    assert isinstance(ours, XlmrPairs)
+    first = [a for a in TEXT for _ in TEXT]
+    second = [b for _ in TEXT for b in TEXT]
+    for pair in ((first, second), (first, None)):
+        assert [ids for ids, _ in ours.encode(*pair, max_length)] == [
+            ids for ids, _ in theirs.encode(*pair, max_length)
+        ]
+
+
+def test_other_tokenizers_bring_their_pattern_and_types(tmp_path: Path) -> None:
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "bird", "sings"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    encoder = load_encoder(str(tmp_path / "bert"))
+    encoded = encode(Rows(["a bird", "a"], ["sings", "bird sings"], [0.0, 1.0], "rows"), encoder, 16)
+    batch = encoded.batch(np.array([0, 1]))
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]
+    assert "attention_mask" not in batch  # of one length
+
+
+def test_cache_is_used_checked_and_made_anew(tiny_model: Path, tmp_path: Path) -> None:
+    rows = Rows(["a bird", "old house"], ["sings", "falls"], [0.0, 2.0], "rows")
+    encoder = load_encoder(str(tiny_model))
+    first = encode(rows, encoder, 16, tmp_path)
+    (stored,) = (tmp_path / "encoded").iterdir()
+
+    class Refuses(type(encoder)):  # type: ignore[misc]
+        def encode(self, *arguments: object) -> list[tuple[list[int], list[int]]]:
+            raise AssertionError("tokenised again")
+
+    refuses = Refuses.__new__(Refuses)
+    refuses.__dict__.update(encoder.__dict__)
+    assert (encode(rows, refuses, 16, tmp_path).ids == first.ids).all()
+    for other in (
+        Rows(rows.first, ["sings", "fall"], rows.labels, "rows"),
+        Rows(*[rows.first] * 2, [0.0, 1.0], "rows"),
+    ):
+        with pytest.raises(AssertionError, match="tokenised again"):
+            encode(other, refuses, 16, tmp_path)
+    stored.write_bytes(stored.read_bytes()[:-3])
+    assert (encode(rows, encoder, 16, tmp_path).ids == first.ids).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 40), st.integers(0, 3))
+def test_every_row_once_an_epoch(count: int, size: int, epoch: int) -> None:
+    lengths = np.random.default_rng(count).integers(4, 128, count)
+    batches = training_batches(lengths, size, seed=0, epoch=epoch)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(count))
+    assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1) and len(batches) == -(-count // size)
+    again = training_batches(lengths, size, seed=0, epoch=epoch)
+    assert all((one == other).all() for one, other in zip(batches, again, strict=True))
+    scoring = list(scoring_batches(lengths, 512))
+    assert sorted(np.concatenate(scoring).tolist()) == list(range(count))
+    assert all(len(rows) == 1 or len(rows) * lengths[rows].max() <= 512 for rows in scoring)
+
+
+def test_little_is_padded_and_epochs_differ() -> None:
+    lengths = np.random.default_rng(0).gamma(4, 12, 15_000).clip(6, 128).astype(int)  # about XNLI's
+    batches = training_batches(lengths, 32, seed=0, epoch=0)
+    padded = sum(len(rows) * lengths[rows].max() for rows in batches)
+    assert padded / lengths.sum() < 1.06
+    other = training_batches(lengths, 32, seed=0, epoch=1)
+    assert any((one != two).any() for one, two in zip(batches, other, strict=False) if len(one) == len(two))
+
+
+def test_a_batch_holds_its_rows(tiny_model: Path) -> None:
+    rows = Rows(TEXT, TEXT[::-1], [0.0, 1.0, 2.0, 0.0], "rows")
+    encoder = load_encoder(str(tiny_model))
+    encoded = encode(rows, encoder, 40)
+    made = encoder.encode(rows.first, rows.second, 40)
+    joined = encoded.joined([encoded])
+    batch = joined.batch(np.array([3, 0, 5]))
+    for index, row in enumerate((3, 0, 1)):
+        ids = made[row][0]
+        assert batch["input_ids"][index].tolist() == ids + [encoded.pad_id] * (batch["input_ids"].shape[1] - len(ids))
+        assert batch["attention_mask"][index].sum() == len(ids)

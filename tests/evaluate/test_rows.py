@@ -1,0 +1,97 @@
+"""Reading labelled rows: label order, -1, missing columns, empty and damaged files, each named by file and line."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.evaluate.rows import Columns, Source
+from ksub_ds.evaluate.tasks import GLUE_TASKS, NLI_LABELS, XNLI_COLUMNS
+
+GOOD = {"premise": "a bird sings", "hypothesis": "it is loud", "label": 1}
+
+
+def source(tmp_path: Path, lines: list[Any], name: str = "test.jsonl") -> Source:
+    path = tmp_path / "en" / name
+    path.parent.mkdir(exist_ok=True)
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode("utf-8", "surrogateescape"))
+    return Source(str(tmp_path))
+
+
+def test_label_order_is_that_of_the_published_data(tmp_path: Path) -> None:
+    """facebook/xnli and nyu-mll/glue: 0 entailment, 1 neutral, 2 contradiction."""
+    spelt = [GOOD | {"label": name} for name in ("entailment", "neutral", "contradiction", "contradictory")]
+    assert source(tmp_path, spelt).read("en", "test", XNLI_COLUMNS).labels == [0, 1, 2, 2]
+    assert NLI_LABELS == GLUE_TASKS["mnli"].columns.labels == ("entailment", "neutral", "contradiction")
+    assert GLUE_TASKS["rte"].columns.labels == ("entailment", "not_entailment")
+    assert GLUE_TASKS["stsb"].regression and GLUE_TASKS["stsb"].num_labels == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (GOOD | {"label": -1}, "line 2: label -1 stands for an unlabelled row"),
+        (GOOD | {"label": 3}, "line 2: label 3 is none of 0 to 2"),
+        (GOOD | {"label": 0.5}, "line 2: label 0.5 is none"),
+        (GOOD | {"label": "maybe"}, "line 2: label 'maybe' is none of entailment, neutral, contradiction"),
+        (GOOD | {"label": True}, "line 2: label True is not a number"),
+        ({"premise": "a", "label": 1}, "line 2 has no column 'hypothesis'"),
+        (GOOD | {"more": 1}, "line 2 has 4 columns, the first row 3"),
+        (GOOD | {"premise": 7}, "line 2: premise is int, not text"),
+        ([1, 2], "line 2 is not a JSON object"),
+        ("{", "line 2 is not JSON"),
+        ("\udcff", "line 2 is not UTF-8"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        source(tmp_path, [GOOD, row, GOOD]).read("en", "test", XNLI_COLUMNS)
+    assert message in str(caught.value) and "test.jsonl" in str(caught.value)
+
+
+def test_empty_damaged_and_absent_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no rows"):
+        source(tmp_path, []).read("en", "test", XNLI_COLUMNS)
+    whole = source(tmp_path, [GOOD] * 200, "train.jsonl.gz")
+    path = tmp_path / "en" / "train.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        whole.read("en", "train", XNLI_COLUMNS)
+    path.write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="damaged or cut short"):
+        whole.read("en", "train", XNLI_COLUMNS)
+    with pytest.raises(UserError, match="is not there"):
+        whole.read("fr", "test", XNLI_COLUMNS)
+    (tmp_path / "en" / "validation.parquet").write_bytes(b"PAR1 not")
+    with pytest.raises(UserError, match="not a readable Parquet"):
+        whole.read("en", "validation", XNLI_COLUMNS)
+    for name in ("no/such/folder", "./folder", "one-word"):
+        with pytest.raises(UserError, match="is not a folder, nor a data set's name"):
+            Source(name)
+
+
+def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ksub_ds.evaluate.rows.INFLATION_FREE", 100_000)
+    bomb = source(tmp_path, [" " * 50_000] * 100, "test.jsonl.gz")
+    with pytest.raises(UserError, match="inflates to more than"):
+        bomb.read("en", "test", XNLI_COLUMNS)
+
+
+def test_limits_parquet_and_regression(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"sentence1": "a", "sentence2": f"b{i}", "label": i / 2, "idx": i} for i in range(6)]
+    (tmp_path / "stsb").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "stsb" / "train.parquet")
+    read = Source(str(tmp_path)).read("stsb", "train", GLUE_TASKS["stsb"].columns, limit=4)
+    assert read.labels == [0.0, 0.5, 1.0, 1.5] and read.second == ["b0", "b1", "b2", "b3"]
+    single = Columns("sentence", None, ("no", "yes"))
+    path = tmp_path / "cola" / "train.jsonl"
+    path.parent.mkdir()
+    path.write_text('\ufeff{"sentence": "\\ud800 half", "label": 1}\n\n')
+    assert Source(str(tmp_path)).read("cola", "train", single).first == ["? half"]
