@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from .conftest import Cluster, losses, weights
+from .conftest import Cluster, Running, losses, steps_done, weights
 from .namespaces import wait_until
 
 KILLS = int(os.environ.get("KSUB_CHAOS_KILLS", "3"))
@@ -28,6 +28,22 @@ VICTIMS = (
 )
 
 
+def wait_for_moment(cluster: Cluster, run: Running, draw: random.Random, training: bool) -> str:
+    """Wait until a random step (saving falls into every eighth), or a random time in the start-up; tells which."""
+    if training:
+        step = steps_done(cluster.folder / "chaos") + draw.randint(1, 12)
+        seconds = draw.uniform(0, 0.3)
+        wait_until(
+            lambda: steps_done(cluster.folder / "chaos") >= step or run.process.poll() is not None, f"step {step}", 180
+        )
+    else:
+        step, seconds = 0, draw.uniform(0, 12)
+    deadline = time.monotonic() + seconds  # a random time is the point: start-up, rendezvous, saving, training
+    while time.monotonic() < deadline and run.process.poll() is None:
+        time.sleep(0.02)
+    return f"{seconds:.2f} s after step {step}" if training else f"{seconds:.1f} s after the start"
+
+
 @pytest.mark.timeout(120 + 120 * KILLS)
 def test_weights_survive(cluster: Cluster) -> None:
     settings = {"max_steps": STEPS, "save_every_steps": 8}
@@ -40,16 +56,15 @@ def test_weights_survive(cluster: Cluster) -> None:
     while killed < KILLS and run.process.poll() is None:
         starts = run.text().count("restart ")
         wait_until(lambda: cluster.workers(1, "chaos") or run.process.poll() is not None, "a worker", 120)
-        moment, (host, words) = draw.uniform(0, 14), draw.choice(VICTIMS) if KILLS > 3 else VICTIMS[(1, 4, 6)[killed]]
-        deadline = time.monotonic() + moment  # random moments are the point: start-up, rendezvous, saving, training
-        while time.monotonic() < deadline and run.process.poll() is None:
-            time.sleep(0.02)
+        training = draw.random() < 0.6 if KILLS > 3 else killed != 1
+        moment = wait_for_moment(cluster, run, draw, training)
+        host, words = draw.choice(VICTIMS) if KILLS > 3 else VICTIMS[(1, 4, 6)[killed]]
         victims = cluster[host].processes(*words)
         if not victims or run.process.poll() is not None:
             continue
         os.kill(victims[-1], signal.SIGKILL)
         killed += 1
-        print(f"kill {killed} after {moment:.1f} s: {words[0]} on {cluster[host].name}", flush=True)
+        print(f"kill {killed} {moment}: {' '.join(words)} on {cluster[host].name}", flush=True)
         wait_until(
             lambda n=starts: run.text().count("restart ") > n or run.process.poll() is not None, run.text()[-3000:], 180
         )
