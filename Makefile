@@ -9,7 +9,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-SOURCES := ksub_ds preprocessing experiments benchmarks tests
+SOURCES := ksub_ds preprocessing experiments benchmarks docs tests
 
 # What every command below runs with. The environment's own bin comes first: `deepspeed` starts `python`.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -24,7 +24,7 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null | head -n 1),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install demo test lint format bench clean test-cluster test-chaos
+.PHONY: help install demo test lint format bench docs clean test-cluster test-chaos
 
 help:
 	@echo 'make demo     train, resume, export and query a small 15-language model under demo/'
@@ -35,6 +35,7 @@ help:
 	@echo 'make lint     ruff check, ruff format --check, mypy'
 	@echo 'make format   let ruff rewrite the files'
 	@echo 'make bench    every measurement in benchmarks/'
+	@echo 'make docs     the API pages, from the docstrings, in build/docs'
 	@echo 'make install  .venv only (the others do it when needed) [TORCH_INDEX=url  PYTHON=python3.12]'
 	@echo 'make clean    remove caches and demo/; .venv stays'
 
@@ -75,6 +76,10 @@ format: .venv/.installed
 
 bench: .venv/.installed
 	@set -e; for file in loss step batches clustering langid; do echo "== $$file"; $(BIN)/python benchmarks/$$file.py; done
+
+docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]' -c constraints.txt
+	$(BIN)/python docs/build_api.py --out build/docs
 
 clean:
 	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

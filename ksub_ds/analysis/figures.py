@@ -55,6 +55,8 @@ def save_figures(measurements: Sequence[Measurement], folder: Path) -> list[str]
 
 
 def _save(figure: Figure, stem: Path) -> None:
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # placed once; each format would else place everything anew
     for suffix in FORMATS:
         with atomic_path(stem.with_name(f"{stem.name}.{suffix}")) as temporary:
             dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[suffix]

@@ -1,0 +1,62 @@
+"""The API pages, from the docstrings, by pdoc.
+
+    python docs/build_api.py --out build/docs        (what `make docs` runs)
+
+Open build/docs/index.html. Every module of the package is documented, the public names under `ksub_ds` first.
+"""
+
+import argparse
+import importlib
+import pkgutil
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+
+def documented_modules() -> list[str]:
+    """All modules of the package but the ones that are only run (`__main__`)."""
+    import ksub_ds
+
+    found = pkgutil.walk_packages(ksub_ds.__path__, "ksub_ds.")
+    return ["ksub_ds", *sorted(module.name for module in found if not module.name.endswith("__main__"))]
+
+
+def resolve_public_names() -> None:
+    """`ksub_ds` imports its names when they are first used; pdoc looks for what is there already."""
+    import ksub_ds
+
+    for name in ksub_ds.__all__:
+        setattr(ksub_ds, name, getattr(ksub_ds, name))
+
+
+def build(out: Path) -> list[str]:
+    """Write the pages into `out`, emptied first; returns the names of the modules."""
+    import pdoc
+
+    names = documented_modules()
+    resolve_public_names()
+    for name in names:
+        importlib.import_module(name)  # a module that cannot be imported ends this here, with its name
+    pdoc.render.configure(docformat="google", show_source=False, footer_text="ksub_ds")
+    shutil.rmtree(out, ignore_errors=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The module specification")  # a package brings its modules along
+        warnings.filterwarnings("ignore", "Error parsing type annotation Literal")  # transformers' own configurations
+        pdoc.pdoc(*names, output_directory=out)
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the API pages.")
+    parser.add_argument("--out", type=Path, default=Path("build/docs"), help="folder, made afresh")
+    options = parser.parse_args()
+    try:
+        names = build(options.out)
+    except ImportError as error:
+        sys.exit(f"error: {error}; pip install -e '.[docs]' brings what is needed")
+    print(f"{options.out / 'index.html'}: {len(names)} modules")
+
+
+if __name__ == "__main__":
+    main()

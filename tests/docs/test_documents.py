@@ -1,0 +1,96 @@
+"""The documents keep their word: commands run as written, links lead somewhere, every page is found from the index."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+RUN = ("first_hour.md", "pretrain.md", "codes.md", "analyse.md")  # each finds what the ones before it made
+
+
+def command_lines(page: str) -> list[str]:
+    """The lines of a page's bash blocks."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder as after `make demo`, only smaller: text, tokenizer and shards; and the same text as text/."""
+    folder = tmp_path_factory.mktemp("documents")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def run(*command):
+        subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, check=True, timeout=100)
+
+    demo = ROOT / "experiments" / "demo"
+    run(demo / "corpus.py", "--out", "corpus", "--bytes-per-language", "60000")
+    for language in ("en", "fr", "sw"):
+        for target in (folder / "demo" / "text", folder / "text"):
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / "corpus" / f"{language}.jsonl.gz", target)
+    run(demo / "tokenizer.py", "--input", "text", "--out", "sentencepiece.bpe.model")
+    (folder / "demo" / "tokenizer").mkdir()
+    shutil.copy(folder / "sentencepiece.bpe.model", folder / "demo" / "tokenizer")
+    return folder
+
+
+@pytest.mark.timeout(300)
+def test_commands_of_the_documents_run(workplace):
+    """All pages in one process, in order, in one folder."""
+    shards = ["--tokenizer", "sentencepiece.bpe.model", "--sequence-length", "128", "--validation-fraction", "0.02"]
+    lines = [" ".join(["python preprocessing/shard_text.py --input text", *shards, "--out", "demo/shards"])]
+    for page in RUN:
+        found = command_lines(page)
+        assert found, f"{page} has no bash block"
+        lines += found
+    listed = workplace / "lines.json"
+    listed.write_text(json.dumps(lines), encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(ROOT / "tests" / "docs" / "run_commands.py"), str(listed)]
+    with open(workplace / "output.txt", "w") as output:  # a pipe would wait for worker processes that linger
+        done = subprocess.run(
+            command, cwd=workplace, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=280, check=False
+        )
+    assert done.returncode == 0, (workplace / "output.txt").read_text()[-4000:]
+    made = ("hour/report.html", "hour/analysis/explore.html", "model/config.json", "both/analysis.json", "report.html")
+    for name in made:
+        assert (workplace / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert "://" in link or (DOCS / link).exists(), f"{page} links to {link}"
+    folders = "ksub_ds|preprocessing|launch|experiments|benchmarks|ds_configs|tests"
+    for name in set(re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w)", text)):
+        assert (ROOT / name).exists(), f"{page} names {name}"
+
+
+def test_every_page_can_be_found():
+    """From the index, or from the README."""
+    places = (DOCS / "index.md").read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\((?:docs/)?([\w.]+\.md)\)", places))
+    assert set(PAGES) - linked == {"index.md"} - linked
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page):
+    """Also in the blocks that are not run: every `ksub NAME` is a command."""
+    from ksub_ds.cli import SUMMARIES
+
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for words in re.findall(r"(?:^|`)(?:\$ )? *(?:[\w/.-]+ )*?ksub ((?:[a-z]+ ?){1,2})", text, re.MULTILINE):
+        known = {name.split()[0] for name in SUMMARIES}
+        assert words.split()[0] in known, f"{page}: ksub {words}"
