@@ -52,6 +52,8 @@ class Patience:
     longest_pause: float = 120.0
     attempts: int = 10
     """Attempts in a row that bring no new byte before a download is given up."""
+    first_attempts: int = 4
+    """The same, until the server has answered for the first time: its name may be misspelt."""
 
 
 class _Retry(Exception):
@@ -140,7 +142,7 @@ class _Fetcher:
 
     def __init__(self, base_url: str, cache: Path, connections: int, patience: Patience):
         self._base_url, self._cache, self._connections, self._patience = base_url, cache, connections, patience
-        self._stop = threading.Event()
+        self._stop, self._answered = threading.Event(), threading.Event()
 
     def fetch_all(self, paths: list[str]) -> list[Path]:
         """The local files of `paths`, after fetching what is missing."""
@@ -215,10 +217,10 @@ class _Fetcher:
                 grown = max(0, (partial.stat().st_size if partial.exists() else 0) - before)
                 received += grown
                 failures = 1 if grown else failures + 1
-                if failures >= self._patience.attempts or self._stop.is_set():
+                allowed = self._patience.attempts if self._answered.is_set() else self._patience.first_attempts
+                if failures >= allowed or self._stop.is_set():
                     raise UserError(
-                        f"{url}: {failure}, {failures} times; run again later (it goes on from here), "
-                        "or give --base-url of a mirror"
+                        f"{url}: {failure}, {failures} times; check --base-url, or run again later (it goes on from here)"
                     ) from failure
                 pause = self._patience.first_pause * 2 ** (failures - 1) * random.uniform(0.5, 1.5)
                 pause = min(max(pause, failure.pause), self._patience.longest_pause)
@@ -251,7 +253,7 @@ class _Fetcher:
             request.add_header("Range", f"bytes={offset}-")
             if etag_path.exists():  # a file that changed in between comes whole
                 request.add_header("If-Range", etag_path.read_text(encoding="ascii"))
-        with _open(request, self._patience.timeout, partial) as response:
+        with _open(request, self._patience.timeout, partial, self._answered) as response:
             offset, total = _place(response, offset)
             if total > LARGEST_FILE:
                 raise UserError(f"{url}: is said to have {total:,} bytes, more than a WET file has")
@@ -272,11 +274,16 @@ class _Fetcher:
             raise _Retry(f"cut after {offset:,} of {total:,} bytes")
 
 
-def _open(request: urllib.request.Request, timeout: float, partial: Path) -> http.client.HTTPResponse:
-    """Send the request. Raises _Retry for what may pass, UserError for what will not."""
+def _open(
+    request: urllib.request.Request, timeout: float, partial: Path, answered: threading.Event
+) -> http.client.HTTPResponse:
+    """Send the request. Raises _Retry for what may pass, UserError for what will not; sets `answered` if any came."""
     try:
-        return urllib.request.urlopen(request, timeout=timeout)
+        response = urllib.request.urlopen(request, timeout=timeout)
+        answered.set()
+        return response
     except urllib.error.HTTPError as error:
+        answered.set()
         if error.code == 416:  # what we have is longer than the file: begin anew
             partial.unlink(missing_ok=True)
         if error.code in (403, 408, 416, 425, 429) or error.code >= 500:  # 403 is Common Crawl's "too fast"
