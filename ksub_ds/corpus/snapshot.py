@@ -220,7 +220,7 @@ class _Fetcher:
                 allowed = self._patience.attempts if self._answered.is_set() else self._patience.first_attempts
                 if failures >= allowed or self._stop.is_set():
                     raise UserError(
-                        f"{url}: {failure}, {failures} times; check --base-url, or run again later (it goes on from here)"
+                        f"{url}: {failure}, {failures} times; check --base-url, or run again later (what came is kept)"
                     ) from failure
                 pause = self._patience.first_pause * 2 ** (failures - 1) * random.uniform(0.5, 1.5)
                 pause = min(max(pause, failure.pause), self._patience.longest_pause)
