@@ -1,0 +1,320 @@
+"""From WET files to token shards: pages a second and core, against datatrove and CCNet; ranks; memory.
+
+    KSUB_DATA=DATA python benchmarks/corpus.py [--datatrove-python ENV/bin/python] [--json out.json]
+
+1. All stages but language identification (read, check, hash, deduplicate, filter, tokenise, pack), one process on
+   one core, against the same stages built from datatrove (corpus_datatrove.py: WarcReader, sentence deduplication
+   set to lines, DocumentTokenizer), on the same files, in turns. datatrove lives in an environment of its own
+   (pip install "datatrove[io,processing]"). Target: 3 x the pages a second.
+2. The same run with language identification; against the figures of CCNet's paper (Wenzek et al. 2020, section 4.3),
+   theirs, on their machines and pages: 600 documents/s/core for hashing, 40 for everything after it. Theirs include
+   the download, and a language model that takes 13 % of the time. Targets: 5 x and 10 x.
+3. Two ranks against one. Target: 1.7 x.
+4. Memory per rank while the input grows ten times. Target: flat, that is below 1.25 times the smallest.
+
+"Seconds" are processor seconds of the process, so that other work on the machine counts less. Two ranks are compared
+by wall time, which says something on a quiet machine only, and by the critical path: of each stage the processor
+seconds of the busier rank, without waiting, plus what is done once.
+"""
+
+import os
+
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+import argparse
+import gzip
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import measuring
+
+from ksub_ds.common.files import write_json
+from ksub_ds.common.mpi import Ranks
+from ksub_ds.corpus.crawl import load_selection
+from ksub_ds.corpus.crawl_input import find_wet_files
+from ksub_ds.corpus.crawl_run import CrawlRun
+from ksub_ds.corpus.crawl_settings import ShardCC
+from ksub_ds.corpus.langid import LanguageIdentifier
+from ksub_ds.corpus.tokenizer import load_tokenizer
+from ksub_ds.corpus.wet import Page, read_wet
+
+CCNET_HASH, CCNET_MINE = 600, 40  # documents/s/core, from the paper
+GROWTH = (1, 2, 5, 10)
+
+
+class Clock:
+    """Processor seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
+
+
+class TimedIdentifier:
+    """An identifier on the clock; without one, every page is English."""
+
+    def __init__(self, clock: Clock, identifier: LanguageIdentifier | None):
+        self._clock, self._identifier = clock, identifier
+        self.fingerprint = identifier.fingerprint if identifier else "none"
+
+    def identify(self, texts: Sequence[str]) -> list[tuple[str, float]]:
+        if self._identifier is None:
+            return [("en", 1.0)] * len(texts)
+        with self._clock("identify"):
+            return self._identifier.identify(texts)
+
+
+class TimedRanks(Ranks):
+    """Ranks whose own units of work, without the waiting for others, are on the clock."""
+
+    def __init__(self, clock: Clock):
+        super().__init__()
+        self._clock = clock
+        self.stage = ""
+
+    def each(self, sizes: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
+        def timed(unit: int) -> Any:
+            with self._clock(f"units of {self.stage}"):
+                return work(unit)
+
+        return super().each(sizes, timed)
+
+
+class TimedRun(CrawlRun):
+    """A run whose stages are on the clock."""
+
+    clock: Clock
+    timed_ranks: TimedRanks
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        self.timed_ranks.stage = stage
+        with self.clock(stage):
+            yield
+
+    def _read(self) -> Any:
+        with self._timed("read"):
+            return super()._read()
+
+    def _find_duplicates(self, *arguments: Any) -> Any:
+        with self._timed("deduplicate"):
+            return super()._find_duplicates(*arguments)
+
+    def _select(self, *arguments: Any) -> Any:
+        with self._timed("select"):
+            return super()._select(*arguments)
+
+    def _tokenise(self, *arguments: Any) -> Any:
+        with self._timed("tokenise"):
+            return super()._tokenise(*arguments)
+
+    def _pack(self, *arguments: Any) -> Any:
+        with self._timed("pack"):
+            return super()._pack(*arguments)
+
+
+def run_here(wet: Path, out: Path, tokenizer_path: Path, identify: bool, result: Path) -> None:
+    """One rank of one run; rank 0 writes what all of them measured."""
+    clock = Clock()
+    ranks = TimedRanks(clock)
+    settings = ShardCC(tokenizer_path, out, (wet,), min_length=300)
+    selection = load_selection(settings)
+    identifier = TimedIdentifier(clock, selection.identifier if identify else None)
+    selection = replace(selection, identifier=identifier)
+    ranks.on_main(lambda: out.mkdir(parents=True))
+    wall = time.perf_counter()
+    with clock("load the tokenizer"):
+        tokenizer = load_tokenizer(tokenizer_path)
+    run = TimedRun(settings, ranks, find_wet_files(settings.input), tokenizer, selection)
+    run.clock, run.timed_ranks = clock, ranks
+    with clock("all"):
+        report = run.run()
+    seconds = {name: value for name, value in clock.seconds.items() if not name.startswith("units of ")}
+    seconds["select"] -= seconds.get("identify", 0.0)
+    everything = seconds.pop("all") + seconds["load the tokenizer"]
+    seconds["begin and end"] = everything - total(seconds)  # the tokenizer's copy, the manifest
+    measured = {
+        "documents": report["stages"]["read"]["-"]["documents_in"],
+        "bytes": report["stages"]["read"]["-"]["bytes_in"],
+        "wall": time.perf_counter() - wall,
+        "seconds": seconds,
+        "units": {name: value for name, value in clock.seconds.items() if name.startswith("units of ")},
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    everyone = ranks.gather(measured)
+    if ranks.is_main:
+        write_json(result, everyone)
+
+
+def run(wet: Path, work: Path, tokenizer: Path, identify: bool = True, ranks: int = 1) -> list[dict[str, Any]]:
+    """What each rank of a fresh run measured; one rank has one core."""
+    out, result = work / "out", work / "result.json"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, __file__, "--here", str(wet), str(out), str(tokenizer), str(int(identify)), str(result)]
+    start = ["taskset", "-c", str(min(os.sched_getaffinity(0)))] if ranks == 1 else ["mpirun", "-n", str(ranks)]
+    subprocess.run([*start, *command], check=True, stderr=subprocess.DEVNULL)
+    return json.loads(result.read_text())
+
+
+def run_datatrove(python: Path, wet: Path, work: Path, tokenizer: Path) -> dict[str, Any]:
+    """datatrove's run, on one core."""
+    folder = work / "datatrove"
+    shutil.rmtree(folder, ignore_errors=True)
+    script = Path(__file__).with_name("corpus_datatrove.py")
+    command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), str(python), str(script)]
+    command += [str(wet), str(folder), str(tokenizer), "300"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def grow(source: Path, folder: Path, copies: int) -> Path:
+    """A folder of `copies` WET files made from one, no paragraph of them equal to another's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = [item for item in read_wet(source) if isinstance(item, Page)]
+    for copy in range(copies):
+        path = folder / f"{copy:05d}.warc.wet.gz"
+        if path.exists():
+            continue
+        mark = "".join("abcdefghij"[int(digit)] for digit in str(copy))  # digits are all the same to the hashes
+        with open(path, "wb") as stream:
+            for number, page in enumerate(pages):
+                body = "\n".join(f"{line} {mark}" for line in page.text.split("\n")).encode()
+                header = (
+                    "WARC/1.0\r\nWARC-Type: conversion\r\n"
+                    f"WARC-Target-URI: {page.url}/{copy}\r\nWARC-Date: {page.date}\r\n"
+                    f"WARC-Record-ID: <urn:uuid:00000000-0000-4000-{copy:04x}-{number:012x}>\r\n"
+                    f"Content-Type: text/plain\r\nContent-Length: {len(body)}\r\n\r\n"
+                )
+                stream.write(gzip.compress(header.encode() + body + b"\r\n\r\n", 1))
+    return folder
+
+
+def total(seconds: dict[str, float], *names: str) -> float:
+    """The sum of some stages, or of all."""
+    return sum(seconds[name] for name in names) if names else sum(seconds.values())
+
+
+def compare(options: argparse.Namespace, wet: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
+    """Parts 1 and 2."""
+    tokenizer_folder = work / "tokenizer"
+    load_tokenizer(tokenizer).save(tokenizer_folder)
+    ours = theirs = whole = None
+    for _ in range(options.repeats):  # in turns
+        found = run(wet, work, tokenizer, identify=False)[0]
+        ours = found if ours is None or total(found["seconds"]) < total(ours["seconds"]) else ours
+        if options.datatrove_python:
+            other = run_datatrove(options.datatrove_python, wet, work, tokenizer_folder / "tokenizer.json")
+            theirs = other if theirs is None or total(other["seconds"]) < total(theirs["seconds"]) else theirs
+        found = run(wet, work, tokenizer)[0]
+        whole = found if whole is None or total(found["seconds"]) < total(whole["seconds"]) else whole
+    assert ours is not None and whole is not None, "there is at least one repeat"
+    documents, seconds = whole["documents"], whole["seconds"]
+    result: dict[str, Any] = {"ours": ours, "with identification": whole, "datatrove": theirs}
+    rows = [[name, f"{value:.2f}", f"{documents / value:,.0f}"] for name, value in seconds.items()]
+    title = f"{documents:,} pages, {whole['bytes'] / 1e6:.0f} MB of text, one core"
+    measuring.print_table(title, ["stage", "seconds", "pages/s"], rows)
+    hashing = documents / total(seconds, "read", "deduplicate")
+    mining = documents / (total(seconds) - total(seconds, "read", "deduplicate"))
+    result |= {"hash": hashing, "mine": mining}
+    rows = [
+        ["read, hash, deduplicate", f"{hashing:,.0f}", f"CCNet's hash, {CCNET_HASH}", f"{hashing / CCNET_HASH:.1f}"],
+        ["everything after", f"{mining:,.0f}", f"CCNet's mine, {CCNET_MINE}", f"{mining / CCNET_MINE:.1f}"],
+    ]
+    verdicts = [measuring.verdict(hashing / CCNET_HASH, 5), measuring.verdict(mining / CCNET_MINE, 10)]
+    speed = ours["documents"] / total(ours["seconds"])
+    if theirs is not None:
+        other_speed = theirs["documents"] / total(theirs["seconds"])
+        result["ratio"] = speed / other_speed
+        name = f"datatrove, {other_speed:,.0f}"
+        rows.append(["all but identification", f"{speed:,.0f}", name, f"{speed / other_speed:.1f}"])
+        verdicts.append(measuring.verdict(speed / other_speed, 3))
+    header = ["what", "pages/s/core", "against", "ratio", "target"]
+    rows = [[*row, verdict] for row, verdict in zip(rows, verdicts, strict=True)]
+    measuring.print_table("Against others (CCNet: their figures, their machines)", header, rows)
+    return result
+
+
+def scale(options: argparse.Namespace, source: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
+    """Parts 3 and 4."""
+    curve = []
+    for copies in GROWTH:
+        wet = grow(source, work / f"grown-{copies}", copies)
+        measured = run(wet, work, tokenizer)[0]
+        curve.append({key: measured[key] for key in ("documents", "bytes", "memory")} | {"files": copies})
+    ratio = max(entry["memory"] for entry in curve) / curve[0]["memory"]
+    rows = [
+        [f"{e['files']}", f"{e['documents']:,}", f"{e['bytes'] / 1e6:.0f}", f"{e['memory'] / 1e6:.0f}"] for e in curve
+    ]
+    measuring.print_table("Memory of one rank", ["files", "pages", "MB of text", "peak, MB"], rows)
+    print(f"\ngrown ten times: {ratio:.2f} x the memory, {measuring.verdict(ratio, 1.25, at_least=False)}")
+
+    wet = work / f"grown-{GROWTH[-1]}"
+    runs: dict[int, list[list[dict[str, Any]]]] = {1: [], 2: []}
+    for count in (1, 2) * options.repeats:
+        runs[count].append(run(wet, work, tokenizer, ranks=count))
+    wall = {count: min(max(rank["wall"] for rank in found) for found in runs[count]) for count in runs}
+    path = {count: min(critical_path(found, runs[1][0][0]) for found in runs[count]) for count in runs}
+    ratios = {"wall": wall[1] / wall[2], "critical path": path[1] / path[2]}
+    rows = [
+        ["wall time", f"{wall[1]:.1f}", f"{wall[2]:.1f}", f"{ratios['wall']:.2f}"],
+        ["critical path", f"{path[1]:.1f}", f"{path[2]:.1f}", f"{ratios['critical path']:.2f}"],
+    ]
+    measuring.print_table("Two ranks (seconds)", ["", "one", "two", "ratio"], rows)
+    load = os.getloadavg()[0]
+    verdicts = ", ".join(f"{name} {measuring.verdict(value, 1.7)}" for name, value in ratios.items())
+    print(f"\nload of the machine {load:.1f}; {verdicts}")
+    return {"memory": curve, "memory ratio": ratio, "wall": wall, "critical path": path, "ratios": ratios, "load": load}
+
+
+def critical_path(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> float:
+    """Processor seconds of the busiest rank of each stage, plus what one rank alone spends outside of units."""
+    stages = alone["units"].keys()
+    outside = total(alone["seconds"]) - total(alone["units"])
+    return outside + sum(max(rank["units"].get(stage, 0.0) for rank in ranks) for stage in stages)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--here"]:
+        wet, out, tokenizer, identify, result = sys.argv[2:]
+        run_here(Path(wet), Path(out), Path(tokenizer), identify == "1", Path(result))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("KSUB_DATA"), help="folder with wet/, tokenizer/")
+    parser.add_argument("--datatrove-python", type=Path, help="python of an environment with datatrove")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--part", choices=("all", "compare", "scale"), default="all")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    options = parser.parse_args()
+    if options.data is None:
+        print("skipped: KSUB_DATA is not set; this benchmark needs WET files")
+        return
+    data = Path(options.data)
+    tokenizer = data / "tokenizer/sentencepiece.bpe.model"
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="ksub-corpus-") as folder:
+        work = Path(folder)
+        if options.part != "scale":
+            result |= compare(options, data / "wet", tokenizer, work)
+        if options.part != "compare":
+            result |= scale(options, min((data / "wet").glob("*.wet.gz")), tokenizer, work)
+    measuring.save(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
