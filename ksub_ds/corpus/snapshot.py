@@ -3,65 +3,22 @@
     fetch_snapshot("2019-09", "0:40", "https://data.commoncrawl.org", Path("cache"))     # 40 paths under cache/
 
 Common Crawl's public layout: BASE/crawl-data/CC-MAIN-2019-09/wet.paths.gz lists the files of a snapshot, one path a
-line, below the same BASE. `segments` is a range of those lines; the cache folder mirrors the layout.
-
-The servers are shared by all the world and answer 403 or 503 to who asks too fast. So there are `connections`
-downloads at a time, however many processes (the ranks of an MPI job) share the cache folder: a download holds one of
-that many lock files, and each file's own. Failed requests are repeated after a pause that doubles, with jitter; what
-had come of a file before a cut stays, and the rest is asked for by Range. A file is published under its name only
-when it is as long as the server said.
+line, below the same BASE. `segments` is a range of those lines. The servers are shared by all the world and answer
+403 or 503 to who asks too fast: see download.py for how it is done politely.
 """
 
-import contextlib
-import fcntl
 import gzip
-import http.client
-import os
-import queue
-import random
 import re
-import threading
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import fsync_path
-from ksub_ds.common.logging import Progress, get_logger
+from ksub_ds.corpus.download import Downloads, Patience
 
 BASE_URL = "https://data.commoncrawl.org"
 LARGEST_LISTING = 256 << 20  # bytes of wet.paths, unpacked; the real ones have about 14 MB
-LARGEST_FILE = 4 << 30  # bytes; the real ones have about 150 MB
-CHUNK = 1 << 18
 _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a download waits and how often it tries again. Times in seconds."""
-
-    timeout: float = 30.0
-    """Silence of the server that ends a connection."""
-    first_pause: float = 1.0
-    """Before the second attempt; doubles with every further one, times a random 0.5..1.5."""
-    longest_pause: float = 120.0
-    attempts: int = 10
-    """Attempts in a row that bring no new byte before a download is given up."""
-    first_attempts: int = 4
-    """The same, until the server has answered for the first time: its name may be misspelt."""
-
-
-class _Retry(Exception):
-    """An attempt failed in a way that a later one may not; the message says how."""
-
-    def __init__(self, reason: str, pause: float = 0.0):
-        super().__init__(reason)
-        self.pause = pause
 
 
 def fetch_snapshot(
@@ -95,8 +52,8 @@ def fetch_snapshot(
         raise UserError(f"--base-url {base_url}: must be like {BASE_URL}")
     if connections < 1:
         raise UserError(f"--connections {connections}: must be at least 1")
-    fetcher = _Fetcher(base_url.rstrip("/"), cache, connections, patience or Patience())
-    listing = fetcher.fetch_all([f"crawl-data/{name}/wet.paths.gz"])[0]
+    downloads = Downloads(base_url.rstrip("/"), cache, connections, patience)
+    listing = downloads.fetch([f"crawl-data/{name}/wet.paths.gz"])[0]
     lines = _read_listing(listing)
     if last > len(lines):
         raise UserError(f"--segments {segments}: {name} has {len(lines):,} WET files; STOP must not exceed that")
@@ -106,7 +63,7 @@ def fetch_snapshot(
             raise UserError(f"{listing}: line {number} is {line[:200]!r}, no WET file of {name}; is --base-url right?")
     if len(set(lines[first:last])) < last - first:
         raise UserError(f"{listing}: names a file twice; is --base-url right?")
-    return fetcher.fetch_all(lines[first:last])
+    return downloads.fetch(lines[first:last])
 
 
 def _snapshot_name(snapshot: str) -> str:
@@ -135,198 +92,3 @@ def _read_listing(path: Path) -> list[str]:
         path.unlink(missing_ok=True)
         raise UserError(f"{path}: was no list of paths in gzip ({error}) and is removed; run again") from error
     return [line.strip() for line in text.split("\n")]
-
-
-class _Fetcher:
-    """Downloads into the cache folder, with `connections` threads and as many locks for all processes together."""
-
-    def __init__(self, base_url: str, cache: Path, connections: int, patience: Patience):
-        self._base_url, self._cache, self._connections, self._patience = base_url, cache, connections, patience
-        self._stop, self._answered = threading.Event(), threading.Event()
-
-    def fetch_all(self, paths: list[str]) -> list[Path]:
-        """The local files of `paths`, after fetching what is missing."""
-        todo: queue.Queue[str] = queue.Queue()
-        for path in paths:
-            if not (self._cache / path).is_file():
-                todo.put(path)
-        missing = todo.qsize()
-        if missing:
-            self._make_folder(self._cache)
-            done: queue.Queue[int | BaseException] = queue.Queue()
-            # Daemons: Ctrl-C must not wait for a silent server. What they leave is resumed by the next run.
-            for _ in range(min(self._connections, missing)):
-                threading.Thread(target=self._work, args=(todo, done), daemon=True).start()
-            try:
-                with Progress(missing, "files", "downloading") as progress:
-                    megabytes = 0.0
-                    for _ in range(missing):
-                        result = done.get()
-                        if isinstance(result, BaseException):
-                            raise result
-                        megabytes += result / 1e6
-                        progress.advance(1, MB=f"{megabytes:,.0f}")
-            except BaseException:
-                self._stop.set()
-                raise
-        return [self._cache / path for path in paths]
-
-    def _work(self, todo: "queue.Queue[str]", done: "queue.Queue[int | BaseException]") -> None:
-        while not self._stop.is_set():
-            try:
-                path = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                target = self._cache / path
-                self._make_folder(target.parent)
-                with _locked(target.with_name(f".{target.name}.lock")) as mine:
-                    if mine and not target.is_file():
-                        done.put(self._fetch(path, target))
-                    elif mine:  # another process was faster
-                        done.put(0)
-                if not mine:  # another process is at it: see to the others first
-                    todo.put(path)
-                    time.sleep(0.05 + 0.1 * random.random())
-            except OSError as error:
-                done.put(UserError(f"--cache {self._cache}: cannot be written to ({error.strerror or error})"))
-                return
-            except BaseException as error:
-                done.put(error)
-                return
-
-    @staticmethod
-    def _make_folder(folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--cache {folder}: cannot be made a folder ({error.strerror})") from error
-
-    def _fetch(self, path: str, target: Path) -> int:
-        """Download one file; returns the bytes that came. The caller holds the file's lock."""
-        url = f"{self._base_url}/{path}"
-        partial = target.with_name(f".{target.name}.partial")
-        received = failures = 0
-        while True:
-            before = partial.stat().st_size if partial.exists() else 0
-            try:
-                with self._connection():
-                    self._attempt(url, partial)
-                break
-            except _Retry as failure:
-                grown = max(0, (partial.stat().st_size if partial.exists() else 0) - before)
-                received += grown
-                failures = 1 if grown else failures + 1
-                allowed = self._patience.attempts if self._answered.is_set() else self._patience.first_attempts
-                if failures >= allowed or self._stop.is_set():
-                    raise UserError(
-                        f"{url}: {failure}, {failures} times; check --base-url, or run again later (what came is kept)"
-                    ) from failure
-                pause = self._patience.first_pause * 2 ** (failures - 1) * random.uniform(0.5, 1.5)
-                pause = min(max(pause, failure.pause), self._patience.longest_pause)
-                get_logger().info(f"{url}: {failure}; again in {pause:.1f} s")
-                self._stop.wait(pause)
-        received += partial.stat().st_size - before
-        fsync_path(partial)
-        os.replace(partial, target)
-        fsync_path(target.parent)
-        partial.with_suffix(".etag").unlink(missing_ok=True)
-        return received
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[None]:
-        """Wait for one of the connections that all processes on this cache folder share."""
-        while True:
-            for number in random.sample(range(self._connections), self._connections):
-                with _locked(self._cache / f".connection{number}.lock") as mine:
-                    if mine:
-                        yield
-                        return
-            time.sleep(0.05 + 0.1 * random.random())
-
-    def _attempt(self, url: str, partial: Path) -> None:
-        """One request that appends to `partial` what it lacks. Raises _Retry unless the file is whole afterwards."""
-        offset = partial.stat().st_size if partial.exists() else 0
-        etag_path = partial.with_suffix(".etag")
-        request = urllib.request.Request(url, headers={"User-Agent": "ksub_ds", "Accept-Encoding": "identity"})
-        if offset:
-            request.add_header("Range", f"bytes={offset}-")
-            if etag_path.exists():  # a file that changed in between comes whole
-                request.add_header("If-Range", etag_path.read_text(encoding="ascii"))
-        with _open(request, self._patience.timeout, partial, self._answered) as response:
-            offset, total = _place(response, offset)
-            if total > LARGEST_FILE:
-                raise UserError(f"{url}: is said to have {total:,} bytes, more than a WET file has")
-            etag = response.headers.get("ETag", "")
-            if re.fullmatch(r'"[\x21\x23-\x7e]{1,200}"', etag):  # weak ones (W/...) do not serve
-                etag_path.write_text(etag, encoding="ascii")
-            else:
-                etag_path.unlink(missing_ok=True)
-            with partial.open("r+b" if partial.exists() else "wb") as stream:
-                stream.truncate(offset)
-                stream.seek(offset)
-                while offset < total and (chunk := _read(response, min(CHUNK, total - offset))):
-                    stream.write(chunk)
-                    offset += len(chunk)
-                    if self._stop.is_set():
-                        break
-        if offset < total:
-            raise _Retry(f"cut after {offset:,} of {total:,} bytes")
-
-
-def _open(
-    request: urllib.request.Request, timeout: float, partial: Path, answered: threading.Event
-) -> http.client.HTTPResponse:
-    """Send the request. Raises _Retry for what may pass, UserError for what will not; sets `answered` if any came."""
-    try:
-        response = urllib.request.urlopen(request, timeout=timeout)
-        answered.set()
-        return response
-    except urllib.error.HTTPError as error:
-        answered.set()
-        if error.code == 416:  # what we have is longer than the file: begin anew
-            partial.unlink(missing_ok=True)
-        if error.code in (403, 408, 416, 425, 429) or error.code >= 500:  # 403 is Common Crawl's "too fast"
-            after = error.headers.get("Retry-After", "")
-            pause = float(after) if re.fullmatch(r"\d{1,6}", after) else 0.0
-            raise _Retry(f"status {error.code}", pause) from error
-        raise UserError(
-            f"{request.full_url}: status {error.code} ({error.reason}); check --snapshot and --base-url"
-        ) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _Retry(f"no answer ({getattr(error, 'reason', None) or error})") from error
-
-
-def _read(response: http.client.HTTPResponse, size: int) -> bytes:
-    """At most `size` bytes, as they come, so that what came before a cut is kept."""
-    try:
-        return response.read1(size)
-    except (OSError, http.client.HTTPException) as error:
-        raise _Retry(f"cut ({error})") from error
-
-
-def _place(response: http.client.HTTPResponse, offset: int) -> tuple[int, int]:
-    """Where in the file the body starts (0 or `offset`), and how long the whole file is.
-
-    Raises:
-        _Retry: the answer is no part of the file, or does not tell its length.
-    """
-    length = response.headers.get("Content-Length", "")
-    if response.status == 200 and re.fullmatch(r"\d{1,18}", length):
-        return 0, int(length)
-    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", response.headers.get("Content-Range", ""))
-    if response.status == 206 and match and int(match[1]) == offset and int(match[2]) == int(match[3]) - 1:
-        return offset, int(match[3])
-    raise _Retry(f"an answer of status {response.status} without a usable length")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Try for an exclusive lock, without waiting; it goes with the process, however that ends."""
-    with path.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
