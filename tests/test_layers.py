@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "vectors": {"common", "codes", "corpus", "model", "pretrain.export"},
     "pretrain": {"common", "codes", "corpus", "model"},
     "cluster": {"common", "codes", "corpus"},
-    "evaluate": {"common", "codes", "corpus", "model", "pretrain"},
+    "evaluate": {"common", "codes", "corpus", "model", "pretrain", "cluster.hostfile"},
     "analysis": {"common", "codes", "corpus", "model", "vectors", "pretrain", "evaluate"},
     "cli": {"common", "codes", "corpus", "model", "vectors", "pretrain", "evaluate", "analysis", "cluster"},
     "": {"common", "codes", "corpus", "model", "vectors", "pretrain", "evaluate", "analysis", "cluster"},  # __init__.py

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,50 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ksub_ds.cluster.hostfile import is_this_machine, read_hostfile
 from ksub_ds.common.errors import UserError
 
 # Variables a worker on another machine needs; ssh takes none along.
 TRAVELS = re.compile(r"(HF_|KSUB_|OMP_|MKL_|TORCH_|TOKENIZERS_|XDG_CACHE_HOME$|PYTHONPATH$|LD_LIBRARY_PATH$)")
 SECRET = re.compile(r"TOKEN$|KEY|SECRET|PASSWORD")
 SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """Host -> slots, of lines `host slots=N`.
-
-    Raises:
-        UserError: unreadable, empty, or a line that is none (it is named).
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--hostfile {path}: cannot be read ({getattr(error, 'strerror', error)})") from error
-    hosts: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        line = line.split("#")[0].strip()
-        found = re.fullmatch(r"([\w.:-]+)\s+slots=(\d+)", line)
-        if not line:
-            continue
-        if not found or found[1].startswith("-") or int(found[2]) < 1:
-            raise UserError(f"--hostfile {path}: line {number} is {line!r}, not `host slots=N` with N from 1 on")
-        if found[1] in hosts:
-            raise UserError(f"--hostfile {path}: line {number} names {found[1]!r} again; give each host one line")
-        hosts[found[1]] = int(found[2])
-    if not hosts:
-        raise UserError(f"--hostfile {path}: names no host; write lines such as `localhost slots=2`")
-    return hosts
-
-
-def is_this_machine(host: str) -> bool:
-    """Whether a host's name means the machine this runs on."""
-    if host in ("localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()):
-        return True
-    try:
-        with socket.socket() as probe:  # an address can be bound only where it lives
-            probe.bind((socket.gethostbyname(host), 0))
-        return True
-    except OSError:
-        return False
 
 
 def worker_command(host: str, place: int, slots: int, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -130,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if not hostfile:
             raise UserError("--hostfile: needs a value")
-        return start_workers(read_hostfile(Path(hostfile)), rest)
+        return start_workers(read_hostfile(hostfile), rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
