@@ -77,7 +77,7 @@ class Watchdog:
         self.step: int | None = None
         self.on_failure: Callable[[Failure], None] = lambda failure: None
         self._position, self._where = 0, "start"
-        self._timeout, self._silence = timeout, silence
+        self.timeout, self._silence = timeout, silence
         self._interval = max(BEAT_SECONDS, self.world_size / 500)
         self._stopped = threading.Event()
         self._ending = threading.Lock()
@@ -132,7 +132,7 @@ class Watchdog:
                     seen.read(self._line)
                     failure = self._judge(seen)
                     if failure is not None:
-                        self.end(failure)
+                        self.end(failure, lost=len(seen.silent(self._silence)))
             except RuntimeError:  # the store's server is gone: `_guard` waits a little, then says so
                 return
             self._heard = time.monotonic()
@@ -152,8 +152,8 @@ class Watchdog:
         if silent:
             reason = f"no sign of life for {self._silence:.0f} s (its host is cut off, or the process is stopped)"
             return self._about(silent[0], reason)
-        waited = format_seconds(self._timeout)
-        if seen.standing() < self._timeout or not seen.anyone_waits():
+        waited = format_seconds(self.timeout)
+        if seen.standing() < self.timeout or not seen.anyone_waits():
             return None  # ranks that work each for itself may take as long as they like
         hanging = seen.hanging()
         if hanging is None:
@@ -175,16 +175,20 @@ class Watchdog:
             The exit code.
         """
         failure = self._dead_peer() if _broke_off(error) else None
-        if failure is None:
-            failure = self._about(self.rank, _in_one_line(error))
-            if not (self._store is not None and self._failure_is_known()):
-                traceback.print_exception(error)
+        if failure is not None:
+            return self.end(failure, lost=1)
+        failure = self._about(self.rank, _in_one_line(error))
+        if not (self._store is not None and self._failure_is_known()):
+            traceback.print_exception(error)
         return self.end(failure)
 
-    def end(self, failure: Failure) -> int:
+    def end(self, failure: Failure, lost: int = 0) -> int:
         """Print the line unless another rank was first, tell all ranks, and end this process with the exit code.
 
         With one rank the process goes on, with the exit code as result.
+
+        Args:
+            lost: how many ranks will never hear of it.
         """
         if self._store is None:
             self._tell(failure)
@@ -197,7 +201,7 @@ class Watchdog:
                     self._obey(self._store)
                 self._tell(failure)
                 self._store.set("told", "")
-                self._linger(unheard=0 if failure.rank == self.rank else 1)
+                self._linger(lost)
             except RuntimeError:  # the store is gone: rank 0 has been faster
                 pass
             self._exit(failure.exit_code)
@@ -228,10 +232,10 @@ class Watchdog:
             self._linger()
         self._exit(failure["exit_code"])
 
-    def _linger(self, unheard: int = 0) -> None:
+    def _linger(self, lost: int = 0) -> None:
         """Rank 0 may serve the store: the others must have read it before it goes."""
         deadline = time.monotonic() + LINGER_SECONDS
-        while self._store.add("heard", 0) < self.world_size - 1 - unheard and time.monotonic() < deadline:
+        while self._store.add("heard", 0) < self.world_size - 1 - lost and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def _end_alone(self, reason: str) -> None:

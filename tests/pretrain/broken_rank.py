@@ -2,7 +2,8 @@
 
     RANK=0 WORLD_SIZE=2 ... python tests/pretrain/broken_rank.py HOW RANK CALL --preset tiny ...
 
-HOW happens in the CALL-th forward pass on that rank.
+HOW happens in the CALL-th forward pass on that rank. From then on two seconds are enough to hang: before, on a busy
+machine, the imports of one rank alone may take longer.
 """
 
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 
 from ksub_ds import KSubRobertaForMaskedLM
+from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.pretrain.__main__ import main
 
@@ -43,6 +45,7 @@ def break_forward(how: str, call: int) -> None:
         nonlocal calls
         calls += 1
         if calls == call:
+            distributed.watchdog().timeout = 2
             BREAK[how]()
         return FORWARD(self, *arguments, **keywords)
 
@@ -51,6 +54,5 @@ def break_forward(how: str, call: int) -> None:
 
 if __name__ == "__main__":
     how, rank, call, *arguments = sys.argv[1:]
-    if os.environ["RANK"] == rank:
-        break_forward(how, int(call))
+    break_forward(how if os.environ["RANK"] == rank else "fine", int(call))
     sys.exit(main(arguments))

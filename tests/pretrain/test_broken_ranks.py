@@ -1,0 +1,137 @@
+"""A rank that breaks ends all ranks, and one line, the last, says which it was."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from ksub_ds.common.signs import Signs
+from ksub_ds.common.watchdog import EXIT_FAILED, EXIT_USER_ERROR
+
+from .conftest import HERE, Bench, environment
+
+pytestmark = pytest.mark.timeout(300)
+WATCH = {"KSUB_TIMEOUT_SECONDS": "150", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_broken(bench: Bench, name: str, how: str, rank: int, call: int) -> tuple[list[int], list[str], dict]:
+    """Two ranks, of which one breaks. Returns exit codes, the lines of both in their order, and failure.json."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    log = bench.folder / f"{name}.log"
+    arguments = bench.arguments(name, save_every_steps=2, eval_every=0)
+    command = [sys.executable, str(HERE / "broken_rank.py"), how, str(rank), str(call), *arguments]
+    with open(log, "a") as stream:
+        start = stream.tell()
+        ranks = [
+            subprocess.Popen(
+                command,
+                stdout=stream,
+                stderr=stream,
+                env=environment() | WATCH | place | {"RANK": each, "LOCAL_RANK": each},
+            )
+            for each in ("0", "1")
+        ]
+        codes = [process.wait(timeout=200) for process in ranks]
+    lines = log.read_text()[start:].splitlines()
+    return codes, lines, json.loads((bench.folder / name / "failure.json").read_text())
+
+
+def test_a_rank_that_raises_then_one_that_is_killed(bench: Bench) -> None:
+    codes, lines, failure = run_broken(bench, "broken", "raises", 1, 4)
+    here = socket.gethostname()
+    assert codes == [EXIT_FAILED, EXIT_FAILED], lines
+    assert lines[-1].startswith(f"failed: rank 1 on {here} at step 4: KeyError: 'a bug on this rank alone'")
+    assert sum(line.startswith("Traceback") for line in lines) == 1
+    assert (failure["rank"], failure["host"], failure["step"]) == (1, here, 4)
+    assert failure["restart_may_help"] and failure["exit_code"] == EXIT_FAILED
+    log = (bench.folder / "broken" / "train.log").read_text()
+    assert log.splitlines()[-1].endswith(lines[-1])
+
+    codes, lines, failure = run_broken(bench, "broken", "killed", 0, 4)  # rank 0 serves the store
+    assert codes == [-signal.SIGKILL, EXIT_FAILED], lines
+    assert any("continuing from" in line for line in lines)
+    assert lines[-1].startswith(f"failed: rank 0 on {here} at step ") and "Traceback" not in "".join(lines)
+    assert failure["rank"] == 0 and failure["step"] > 4
+
+
+def test_a_rank_that_hangs_is_named(bench: Bench) -> None:
+    codes, lines, failure = run_broken(bench, "hanging", "hangs", 1, 3)
+    assert codes == [EXIT_FAILED, EXIT_FAILED], lines
+    assert lines[-1].startswith(
+        f"failed: rank 1 on {socket.gethostname()} at step 3: hangs: for 0:00:02 it is at step 3"
+    )
+    assert "broken_rank.py" in lines[-1] and "Traceback" not in "".join(lines)
+    assert failure["restart_may_help"]
+
+
+def test_a_mistake_that_one_rank_alone_meets(bench: Bench) -> None:
+    codes, lines, failure = run_broken(bench, "mistaken", "errs", 1, 2)
+    assert codes == [EXIT_USER_ERROR, EXIT_USER_ERROR], lines
+    assert lines[-1] == f"error: the disk of this rank alone is full (rank 1 on {socket.gethostname()})"
+    assert "Traceback" not in "".join(lines) and not failure["restart_may_help"]
+
+
+class Store:
+    """Beats as ranks write them, in a real store."""
+
+    def __init__(self, ranks: int):
+        self.store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, timeout=timedelta(seconds=5))
+        self.signs = Signs(ranks)
+
+    def beat(self, rank: int, count: int, position: int, waits: bool = False) -> None:
+        self.store.set(f"beat/{rank}", json.dumps([count, position, waits, f"step {position}", "wait (c10d.py:1)"]))
+
+
+def test_who_hangs() -> None:
+    """The rank behind the others; among ranks at one point, the one that is in no collective."""
+    watch = Store(3)
+    for rank, position, waits in ((0, 7, True), (1, 6, True), (2, 7, True)):
+        watch.beat(rank, 1, position, waits)
+    watch.signs.read(watch.store)
+    assert watch.signs.hanging() == (1, "step 6", "wait (c10d.py:1)")
+    for rank, waits in ((0, True), (1, True), (2, False)):
+        watch.beat(rank, 2, 7, waits)
+    watch.signs.read(watch.store)
+    hanging = watch.signs.hanging()
+    assert hanging is not None and hanging[0] == 2 and watch.signs.anyone_waits()
+    watch.beat(2, 3, 7, True)
+    watch.signs.read(watch.store)
+    assert watch.signs.hanging() is None
+
+
+def test_who_is_silent() -> None:
+    watch = Store(2)
+    watch.beat(0, 1, 1)
+    watch.beat(1, 1, 1)
+    watch.signs.read(watch.store)
+    time.sleep(0.1)
+    watch.beat(0, 2, 1)
+    watch.signs.read(watch.store)
+    assert watch.signs.silent(0.05) == [1] and watch.signs.silent(5) == []
+    watch.store.set("beat/1", "done")  # a rank that is through may be silent
+    watch.signs.read(watch.store)
+    assert watch.signs.silent(0.05) == []
+
+
+def test_a_rank_that_never_comes_is_named(bench: Bench, tmp_path: Path) -> None:
+    place = {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "ksub_ds.pretrain", *bench.arguments("lonely")]
+    patience = {"KSUB_TIMEOUT_SECONDS": "1"}
+    done = subprocess.run(
+        command, env=environment() | WATCH | place | patience, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == EXIT_FAILED, done.stderr
+    assert f"rank 1, 2 did not come to 127.0.0.1:{place['MASTER_PORT']} in 1 s" in done.stderr.splitlines()[-1]
