@@ -48,6 +48,7 @@ class Outcome:
 
     ranks: dict[int, Rank] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)  # host -> why
+    gone: dict[str, int] = field(default_factory=dict)  # host -> how its launcher ended, before all its ranks had
     launcher_codes: list[int] = field(default_factory=list)
     verdicts: list[str] = field(default_factory=list)  # "error: ..." and "failed: ..." lines of ranks
     noise: list[str] = field(default_factory=list)  # what launchers said
@@ -55,7 +56,7 @@ class Outcome:
     def bad(self) -> bool:
         """Whether something went wrong already."""
         ended = [rank.code for rank in self.ranks.values() if rank.code is not None]
-        return bool(self.lost) or any(ended)
+        return bool(self.lost or self.gone) or any(ended)
 
 
 class HostLogs:
@@ -204,12 +205,14 @@ class Attempt:
             self._ended_launcher(found[1], int(found[2]))
 
     def _ended_launcher(self, host: str | None, code: int) -> None:
-        """ssh's own failure, with ranks still running on that host, means that the host is lost."""
-        if host is None or code != SSH_FAILED:
-            return
+        """What started the ranks of one host has ended; with ranks of that host still running, something is wrong."""
         theirs = [rank for rank in self.outcome.ranks.values() if rank.host == host]
-        if not theirs or any(rank.code is None for rank in theirs):
+        if host is None or code == 0 or (theirs and all(rank.code is not None for rank in theirs)):
+            return
+        if code == SSH_FAILED:
             self.outcome.lost.setdefault(host, "its connection broke")
+        else:  # a guardian was killed, or could not start
+            self.outcome.gone.setdefault(host, code)
 
     def _notice_silence(self) -> None:
         now = time.monotonic()

@@ -46,6 +46,10 @@ def judge(outcome: Outcome, failure_file: Path, stopped_by: int | None) -> Verdi
         return Verdict(USER_ERROR, spoken or _of_record(record, "error") or _first_end(outcome, "error"), False)
     if not outcome.ranks:
         return Verdict(FAILED, f"failed: no rank started; the launcher ended with {_launcher(outcome)}", False)
+    for host, code in outcome.gone.items():
+        numbers = [str(number) for number, rank in outcome.ranks.items() if rank.host == host and rank.code is None]
+        who = f"rank {', '.join(numbers)} on {host} is gone" if numbers else f"no rank started on {host}"
+        return Verdict(FAILED, f"failed: {who}: DeepSpeed's launcher there ended with {describe(code)}", True)
     return Verdict(FAILED, spoken or _of_record(record, "failed") or _first_end(outcome, "failed"), True)
 
 

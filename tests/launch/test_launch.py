@@ -70,7 +70,7 @@ def test_a_host_is_a_name(tmp_path: Path, name: str) -> None:
 def outcome(*codes: int | None, spoken: str = "", lost: dict[str, str] | None = None) -> Outcome:
     """Ranks 0, 1, ... on node1, node2, ..., which ended in this order."""
     ranks = {number: Rank(f"node{number + 1}", 0.0, code, number) for number, code in enumerate(codes)}
-    return Outcome(ranks, lost or {}, [1], [spoken] if spoken else [])
+    return Outcome(ranks, lost or {}, launcher_codes=[1], verdicts=[spoken] if spoken else [])
 
 
 def test_verdicts(tmp_path: Path) -> None:
@@ -92,6 +92,9 @@ def test_verdicts(tmp_path: Path) -> None:
         assert (verdict.code, verdict.restart_may_help) == (code, restart), given
         assert verdict.line.startswith(line) and bool(verdict.line) == bool(line), verdict
     assert judge(outcome(0, 0), record, signal.SIGTERM).code == 143
+    half = outcome(None, 70)
+    half.gone["node1"] = 247
+    assert judge(half, record, None).line.startswith("failed: rank 0 on node1 is gone: DeepSpeed's launcher there")
     record.write_text(json.dumps({"rank": 1, "host": "node2", "step": 4, "reason": "hangs", "exit_code": 70}))
     assert judge(outcome(70, -15), record, None).line == "failed: rank 1 on node2 at step 4: hangs"
 
