@@ -10,7 +10,6 @@ again, 128 + n after signal n. The last line names the rank and the host that fa
 """
 
 import contextlib
-import fcntl
 import os
 import signal
 import socket
@@ -20,7 +19,7 @@ import time
 import uuid
 from pathlib import Path
 
-from ksub_ds.cluster import launchers, preflight, remote
+from ksub_ds.cluster import launchers, preflight, remote, restart
 from ksub_ds.cluster.attempt import Attempt, HostLogs, Outcome
 from ksub_ds.cluster.errand import LAUNCH_ID, PLAIN_WORD, Errand, travelling_environment, write_environment_file
 from ksub_ds.cluster.hostfile import chosen_hosts, is_this_machine, read_hostfile, without_hosts
@@ -31,7 +30,6 @@ from ksub_ds.cluster.verdict import FAILED, USER_ERROR, judge
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 
-LOCK_SECONDS = 180.0  # a host that is cut off still holds the run folder, until its own watchdog ends it
 # What an outer launcher, or DeepSpeed's, has said to this process.
 RANKS_OF_OTHERS = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE"),
@@ -95,15 +93,17 @@ class Launch:
                 print("\n".join(outcome.noise[-15:]), file=sys.stderr)
             if not verdict.restart_may_help or restarts >= self.options.max_restarts:
                 if verdict.line:
-                    where = f"; {self._last_checkpoint()}" if verdict.code == FAILED else ""
+                    where = f"; {restart.last_checkpoint(self.out)}" if verdict.code == FAILED else ""
                     print(verdict.line + where, file=sys.stderr, flush=True)
                 return verdict.code
             restarts += 1
             print(verdict.line, file=sys.stderr, flush=True)
-            hosts = self._hosts_left(outcome)
-            self._wait_for_lock()
+            if not self.local:
+                hosts = restart.hosts_left(self.hosts, self.options.min_hosts, self.options.host_wait, self.ssh_port)
+            restart.wait_for_lock(self.out)
             on = ", ".join(hosts) or "this machine"
-            get_logger().info(f"restart {restarts} of {self.options.max_restarts} on {on}; {self._last_checkpoint()}")
+            best = restart.last_checkpoint(self.out)
+            get_logger().info(f"restart {restarts} of {self.options.max_restarts} on {on}; {best}")
 
     def _check(self, hosts: dict[str, int]) -> tuple[str, int]:
         """Preflight of all hosts; where the ranks meet.
@@ -207,46 +207,6 @@ class Launch:
             if path.stat().st_mtime < started - 1:
                 path.unlink()
         return path
-
-    def _hosts_left(self, outcome: Outcome) -> dict[str, int]:
-        """The hosts to restart on; waits for lost ones to come back.
-
-        Raises:
-            UserError: too few of them answer.
-        """
-        if self.local:
-            return self.hosts
-        deadline = time.monotonic() + self.options.host_wait
-        least = len(self.hosts) if self.options.min_hosts is None else self.options.min_hosts
-        while True:
-            gone = preflight.reachable(list(self.hosts), self.ssh_port)
-            left = {host: slots for host, slots in self.hosts.items() if host not in gone}
-            if not gone or (time.monotonic() > deadline and len(left) >= least):
-                return left
-            if time.monotonic() > deadline:
-                names = ", ".join(gone)
-                fix = "" if self.options.min_hosts else "; --min-hosts N would go on with fewer"
-                raise UserError(f"no restart: {names} cannot be reached{fix}; {self._last_checkpoint()}")
-            time.sleep(1)
-
-    def _wait_for_lock(self) -> None:
-        """Until nobody holds the run folder, or the next attempt will say who does."""
-        deadline = time.monotonic() + LOCK_SECONDS
-        with contextlib.suppress(OSError), (self.out / ".lock").open("rb") as stream:
-            while time.monotonic() < deadline:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    time.sleep(0.2)
-                else:
-                    return
-
-    def _last_checkpoint(self) -> str:
-        found = [path.parent for path in (self.out / "checkpoints").glob("global_step*/manifest.json")]
-        steps = [path for path in found if path.name.removeprefix("global_step").isdecimal()]
-        if not steps:
-            return "there is no checkpoint yet"
-        return f"last checkpoint: {max(steps, key=lambda path: int(path.name.removeprefix('global_step')))}"
 
 
 def free_port() -> int:
