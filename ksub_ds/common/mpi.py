@@ -23,6 +23,13 @@ Result = TypeVar("Result")
 _STOP = 77  # tag of the message "I have failed, stop at your next unit"
 
 
+def _told(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    reason = error.strerror or " ".join(str(error).split())
+    return f"{error.filename}: {reason}; mend it and rerun" if error.filename else f"{reason}; mend it and rerun"
+
+
 class Ranks:
     """The processes of this run.
 
@@ -45,14 +52,15 @@ class Ranks:
         return [value] if self._world is None else self._world.allgather(value)
 
     def agree(self, function: Callable[[], Result]) -> Result:
-        """Call `function` on every rank; when it raises UserError on any, every rank raises that of the lowest."""
-        if self._world is None:
-            return function()
+        """Call `function` on every rank; when it raises UserError on any, every rank raises that of the lowest.
+
+        An OSError (a full disk, a folder that is gone) is the user's to mend as well.
+        """
         problem, result = None, None
         try:
             result = function()
-        except UserError as error:
-            problem = str(error)
+        except (UserError, OSError) as error:
+            problem = _told(error)
         self.raise_together(problem)
         return result  # type: ignore[return-value]  # no problem anywhere: function() returned
 
@@ -85,7 +93,7 @@ class Ranks:
             work: must not depend on the rank.
 
         Raises:
-            UserError: `work` raised it, on any rank.
+            UserError: `work` raised it, or an OSError, on any rank.
         """
         done: dict[int, Result] = {}
         problem = None
@@ -94,8 +102,8 @@ class Ranks:
                 if self._told_to_stop():
                     break
                 done[unit] = work(unit)
-        except UserError as error:
-            problem = str(error)
+        except (UserError, OSError) as error:
+            problem = _told(error)
             self._tell_to_stop()
         self.raise_together(problem)
         results: dict[int, Result] = {}

@@ -1,7 +1,11 @@
 """One run over Common Crawl: the stages in their order, and what each of them depends on."""
 
+import multiprocessing
 import shutil
+import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from ksub_ds.corpus.crawl_tokens import pack_language, tokenise_file
 from ksub_ds.corpus.dedup import Deduplication, HashFile, hash_files
 from ksub_ds.corpus.packing import Packing
 from ksub_ds.corpus.paragraphs import rule
-from ksub_ds.corpus.shard_folder import build_manifest, claim_folder, is_whole, remove_leftovers
+from ksub_ds.corpus.shard_folder import build_manifest, claim_folder, is_whole, remove_leftovers, save_tokenizer
 from ksub_ds.corpus.shards import MANIFEST
 from ksub_ds.corpus.stages import Recipe, Stages, fingerprint
 from ksub_ds.corpus.tokenizer import Tokenizer
@@ -121,6 +125,7 @@ class CrawlRun:
             if read_json(path).get("recipe", {}).get("source") != SOURCE:
                 raise UserError(f"--out {self._out}: holds shards of other text ({path.parent.name}); choose another")
         claim_folder(self._out, self._settings.sequence_length, self._tokenizer)
+        self._tokenizer_copy = _start_saving(self._out, self._tokenizer)
         for name in (MANIFEST, REPORT, QUARANTINE):
             (self._out / name).unlink(missing_ok=True)
         for folder in (path for path in self._work.glob("*") if path.is_dir()):
@@ -263,6 +268,10 @@ class CrawlRun:
         return languages
 
     def _publish(self, reads: Results, selected: Results, tokens: Results) -> None:
+        try:
+            self._tokenizer_copy.result()
+        except BrokenProcessPool as error:
+            raise UserError("copying the tokenizer: its process was killed (out of memory?); rerun") from error
         parts = [self._stages.path("read", unit, "quarantine") for unit in range(len(reads))]
         write_quarantine(self._out / QUARANTINE, parts)
         manifest = build_manifest(self._out)
@@ -276,6 +285,22 @@ class CrawlRun:
         write_json(self._out / REPORT, report)
         if manifest["languages"]:
             write_json(self._out / MANIFEST, manifest)
+
+
+def _start_saving(out: Path, tokenizer: Tokenizer) -> Future[None]:
+    """Save the tokenizer's copy beside the stages, in a process of its own.
+
+    The conversion loads transformers, which would stay: 250 MB and some seconds that rank 0 alone would need.
+    """
+    done: Future[None] = Future()
+    if (out / "tokenizer").is_dir() or "transformers" in sys.modules:
+        save_tokenizer(out, tokenizer)
+        done.set_result(None)
+        return done
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    done = pool.submit(save_tokenizer, out, tokenizer)
+    pool.shutdown(wait=False)
+    return done
 
 
 def _is_packed(out: Path, language: str, recipe: Recipe) -> bool:

@@ -55,7 +55,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> None:
-    """Write settings.json and tokenizer/, or check that an earlier run wrote the same.
+    """Write settings.json, or check that an earlier run wrote the same.
 
     Raises:
         UserError: the folder holds shards of another sequence length or tokenizer.
@@ -81,10 +81,14 @@ def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> No
                 )
     elif any(folder.glob("*/part.json")):
         raise UserError(f"{folder}: holds shards but no settings.json; choose another --out, or remove this one")
+    write_json(path, wanted)
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write the copy of the tokenizer, unless it is there."""
     if not (folder / "tokenizer").is_dir():
         with atomic_folder(folder / "tokenizer") as temporary:
             tokenizer.save(temporary)
-    write_json(path, wanted)
 
 
 def is_whole(path: Path, sha256: str) -> bool:

@@ -93,6 +93,7 @@ class Stages:
             result = work(unit)
             write_json(marker, {"recipe": recipe, "result": result})
         except OSError as error:
+            reason = error.strerror or " ".join(str(error).split())
             where = f" ({error.filename})" if error.filename else ""
-            raise UserError(f"{stage} of {self._names[unit]}: {error.strerror}{where}; mend it and rerun") from error
+            raise UserError(f"{stage} of {self._names[unit]}: {reason}{where}; mend it and rerun") from error
         return result

@@ -21,7 +21,15 @@ from ksub_ds.corpus.dataset_text import DatasetSource
 from ksub_ds.corpus.encoding import ParallelEncoder
 from ksub_ds.corpus.language_shards import shard_language
 from ksub_ds.corpus.packing import Packing
-from ksub_ds.corpus.shard_folder import build_manifest, claim_folder, is_whole, locked, make_folder, remove_leftovers
+from ksub_ds.corpus.shard_folder import (
+    build_manifest,
+    claim_folder,
+    is_whole,
+    locked,
+    make_folder,
+    remove_leftovers,
+    save_tokenizer,
+)
 from ksub_ds.corpus.shards import LANGUAGE_CODE, MANIFEST, SPLITS
 from ksub_ds.corpus.text import LanguageText, find_text
 from ksub_ds.corpus.tokenizer import load_tokenizer
@@ -69,6 +77,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
     with locked(settings.out):
         remove_leftovers(settings.out)
         claim_folder(settings.out, settings.sequence_length, tokenizer)
+        save_tokenizer(settings.out, tokenizer)
         todo = {}
         for language, sources in text.items():
             recipe = _recipe_of(settings, sources)

@@ -30,7 +30,8 @@ class Limits:
     """What one file may ask of us; all but `records` and `faults` in bytes.
 
     Attributes:
-        record: text of a page. Common Crawl cuts pages at 1 MiB (5 MiB since 2024) of HTML.
+        record: text of a page. Common Crawl cuts pages at 1 MiB (5 MiB since 2024) of HTML, most of which is no
+            text; tokenising a page of one endless word takes 60 times its size in memory.
         header: header of a record.
         header_lines: lines of it.
         skip: how far to inflate in search of the next record of a member.
@@ -39,7 +40,7 @@ class Limits:
         faults: after so many the rest of the file is left.
     """
 
-    record: int = 16 << 20
+    record: int = 4 << 20
     header: int = 64 << 10
     header_lines: int = 200
     skip: int = 2 << 30

@@ -10,6 +10,7 @@ encoded as the ordinary characters it is made of, never as the special token.
 """
 
 import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Iterable
@@ -133,6 +134,11 @@ class XlmrTokenizer:
             converted = XLMRobertaTokenizer.from_pretrained(temporary)
         assert len(converted) == self.vocab_size, "the conversion to a HuggingFace tokenizer lost pieces"
         converted.save_pretrained(folder)
+        config = folder / "tokenizer_config.json"
+        facts = json.loads(config.read_text(encoding="utf-8"))
+        for key in ("is_local", "local_files_only"):  # how it was loaded, HF_HUB_OFFLINE included
+            facts.pop(key, None)
+        config.write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / MODEL_NAME).write_bytes(self._model)
 
     def same_vocabulary(self, tokenizer_json: dict[str, Any]) -> bool:
