@@ -30,11 +30,10 @@ def resolve_public_names() -> None:
         setattr(ksub_ds, name, getattr(ksub_ds, name))
 
 
-def build(out: Path) -> list[str]:
-    """Write the pages into `out`, emptied first; returns the names of the modules."""
+def build(out: Path, names: list[str]) -> None:
+    """Write the pages of some modules into `out`, emptied first."""
     import pdoc
 
-    names = documented_modules()
     resolve_public_names()
     for name in names:
         importlib.import_module(name)  # a module that cannot be imported ends this here, with its name
@@ -44,7 +43,6 @@ def build(out: Path) -> list[str]:
         warnings.filterwarnings("ignore", "The module specification")  # a package brings its modules along
         warnings.filterwarnings("ignore", "Error parsing type annotation Literal")  # transformers' own configurations
         pdoc.pdoc(*names, output_directory=out)
-    return names
 
 
 def main() -> None:
@@ -52,7 +50,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/docs"), help="folder, made afresh")
     options = parser.parse_args()
     try:
-        names = build(options.out)
+        names = documented_modules()
+        build(options.out, names)
     except ImportError as error:
         sys.exit(f"error: {error}; pip install -e '.[docs]' brings what is needed")
     print(f"{options.out / 'index.html'}: {len(names)} modules")

@@ -1,11 +1,14 @@
 """The documents keep their word: commands run as written, links lead somewhere, every page is found from the index."""
 
+import html
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -94,3 +97,16 @@ def test_commands_exist(page):
     for words in re.findall(r"(?:^|`)(?:\$ )? *(?:[\w/.-]+ )*?ksub ((?:[a-z]+ ?){1,2})", text, re.MULTILINE):
         known = {name.split()[0] for name in SUMMARIES}
         assert words.split()[0] in known, f"{page}: ksub {words}"
+
+
+def test_api_pages_come_from_the_docstrings(tmp_path):
+    """Of two modules: the whole takes a quarter of a minute."""
+    pytest.importorskip("pdoc", reason="pdoc is not installed (pip install -e '.[docs]')")
+    build_api = runpy.run_path(str(DOCS / "build_api.py"))
+    assert {"ksub_ds", "ksub_ds.codes.table", "ksub_ds.cli"} <= set(build_api["documented_modules"]())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a public name that does not resolve is a warning of pdoc's
+        build_api["build"](tmp_path / "api", ["ksub_ds", "ksub_ds.codes.table"])
+    page = html.unescape((tmp_path / "api" / "ksub_ds.html").read_text(encoding="utf-8"))
+    assert "Drop-in for" in page and "factorized_cross_entropy" in page
+    assert "no two tokens share a whole code" in (tmp_path / "api" / "ksub_ds" / "codes" / "table.html").read_text()
