@@ -69,10 +69,16 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120.0) 
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Wait until no other set of hosts is up on this machine, and keep it so."""
+def alone(seconds: float = 300.0) -> Iterator[None]:
+    """Wait for another set of hosts on this machine to go. They do not meet, but they slow each other down."""
     with LOCK.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.2)
         yield
 
 

@@ -44,7 +44,7 @@ def wait_for_moment(cluster: Cluster, run: Running, draw: random.Random, trainin
     return f"{seconds:.2f} s after step {step}" if training else f"{seconds:.1f} s after the start"
 
 
-@pytest.mark.timeout(120 + 120 * KILLS)
+@pytest.mark.timeout(240 + 180 * KILLS)
 def test_weights_survive(cluster: Cluster) -> None:
     settings = {"max_steps": STEPS, "save_every_steps": 8}
     quiet = cluster.launch(cluster.hostfile(1, 2), *cluster.arguments("calm", **settings), host=0)
