@@ -40,14 +40,12 @@ CUTOFFS: dict[str, tuple[float, float]] = {
 
 
 class Buckets:
-    """Language models by language; loaded when their language is first met."""
+    """Language models by language. All are opened at once: a bad one is told at the start, not hours later."""
 
     def __init__(self, folder: Path | None):
         self._files = {} if folder is None else _find_models(folder)
         self._cutoffs = CUTOFFS if folder is None else CUTOFFS | _read_cutoffs(folder / CUTOFFS_FILE)
-        self._models: dict[str, tuple[Any, Any]] = {}
-        if self._files:
-            _import_kenlm()  # a missing package is told at the start, not hours later
+        self._models = {language: _open_models(*files) for language, files in self._files.items()}
         described = [(language, *map(_describe, files)) for language, files in sorted(self._files.items())]
         used = {language: self._cutoffs.get(language) for language in self._files}
         self.fingerprint = sha256_bytes(f"perplexity 1 {described} {sorted(used.items())}".encode())
@@ -76,36 +74,15 @@ class Buckets:
         """Perplexity of `text` per piece, rounded to one decimal; None if no piece is left of it.
 
         Raises:
-            UserError: the language's model files cannot be read.
+            KeyError: the language has no model.
         """
-        pieces, model = self._load(language)
+        pieces, model = self._models[language]
         line = " ".join(pieces.encode(normalise(text), out_type=str))
         words = line.split()
         if not words:
             return None
         exponent = -model.score(line) / (len(words) + 1)
         return round(10.0**exponent, 1) if exponent < 300 else math.inf
-
-    def _load(self, language: str) -> tuple[Any, Any]:
-        if language not in self._models:
-            import sentencepiece
-
-            kenlm = _import_kenlm()
-            tokenizer_path, model_path = self._files[language]
-            pieces = sentencepiece.SentencePieceProcessor()
-            try:
-                pieces.load_from_serialized_proto(tokenizer_path.read_bytes())
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"{tokenizer_path}: is not a SentencePiece model; get it again ({error})") from error
-            config = kenlm.Config()
-            config.show_progress = False
-            config.load_method = kenlm.LoadMethod.LAZY  # mapped: the ranks of a machine share one copy in memory
-            try:
-                self._models[language] = pieces, kenlm.Model(str(model_path), config)
-            except (OSError, RuntimeError) as error:
-                reason = " ".join(str(error).split())
-                raise UserError(f"{model_path}: is not a KenLM model; get it again ({reason})") from error
-        return self._models[language]
 
 
 def load_buckets(folder: Path | None) -> Buckets:
@@ -148,6 +125,30 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFD", text.strip().lower()).translate(_NORMAL)
 
 
+def _open_models(tokenizer_path: Path, model_path: Path) -> tuple[Any, Any]:
+    """The SentencePiece tokenizer and the KenLM model of one language."""
+    import sentencepiece
+
+    try:
+        kenlm: Any = importlib.import_module("kenlm")
+    except ImportError as error:
+        raise UserError("--lm-models: needs the package kenlm; pip install kenlm (and a C++ compiler)") from error
+    pieces = sentencepiece.SentencePieceProcessor()
+    try:
+        pieces.load_from_serialized_proto(tokenizer_path.read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{tokenizer_path}: is not a SentencePiece model; get it again ({error})") from error
+    config = kenlm.Config()
+    config.show_progress = False
+    config.arpa_complain = kenlm.ARPALoadComplain.NONE
+    config.load_method = kenlm.LoadMethod.LAZY  # mapped: the ranks of a machine share one copy in memory
+    try:
+        return pieces, kenlm.Model(str(model_path), config)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise UserError(f"{model_path}: is not a KenLM model; get it again ({reason})") from error
+
+
 def _find_models(folder: Path) -> dict[str, tuple[Path, Path]]:
     """(tokenizer, language model) of every one of the 15 languages that has them."""
     if not folder.is_dir():
@@ -186,10 +187,3 @@ def _describe(path: Path) -> tuple[str, int, str]:
         stream.seek(max(0, size - (1 << 20)))
         ends += stream.read()
     return path.name, size, sha256_bytes(ends)
-
-
-def _import_kenlm() -> Any:
-    try:
-        return importlib.import_module("kenlm")
-    except ImportError as error:
-        raise UserError("--lm-models: needs the package kenlm; pip install kenlm (and a C++ compiler)") from error
