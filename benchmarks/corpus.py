@@ -51,6 +51,7 @@ from ksub_ds.corpus.wet import Page, read_wet
 
 CCNET_HASH, CCNET_MINE = 600, 40  # documents/s/core, from the paper
 GROWTH = (1, 2, 5, 10)
+RANK_FILES = 20  # so much that reading and copying the tokenizer, 3 s, matters little
 
 
 class Clock:
@@ -250,8 +251,8 @@ def compare(options: argparse.Namespace, wet: Path, tokenizer: Path, work: Path)
     return result
 
 
-def scale(options: argparse.Namespace, source: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
-    """Parts 3 and 4."""
+def measure_memory(source: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
+    """Part 4."""
     curve = []
     for copies in GROWTH:
         wet = grow(source, work / f"grown-{copies}", copies)
@@ -264,7 +265,12 @@ def scale(options: argparse.Namespace, source: Path, tokenizer: Path, work: Path
     measuring.print_table("Memory of one rank", ["files", "pages", "MB of text", "peak, MB"], rows)
     print(f"\ngrown ten times: {ratio:.2f} x the memory, {measuring.verdict(ratio, 1.25, at_least=False)}")
 
-    wet = work / f"grown-{GROWTH[-1]}"
+    return {"memory": curve, "memory ratio": ratio}
+
+
+def compare_ranks(options: argparse.Namespace, source: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
+    """Part 3."""
+    wet = grow(source, work / "ranks", RANK_FILES)
     runs: dict[int, list[list[dict[str, Any]]]] = {1: [], 2: []}
     for count in (1, 2) * options.repeats:
         runs[count].append(run(wet, work, tokenizer, ranks=count))
@@ -279,7 +285,7 @@ def scale(options: argparse.Namespace, source: Path, tokenizer: Path, work: Path
     load = os.getloadavg()[0]
     verdicts = ", ".join(f"{name} {measuring.verdict(value, 1.7)}" for name, value in ratios.items())
     print(f"\nload of the machine {load:.1f}; {verdicts}")
-    return {"memory": curve, "memory ratio": ratio, "wall": wall, "critical path": path, "ratios": ratios, "load": load}
+    return {"wall": wall, "critical path": path, "ratios": ratios, "load": load}
 
 
 def critical_path(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> float:
@@ -298,7 +304,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("KSUB_DATA"), help="folder with wet/, tokenizer/")
     parser.add_argument("--datatrove-python", type=Path, help="python of an environment with datatrove")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--part", choices=("all", "compare", "scale"), default="all")
+    parser.add_argument("--part", choices=("all", "compare", "ranks", "memory"), default="all")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
     if options.data is None:
@@ -309,10 +315,13 @@ def main() -> None:
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="ksub-corpus-") as folder:
         work = Path(folder)
-        if options.part != "scale":
+        source = min((data / "wet").glob("*.wet.gz"))
+        if options.part in ("all", "compare"):
             result |= compare(options, data / "wet", tokenizer, work)
-        if options.part != "compare":
-            result |= scale(options, min((data / "wet").glob("*.wet.gz")), tokenizer, work)
+        if options.part in ("all", "ranks"):
+            result |= compare_ranks(options, source, tokenizer, work)
+        if options.part in ("all", "memory"):
+            result |= measure_memory(source, tokenizer, work)
     measuring.save(options.json, result)
 
 
