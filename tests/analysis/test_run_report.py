@@ -103,7 +103,7 @@ ANALYSIS = {
             ],
         }
     ],
-    "figures": ["similarity", "../../../secret", f"layers-{NAME}"],
+    "figures": ["similarity", "../../secret", f"layers-{NAME}"],
     "settings": {"languages": ["en", HOSTILE]},
 }
 
@@ -113,14 +113,15 @@ def report(tmp_path_factory):
     """The page of a run with evaluations and an analysis, all of them hostile; a picture that is not in the folder."""
     root = tmp_path_factory.mktemp("reports")
     run = make_run(root / "run <b>&")
-    for name, value in (("xnli", XNLI), ("glue", GLUE)):
+    for name, value in (("xnli", XNLI), ("xnli2", XNLI), ("glue", GLUE)):
         (root / name).mkdir()
         (root / name / "results.json").write_text(json.dumps(value))
     (root / "deep" / "analysis").mkdir(parents=True)
     (root / "deep" / "analysis" / "analysis.json").write_text(json.dumps(ANALYSIS))
     Image.new("RGB", (300, 200), "blue").save(root / "deep" / "analysis" / "similarity.png")
     Image.new("RGB", (30, 20), "red").save(root / "secret.png")
-    write_report(run, root / "report.html", [root / "xnli", root / "glue" / "results.json", root / "deep" / "analysis"])
+    scores = [root / "xnli", root / "xnli2", root / "glue" / "results.json"]
+    write_report(run, root / "report.html", [*scores, root / "deep" / "analysis"])
     return root / "report.html"
 
 
@@ -207,10 +208,10 @@ def test_parameters_are_those_of_the_model(page):
 
 def test_scores_are_those_of_the_results(page):
     rows = page.rows("XNLI, cross-lingual (Table 4)")
-    assert rows["en"] == [[0.5213572854291417, 0.5077, 0.5351], [72.9]]
+    assert rows["en"] == [*[[0.5213572854291417, 0.5077, 0.5351]] * 2, [72.9]]
     assert rows["fr"][0][0] == 0.4001996007984032
-    assert rows["de"] == [[], [51.9]]
-    assert rows["average"] == [[0.46077844311377245], [48.9]]
+    assert rows["de"] == [[], [], [51.9]]
+    assert rows["average"] == [[0.46077844311377245], [0.46077844311377245], [48.9]]
     assert page.rows("GLUE (Tables 2 and 3)")["rte"] == [[0.5379061371841155], [0.5270758122743683], [70.8]]
 
 
