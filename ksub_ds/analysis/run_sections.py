@@ -48,9 +48,10 @@ def heading(run: RunFiles) -> str:
     kind = "plain embedding" if run.table.num_tables == 1 else f"K = {run.table.num_tables} sub-embedding tables"
     parameters = run.parameters
     saved = 1 - parameters["embedding"] / parameters["embedding_plain"]
+    fewer = f"{number(saved, 2, percent=True)} fewer than plain" if run.table.num_tables > 1 else "the baseline"
     rows = [
         ("steps", number(step), f"of {number(steps)}, {state}"),
-        ("embedding parameters", number(parameters["embedding"]), f"{number(saved, 2, percent=True)} fewer than plain"),
+        ("embedding parameters", number(parameters["embedding"]), fewer),
     ]
     if run.metrics:
         rows.append(("training loss", number(run.metrics[-1]["loss"], 3), "nats a masked token, last step"))
@@ -92,7 +93,7 @@ def parameters(run: RunFiles) -> str:
         ["embedding parameters", number(counted["embedding_plain"]), number(counted["embedding"])],
         ["saved", NOTHING, number(saved, 2, percent=True)],
     ]
-    header = ["", "plain embedding", f"this run, K = {run.table.num_tables}"]
+    header = ["", "plain embedding", f"this run, K&nbsp;=&nbsp;{run.table.num_tables}"]
     whole = 1 - counted["total"] / counted["total_plain"]
     words = f"The whole model is {number(whole, 1, percent=True)} smaller than with a plain embedding, at width d = "
     words += f"{number(counted['hidden_size'])}. Input embedding and decoder are one and the same."
