@@ -14,7 +14,7 @@ from ksub_ds.common.logging import format_seconds
 from ksub_ds.corpus.crawl_documents import Document
 from ksub_ds.corpus.crawl_input import WetFile
 from ksub_ds.corpus.crawl_pages import Counts, Selection, keep_paragraphs, select_batch
-from ksub_ds.corpus.dedup import Mode, entries, judge, mask
+from ksub_ds.corpus.dedup import Mode, judge, mask
 from ksub_ds.corpus.paragraphs import hash_paragraphs
 from ksub_ds.corpus.tokenizer import Tokenizer
 from ksub_ds.corpus.wet import Page, read_wet
@@ -116,7 +116,7 @@ def _sample(files: Sequence[WetFile]) -> tuple[list[Page], int]:
 
 
 def _deduplicated(pages: list[Page], hashes: np.ndarray, mode: Mode) -> list[Document]:
-    bits = judge(entries(hashes, mode), mode)
+    bits = judge(np.unique(hashes), mode)
     kept = mask(hashes, bits, mode)
     ends = np.cumsum([page.text.count("\n") + 1 for page in pages])
     parts = np.split(kept, ends[:-1])

@@ -65,14 +65,6 @@ def num_parts(paragraphs: int, part: int = PART) -> int:
     return min(max(LEAST_PARTS, 1 << (paragraphs // part).bit_length()), MOST_PARTS)
 
 
-def entries(block: np.ndarray, mode: Mode) -> np.ndarray:
-    """What of a block takes part in the exchange, sorted: each hash once; twice, for drop-all, when it repeats."""
-    if mode == "keep-first":
-        return np.unique(block)
-    unique, counts = np.unique(block, return_counts=True)
-    return np.repeat(unique, np.minimum(counts, 2))
-
-
 def judge(hashes: np.ndarray, mode: Mode) -> np.ndarray:
     """Which entries of a part are kept.
 
@@ -98,8 +90,7 @@ def mask(block: np.ndarray, bits: np.ndarray, mode: Mode) -> np.ndarray:
     """(n,) bool, which paragraphs of a block stay, from the (entries,) answers of the parts."""
     _, first, inverse, counts = np.unique(block, return_index=True, return_inverse=True, return_counts=True)
     if mode == "drop-all":
-        ends = np.cumsum(np.minimum(counts, 2))
-        return (bits[ends - 1] & (counts == 1))[inverse]
+        return (bits & (counts == 1))[inverse]
     result = np.zeros(len(block), dtype=bool)
     result[first] = bits
     return result
@@ -156,7 +147,7 @@ class Deduplication:
     def _outgoing(self, block: tuple[HashFile, int]) -> list[np.ndarray]:
         """A block's entries for each rank."""
         file, index = block
-        found = entries(file.block(index, self._block), self._mode)
+        found = np.unique(file.block(index, self._block))
         borders = np.arange(1, self.num_parts, dtype=np.uint64) << np.uint64(65 - self.num_parts.bit_length())
         parts = np.split(found, np.searchsorted(found, borders))
         parcels: list[list[np.ndarray]] = [[_NOTHING] for _ in range(self._ranks.size)]
