@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ksub_ds.corpus import gzip_members
 from ksub_ds.corpus.wet import Fault, Limits, Other, Page, read_wet
 
 spec = importlib.util.spec_from_file_location("wet_files", Path(__file__).with_name("wet_files.py"))
@@ -118,6 +119,16 @@ def test_a_file_has_a_budget(tmp_path: Path) -> None:
     # In search of the next record no more than `skip` is inflated; then the next member is looked for.
     pages, faults = read(tmp_path / "file", member(record(9, b"a" * 3_000_000)) + B, Limits(record=1000, skip=1 << 20))
     assert pages == ["1"] and "no further record within" in faults[-1][1]
+
+
+@pytest.mark.parametrize("cut", [1, 4, 8, 9])
+def test_no_page_comes_out_before_its_checksum(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the checksum falls on the pieces in which a member is taken."""
+    whole = member(record(0, random.Random(0).randbytes(3000).hex()))  # longer than what the header is looked for in
+    monkeypatch.setattr(gzip_members, "_PIECE", len(whole) - cut)
+    assert read(tmp_path / "file", whole + B) == (["0", "1"], [])
+    pages, faults = read(tmp_path / "file", flipped(whole, len(whole) - 6) + B)
+    assert pages == ["1"] and "incorrect data check" in faults[0][1]
 
 
 @settings(max_examples=60, deadline=None)
