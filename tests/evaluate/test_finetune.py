@@ -1,0 +1,178 @@
+"""Fine-tuning: continues to the last bit, scores as a plain transformers loop does, learns, shares a batch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.evaluate.classifier import check_fit, describe, load_classifier, open_encoder
+from ksub_ds.evaluate.encoding import Encoded, encode, load_encoder
+from ksub_ds.evaluate.finetune import FineTuning, _learning_rate, finetune
+from ksub_ds.evaluate.queue import ClaimLost
+from ksub_ds.evaluate.rows import Source
+from ksub_ds.evaluate.scoring import predict
+from ksub_ds.evaluate.tasks import XNLI_COLUMNS
+
+
+def encoded(model: Path, data: Path, split: str, language: str = "en") -> Encoded:
+    return encode(Source(str(data)).read(language, split, XNLI_COLUMNS), load_encoder(str(model)), 32)
+
+
+def accuracy(data: Encoded) -> Any:
+    def validate(model: Any) -> dict[str, Any]:
+        return {"score": float((predict(model, data).argmax(axis=1) == data.labels).mean())}
+
+    return validate
+
+
+def test_a_continued_run_has_the_same_bits(tiny_model: Path, tiny_xnli: Path, tmp_path: Path) -> None:
+    """Interrupted in the middle of an epoch, after one, and between saves: weights, losses and scores are equal."""
+    train, validation = (encoded(tiny_model, tiny_xnli, split) for split in ("train", "validation"))
+    settings = FineTuning(3, 16, 1e-3, seed=1, save_every_steps=3)
+
+    def attempt(work: Path, stop_after: int | None) -> Any:
+        model = load_classifier(str(tiny_model), 3, settings.seed)
+        model.config.hidden_dropout_prob = 0.1
+        calls = 0
+
+        def validate(scored: Any) -> dict[str, Any]:
+            return accuracy(validation)(scored)
+
+        def check() -> None:
+            nonlocal calls
+            calls += 1
+            if stop_after is not None and calls >= stop_after:
+                raise ClaimLost(work.name)
+
+        return model, finetune(model, train, settings, validate, work, "same", check)
+
+    from ksub_ds.evaluate import finetune as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CLAIM_CHECK_STEPS", 1)
+        whole_model, whole = attempt(tmp_path / "whole", None)
+        for calls in (5, 4, 2, 7):  # after 5 steps; 3 saved ... each try goes on from the last save
+            with pytest.raises(ClaimLost):
+                attempt(tmp_path / "parts", calls)
+        model, parts = attempt(tmp_path / "parts", None)
+    assert parts == whole and len(whole.epochs) == 3
+    for name, value in whole_model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_state_of_something_else_is_not_continued(tiny_model: Path, tiny_xnli: Path, tmp_path: Path) -> None:
+    train = encoded(tiny_model, tiny_xnli, "train")
+    outcomes = []
+    for identity in ("one", "two", "two"):
+        model = load_classifier(str(tiny_model), 3, 0)
+        settings = FineTuning(1, 32, 1e-3, seed=0)
+        seen: list[int] = []
+
+        def validate(_: Any, seen: list[int] = seen) -> dict[str, Any]:
+            seen.append(1)
+            return {"score": 0.0}
+
+        finetune(model, train, settings, validate, tmp_path, identity)
+        outcomes.append(len(seen))
+    assert outcomes == [1, 1, 0]  # trained, trained anew, found done
+
+
+def test_best_epoch_is_kept(tiny_model: Path, tiny_xnli: Path, tmp_path: Path) -> None:
+    train, scores = encoded(tiny_model, tiny_xnli, "train"), [0.2, 0.7, 0.7]
+    kept: list[dict[str, Any]] = []
+
+    def validate(model: Any) -> dict[str, Any]:
+        kept.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"score": scores[len(kept) - 1]}
+
+    model = load_classifier(str(tiny_model), 3, 0)
+    outcome = finetune(model, train, FineTuning(3, 32, 1e-3, seed=0), validate, tmp_path, "x")
+    assert outcome.best_epoch == 2 and [epoch["score"] for epoch in outcome.epochs] == scores
+    assert all(torch.equal(value, kept[1][name]) for name, value in model.state_dict().items())
+
+
+def test_the_schedule_is_table_6s() -> None:
+    settings = FineTuning(1, 32, 2e-5, seed=0)
+    rates = [_learning_rate(settings, step, 1_000) for step in range(1_000)]
+    assert max(rates) == rates[59] == pytest.approx(2e-5) and rates[0] == pytest.approx(2e-5 / 60)
+    assert np.allclose(np.diff(rates[60:]), -2e-5 / 940) and rates[-1] == pytest.approx(2e-5 / 940)
+
+
+def test_scores_equal_a_plain_transformers_loop(tiny_model: Path, tiny_xnli: Path, tmp_path: Path) -> None:
+    """Same weights, transformers' tokenizer padding to 128 row by row: the same answers for every row."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    data = encoded(tiny_model, tiny_xnli, "test")
+    model = load_classifier(str(tiny_model), 3, 0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():  # every class is to be some row's answer
+        model.classifier.out_proj.bias -= torch.from_numpy(predict(model, data)).mean(0)
+    model.save_pretrained(tmp_path / "trained")
+    ours = predict(model, data).argmax(axis=1)
+    assert min(np.bincount(ours, minlength=3)) > 2, "a model with one answer proves nothing"
+
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "trained").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = Source(str(tiny_xnli)).read("en", "test", XNLI_COLUMNS)
+    theirs = []
+    for premise, hypothesis in zip(rows.first, rows.second or [], strict=True):
+        pair = tokenizer(premise, hypothesis, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
+        with torch.no_grad():
+            theirs.append(int(plain(**pair).logits.argmax()))
+    assert ours.tolist() == theirs
+
+
+def test_any_encoder_is_accepted(tiny_tokenizer: Path, tiny_xnli: Path, tmp_path: Path) -> None:
+    from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
+
+    encoder = load_encoder(str(tiny_tokenizer))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = XLMRobertaConfig(vocab_size=encoder.vocab_size, max_position_embeddings=40, type_vocab_size=1, **sizes)
+    folder = tmp_path / "xlmr"
+    XLMRobertaForMaskedLM(config).save_pretrained(folder)
+    with pytest.raises(UserError, match="holds no tokenizer; give --tokenizer"):
+        open_encoder(str(folder), None)
+    check_fit(str(folder), open_encoder(str(folder), str(tiny_tokenizer)), 32)
+    with pytest.raises(UserError, match="has positions for 38 tokens"):
+        check_fit(str(folder), encoder, 64)
+    about = describe(str(folder))
+    assert (about["kind"], about["architecture"]) == ("plain", "xlm-roberta")
+    data = encoded(tiny_tokenizer, tiny_xnli, "test")
+    assert predict(load_classifier(str(folder), 3, 0), data).shape == (60, 3)
+
+
+def test_wrong_models_are_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    for path in (str(tmp_path / "nothing"), "./here"):
+        with pytest.raises(UserError, match=r"is not a model folder|finds no model"):
+            load_classifier(path, 3, 0)
+    shutil.copytree(tiny_model, tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged" / "model.safetensors")
+    weights.pop("roberta.encoder.layer.0.attention.self.query.weight")
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are absent, for example .*query.weight"):
+        load_classifier(str(tmp_path / "damaged"), 3, 0)
+    config = json.loads((tiny_model / "config.json").read_text())
+    assert describe(str(tiny_model))["kind"] == "positional" and len(config["table_sizes"]) == 3
+
+
+def test_a_body_from_another_checkpoint_keeps_the_fresh_head(tiny_model: Path, tmp_path: Path) -> None:
+    mnli = load_classifier(str(tiny_model), 3, seed=5)
+    with torch.no_grad():
+        for parameter in mnli.parameters():
+            parameter.add_(0.01)
+    mnli.save_pretrained(tmp_path / "mnli")
+    model = load_classifier(str(tiny_model), 2, seed=7, body=str(tmp_path / "mnli"))
+    fresh = load_classifier(str(tiny_model), 2, seed=7)
+    for name, value in model.named_parameters():
+        donor = fresh if name.startswith("classifier") else mnli
+        assert torch.equal(value, donor.state_dict()[name]), name

@@ -1,0 +1,91 @@
+"""GLUE: the grid, MNLI before those that start from it, both MNLI sets, regression, missing tasks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksub_ds.cli import main
+from ksub_ds.evaluate import glue
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def tiny_glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MNLI with both development sets in one file, RTE, STS-B, CoLA; QNLI without a training set."""
+    folder = tmp_path_factory.mktemp("glue")
+    words = ["the", "small", "old", "house", "river", "stone", "bird", "walks"]
+    for split, count in (("train", 24), ("validation", 12)):
+        text = [" ".join(words[i % 5 : i % 5 + 3]) for i in range(count)]
+        pairs = [{"sentence1": text[i], "sentence2": text[-i], "label": i % 2, "idx": i} for i in range(count)]
+        write(folder / "rte" / f"{split}.jsonl", pairs)
+        write(folder / "stsb" / f"{split}.jsonl", [pair | {"label": i % 6 * 0.9} for i, pair in enumerate(pairs)])
+        write(folder / "cola" / f"{split}.jsonl", [{"sentence": text[i], "label": 1 - i % 2} for i in range(count)])
+        nli = [{"premise": text[i], "hypothesis": text[-i], "label": i % 3} for i in range(count)]
+        write(folder / "mnli" / f"{split}.jsonl", nli)
+    write(folder / "qnli" / "validation.jsonl", [{"question": "a", "sentence": "b", "label": 0}])
+    return folder
+
+
+def evaluate(model: Path, data: Path, out: Path, *more: object) -> int:
+    fixed = ["--model", model, "--data", data, "--out", out, "--epochs", 1, "--max-length", 16]
+    return main([str(part) for part in ["evaluate", "glue", *fixed, *more]])
+
+
+def test_grid_and_dependency(
+    tiny_model: Path, tiny_glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(glue, "MNLI_MATCHED_ROWS", 7)
+    bodies = []
+    real = glue.train_classifier
+
+    def noting(job: Any, *arguments: Any) -> Any:
+        bodies.append((job.work.name, job.num_labels, job.settings.regression, job.body))
+        return real(job, *arguments)
+
+    monkeypatch.setattr(glue, "train_classifier", noting)
+    out = tmp_path / "out"
+    grid = ("--learning-rates", 1e-4, 1e-3, "--batch-sizes", 8, "--tasks", "stsb", "rte", "cola", "mnli")
+    assert evaluate(tiny_model, tiny_glue, out, *grid) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert list(found["test"]) == ["mnli", "rte", "cola", "stsb"]
+    for task in found["test"].values():
+        scores = [cell["score"] for cell in task["cells"]]
+        assert len(scores) == 2 and task["best"]["score"] == max(scores)
+    mnli = found["test"]["mnli"]
+    assert mnli["best"]["count"] == 7 and "mismatched" in mnli["best"] and "mismatched" in mnli["median"]
+    best = str(out / "work" / mnli["best"]["cell"] / "model")
+    assert [body for name, _, _, body in bodies if name.startswith(("rte", "stsb"))] == [best] * 4
+    assert {body for name, _, _, body in bodies if name.startswith(("mnli", "cola"))} == {None}
+    assert {(name[:4], labels, regression) for name, labels, regression, _ in bodies} == {
+        ("mnli", 3, False),
+        ("rte-", 2, False),
+        ("cola", 2, False),
+        ("stsb", 1, True),
+    }
+    assert set(found["test"]["stsb"]["median"]) == {"pearson", "spearman"}
+    assert not (out / "work" / "rte-lr0.001-bs8-seed0" / "model").exists()
+    assert "start from this evaluation's best MNLI checkpoint" in capsys.readouterr().out
+    # the same tasks from a checkpoint that is given
+    other = tmp_path / "other"
+    one = ("--learning-rates", 1e-4, "--batch-sizes", 8, "--tasks", "rte", "--mnli-checkpoint", best)
+    assert evaluate(tiny_model, tiny_glue, other, *one) == 0
+    assert bodies[-1][3] == best
+    assert main(["report", str(out), str(other), "--format", "csv"]) == 0
+    assert "# GLUE: differences" in capsys.readouterr().out
+
+
+def test_missing_tasks_are_named(tiny_model: Path, tiny_glue: Path, tmp_path: Path, capsys: Any) -> None:
+    cells = ("--learning-rates", 1e-4, "--batch-sizes", 8)
+    assert evaluate(tiny_model, tiny_glue, tmp_path / "a", "--tasks", "qnli", *cells) == 2
+    assert "--tasks qnli: no train set" in capsys.readouterr().err
+    unlabelled = tmp_path / "data"
+    write(unlabelled / "cola" / "train.jsonl", [{"sentence": "a", "label": 1}])
+    write(unlabelled / "cola" / "validation.jsonl", [{"sentence": "a", "label": -1}])
+    assert evaluate(tiny_model, unlabelled, tmp_path / "b", *cells) == 2
+    assert "validation.jsonl: line 1: label -1" in capsys.readouterr().err

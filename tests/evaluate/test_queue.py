@@ -1,0 +1,157 @@
+"""The queue: one holder a job, takeover from the dead, never two results, dependencies, other settings refused."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.evaluate import queue as module
+from ksub_ds.evaluate.queue import ClaimLost, Job, Plan, Queue, drain
+
+JOBS = [
+    Job("train", (), "train", {}),
+    *(Job(f"test-{language}", ("train",), "test", {"language": language}) for language in ("en", "fr", "sw")),
+]
+
+
+def make_queue(folder: Path, **identity: Any) -> Queue:
+    return Queue(folder, {"kind": "x", **identity}, JOBS)
+
+
+class WritingPlan(Plan):
+    """Notes each job in a file, by appending one line."""
+
+    def __init__(self, folder: Path, seconds: float = 0.0):
+        self.queue, self.notes, self.seconds = make_queue(folder), folder / "notes", seconds
+
+    def run(self, jobs: list[Job], still_ours: Callable[[], None]) -> list[dict[str, Any]]:
+        with open(self.notes, "a", encoding="utf-8") as notes:
+            notes.write("".join(f"{job.name}\n" for job in jobs))
+        time.sleep(self.seconds)
+        still_ours()
+        return [{"name": job.name} for job in jobs]
+
+    def finish(self) -> None:
+        (self.queue.folder / "finished").touch()
+
+
+def test_jobs_in_order_and_groups_together(tmp_path: Path) -> None:
+    first = make_queue(tmp_path)
+    with first.claim_some() as claims:
+        assert [claim.job.name for claim in claims] == ["train"]
+        assert not make_queue(tmp_path).claim_some()  # what is left waits for it
+        claims[0].publish({})
+    with first.claim_some() as claims:
+        assert [claim.job.name for claim in claims] == ["test-en", "test-fr", "test-sw"]
+
+
+def test_a_share_of_the_group_when_others_live(tmp_path: Path) -> None:
+    one, two = make_queue(tmp_path), make_queue(tmp_path)
+    with one.claim_some() as claims:
+        claims[0].publish({})
+    with one.presence(), two.presence(), one.claim_some() as mine, two.claim_some() as theirs:
+        assert [claim.job.name for claim in [*mine, *theirs]] == ["test-en", "test-fr", "test-sw"]
+        assert len(mine) == 2
+
+
+def _hold(folder: Path, ready: Any) -> None:
+    claims = make_queue(folder).claim_some()
+    ready.set()
+    time.sleep(60 * len(claims))
+
+
+def test_a_killed_workers_job_is_taken_over_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=_hold, args=(tmp_path, ready))
+    worker.start()
+    assert ready.wait(10) and worker.pid
+    queue = make_queue(tmp_path)
+    holder = queue.holder("train")
+    assert holder and holder["alive"] and holder["process"] == worker.pid and queue.claim("train") is None
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    claim = queue.claim("train")
+    assert claim is not None and claim.number == 2
+    claim.release(keep_file=False)
+
+
+def test_another_machine_is_judged_by_its_heartbeat(tmp_path: Path) -> None:
+    queue = make_queue(tmp_path)
+    path = queue.claims / "train.1"
+    path.write_text(json.dumps({"host": "far", "process": 1, "boot": "another kernel", "since": 0}))
+    assert queue.claim("train") is None
+    old = time.time() - module.DEAD_AFTER_SECONDS - 5
+    os.utime(path, (old, old))
+    claim = queue.claim("train")
+    assert claim is not None
+    claim.release(keep_file=False)
+
+
+def test_a_late_worker_cannot_publish(tmp_path: Path) -> None:
+    """Held up so long that another took over: its result is dropped, whoever comes first."""
+    queue = make_queue(tmp_path)
+    late = queue.claim("train")
+    assert late is not None
+    (queue.claims / "train.2").write_text("{}")  # taken over
+    with pytest.raises(ClaimLost):
+        late.publish({"from": "late"})
+    (queue.claims / "train.2").unlink()
+    late.publish({"from": "late"})
+    with pytest.raises(ClaimLost):
+        late.publish({"from": "twice"})
+    assert queue.result("train") == {"from": "late"}
+    late.release(keep_file=True)
+
+
+def test_a_heartbeat_is_felt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.05)
+    queue = make_queue(tmp_path)
+    claim = queue.claim("train")
+    assert claim is not None
+    os.utime(claim.path, (0, 0))
+    time.sleep(0.3)
+    assert time.time() - claim.path.stat().st_mtime < 5
+    claim.release(keep_file=False)
+    assert queue.is_free("train")
+
+
+def test_an_error_gives_the_job_back(tmp_path: Path) -> None:
+    class Failing(WritingPlan):
+        def run(self, jobs: list[Job], still_ours: Callable[[], None]) -> list[dict[str, Any]]:
+            raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        drain([Failing(tmp_path)])
+    assert make_queue(tmp_path).is_free("train")
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    make_queue(tmp_path, settings={"epochs": 1, "seeds": [0]})
+    with pytest.raises(UserError, match=r"other settings \(settings.epochs: 1 -> 2\)"):
+        make_queue(tmp_path, settings={"epochs": 2, "seeds": [0]})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        make_queue(tmp_path / "file")
+
+
+def _drain(folder: Path) -> None:
+    drain([WritingPlan(folder, seconds=0.02)], poll_seconds=0.02)
+
+
+def test_many_workers_do_every_job_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_drain, args=(tmp_path,)) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert sorted((tmp_path / "notes").read_text().split()) == sorted(job.name for job in JOBS)
+    assert (tmp_path / "finished").exists() and all(worker.exitcode == 0 for worker in workers)

@@ -1,0 +1,96 @@
+"""Joining results: Table 4's order, differences from paper and baseline, the paired test, escaping."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.evaluate import published
+from ksub_ds.evaluate.report import load, report
+from ksub_ds.evaluate.tables import render
+from ksub_ds.evaluate.tasks import LANGUAGES
+from ksub_ds.evaluate.xnli import join
+
+ROWS = 400
+
+
+def result(folder: Path, kind: str, right: float, seed: int, setting: str = "cross-lingual") -> Path:
+    """Results of a made-up model that has about this part of the rows right."""
+    generator, gold = np.random.default_rng(seed), np.random.default_rng(99).integers(0, 3, ROWS)
+    hits = {language: generator.random(ROWS) < right for language in LANGUAGES}
+    answers = {each: "".join(map(str, np.where(hit, gold, (gold + 1) % 3))) for each, hit in hits.items()}
+    folder.mkdir(parents=True)
+    joined = join({each: [hit] for each, hit in hits.items()}, (0,))
+    missing: dict[str, list[str]] = {"train": ["bg"], "validation": [], "test": []}
+    rest = {
+        "model": {"path": str(folder), "kind": kind},
+        "data": {"missing": missing},
+        "settings": {"epochs": 5, "max_train_examples": None, "max_test_examples": None},
+        "selection": "best epoch on English validation",
+    }
+    (folder / "results.json").write_text(json.dumps({"task": "xnli", "setting": setting, **joined, **rest}))
+    labels = {each: "".join(map(str, gold)) for each in LANGUAGES}
+    (folder / "predictions.json").write_text(json.dumps({"labels": labels, "predictions": {"0": answers}}))
+    return folder
+
+
+def cells(text: str, first: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {first}"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_differences_and_paired_test(tmp_path: Path) -> None:
+    plain, coded = result(tmp_path / "plain", "plain", 0.60, 1), result(tmp_path / "coded", "clustered", 0.55, 2)
+    text = report([plain, coded])
+    ours, theirs = load(plain)[0], load(coded)[0]
+    assert cells(text, "model") == [*LANGUAGES, "avg"]
+    assert cells(text, "paper, clustered")[:2] == ["72.9", "55.4"] and cells(text, "paper, plain")[-1] == "50.7"
+    gap = cells(text, "coded (clustered) - plain (plain)")
+    assert gap[0] == f"{100 * (theirs['test']['en']['accuracy'] - ours['test']['en']['accuracy']):+.1f}"
+    assert gap[-2] == f"{100 * (theirs['average'] - ours['average']):+.1f}" and float(gap[-1]) < 0.001
+    assert cells(text, "plain (plain) - paper, plain")[-2] == f"{100 * ours['average'] - 50.7:+.1f}"
+    assert "no train set for bg" in text
+    # the other way round, by name; other rows are not compared
+    assert "plain (plain) - coded (clustered)" in report([plain, coded], baseline=coded)
+    stored = json.loads((coded / "predictions.json").read_text())
+    stored["labels"]["en"] = "0" * ROWS
+    (coded / "predictions.json").write_text(json.dumps(stored))
+    assert "other test rows" in report([plain, coded])
+
+
+def test_both_settings_make_two_tables(tmp_path: Path) -> None:
+    one = result(tmp_path / "one", "plain", 0.6, 1)
+    two = result(tmp_path / "two", "plain", 0.6, 1, "translate-train-all")
+    text = report([one, two], "csv")
+    assert text.count("# XNLI, cross-lingual (Table 4)") == text.count("# XNLI, translate-train-all (Table 4)") == 1
+
+
+def test_what_is_no_result_is_named(tmp_path: Path) -> None:
+    (tmp_path / "open" / "queue").mkdir(parents=True)
+    (tmp_path / "open" / "queue" / "plan.json").write_text("{}")
+    (tmp_path / "bad.json").write_text('{"setting": 1}')
+    for path, message in (
+        (tmp_path / "open", "is not finished"),
+        (tmp_path / "bad.json", r"is not a results\.json"),
+        (tmp_path / "nothing", "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            report([path])
+
+
+def test_cells_are_escaped() -> None:
+    row = ["a|b\n_&%", "1"]
+    assert "a\\|b _&%" in render("t", ["m", "n"], [row], "markdown")
+    assert r"a|b" in render("t", ["m", "n"], [row], "latex") and r"\_\&\%" in render("t", ["m", "n"], [row], "latex")
+    assert '"a|b\n_&%",1' in render("t", ["m", "n"], [row], "csv")
+
+
+@pytest.mark.parametrize("setting", list(published.XNLI))
+def test_published_averages_are_the_means_of_their_rows(setting: str) -> None:
+    """Guards the table against slips: the paper's averages are means, within its rounding."""
+    for row in published.XNLI[setting].values():
+        values: list[Any] = [row[language] for language in LANGUAGES]
+        assert row["average"] == pytest.approx(float(np.mean(values)), abs=0.11)
