@@ -85,8 +85,7 @@ def compress_model(settings: CompressModel) -> Path:
     with atomic_folder(out) as temporary:
         small.save_pretrained(temporary)
         table.save(temporary / "codes.safetensors")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        _save_tokenizer(Path(settings.model), tokenizer, temporary)
         copy_sentence_files(Path(settings.model), temporary)
         source = {"model": settings.model, "codes_sha256": table.sha256}
         write_json(temporary / "compression.json", source | report.to_json())
@@ -106,6 +105,21 @@ def _tokenizer(name: str) -> Any:
         reason = str(error).strip().split("\n")[0][:160]
         get_logger().warning(f"{name}: no tokenizer that transformers opens ({reason}); the new folder has none")
         return None
+
+
+def _save_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:
+    """As this project writes it, if it knows the kind: a SentencePiece model stays beside it. Else as transformers."""
+    from ksub_ds.corpus.tokenizer import load_tokenizer
+
+    if tokenizer is None:
+        return
+    if source.is_dir():
+        try:
+            load_tokenizer(source).save(target)
+            return
+        except UserError:
+            pass  # a tokenizer without a mask token, say
+    tokenizer.save_pretrained(target)
 
 
 def _codes(settings: CompressModel, vectors: Any) -> CodeTable:

@@ -203,7 +203,7 @@ def load_model(folder: RunFolder, path: Path) -> tuple[Any, Any]:
     table, tokenizer = CodeTable.load(folder.codes), load_tokenizer(folder.tokenizer)
     if table.sha256 != read_json(path / "trainer.json").get("codes_sha256"):
         raise UserError(f"{path}: was trained with other codes than {folder.codes}")
-    model = build_for(recipe, table, tokenizer)
+    model = build_for(recipe, table, tokenizer, folder.warm_start)
     missing, unexpected = model.load_state_dict(load_file(path / "model.safetensors"), strict=False)
     wrong = [name for name in missing if name in dict(model.named_parameters())] + unexpected
     if wrong:

@@ -47,6 +47,7 @@ class Training:
     recorder: Recorder
     writer: CheckpointWriter
     stop: StopRequest
+    teacher: Any = None  # a Teacher (model/distillation.py), whose distributions the model learns beside the labels
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def train_step(training: Training, batches: StepBatches, steps_done: int) -> Ste
         tensors = to_tensors(batch, device)
         torch.manual_seed(dropout_seed(recipe.seed, step, index))
         engine.set_gradient_accumulation_boundary(index == batches.indices[-1])
-        loss = engine(**tensors, loss_reduction="sum").loss
+        loss = engine(**tensors, **_taught(training, tensors), loss_reduction="sum").loss
         engine.backward(loss * loss_factor(engine) / masked, scale_wrt_gas=False)
         loss_sum += loss.detach()
 
@@ -143,6 +144,13 @@ def train_step(training: Training, batches: StepBatches, steps_done: int) -> Ste
         _refuse(training, step, "the gradient", [])
     gradient_norm = gradient_norm if math.isfinite(gradient_norm) else None
     return StepResult(total_loss / masked, int(tokens), gradient_norm, lr, accuracy, stops > 0)
+
+
+def _taught(training: Training, tensors: dict[str, Any]) -> dict[str, Any]:
+    """What the teacher, if there is one, adds to the arguments of the model."""
+    if training.teacher is None:
+        return {}
+    return {"soft_targets": training.teacher.targets(**tensors), "soft_weight": training.recipe.distill_weight}
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:

@@ -5,6 +5,7 @@ import platform
 import socket
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from ksub_ds.codes.positional import plain_codes
@@ -20,6 +21,7 @@ from ksub_ds.pretrain.feed import StepBatches
 from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, find_deepspeed_config
 from ksub_ds.pretrain.recipe_file import to_json
 from ksub_ds.pretrain.run_folder import RunFolder
+from ksub_ds.pretrain.warm_start import check_same_tokens, fingerprint, open_warm_start, read_codes
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Sources:
     table: CodeTable
     dataset: ShardDataset
     tokenizer: Tokenizer
+    warm_start_sha256: str | None = None
 
     def identity(self, recipe: Recipe) -> dict[str, Any]:
         """The content of RUN/recipe.json: the recipe, and what codes and data must be at a resume."""
@@ -38,6 +41,7 @@ class Sources:
             "sequence_length": self.dataset.sequence_length,
             "codes_sha256": self.table.sha256,
             "data_fingerprint": self.dataset.fingerprint,
+            "warm_start_sha256": self.warm_start_sha256,
         }
 
 
@@ -50,6 +54,10 @@ def load_sources(recipe: Recipe) -> Sources:
     dataset = ShardDataset.open(recipe.data, verify=distributed.is_main())
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     dataset.check_tokenizer(tokenizer.fingerprint, str(dataset.tokenizer_folder))
+    if recipe.distill_from is not None and Path(recipe.distill_from).is_dir():
+        check_same_tokens("--distill-from", Path(recipe.distill_from), tokenizer, dataset)
+    if recipe.warm_start is not None:
+        return _load_warm_start(recipe, dataset, tokenizer)
     if recipe.codes is None:
         return Sources(plain_codes(tokenizer.vocab_size), dataset, tokenizer)
     table = CodeTable.load(recipe.codes)
@@ -68,6 +76,20 @@ def load_sources(recipe: Recipe) -> Sources:
     return Sources(table, dataset, tokenizer)
 
 
+def _load_warm_start(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenizer) -> Sources:
+    folder = recipe.warm_start
+    table = read_codes(folder)
+    check_same_tokens("--warm-start", folder, tokenizer, dataset)
+    if table.num_tokens != tokenizer.vocab_size:
+        raise UserError(
+            f"--warm-start {folder}: a model of {table.num_tokens:,} tokens, but the tokenizer of {recipe.data} has "
+            f"{tokenizer.vocab_size:,}; make shards with the model's tokenizer"
+        )
+    if recipe.codes is not None and CodeTable.load(recipe.codes).sha256 != table.sha256:
+        raise UserError(f"--codes {recipe.codes}: are not the codes of --warm-start {folder}; leave --codes out")
+    return Sources(table, dataset, tokenizer, fingerprint(folder))
+
+
 def _check_width(recipe: Recipe, table: CodeTable) -> None:
     """Every table gives at least one of the d columns of an embedding."""
     from ksub_ds.model.configuration import KSubRobertaConfig
@@ -81,9 +103,16 @@ def _check_width(recipe: Recipe, table: CodeTable) -> None:
         )
 
 
-def build_for(recipe: Recipe, table: CodeTable, tokenizer: Tokenizer) -> Any:
-    """The model of the preset over the codes, with weights that follow from the recipe's seed alone."""
+def build_for(recipe: Recipe, table: CodeTable, tokenizer: Tokenizer, warm_start: Path | None = None) -> Any:
+    """The model of the preset over the codes, with weights that follow from the recipe's seed alone.
+
+    Args:
+        warm_start: the folder of the model to begin with instead.
+    """
     import torch
+
+    if recipe.warm_start is not None:
+        return open_warm_start(warm_start or recipe.warm_start)
 
     from ksub_ds.model.configuration import KSubRobertaConfig
     from ksub_ds.model.modeling import KSubRobertaForMaskedLM
@@ -105,13 +134,24 @@ def build_model(recipe: Recipe, sources: Sources) -> Any:
         UserError: rows longer than the model's positions.
     """
     model = build_for(recipe, sources.table, sources.tokenizer)
-    longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    longest = model.config.max_position_embeddings
+    if model.config.model_type == "ksub_roberta":
+        longest -= model.config.pad_token_id + 1  # RoBERTa's positions begin after the padding's
     if sources.dataset.sequence_length > longest:
         raise UserError(
-            f"--data {recipe.data}: rows of {sources.dataset.sequence_length} tokens, but {recipe.preset} has "
+            f"--data {recipe.data}: rows of {sources.dataset.sequence_length} tokens, but the model has "
             f"positions for {longest}; make shards with --sequence-length {longest}"
         )
     return model
+
+
+def build_teacher(recipe: Recipe, sources: Sources) -> Any:
+    """The model to distil from, frozen; None without --distill-from."""
+    if recipe.distill_from is None:
+        return None
+    from ksub_ds.model.distillation import Teacher
+
+    return Teacher(recipe.distill_from, sources.table, distributed.device())
 
 
 def build_engine(recipe: Recipe, model: Any, folder: RunFolder) -> Any:
@@ -174,7 +214,7 @@ def describe_start(recipe: Recipe, sources: Sources, engine: Any, first: StepBat
 
 def parameter_table(model: Any, table: CodeTable) -> list[str]:
     """Parameters of this model beside the same model with a plain embedding, as lines of text."""
-    width = model.config.hidden_size
+    width = model.get_input_embeddings().embedding_dim
     total = sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
     ours, plain = table.num_parameters(width), table.num_tokens * width
     name = "plain" if table.num_tables == 1 else f"sub-embedding, K = {table.num_tables}"

@@ -44,6 +44,13 @@ class Recipe:
     """Code file, from `ksub codes`: the sub-embedding model. Either this or --plain."""
     plain: bool = False
     """Plain embedding (K = 1), the baseline: no code file, N from the tokenizer of the data."""
+    warm_start: Path | None = None
+    """Start from this model's weights (folder of `ksub compress` or `ksub export`); network and codes are its own,
+    and the preset gives the schedule only."""
+    distill_from: str | None = None
+    """Teacher: folder (or Hub name) of a masked language model with the same tokenizer, plain or ours."""
+    distill_weight: float | None = None
+    """Share of the divergence from the teacher in the loss; the labels have the rest. [0.5 with --distill-from]"""
 
     # ---- how long ----
     max_steps: int | None = None
@@ -110,6 +117,8 @@ def resolve(recipe: Recipe, world_size: int, on_gpu: bool) -> Recipe:
     defaults["precision"] = "bf16" if on_gpu else "fp32"
     missing = {key: value for key, value in defaults.items() if getattr(recipe, key) is None}
     recipe = dataclasses.replace(recipe, **missing)
+    if recipe.distill_from is not None and recipe.distill_weight is None:
+        recipe = dataclasses.replace(recipe, distill_weight=0.5)
     if recipe.warmup_steps is None:
         recipe = dataclasses.replace(recipe, warmup_steps=round(preset["warmup_fraction"] * recipe.max_steps))
     _check_values(recipe)
@@ -122,7 +131,9 @@ def resolve(recipe: Recipe, world_size: int, on_gpu: bool) -> Recipe:
 
 
 def _check_values(recipe: Recipe) -> None:
-    if (recipe.codes is None) == (not recipe.plain):
+    if recipe.warm_start is not None and recipe.plain:
+        raise UserError("--plain: --warm-start brings its own codes; leave it out")
+    if recipe.warm_start is None and (recipe.codes is None) == (not recipe.plain):
         raise UserError("give either --codes FILE (sub-embeddings) or --plain (the K = 1 baseline)")
     for key in (
         *("max_steps", "max_hours", "global_batch_size", "micro_batch_size", "peak_lr", "adam_epsilon"),
@@ -143,6 +154,8 @@ def _check_values(recipe: Recipe) -> None:
     for key in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(recipe, key) < 1:
             raise UserError(f"{_flag(key)} {getattr(recipe, key)}: must lie in [0, 1)")
+    if recipe.distill_weight is not None and not (recipe.distill_from is not None and 0 < recipe.distill_weight <= 1):
+        raise UserError(f"--distill-weight {recipe.distill_weight}: must lie in (0, 1], together with --distill-from")
     if not 0 < recipe.alpha <= 1:
         raise UserError(f"--alpha {recipe.alpha}: must lie in (0, 1]")
     if not 0 < recipe.mlm_probability < 1:

@@ -12,7 +12,17 @@ from ksub_ds.pretrain.recipe import Recipe
 # May change between a start and its continuation: they do not touch what is learnt. The codes and the
 # data may move to another folder: their content is compared, not their path.
 FREE_KEYS = (
-    *("codes", "data", "out", "deepspeed", "micro_batch_size", "max_hours", "save_every_steps", "keep_last"),
+    *(
+        "codes",
+        "data",
+        "out",
+        "warm_start",
+        "deepspeed",
+        "micro_batch_size",
+        "max_hours",
+        "save_every_steps",
+        "keep_last",
+    ),
     *("eval_every_steps", "eval_sequences", "log_every_steps"),
 )
 
@@ -46,7 +56,9 @@ def from_json(values: Any, path: Path) -> Recipe:
         if not _fits(value, hint):
             choices = f"; it must be one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else ""
             raise UserError(f"{path}: {field.name} cannot be {value!r}{choices}")
-        known[field.name] = Path(value) if field.name in ("data", "out", "codes") and value is not None else value
+        known[field.name] = (
+            Path(value) if field.name in ("data", "out", "codes", "warm_start") and value is not None else value
+        )
     return Recipe(**known)
 
 

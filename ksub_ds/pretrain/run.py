@@ -17,6 +17,7 @@ from ksub_ds.pretrain.recorder import Recorder
 from ksub_ds.pretrain.run_folder import RunFolder
 from ksub_ds.pretrain.saving import CheckpointWriter
 from ksub_ds.pretrain.stopping import StopRequest
+from ksub_ds.pretrain.warm_start import keep_copy
 
 
 def run(recipe: Recipe) -> int:
@@ -38,6 +39,8 @@ def run(recipe: Recipe) -> int:
     try:
         sources = distributed.in_agreement(lambda: prepare.load_sources(recipe))
         distributed.on_main(lambda: folder.claim(sources.identity(recipe), sources.table, sources.tokenizer))
+        if recipe.warm_start is not None:
+            distributed.on_main(lambda: keep_copy(recipe.warm_start, folder.warm_start))
         if distributed.is_main():
             add_log_file(folder.log)
         return _train(recipe, folder, sources)
@@ -59,6 +62,7 @@ def _train(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> int:
         log.info(f"{folder.path}: step {state.step:,} of {recipe.max_steps:,} is done; nothing left to train")
         return 0
 
+    teacher = distributed.in_agreement(lambda: prepare.build_teacher(recipe, sources))
     model = distributed.in_agreement(lambda: prepare.build_model(recipe, sources))
     engine = distributed.in_agreement(lambda: prepare.build_engine(recipe, model, folder))
     if start is not None:
@@ -84,7 +88,7 @@ def _train(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> int:
     ):
         prepare.describe_start(recipe, sources, engine, feed.take(state.step))
         with Recorder(folder, engine.monitor, state.step, recipe.max_steps) as recorder:
-            training = Training(recipe, folder, engine, feed, held_out, languages, recorder, writer, stop)
+            training = Training(recipe, folder, engine, feed, held_out, languages, recorder, writer, stop, teacher)
             state, reason = train(training, state)
         exit_codes = [code for code in distributed.gather_objects(stop.exit_code()) if code]
     if reason is None:

@@ -3,6 +3,7 @@
     RUN/recipe.json          the resolved recipe and the identity of codes and data; written first
         command.txt          every command that started or continued the run
         codes.safetensors    copy of the codes (the plain model's too)
+        warm_start/          copy of the model that a warm start began with
         tokenizer/           copy of the tokenizer
         metrics.jsonl        one line per optimizer step     evaluation.jsonl   one per evaluation
         train.log            what the terminal showed        tensorboard/
@@ -40,6 +41,7 @@ class RunFolder:
         self.command = self.path / "command.txt"
         self.codes = self.path / "codes.safetensors"
         self.tokenizer = self.path / "tokenizer"
+        self.warm_start = self.path / "warm_start"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluation = self.path / "evaluation.jsonl"
         self.log = self.path / "train.log"

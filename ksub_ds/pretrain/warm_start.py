@@ -1,0 +1,109 @@
+"""Starting from the weights of a model instead of fresh ones: `ksub pretrain --warm-start DIR`.
+
+DIR is a folder of one of our masked language models, from `ksub compress` or `ksub export`. It gives the network, the
+codes and the weights; the optimizer, the schedule and the data begin anew. The run keeps a copy, so that the run
+folder alone can be continued and exported.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.codes.table import CodeTable
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import atomic_folder, read_json, sha256_file
+from ksub_ds.corpus.shards import ShardDataset
+from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
+
+
+def model_files(folder: Path) -> list[Path]:
+    """config.json and the weights of a model folder.
+
+    Raises:
+        UserError: not a masked language model over sub-embeddings.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"--warm-start {folder}: holds no config.json; give a folder of `ksub compress` or `ksub export`"
+        )
+    config = read_json(folder / "config.json")
+    architecture = (config.get("architectures") or [""])[0]
+    if not str(config.get("model_type", "")).startswith("ksub_") or not architecture.endswith("ForMaskedLM"):
+        raise UserError(
+            f"--warm-start {folder}: is a {architecture or 'model of unknown kind'}; give a masked language model over "
+            "sub-embeddings, which `ksub compress` makes of a plain one"
+        )
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
+    weights = [path for path in weights if path.name.startswith("model")]
+    if not weights:
+        raise UserError(f"--warm-start {folder}: holds no model.safetensors")
+    return [folder / "config.json", *weights]
+
+
+def fingerprint(folder: Path) -> str:
+    """One sha256 of the content of all model files."""
+    files = [f"{path.name} {sha256_file(path)}" for path in model_files(folder)]
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
+def read_codes(folder: Path) -> CodeTable:
+    """The codes among the weights.
+
+    Raises:
+        UserError: absent or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    config, *weights = model_files(folder)
+    sizes = read_json(config).get("table_sizes")
+    for path in weights:
+        if path.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(path, framework="np") as stream:
+                for name in stream.keys():  # noqa: SIM118 - not a dict
+                    if name.endswith("_embeddings.codes"):
+                        table = CodeTable(stream.get_tensor(name), sizes, {"algorithm": f"of {folder.resolve().name}"})
+                        table.verify()
+                        return table
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise UserError(f"--warm-start {folder}: no usable codes among the weights ({error})") from error
+    raise UserError(f"--warm-start {folder}: no codes among the weights; write the folder anew")
+
+
+def keep_copy(source: Path, target: Path) -> None:
+    """Copy the model files into the run, once."""
+    if not target.exists():
+        with atomic_folder(target) as temporary:
+            for path in model_files(source):
+                shutil.copyfile(path, temporary / path.name)
+
+
+def open_warm_start(folder: Path) -> Any:
+    """The model, with its weights, in fp32.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from ksub_ds.model.compress import open_model
+
+    model_files(folder)
+    return open_model(folder).float().train()
+
+
+def check_same_tokens(flag: str, model: Path, tokenizer: Tokenizer, dataset: ShardDataset) -> None:
+    """A model whose folder holds a tokenizer must have that of the data.
+
+    Raises:
+        UserError: another one.
+    """
+    try:
+        theirs = load_tokenizer(model)
+    except UserError:
+        return  # none there, or none of a kind known here: the number of tokens is checked elsewhere
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{flag} {model}: has another tokenizer than the data (fingerprint {theirs.fingerprint[:12]}..., the "
+            f"shards' {tokenizer.fingerprint[:12]}...); make shards with --tokenizer {model}"
+        )
