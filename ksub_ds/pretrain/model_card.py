@@ -73,7 +73,7 @@ def _opening(source: "Source", form: str) -> str:
         *first,
         f"from transformers import {door}, AutoTokenizer",
         f'model = {door}.from_pretrained("FOLDER"{more})',
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{more})',
     ]
     words = {
         "ksub": "The package ksub_ds brings the classes.",

@@ -29,7 +29,8 @@ for folder in sys.argv[1:]:
     model = A.from_pretrained(folder, trust_remote_code=folder.endswith("remote")).eval()
     with torch.no_grad():
         found.append([type(model).__name__, model(ids).logits.double().flatten()[::97].tolist()])
-    assert AutoTokenizer.from_pretrained(folder).mask_token_id is not None
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=folder.endswith("remote"))
+    assert tokenizer.mask_token_id is not None
 print("\\nfound " + json.dumps(found))
 """
 
