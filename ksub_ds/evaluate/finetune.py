@@ -113,7 +113,8 @@ def finetune(
                 updates.apply(loss * (weight / len(rows)), _learning_rate(settings, position.step, total))
                 # ------------------------------------------------------------------------
                 position.step += 1
-                position.loss_sum += loss.item() * weight / len(rows)
+                value = loss.item() * weight / len(rows)
+                position.loss_sum += distributed.all_reduce_sum([value])[0] if several_ranks else value
                 if not math.isfinite(position.loss_sum):
                     raise UserError(
                         f"{work.name}: the loss is not finite at step {position.step}; try a lower learning rate"

@@ -3,6 +3,7 @@
 RANK=0 WORLD_SIZE=2 MASTER_ADDR=... python -m ksub_ds.evaluate.ranks OUT/work/JOB/ranks/task.json PARENT
 """
 
+import logging
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json, write_json
+from ksub_ds.common.logging import get_logger
 
 
 def _exit_with(parent: int) -> None:
@@ -29,6 +31,8 @@ def main(task: Path, parent: int) -> int:
     try:
         values = read_json(task)
         distributed.init_distributed()
+        if not distributed.is_main():
+            get_logger().setLevel(logging.ERROR)
         plan = distributed.in_agreement(lambda: plan_from_json(values))
         result = plan.train(plan.queue.jobs[values["job"]], lambda: None, several_ranks=True)
         if distributed.is_main():
