@@ -1,5 +1,6 @@
 """The signs of life that ranks leave in the store, as the watchdog of one rank reads them."""
 
+import contextlib
 import json
 import sys
 import threading
@@ -70,3 +71,14 @@ def main_thread_place() -> tuple[bool, str]:
     name = frame.f_code.co_filename
     waits = "/torch/distributed/" in name or "/deepspeed/" in name
     return waits, f"{frame.f_code.co_name} ({Path(name).name}:{frame.f_lineno})"
+
+
+def collectives_begun() -> int:
+    """How many collectives this rank has called, DeepSpeed's among them; torch counts them for every group."""
+    from torch.distributed import distributed_c10d
+
+    total = 0
+    for group in list(distributed_c10d._world.pg_map):
+        with contextlib.suppress(RuntimeError):  # a backend that does not count
+            total += group._get_sequence_number_for_group()
+    return total

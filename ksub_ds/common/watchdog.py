@@ -24,7 +24,7 @@ from datetime import timedelta
 from typing import Any
 
 from ksub_ds.common.logging import format_seconds
-from ksub_ds.common.signs import Signs, main_thread_place
+from ksub_ds.common.signs import Signs, collectives_begun, main_thread_place
 
 EXIT_USER_ERROR, EXIT_FAILED, EXIT_INTERRUPTED = 2, 70, 130
 BEAT_SECONDS = 0.25  # between two signs of life; more in runs of more than 125 ranks
@@ -116,7 +116,8 @@ class Watchdog:
 
     def _beat(self, count: int) -> None:
         waits, frame = main_thread_place()
-        self._line.set(f"beat/{self.rank}", json.dumps([count, self._position, waits, self._where, frame]))
+        position = self._position + collectives_begun()
+        self._line.set(f"beat/{self.rank}", json.dumps([count, position, waits, self._where, frame]))
 
     def _watch(self) -> None:
         """Give signs of life, look for a failure, and on rank 0 look at the others' signs."""

@@ -113,10 +113,10 @@ def collect_masters(engine: Any) -> dict[str, Any]:
         for key in keys
     }
     for rank, theirs in enumerate(all_places):
-        size = sum(length for _, _, length in theirs)
-        if rank > 0 and size:
-            flat = torch.empty(size, device=distributed.device())
-            dist.recv(flat, src=rank)
+        if rank > 0:
+            flat = torch.empty(sum(length for _, _, length in theirs), device=distributed.device())
+            if len(flat):
+                dist.recv(flat, src=rank)
         for (name, start, length), fragment in zip(theirs, flat.split([place[2] for place in theirs]), strict=True):
             whole[name].view(-1)[start : start + length] = fragment
     return whole
