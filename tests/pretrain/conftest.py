@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 STEPS = 20
-Outcome = list[int | str]  # exit code or error text, of each rank
+Outcome = list[Any]  # exit code, error text or what is held of the parameters, of each rank
 
 
 @dataclass(frozen=True)
@@ -154,14 +154,21 @@ def continued(bench: Bench, one_rank: dict[str, Outcome]) -> dict[str, Outcome]:
 def two_ranks(bench: Bench, one_rank: dict[str, Outcome]) -> dict[str, Outcome]:
     """Runs on two ranks: micro-batch 4 x 1 x 2 where one rank has 4 x 2 x 1."""
     bench.copy("reference", "one-then-two", 10)
+    bench.copy("reference", "one-then-offload", 10)
     recipes: dict[str, dict[str, Any]] = {
         "two": {},
         "two-zero0": {"deepspeed": "zero0"},
         "two-zero2": {"deepspeed": "zero2"},
+        "two-zero3": {"deepspeed": "zero3"},
+        "plain-zero3": {"deepspeed": "zero3", "codes": None, "max_steps": 3, "eval_every": 3},
         "one-then-two": {},
+        "one-then-offload": {"deepspeed": "zero3_offload"},
         "two-bf16": {"precision": "bf16"},
     }
     entries = [{"arguments": bench.arguments(name, **settings)} for name, settings in recipes.items()]
+    for name in ("two-zero3", "plain-zero3"):
+        entries[list(recipes).index(name)]["shards"] = True
+    entries[list(recipes).index("plain-zero3")]["arguments"].append("--plain")
     outcomes = bench.run_all(2, entries)
     bench.copy("two-bf16", "two-bf16-continued", 10)
     bench.copy("two", "nan", 10)

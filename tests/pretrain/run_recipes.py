@@ -2,8 +2,9 @@
 
     python tests/pretrain/run_recipes.py LIST.json RESULTS.json      (or under torchrun, for more ranks)
 
-LIST.json holds [{"arguments": [...], "nan_on": [rank, call]}, ...]. RESULTS.json gets, for each, the exit code or the
-text of the UserError, of every rank.
+LIST.json holds [{"arguments": [...], "nan_on": [rank, call], "shards": true}, ...]. RESULTS.json gets, for each, of
+every rank the exit code or the text of the UserError; with "shards" what the rank holds of each parameter at the end
+of a step: {name: [elements kept, elements of its shard, elements of the whole]}.
 """
 
 import json
@@ -15,10 +16,11 @@ import tyro
 from ksub_ds import KSubRobertaForMaskedLM
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
+from ksub_ds.pretrain import loop
 from ksub_ds.pretrain.recipe import Recipe
 from ksub_ds.pretrain.run import run
 
-FORWARD = KSubRobertaForMaskedLM.forward
+FORWARD, TRAIN_STEP = KSubRobertaForMaskedLM.forward, loop.train_step
 
 
 def fail_once(rank: int, call: int) -> None:
@@ -36,12 +38,27 @@ def fail_once(rank: int, call: int) -> None:
     KSubRobertaForMaskedLM.forward = forward
 
 
-def outcome(entry: dict) -> int | str:
-    KSubRobertaForMaskedLM.forward = FORWARD
+def look_at_shards(held: dict) -> None:
+    """From now on, note after every step what this rank holds of each parameter."""
+
+    def train_step(training, *arguments):
+        result = TRAIN_STEP(training, *arguments)
+        for name, parameter in training.engine.module.named_parameters():
+            held[name] = [parameter.numel(), parameter.ds_tensor.numel(), parameter.ds_numel]
+        return result
+
+    loop.train_step = train_step
+
+
+def outcome(entry: dict) -> int | str | dict:
+    KSubRobertaForMaskedLM.forward, loop.train_step = FORWARD, TRAIN_STEP
+    held: dict = {}
+    if "shards" in entry:
+        look_at_shards(held)
     if "nan_on" in entry:
         fail_once(*entry["nan_on"])
     try:
-        return run(tyro.cli(Recipe, args=entry["arguments"]))
+        return run(tyro.cli(Recipe, args=entry["arguments"])) or held or 0
     except UserError as error:
         return str(error)
 
