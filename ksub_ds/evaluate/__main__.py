@@ -59,8 +59,8 @@ def parse(kind: Any, arguments: Sequence[str]) -> Any:
 
 
 def _work(arguments: Sequence[str]) -> None:
+    from ksub_ds.evaluate.drain import drain
     from ksub_ds.evaluate.plans import KINDS, make_plans
-    from ksub_ds.evaluate.queue import drain
 
     settings = parse(KINDS[arguments[0]][0], arguments)
     _use_own_gpu()

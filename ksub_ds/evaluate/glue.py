@@ -21,9 +21,10 @@ from ksub_ds.common.files import sha256_bytes, write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate import metrics, tables
 from ksub_ds.evaluate.classifier import check_fit, describe, fingerprint, open_encoder
+from ksub_ds.evaluate.drain import Plan
 from ksub_ds.evaluate.encoding import Encoded, encode
 from ksub_ds.evaluate.finetune import FineTuning
-from ksub_ds.evaluate.queue import Job, Plan, Queue
+from ksub_ds.evaluate.queue import Job, Queue
 from ksub_ds.evaluate.rows import Rows, Source
 from ksub_ds.evaluate.scoring import predict
 from ksub_ds.evaluate.settings import EvaluationSettings, positive_rate

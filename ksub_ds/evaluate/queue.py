@@ -12,30 +12,25 @@ worker that was only held up finds a higher number than its own when it comes to
 each job has one result, whatever dies.
 """
 
-import fcntl
 import json
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import TEMPORARY_SUFFIX, fsync_path, read_json
+from ksub_ds.common.files import read_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.evaluate.claims import Claim, Claims, boot, is_locked, make_once
 
 HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 90.0  # without a heartbeat, seen from another machine
-
-
-class ClaimLost(Exception):
-    """Another worker has taken the job over."""
 
 
 @dataclass(frozen=True)
@@ -53,103 +48,6 @@ class Job:
     needs: tuple[str, ...]
     group: str
     settings: dict[str, Any]
-
-
-def _boot() -> str:
-    """Identifies this running kernel: locks are seen by all processes on it, and maybe by none elsewhere."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
-
-
-def _make_once(path: Path, content: str, lock: bool = False) -> int | None:
-    """Create a whole file that must not be there yet; False-like None if it is.
-
-    Returns:
-        A descriptor that holds the lock if `lock`, else -1; None when the file was there before.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        if lock:  # before the file has its name: nobody sees it unlocked
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(descriptor, content.encode())
-        os.fsync(descriptor)
-        os.link(temporary, path)
-        fsync_path(path.parent)
-    except FileExistsError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        os.close(descriptor)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    if lock:
-        return descriptor
-    os.close(descriptor)
-    return -1
-
-
-class Claim:
-    """The right to do one job, kept alive by a thread until it is released."""
-
-    def __init__(self, queue: "Queue", job: Job, path: Path, number: int, descriptor: int):
-        self.queue, self.job, self.path, self.number = queue, job, path, number
-        self._descriptor: int | None = descriptor
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._thread.start()
-
-    def _beat(self) -> None:
-        while not self._ended.wait(self.queue.heartbeat_seconds):
-            try:
-                os.utime(self.path)
-            except OSError:
-                return
-
-    def check(self) -> None:
-        """Raise ClaimLost if another worker has taken the job over."""
-        if self.queue.holder_number(self.job.name) != self.number:
-            raise ClaimLost(self.job.name)
-
-    def publish(self, result: dict[str, Any]) -> None:
-        """Hand in the result.
-
-        Raises:
-            ClaimLost: the job is another's now.
-        """
-        self.check()
-        made = _make_once(self.queue.done / f"{self.job.name}.json", json.dumps(result, ensure_ascii=False) + "\n")
-        if made is None:
-            raise ClaimLost(self.job.name)
-
-    def release(self, keep_file: bool) -> None:
-        """Stop being its holder; without `keep_file` the job is free for anyone at once."""
-        self._ended.set()
-        if not keep_file:
-            self.path.unlink(missing_ok=True)
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-class Claims(list[Claim]):
-    """Claims taken together; leaving the `with` block gives back those without a result."""
-
-    def __enter__(self) -> "Claims":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for claim in self:
-            claim.release(keep_file=claim.queue.is_done(claim.job.name))
-
-    def check(self) -> None:
-        """Raise ClaimLost if one of them is another's now."""
-        for claim in self:
-            claim.check()
 
 
 class Queue:
@@ -170,7 +68,7 @@ class Queue:
         try:
             for path in (self.claims, self.done):
                 path.mkdir(parents=True, exist_ok=True)
-            _make_once(
+            make_once(
                 plan,
                 json.dumps(identity | {"jobs": {job.name: job.needs for job in jobs}}, indent=2, ensure_ascii=False)
                 + "\n",
@@ -246,8 +144,8 @@ class Queue:
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
             silent = self.now() - path.stat().st_mtime
-            here = about.get("boot") == _boot()
-            alive = self._is_locked(path) if here else silent < self.dead_after_seconds
+            here = about.get("boot") == boot()
+            alive = is_locked(path) if here else silent < self.dead_after_seconds
         except FileNotFoundError:
             return None  # given back this moment
         except ValueError:
@@ -266,25 +164,14 @@ class Queue:
             with suppress(OSError):
                 probe.unlink(missing_ok=True)
 
-    @staticmethod
-    def _is_locked(path: Path) -> bool:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
-
     def claim(self, name: str) -> Claim | None:
         """Take a job if it is free; None when it is not, or another was quicker."""
         if not self.is_free(name):
             return None
         number = self.holder_number(name) + 1
-        about = {"host": socket.gethostname(), "process": os.getpid(), "boot": _boot(), "since": time.time()}
+        about = {"host": socket.gethostname(), "process": os.getpid(), "boot": boot(), "since": time.time()}
         path = self.claims / f"{name}.{number}"
-        descriptor = _make_once(path, json.dumps(about), lock=True)
+        descriptor = make_once(path, json.dumps(about), lock=True)
         if descriptor is None:
             return None
         claim = Claim(self, self.jobs[name], path, number, descriptor)
@@ -317,8 +204,9 @@ class Queue:
         living = 0
         for path in (self.folder / "queue" / "workers").glob("*.worker"):
             try:
-                boot = path.read_text(encoding="utf-8").strip()
-                living += self._is_locked(path) if boot == _boot() else self.now() - path.stat().st_mtime < 90
+                here = path.read_text(encoding="utf-8").strip() == boot()
+                silent = self.now() - path.stat().st_mtime
+                living += is_locked(path) if here else silent < self.dead_after_seconds
             except OSError:
                 continue
         return max(1, living)
@@ -327,7 +215,7 @@ class Queue:
     def presence(self) -> Iterator[None]:
         """Count among the living workers while the block runs."""
         path = self.folder / "queue" / "workers" / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.worker"
-        descriptor = _make_once(path, _boot(), lock=True)
+        descriptor = make_once(path, boot(), lock=True)
         ended = threading.Event()
 
         def beat() -> None:
@@ -354,56 +242,3 @@ def _difference(key: str, old: Any, new: Any) -> str:
             if old.get(inner) != new.get(inner):
                 return _difference(f"{key}.{inner}", old.get(inner), new.get(inner))
     return f"{key}: {old} -> {new}"
-
-
-class Plan:
-    """What workers drain: a queue, how to do its jobs, and what to write when all are done."""
-
-    queue: Queue
-
-    def run(self, jobs: list[Job], still_ours: Callable[[], None]) -> list[dict[str, Any]]:
-        """Do some jobs of one group; `still_ours` raises ClaimLost when going on is useless."""
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        """Write what follows from all results; may be called by several workers."""
-        raise NotImplementedError
-
-
-def drain(plans: Sequence[Plan], poll_seconds: float = 1.0) -> None:
-    """Work until every job of every plan is done, by this process or another.
-
-    Raises:
-        UserError: a job cannot be done.
-    """
-    open_plans, told = list(plans), 0.0
-    with ExitStack() as stack:
-        for plan in plans:
-            stack.enter_context(plan.queue.presence())
-        while open_plans:
-            for plan in list(open_plans):
-                if plan.queue.all_done():
-                    plan.finish()
-                    open_plans.remove(plan)
-                elif _work_once(plan):
-                    break
-            else:
-                if open_plans:
-                    if time.monotonic() - told > 60:
-                        told = time.monotonic()
-                        get_logger().info("waiting: other workers hold the jobs that are left")
-                    time.sleep(poll_seconds)
-
-
-def _work_once(plan: Plan) -> bool:
-    """Do one round of work; False when nothing was free."""
-    with plan.queue.claim_some() as claims:
-        if not claims:
-            return False
-        try:
-            results = plan.run([claim.job for claim in claims], claims.check)
-            for claim, result in zip(claims, results, strict=True):
-                claim.publish(result)
-        except ClaimLost as lost:
-            get_logger().info(f"{lost}: another worker has it; dropped here")
-    return True

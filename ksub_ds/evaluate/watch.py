@@ -168,8 +168,8 @@ def _masked_accuracy(settings: WatchSettings, folder: Any, model: Any) -> dict[s
 
 def _xnli(settings: WatchSettings, model: Path, out: Path) -> dict[str, Any]:
     from ksub_ds.common.files import read_json
+    from ksub_ds.evaluate.drain import drain
     from ksub_ds.evaluate.plans import make_plans
-    from ksub_ds.evaluate.queue import drain
     from ksub_ds.evaluate.xnli import XnliSettings
 
     assert settings.data is not None

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.evaluate.claims import ClaimLost
 from ksub_ds.evaluate.classifier import check_fit, describe, load_classifier, open_encoder
 from ksub_ds.evaluate.encoding import Encoded, encode, load_encoder
 from ksub_ds.evaluate.finetune import FineTuning, _learning_rate, finetune
-from ksub_ds.evaluate.queue import ClaimLost
 from ksub_ds.evaluate.rows import Source
 from ksub_ds.evaluate.scoring import predict
 from ksub_ds.evaluate.tasks import XNLI_COLUMNS

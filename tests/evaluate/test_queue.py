@@ -13,7 +13,9 @@ import pytest
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.evaluate import queue as module
-from ksub_ds.evaluate.queue import ClaimLost, Job, Plan, Queue, drain
+from ksub_ds.evaluate.claims import ClaimLost
+from ksub_ds.evaluate.drain import Plan, drain
+from ksub_ds.evaluate.queue import Job, Queue
 
 JOBS = [
     Job("train", (), "train", {}),
