@@ -159,11 +159,12 @@ def two_ranks(bench: Bench, one_rank: dict[str, Outcome]) -> dict[str, Outcome]:
         "two": {},
         "two-zero0": {"deepspeed": "zero0"},
         "two-zero2": {"deepspeed": "zero2"},
+        "one-then-two": {},
+        "two-bf16": {"precision": "bf16"},
+        # last: DeepSpeed's stage 3 replaces torch's linear function for the rest of the process
         "two-zero3": {"deepspeed": "zero3"},
         "plain-zero3": {"deepspeed": "zero3", "codes": None, "max_steps": 3, "eval_every": 3},
-        "one-then-two": {},
         "one-then-offload": {"deepspeed": "zero3_offload"},
-        "two-bf16": {"precision": "bf16"},
     }
     entries = [{"arguments": bench.arguments(name, **settings)} for name, settings in recipes.items()]
     for name in ("two-zero3", "plain-zero3"):
