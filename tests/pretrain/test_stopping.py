@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from ksub_ds.pretrain.stopping import EXIT_REQUEUE, StopRequest
+
 from .conftest import Bench, losses
 
 pytestmark = pytest.mark.timeout(300)
@@ -57,3 +59,20 @@ def test_signal_then_stop_file(bench: Bench) -> None:
     error = next(line for line in refusal.splitlines() if line.startswith("error:"))
     assert "max_steps: 5000 -> 6000" in error and "peak_lr: 0.001 -> 0.5" in error
     assert json.loads((run / "recipe.json").read_text())["max_steps"] == 5000
+
+
+def test_who_asks_decides_the_exit_code(tmp_path: Path) -> None:
+    """A person's STOP ends with 0; a scheduler, who will start the run again, is told so by 75."""
+    stop_file = tmp_path / "STOP"
+    with StopRequest(stop_file, None) as stop:
+        assert stop.reason() is None
+        stop_file.touch()
+        assert stop.reason() is not None and stop.exit_code() == 0
+        stop_file.write_text("requeue\n")
+        assert stop.exit_code() == EXIT_REQUEUE == 75
+        stop_file.unlink()
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.reason() == "SIGUSR1 received" and stop.exit_code() == EXIT_REQUEUE
+    with StopRequest(stop_file, None) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.exit_code() == 128 + signal.SIGTERM
