@@ -28,12 +28,13 @@ def run(recipe: Recipe) -> int:
     """
     if distributed.world_size() > 1:  # first, so that one rank's mistake is told by all
         distributed.init_distributed()
-    recipe = distributed.in_agreement(lambda: _settle(recipe))
+    folder = RunFolder(recipe.out)
+    before = distributed.broadcast_object(distributed.on_main(folder.micro_batch_size))
+    recipe = distributed.in_agreement(lambda: _settle(recipe, before))
     distributed.init_distributed()
     if not distributed.is_main():
         get_logger().setLevel(logging.ERROR)
     logging.raiseExceptions = False  # a full disk must not print a traceback per line of train.log
-    folder = RunFolder(recipe.out)
     distributed.on_main(folder.lock)
     distributed.watchdog().on_failure = folder.record_failure
     try:
@@ -48,11 +49,19 @@ def run(recipe: Recipe) -> int:
         folder.unlock()
 
 
-def _settle(recipe: Recipe) -> Recipe:
-    """The recipe with nothing left open, checked together with its ds_configs file."""
-    recipe = resolve(recipe, distributed.world_size(), distributed.has_gpu())
-    prepare.check_mechanics(recipe)
-    return recipe
+def _settle(recipe: Recipe, before: int | None) -> Recipe:
+    """The recipe with nothing left open, checked together with its ds_configs file.
+
+    Args:
+        before: micro-batch size of the run that is continued. Dropout differs from micro-batch to micro-batch, so
+            one that was not asked for stays as it was, where today's number of ranks allows it.
+    """
+    world_size = distributed.world_size()
+    settled = resolve(recipe, world_size, distributed.has_gpu())
+    if recipe.micro_batch_size is None and before and settled.global_batch_size % (before * world_size) == 0:
+        settled = dataclasses.replace(settled, micro_batch_size=before)
+    prepare.check_mechanics(settled)
+    return settled
 
 
 def _train(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> int:

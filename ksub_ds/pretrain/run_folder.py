@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, atomic_path, write_json
+from ksub_ds.common.files import atomic_folder, atomic_path, read_json, write_json
 from ksub_ds.common.watchdog import Failure
 from ksub_ds.pretrain.recipe_file import changed_keys, read_recipe
 
@@ -120,6 +120,14 @@ class RunFolder:
         if not self.tokenizer.exists():
             with atomic_folder(self.tokenizer) as temporary:
                 tokenizer.save(temporary)
+
+    def micro_batch_size(self) -> int | None:
+        """The micro-batch size of the run that lies here, if one does."""
+        try:
+            value = read_json(self.recipe).get("micro_batch_size")
+        except (UserError, AttributeError):  # nothing there, or damaged: `claim` will say so
+            return None
+        return value if isinstance(value, int) and value > 0 else None
 
     def record_failure(self, failure: Failure) -> None:
         """Write failure.json and the last line of train.log; whatever goes wrong here is not the news."""
