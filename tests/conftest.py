@@ -4,12 +4,17 @@ import io
 import json
 import os
 import random
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# A shell starts background jobs with SIGINT ignored, and their children inherit it: those who test Ctrl-C would wait.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nine sorts of sentence a language are enough for a vocabulary and for documents that differ.
 WORDS = {
