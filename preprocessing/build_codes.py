@@ -16,13 +16,16 @@ from ksub_ds.vectors.build import ClusterVectors, build_codes, report
 
 
 def main() -> None:
-    """Run; a user's mistake is one line and exit code 2."""
+    """Run; a user's mistake is one line and exit code 2, Ctrl-C one line and 130."""
     settings = tyro.cli(ClusterVectors, description=ClusterVectors.__doc__)
     try:
         table = build_codes(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     if distributed.is_main():
         print(report(table, settings.out))
 

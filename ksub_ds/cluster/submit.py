@@ -65,6 +65,9 @@ def command_line(settings: Submit, arguments: Sequence[str]) -> list[str]:
         raise UserError(f"--time {settings.time}: write hours:minutes:seconds, such as 12:00:00, or 2-00:00:00")
     if settings.array is not None and not ARRAY.fullmatch(settings.array):
         raise UserError(f"--array {settings.array}: write a range such as 0-15")
+    for first, last in re.findall(r"(\d+)-(\d+)", settings.array or ""):
+        if int(first) > int(last):
+            raise UserError(f"--array {settings.array}: {first}-{last} runs backwards; write {last}-{first}")
     if settings.array is not None and settings.job != "evaluate":
         raise UserError(f"--array {settings.array}: {settings.job} is one job, not an array; only evaluate is")
     if settings.job == "pretrain" and not any(word == "--out" or word.startswith("--out=") for word in arguments):

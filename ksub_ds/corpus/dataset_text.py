@@ -50,6 +50,8 @@ class DatasetSource:
 
     def __init__(self, name: str, language: str):
         path, _, config = name.partition(":")
+        if not path.strip("/"):
+            raise UserError(f"--datasets {name or repr(name)}: write NAME, NAME:CONFIG or a folder of a dataset")
         known = KNOWN.get(path, Dataset(path))
         self.name = name
         self._joined = known.joined
@@ -57,7 +59,7 @@ class DatasetSource:
         self._config = config or (known.config and known.config.format(language=language))
         self._builder = self._open()
         rows = self._stream()
-        columns = rows.column_names or list(next(iter(rows), {}))
+        columns = rows.column_names or list(next(self._rows(), {}))
         found = [column for column in TEXT_COLUMNS if column in columns]
         if not found:
             raise UserError(f'--datasets {name}: has no column "text", only {", ".join(columns) or "empty rows"}')
@@ -103,7 +105,9 @@ class DatasetSource:
         try:
             yield from self._stream()
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"--datasets {self.name}: broke off ({_one_line(error)}); run again") from error
+            raise UserError(
+                f"--datasets {self.name}: broke off ({_one_line(error)}); run again, or repair its file"
+            ) from error
 
 
 def _join(rows: Iterable[Any]) -> Iterator[str]:

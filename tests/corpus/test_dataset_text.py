@@ -98,11 +98,16 @@ def test_mistakes_are_one_line(tmp_path: Path, tiny_tokenizer: Path) -> None:
     write_parquet(tmp_path / "body/train.parquet", ["x"], column="body")
     write_parquet(tmp_path / "test/test.parquet", ["x"])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/train.jsonl").write_text('{"text": "x', encoding="utf-8")
     for name, words in (
         (str(tmp_path / "body"), 'no column "text", only id, body'),
         (str(tmp_path / "test"), "train"),
         (str(tmp_path / "empty"), "cannot be opened"),
         (str(tmp_path / "body") + ":nosuch", "cannot be opened"),
+        (str(tmp_path / "torn"), "repair its file"),
+        ("", "--datasets '': write NAME"),
+        ("/", "--datasets /: write NAME"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             DatasetSource(name, "en")

@@ -35,6 +35,7 @@ def test_what_would_be_submitted(capsys: pytest.CaptureFixture[str]) -> None:
         (["--", "--preset", "tiny"], "--out is missing"),
         (["--array", "0-3", "--", "--out", "r"], "pretrain is one job"),
         (["--job", "evaluate", "--array", "a", "--", "xnli"], "--array a: write a range"),
+        (["--job", "evaluate", "--array", "15-0", "--", "xnli"], "15-0 runs backwards; write 0-15"),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
