@@ -1,6 +1,7 @@
 """Settings that XNLI and GLUE share; Table 6 of the paper where it says something."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,8 +66,10 @@ class EvaluationSettings:
             raise UserError(f"--max-length {self.max_length}: must be at least 8")
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"--warmup-ratio {self.warmup_ratio}: must be from 0 to below 1")
-        if self.gradient_clipping < 0 or self.weight_decay < 0:
-            raise UserError("--gradient-clipping and --weight-decay: must not be negative")
+        for name in ("gradient_clipping", "weight_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:  # NaN is refused as well
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be a number from 0 on")
         if not self.model:
             raise UserError("--model: give at least one model")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:

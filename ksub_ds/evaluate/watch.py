@@ -10,6 +10,7 @@ for. OUT/curve.jsonl gets one line a checkpoint; OUT/xnli/global_step{N} holds t
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder
+from ksub_ds.common.files import atomic_folder, read_json, write_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.evaluate.rows import Source
+from ksub_ds.evaluate.settings import positive_rate
 
 NICENESS = 10
 
@@ -69,13 +72,13 @@ def watch(settings: WatchSettings) -> None:
     if not folder.recipe.exists():
         raise UserError(f"--run {settings.run}: no recipe.json there; give the --out folder of `ksub pretrain`")
     recipe, _ = read_recipe(folder.recipe)
-    if settings.poll_seconds <= 0:
-        raise UserError(f"--poll-seconds {settings.poll_seconds}: must be above 0")
+    _check(settings)
     if not settings.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.nice(NICENESS)  # the run goes first
     with _Lock(settings.out):
         curve = _Curve(settings.out / "curve.jsonl")
+        _same_settings(settings, curve)
         end_of_patience = time.monotonic() + settings.patience_seconds
         while True:
             waiting = _score_new(settings, folder, curve)
@@ -89,6 +92,39 @@ def watch(settings: WatchSettings) -> None:
         if not curve.steps:
             raise UserError(f"{folder.checkpoints}: holds no whole checkpoint yet")
         print(curve.table())
+
+
+def _check(settings: WatchSettings) -> None:
+    """Refuse values that would be met only after a checkpoint was scored, or spoil its line of the curve."""
+    for name in ("epochs", "max_train_examples", "max_test_examples", "eval_sequences"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
+    if settings.setting not in ("cross-lingual", "translate-train-all"):
+        raise UserError(f"--setting {settings.setting}: must be cross-lingual or translate-train-all")
+    positive_rate("--learning-rate", settings.learning_rate)
+    if not 0 < settings.poll_seconds < math.inf:
+        raise UserError(f"--poll-seconds {settings.poll_seconds}: must be a number above 0")
+    if not 0 <= settings.patience_seconds < math.inf:
+        raise UserError(f"--patience-seconds {settings.patience_seconds}: must be a number from 0 on")
+    if settings.data is not None:
+        Source(settings.data)
+
+
+def _same_settings(settings: WatchSettings, curve: "_Curve") -> None:
+    """Refuse a folder whose curve is of another run or was scored otherwise: its points could not be compared."""
+    path = settings.out / "watch.json"
+    keys = ("setting", "epochs", "max_train_examples", "max_test_examples", "learning_rate", "eval_sequences")
+    identity = {"run": str(settings.run.resolve()), "with --data": settings.data is not None}
+    identity |= {key: getattr(settings, key) for key in keys}
+    before = read_json(path) if curve.steps and path.exists() else identity
+    for key, value in identity.items():
+        if not isinstance(before, dict) or before.get(key) != value:
+            old = before.get(key) if isinstance(before, dict) else before
+            raise UserError(
+                f"--out {settings.out}: holds a curve with other settings ({key}: {old} -> {value}); "
+                "give the old ones, or a new --out"
+            )
+    write_json(path, identity)
 
 
 def _score_new(settings: WatchSettings, folder: Any, curve: "_Curve") -> list[str]:
@@ -167,20 +203,17 @@ def _masked_accuracy(settings: WatchSettings, folder: Any, model: Any) -> dict[s
 
 
 def _xnli(settings: WatchSettings, model: Path, out: Path) -> dict[str, Any]:
-    from ksub_ds.common.files import read_json
     from ksub_ds.evaluate.drain import drain
     from ksub_ds.evaluate.plans import make_plans
     from ksub_ds.evaluate.xnli import XnliSettings
 
     assert settings.data is not None
-    if settings.setting not in ("cross-lingual", "translate-train-all"):
-        raise UserError(f"--setting {settings.setting}: must be cross-lingual or translate-train-all")
     plans = make_plans(
         XnliSettings(
             model=(str(model),),
             data=settings.data,
             out=out,
-            setting=settings.setting,  # type: ignore[arg-type]  # one of the two, as checked
+            setting=settings.setting,  # type: ignore[arg-type]  # one of the two, by _check
             epochs=settings.epochs,
             learning_rate=settings.learning_rate,
             max_train_examples=settings.max_train_examples,

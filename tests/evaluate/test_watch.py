@@ -88,3 +88,30 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: Any) -> None:
     with module._Lock(tmp_path / "c"):
         assert call(run, tmp_path / "c") == 2
     assert "another `ksub evaluate watch` is at work there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--eval-sequences", -1),
+        ("--poll-seconds", "nan"),
+        ("--patience-seconds", "nan"),
+        ("--learning-rate", "nan"),
+        ("--setting", "both"),
+        ("--data", "nowhere"),
+    ],
+)
+def test_a_bad_value_is_refused_before_anything_is_scored(
+    run: Path, tmp_path: Path, capsys: Any, option: str, value: object
+) -> None:
+    assert call(run, tmp_path / "curve", option, value) == 2
+    assert f"error: {option} {value}: " in capsys.readouterr().err and not (tmp_path / "curve").exists()
+
+
+def test_a_curve_of_other_settings_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "curve"
+    assert call(run, out, "--eval-sequences", 1) == 0
+    before = (out / "curve.jsonl").read_bytes()
+    assert call(run, out, "--eval-sequences", 2) == 2
+    assert "holds a curve with other settings (eval_sequences: 1 -> 2)" in capsys.readouterr().err
+    assert (out / "curve.jsonl").read_bytes() == before
