@@ -8,6 +8,7 @@ The embedding of n is the concatenation of row f_k(n) of table k over k. Uniquen
 requirement 1) makes it a different vector for every token. K = 1 with M_1 = N is the plain embedding.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -116,7 +117,7 @@ class CodeTable:
             UserError: the file cannot be written there.
         """
         from safetensors import SafetensorError
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         self.verify()
         metadata = self.metadata | {
@@ -126,7 +127,7 @@ class CodeTable:
         }
         try:
             with atomic_path(Path(path).absolute()) as temporary:
-                save_file({"codes": self.codes}, temporary, metadata=metadata)
+                temporary.write_bytes(_in_order(save({"codes": self.codes}, metadata=metadata)))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be written ({error}); choose another place") from error
 
@@ -165,6 +166,14 @@ class CodeTable:
 
     def __repr__(self) -> str:
         return f"CodeTable(num_tokens={self.num_tokens}, table_sizes={self.table_sizes})"
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its header sorted: the library's order is random, and equal tables make equal files."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensor starts at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def reserve_special_tokens(ordinary: CodeTable, special_ids: Iterable[int]) -> CodeTable:

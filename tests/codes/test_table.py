@@ -128,3 +128,12 @@ def test_any_cut_or_flipped_byte_is_refused(tmp_path):
     path.write_bytes(b"\x80\x04cos\nsystem\n")
     with pytest.raises(UserError, match="not a readable code file"):
         CodeTable.load(path)
+
+
+def test_equal_tables_make_equal_files(tmp_path):
+    table = positional_codes(11, 2)
+    table.metadata.update({f"key {number}": "välue" for number in range(20)})
+    for number in range(3):
+        table.save(tmp_path / f"{number}")
+    assert len({(tmp_path / f"{number}").read_bytes() for number in range(3)}) == 1
+    assert CodeTable.load(tmp_path / "0").metadata == table.metadata
