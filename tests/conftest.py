@@ -35,6 +35,15 @@ def documents(language: str, count: int, seed: int = 0) -> list[str]:
     return [f"{number}. " + " ".join(sentence() for _ in range(draw.randint(2, 8))) for number in range(count)]
 
 
+@pytest.fixture(autouse=True)
+def no_ranks_left() -> Iterator[None]:
+    """Training in this process sets RANK, WORLD_SIZE, ...; the commands that later tests start must not inherit them."""
+    before = dict(os.environ)
+    yield
+    for name in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & os.environ.keys() - before.keys():
+        del os.environ[name]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_network() -> Iterator[None]:
     """Connecting anywhere but to this machine raises."""
