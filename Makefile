@@ -75,7 +75,7 @@ format: .venv/.installed
 	$(BIN)/ruff format $(SOURCES)
 
 bench: .venv/.installed
-	@set -e; for file in loss step batches clustering langid corpus finetune; do echo "== $$file"; $(BIN)/python benchmarks/$$file.py; done
+	@set -e; for file in loss step batches clustering langid corpus finetune engine; do echo "== $$file"; $(BIN)/python benchmarks/$$file.py; done
 
 docs: .venv/.installed
 	$(BIN)/python -m pip install --quiet -e '.[docs]' -c constraints.txt

@@ -89,9 +89,11 @@ def sent_bytes() -> int:
 
 
 def limit(rate: str) -> None:
-    """Slow this end of the cable down."""
+    """Slow this end of the cable down; "" takes the limit off, which the run before has left."""
     cable = CABLE[distributed.rank()]
     subprocess.run(["tc", "qdisc", "del", "dev", cable, "root"], stderr=subprocess.DEVNULL)
+    if not rate:
+        return
     shape = ["tbf", "rate", rate, "burst", "256kb", "latency", "400ms"]
     subprocess.run(["tc", "qdisc", "add", "dev", cable, "root", *shape], check=True)
 
@@ -100,6 +102,7 @@ def measure(options: Options) -> dict[str, Any]:
     """One model at one stage: bytes of a step, and its seconds at every speed."""
     name, stage = options.one or ("", "")
     distributed.init_distributed()
+    limit("")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     table = plain_codes(N) if name == "plain" else positional_codes(N, 3)
@@ -109,8 +112,7 @@ def measure(options: Options) -> dict[str, Any]:
         trainer.step(parts)
     result: dict[str, Any] = {"model": name, "stage": stage, "seconds": {}}
     for rate in ("", *options.rates):
-        if rate:
-            limit(rate)
+        limit(rate)
         best = float("inf")
         for _ in range(options.steps):
             dist.barrier()
