@@ -15,6 +15,7 @@ word (a killed process, a cut network, a rank that hangs) is the `Watchdog`'s, s
     KSUB_SILENCE_SECONDS    a rank without a sign of life for so long is lost [60]
 """
 
+import atexit
 import os
 import socket
 import sys
@@ -30,6 +31,7 @@ TIMEOUT_SECONDS, SILENCE_SECONDS = 600, 60
 BACKEND_GRACE_SECONDS = 30  # torch's own timeout comes later than ours, which names the rank
 Result = TypeVar("Result")
 _watchdog: Watchdog | None = None
+_met = False  # whether this process was one of several ranks
 
 
 class Place(NamedTuple):
@@ -157,9 +159,10 @@ def init_distributed() -> Place:
 
 def _meet(here: Place, patience: float, timeout: timedelta) -> None:
     """Wait for all ranks at rank 0's store, start the watchdog, then torch's process group."""
-    global _watchdog
+    global _watchdog, _met
     import torch.distributed as dist
 
+    _met = True
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, for all attempts
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -347,3 +350,20 @@ def shutdown() -> None:
         _watchdog = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code, after `shutdown`.
+
+    A rank among several does not unwind the interpreter: a thread of torch or gloo that is still at work in C++ would
+    abort a run that is through ("terminate called without an active exception", now and then on a busy machine).
+    """
+    if not _met:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -46,4 +46,4 @@ def main(task: Path, parent: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    distributed.leave(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -84,4 +84,4 @@ def _alone() -> Watchdog:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

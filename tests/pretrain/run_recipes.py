@@ -69,6 +69,7 @@ def main() -> None:
     if distributed.is_main():
         Path(sys.argv[2]).write_text(json.dumps(results))
     distributed.shutdown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":
