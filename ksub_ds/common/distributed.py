@@ -320,26 +320,6 @@ def mpi_communicator() -> Any:
     return MPI.COMM_WORLD
 
 
-def mpi_from_main(function: Callable[[], Result]) -> Result:
-    """Call `function` on rank 0 of mpirun's processes and give its result to all; alone, just call it.
-
-    A UserError is raised on every rank, so that none waits for another.
-    """
-    communicator = mpi_communicator()
-    if communicator is None:
-        return function()
-    result, problem = None, None
-    if is_main():
-        try:
-            result = function()
-        except UserError as error:
-            problem = str(error)
-    problem, result = communicator.bcast((problem, result), root=0)
-    if problem is not None:
-        raise UserError(problem)
-    return result  # type: ignore[return-value]  # no problem: function() returned
-
-
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     global _watchdog

@@ -1,5 +1,6 @@
 """Workers: what drains the queues of some plans, in one process among any number."""
 
+import abc
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,18 +11,18 @@ from ksub_ds.evaluate.claims import ClaimLost
 from ksub_ds.evaluate.queue import Job, Queue
 
 
-class Plan:
+class Plan(abc.ABC):
     """What workers drain: a queue, how to do its jobs, and what to write when all are done."""
 
     queue: Queue
 
+    @abc.abstractmethod
     def run(self, jobs: list[Job], still_ours: Callable[[], None]) -> list[dict[str, Any]]:
         """Do some jobs of one group; `still_ours` raises ClaimLost when going on is useless."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def finish(self) -> None:
         """Write what follows from all results; may be called by several workers."""
-        raise NotImplementedError
 
 
 def drain(plans: Sequence[Plan], poll_seconds: float = 1.0) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path
-from ksub_ds.common.logging import Progress
+from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.corpus.tokenizer import load_tokenizer
 from ksub_ds.corpus.xlmr_tokenizer import MODEL_NAME, XlmrTokenizer
 from ksub_ds.evaluate.rows import Rows
@@ -246,5 +246,5 @@ def _write(path: Path, encoded: Encoded) -> None:
     try:
         with atomic_path(path) as temporary:
             save_file(arrays, temporary)
-    except (OSError, UserError):
-        pass  # a cache that cannot be written costs time, nothing else
+    except (OSError, UserError) as error:  # costs time, nothing else
+        get_logger().warning(f"--cache {path.parent}: cannot be written ({error}); the rows are tokenised each time")

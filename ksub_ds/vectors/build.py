@@ -16,6 +16,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
+from ksub_ds.common.mpi import Ranks
 from ksub_ds.vectors.sources import Description, load_vectors
 
 
@@ -72,7 +73,8 @@ def _build(settings: ClusterVectors) -> CodeTable:
     from ksub_ds.codes.clustering import clustered_codes
 
     sizes = _table_sizes(settings)
-    vectors, description = distributed.mpi_from_main(lambda: _load(settings))
+    ranks = Ranks()
+    vectors, description = ranks.on_main(lambda: _load(settings))
     special_ids: tuple[int, ...] = ()
     if settings.reserve_special_tokens:
         if description.tokenizer is None:
@@ -93,7 +95,7 @@ def _build(settings: ClusterVectors) -> CodeTable:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    distributed.mpi_from_main(lambda: _measure_and_save(table, vectors, description, settings))
+    ranks.on_main(lambda: _measure_and_save(table, vectors, description, settings))
     return table
 
 
