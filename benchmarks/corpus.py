@@ -51,7 +51,7 @@ from ksub_ds.corpus.wet import Page, read_wet
 
 CCNET_HASH, CCNET_MINE = 600, 40  # documents/s/core, from the paper
 GROWTH = (1, 2, 5, 10)
-RANK_FILES = 20  # so much that reading and copying the tokenizer, 3 s, matters little
+RANK_FILES = 60  # so much that opening the tokenizer and copying it, 4 s of one rank, matter little
 
 
 class Clock:
