@@ -1,19 +1,21 @@
 """Do small models learn XNLI? Plain, positional and clustered models pretrained and fine-tuned on a CPU.
 
-    python experiments/xnli/run.py --text text --data xnli --out xnli-experiment
+    python experiments/xnli/run.py --text text --data xnli --tokenizer sentencepiece.bpe.model --out xnli-experiment
 
-A vocabulary of at most 32,000 pieces is trained on the text; models have 6 layers of width 384 (10.6M parameters
-outside the embedding). Each step is a command of the project, and what is done is not done again: the same command
-goes on where it was stopped. OUT/results.json and OUT/table.md are written anew after every model, so what is there
-can be read at any time. The fine-tuning's learning rate is not Table 6's: a model that has read little must still
-learn much from the pairs.
+The vocabulary is cut to the pieces that the text uses most (vocabulary.py); models have 6 layers of width 384 (10.6M
+parameters outside the embedding). Each step is a command of the project, and what is done is not done again: the same
+command goes on where it was stopped. OUT/results.json and OUT/table.md are written anew after every model, so what is
+there can be read at any time. The fine-tuning's learning rate is not Table 6's: a model that has read little must
+still learn much from the pairs.
 """
 
 import argparse
 import shlex
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,17 @@ from baselines import logistic_regression
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json, write_json
 from ksub_ds.evaluate.tables import percent, render, write_text
+from ksub_ds.evaluate.tasks import LANGUAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("clustered", "plain", "positional")
 
 
 class Steps:
-    """Runs commands once each, and keeps how long they took."""
+    """Runs commands once each, and keeps how long they took; several threads may ask for different ones."""
 
     def __init__(self, out: Path):
-        self._out, self._path = out, out / "seconds.json"
+        self._path, self._lock = out / "seconds.json", threading.Lock()
         out.mkdir(parents=True, exist_ok=True)
         self.seconds: dict[str, float] = read_json(self._path) if self._path.exists() else {}
 
@@ -43,8 +46,9 @@ class Steps:
         print(f"+ {shlex.join(words)}", flush=True)
         start = time.monotonic()
         done = subprocess.run(words, check=False)
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
-        write_json(self._path, self.seconds)
+        with self._lock:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
+            write_json(self._path, self.seconds)
         if done.returncode or not made.exists():
             raise UserError(f"{name}: ended with exit code {done.returncode}; its message stands above")
 
@@ -53,20 +57,26 @@ def experiment(options: argparse.Namespace) -> None:
     """All steps; the table after each model."""
     out, ksub = options.out, ("-m", "ksub_ds.cli")
     steps = Steps(out)
-    tokenizer, shards = out / "tokenizer" / "sentencepiece.bpe.model", out / "shards"
-    train_tokenizer = (ROOT / "experiments/demo/tokenizer.py", "--input", options.text, "--out", tokenizer)
-    steps.run("tokenizer", tokenizer, *train_tokenizer, "--pieces", options.pieces)
-    cut = ("--sequence-length", 128, "--validation-fraction", 0.01, "--workers", 1)
+    tokenizer, shards = out / "vocabulary.model", out / "shards"
+    cut = (Path(__file__).with_name("vocabulary.py"), "--tokenizer", options.tokenizer, "--text", options.text)
+    text = ("--languages", *options.languages)
+    steps.run("vocabulary", tokenizer, *cut, *text, "--pieces", options.pieces, "--out", tokenizer)
     shard = (ROOT / "preprocessing/shard_text.py", "--input", options.text, "--tokenizer", tokenizer, "--out", shards)
-    steps.run("shards", shards / "manifest.json", *shard, *cut)
+    steps.run("shards", shards / "manifest.json", *shard, *text, "--sequence-length", 128, "--workers", 1)
     make_codes(steps, out, tokenizer, shards, ksub)
     baselines = out / "baselines.json"
     if not baselines.exists():
         write_json(baselines, logistic_regression(options.data))
     outcome(options, steps)
-    for kind in KINDS:
+
+    def one(kind: str) -> None:
         pretrain_and_evaluate(kind, options, steps, ksub)
-        outcome(options, steps)
+        with written:
+            outcome(options, steps)
+
+    written = threading.Lock()
+    with ThreadPoolExecutor(options.at_once) as pool:
+        list(pool.map(one, KINDS))
 
 
 def make_codes(steps: Steps, out: Path, tokenizer: Path, shards: Path, ksub: tuple[str, ...]) -> None:
@@ -92,11 +102,13 @@ def pretrain_and_evaluate(kind: str, options: argparse.Namespace, steps: Steps, 
     length = ("--max-steps", options.steps, "--save-every-steps", 100, "--eval-every", options.steps)
     run = ("pretrain", "--preset", "small", *codes, "--data", options.out / "shards", "--out", out / "run", *length)
     last = out / "run" / "checkpoints" / f"global_step{options.steps}"
-    steps.run(f"{kind}: pretraining", last, *ksub, *run, "--precision", options.precision, "--gradient-clipping", 1)
+    run += ("--global-batch-size", options.rows, "--precision", options.precision, "--gradient-clipping", 1)
+    steps.run(f"{kind}: pretraining", last, *ksub, *run)
     model = out / kind
     steps.run(f"{kind}: export", model / "config.json", *ksub, "export", out / "run", "--out", model)
     tuning = ("--epochs", options.epochs, "--learning-rate", options.learning_rate, "--precision", options.precision)
     cell = ("--setting", options.setting, "--seeds", *range(options.seeds), "--out", out / "xnli")
+    cell += ("--languages", *options.languages)
     evaluate = ("evaluate", "xnli", "--model", model, "--data", options.data, *cell, *tuning)
     steps.run(f"{kind}: fine-tuning and test", out / "xnli" / "results.json", *ksub, *evaluate)
 
@@ -115,7 +127,8 @@ def outcome(options: argparse.Namespace, steps: Steps) -> None:
     seconds = sum(steps.seconds.values())
     title = f"XNLI, {options.setting}, small models on a CPU"
     table = render(title, ["model", "en", "en, each seed", "average"], rows, "markdown")
-    told = f"\nPretraining {options.steps} steps of 32 x 128 tokens, {options.epochs} epochs of fine-tuning; "
+    told = f"\nPretraining on {' '.join(options.languages)}: {options.steps} steps of {options.rows} x 128 tokens; "
+    told += f"{options.epochs} epochs of fine-tuning; "
     write_text(out / "table.md", table + told + f"{seconds / 60:.0f} minutes in all.\n")
     settings = {key: str(value) for key, value in vars(options).items()}
     summary = {kind: {key: result[key] for key in ("test", "average", "seeds")} for kind, result in models.items()}
@@ -131,13 +144,17 @@ def main() -> None:
     """Parse and run; a user's mistake is one line and exit code 2."""
     parser = argparse.ArgumentParser(description="Pretrain small models on text, fine-tune and test them on XNLI.")
     parser.add_argument("--text", type=Path, required=True, help="folder of <lang>.jsonl.gz")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="XLM-R's SentencePiece model")
+    parser.add_argument("--languages", nargs="+", default=list(LANGUAGES), help="of pretraining and test [all 15]")
     parser.add_argument("--data", required=True, help="XNLI's folder, or facebook/xnli")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything")
-    parser.add_argument("--steps", type=int, default=10_000, help="of pretraining, 4,096 tokens each [10000]")
+    parser.add_argument("--steps", type=int, default=10_000, help="of pretraining [10000]")
+    parser.add_argument("--rows", type=int, default=32, help="of 128 tokens in a step of pretraining [32]")
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning [5]")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of fine-tuning [1e-4]")
     parser.add_argument("--seeds", type=int, default=3, help="fine-tunings a model [3]")
-    parser.add_argument("--pieces", type=int, default=32_000, help="largest vocabulary")
+    parser.add_argument("--pieces", type=int, default=32_000, help="of the vocabulary")
+    parser.add_argument("--at-once", type=int, default=1, help="models that train at the same time [1]")
     parser.add_argument("--setting", default="cross-lingual", choices=("cross-lingual", "translate-train-all"))
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     try:
