@@ -32,7 +32,7 @@ SCRIPTS_MAY_IMPORT = {"preprocessing": {"common", "codes", "corpus", "vectors"},
 # Heavy packages and the only places under ksub_ds/, preprocessing/ and launch/ that may import them.
 HOMES = {
     "deepspeed": ("ksub_ds.common.distributed", "ksub_ds.pretrain"),
-    "mpi4py": ("ksub_ds.common.distributed",),
+    "mpi4py": ("ksub_ds.common.meeting", "ksub_ds.common.mpi"),
     "faiss": ("ksub_ds.codes",),
     "datasets": ("ksub_ds.corpus", "ksub_ds.evaluate"),
     "matplotlib": ("ksub_ds.analysis",),

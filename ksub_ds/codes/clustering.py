@@ -23,9 +23,9 @@ import numpy as np
 from ksub_ds.codes.alignment import match_to_codebook, number_groups, refine
 from ksub_ds.codes.balanced import Clustering, as_matrix, balanced_kmeans, free_kmeans
 from ksub_ds.codes.table import CodeTable, reserve_special_tokens
-from ksub_ds.common.distributed import mpi_communicator
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress
+from ksub_ds.common.mpi import mpi_communicator
 
 SMALL = 2e9  # N * D * M below which starting processes takes longer than the work
 

@@ -1,11 +1,4 @@
-"""Ranks: who am I among the processes of this run, and how do we agree?
-
-The only file that reads RANK, SLURM_* and OMPI_*, and the home of mpi4py. Four ways to be started:
-
-    deepspeed / torchrun    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
-    srun                    SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS (inside a job step only)
-    mpirun                  OMPI_COMM_WORLD_RANK, _LOCAL_RANK, _SIZE
-    nothing                 one process
+"""The ranks of a run: start together, add up and agree, end together.
 
 A rank that fails alone leaves the others waiting in their next reduction. So whatever can go wrong
 for the user runs under `in_agreement`: every rank raises when one does. What goes wrong without a
@@ -19,89 +12,22 @@ import atexit
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.watchdog import Watchdog, connector
+from ksub_ds.common.meeting import meet, set_meeting_point
+from ksub_ds.common.place import Place, device, has_gpu, integer, is_main, place, world_size
+from ksub_ds.common.place import local_rank as local_rank  # asked for here with the rest
+from ksub_ds.common.place import rank as rank
+from ksub_ds.common.watchdog import Watchdog
 
-TIMEOUT_SECONDS, SILENCE_SECONDS = 600, 60
+TIMEOUT_SECONDS = 600
 BACKEND_GRACE_SECONDS = 30  # torch's own timeout comes later than ours, which names the rank
 Result = TypeVar("Result")
 _watchdog: Watchdog | None = None
 _met = False  # whether this process was one of several ranks
-
-
-class Place(NamedTuple):
-    """Where this process stands."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_size: int  # processes on this machine; 0 when nobody says
-
-
-def _integer(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name)
-    if text is None and default is not None:
-        return default
-    try:
-        return int(text or "")
-    except ValueError:
-        raise UserError(
-            f"environment variable {name}: {text!r} is not a number; unset it or start with a launcher"
-        ) from None
-
-
-def place() -> Place:
-    """Read rank and world size from the launcher's environment, without starting anything."""
-    environment = os.environ
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        local_size = _integer("LOCAL_WORLD_SIZE", _integer("LOCAL_SIZE", 0))
-        return Place(_integer("RANK"), _integer("LOCAL_RANK", 0), _integer("WORLD_SIZE"), local_size)
-    if "OMPI_COMM_WORLD_SIZE" in environment:
-        names = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")
-        return Place(*(_integer(f"OMPI_COMM_WORLD_{name}") for name in names))
-    # A batch script's own shell has SLURM_PROCID too, but no step: there the command is one process.
-    if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
-        return Place(_integer("SLURM_PROCID"), _integer("SLURM_LOCALID"), _integer("SLURM_STEP_NUM_TASKS"), 0)
-    return Place(0, 0, 1, 1)
-
-
-def rank() -> int:
-    """Index of this process among all, from 0."""
-    return place().rank
-
-
-def local_rank() -> int:
-    """Index of this process on its machine, from 0: the GPU it uses."""
-    return place().local_rank
-
-
-def world_size() -> int:
-    """How many processes the run has."""
-    return place().world_size
-
-
-def is_main() -> bool:
-    """Whether this is rank 0, the one that writes and prints."""
-    return rank() == 0
-
-
-def has_gpu() -> bool:
-    """Whether this process computes on a GPU."""
-    import torch
-
-    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
-
-
-def device() -> Any:
-    """The torch device of this process."""
-    import torch
-
-    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
 def watchdog() -> Watchdog | None:
@@ -122,7 +48,7 @@ def init_distributed() -> Place:
         UserError: the environment names ranks but no place to meet (MASTER_ADDR), or its port is taken.
         RuntimeError: not all ranks came in time; those that are missing are named.
     """
-    global _watchdog
+    global _watchdog, _met
     import torch
     import torch.distributed as dist
 
@@ -137,7 +63,7 @@ def init_distributed() -> Place:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))  # noqa: PTH118
     if has_gpu():
         torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
-    _set_meeting_point(here)
+    set_meeting_point(here)
 
     import deepspeed
     import deepspeed.ops
@@ -145,51 +71,17 @@ def init_distributed() -> Place:
     if not has_gpu():
         # 40 s of g++ at the first start, for an operator that only inference uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    patience = _integer("KSUB_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
+    patience = integer("KSUB_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
     timeout = timedelta(seconds=patience + BACKEND_GRACE_SECONDS)
     # DeepSpeed makes its data-parallel group without a timeout, so the default has to change as well.
     dist.distributed_c10d.default_pg_timeout = timeout
     if here.world_size > 1:
-        _meet(here, patience, timeout)
+        _met = True
+        _watchdog = meet(here, patience, timeout)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
     if here.world_size == 1:
         _watchdog = Watchdog(0, [socket.gethostname()])
     return here
-
-
-def _meet(here: Place, patience: float, timeout: timedelta) -> None:
-    """Wait for all ranks at rank 0's store, start the watchdog, then torch's process group."""
-    global _watchdog, _met
-    import torch.distributed as dist
-
-    _met = True
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, for all attempts
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    serves = here.rank == 0 and not served
-    try:
-        store = dist.TCPStore(
-            address, port, is_master=serves, timeout=timedelta(seconds=patience), wait_for_workers=False
-        )
-    except dist.DistNetworkError as error:
-        if serves and "EADDRINUSE" in str(error):
-            raise UserError(f"MASTER_PORT {port} is taken on {address}; export another MASTER_PORT") from None
-        raise RuntimeError(f"no answer from rank 0 at {address}:{port} for {patience} s") from None
-    store.set(f"ksub/{attempt}/here/{here.rank}", socket.gethostname())
-    deadline = time.monotonic() + patience
-    keys = [f"ksub/{attempt}/here/{rank}" for rank in range(here.world_size)]
-    while not store.check(keys):
-        if time.monotonic() > deadline:
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            raise RuntimeError(f"rank {', '.join(map(str, missing))} did not come to {address}:{port} in {patience} s")
-        time.sleep(0.02)
-    hosts = [host.decode() for host in store.multi_get(keys)]
-    silence = _integer("KSUB_SILENCE_SECONDS", SILENCE_SECONDS)
-    connect = connector(address, port, f"ksub/{attempt}", timedelta(seconds=silence))
-    _watchdog = Watchdog(here.rank, hosts, connect, patience, silence)
-    backend = "nccl" if has_gpu() else "gloo"
-    group_store = dist.PrefixStore(f"group/{attempt}", store)
-    dist.init_process_group(backend, store=group_store, rank=here.rank, world_size=here.world_size, timeout=timeout)
 
 
 def _share_cores(here: Place) -> None:
@@ -198,31 +90,6 @@ def _share_cores(here: Place) -> None:
 
     if "OMP_NUM_THREADS" not in os.environ and here.local_size > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
-
-
-def _set_meeting_point(here: Place) -> None:
-    """Fill in RANK ... MASTER_PORT, which torch reads, when the launcher left them out."""
-    environment = os.environ
-    if here.world_size == 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    elif "MASTER_ADDR" not in environment and "OMPI_COMM_WORLD_SIZE" in environment:
-        from mpi4py import MPI
-
-        communicator = MPI.COMM_WORLD
-        environment["MASTER_ADDR"] = communicator.bcast(socket.gethostbyname(socket.gethostname()), root=0)
-    elif "MASTER_ADDR" not in environment and _integer("SLURM_STEP_NUM_NODES", 0) == 1:
-        environment["MASTER_ADDR"] = "127.0.0.1"
-    if "MASTER_ADDR" not in environment:
-        raise UserError(
-            f"MASTER_ADDR is not set, but this is rank {here.rank} of {here.world_size}; "
-            "export MASTER_ADDR=<name or address of the first host>"
-        )
-    job = environment.get("SLURM_JOB_ID", "0")
-    environment.setdefault("MASTER_PORT", str(20000 + int(job) % 20000) if job != "0" else "29500")
-    environment.update(RANK=str(here.rank), LOCAL_RANK=str(here.local_rank), WORLD_SIZE=str(here.world_size))
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:
@@ -298,26 +165,6 @@ def all_raise(text: str) -> NoReturn:
 def on_main(function: Callable[[], Result]) -> Result | None:
     """Call `function` on rank 0 only (None elsewhere); its UserError is raised on every rank."""
     return in_agreement(lambda: function() if is_main() else None)
-
-
-def mpi_communicator() -> Any:
-    """MPI's world of processes where mpirun or srun started several, else None: for work without a process group.
-
-    Raises:
-        UserError: several processes were started, but with no MPI between them.
-    """
-    environment = os.environ
-    by_srun = "SLURM_STEP_NUM_TASKS" in environment and "RANK" not in environment
-    if world_size() == 1 or not ("OMPI_COMM_WORLD_SIZE" in environment or by_srun):
-        return None
-    from mpi4py import MPI
-
-    if MPI.COMM_WORLD.Get_size() != world_size():
-        raise UserError(
-            f"{world_size()} processes were started, but MPI sees {MPI.COMM_WORLD.Get_size()}; start them with "
-            "mpirun, or with srun --mpi=pmix (srun --mpi=list tells what this machine has)"
-        )
-    return MPI.COMM_WORLD
 
 
 def shutdown() -> None:

@@ -12,15 +12,33 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.place import has_mpi, world_size
 
 Result = TypeVar("Result")
 _STOP = 77  # tag of the message "I have failed, stop at your next unit"
+
+
+def mpi_communicator() -> Any:
+    """MPI's world of processes where mpirun or srun started several, else None: for work without a process group.
+
+    Raises:
+        UserError: several processes were started, but with no MPI between them.
+    """
+    if not has_mpi():
+        return None
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.Get_size() != world_size():
+        raise UserError(
+            f"{world_size()} processes were started, but MPI sees {MPI.COMM_WORLD.Get_size()}; start them with "
+            "mpirun, or with srun --mpi=pmix (srun --mpi=list tells what this machine has)"
+        )
+    return MPI.COMM_WORLD
 
 
 def _told(error: Exception) -> str:
@@ -39,7 +57,7 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self._world = distributed.mpi_communicator()
+        self._world = mpi_communicator()
         self.rank: int = 0 if self._world is None else self._world.Get_rank()
         self.size: int = 1 if self._world is None else self._world.Get_size()
 
