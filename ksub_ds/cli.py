@@ -10,7 +10,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -222,6 +222,29 @@ def pretrain(arguments: Sequence[str]) -> int:
     return pretrain_main(arguments)
 
 
+def job_options(settings: Any, arguments: list[str]) -> None:
+    """Parse what `ksub submit` is to hand to a job, as the job will, and check what needs no file.
+
+    Args:
+        settings: of `ksub submit` (cluster/submit.py).
+    """
+    import tyro
+
+    if settings.job == "pretrain":
+        from ksub_ds.pretrain.recipe import Recipe, find_deepspeed_config, resolve
+
+        recipe = tyro.cli(Recipe, args=arguments, prog="ksub pretrain")
+        find_deepspeed_config(resolve(recipe, settings.ranks, on_gpu=True).deepspeed)
+    elif settings.job == "evaluate":
+        from ksub_ds.evaluate.__main__ import settings_kind
+
+        tyro.cli(settings_kind(arguments), args=arguments[1:], prog="ksub evaluate")
+    else:
+        from ksub_ds.corpus.crawl_settings import ShardCC, check
+
+        check(tyro.cli(ShardCC, args=arguments, prog="preprocessing/shard_cc.py", description=ShardCC.__doc__))
+
+
 def report(
     results: Positional[tuple[Path, ...]],
     format: Literal["markdown", "csv", "latex"] = "markdown",
@@ -276,7 +299,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     if name == "submit":
         from ksub_ds.cluster.submit import submit
 
-        return submit(arguments)
+        return submit(arguments, job_options)
     if name.startswith("evaluate "):
         from ksub_ds.evaluate.__main__ import main as evaluate_main
 

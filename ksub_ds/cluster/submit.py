@@ -3,12 +3,14 @@
 ksub submit --dry-run --nodes 4 --time 12:00:00 -- --preset tiny --codes codes.safetensors --data shards --out run
 """
 
+import contextlib
+import io
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,6 +52,11 @@ class Submit:
     dry_run: bool = False
     """Print the line, submit nothing."""
 
+    @property
+    def ranks(self) -> int:
+        """Tasks on all nodes."""
+        return (self.nodes or 1) * (self.ntasks_per_node or self.gpus_per_node or 1)
+
 
 def command_line(settings: Submit, arguments: Sequence[str]) -> list[str]:
     """The words of the sbatch line.
@@ -72,10 +79,9 @@ def command_line(settings: Submit, arguments: Sequence[str]) -> list[str]:
         raise UserError(f"--array {settings.array}: {settings.job} is one job, not an array; only evaluate is")
     if settings.job == "pretrain" and not any(word == "--out" or word.startswith("--out=") for word in arguments):
         raise UserError("--out is missing behind `--`: give the run folder, it is how the job is asked to stop")
-    ranks = settings.ntasks_per_node or settings.gpus_per_node
     options = {
         "nodes": settings.nodes,
-        "ntasks-per-node": ranks,
+        "ntasks-per-node": settings.ntasks_per_node or settings.gpus_per_node,
         "gpus-per-node": settings.gpus_per_node,
         "cpus-per-task": settings.cpus_per_task,
         "time": settings.time,
@@ -88,17 +94,74 @@ def command_line(settings: Submit, arguments: Sequence[str]) -> list[str]:
     return ["sbatch", *words, str(ROOT / "launch" / f"{settings.job}.sbatch"), *arguments]
 
 
-def submit(arguments: Sequence[str]) -> int:
-    """Parse, then print or run the sbatch line; returns its exit code."""
+def without_restarts(arguments: Sequence[str]) -> list[str]:
+    """The options of the trainer alone: launch/pretrain.sbatch keeps --max-restarts N to itself.
+
+    Raises:
+        UserError: N is no whole number, as the script would say.
+    """
+    left: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--max-restarts":
+            left.append(word)
+        elif not (value if equals else (value := next(words, ""))).isdecimal():
+            raise UserError(f"--max-restarts {value}: must be a whole number, 0 or more")
+    return left
+
+
+def check_options(job: str, parse: Callable[[], object]) -> None:
+    """Parse the options of a job as the job itself will, which may be hours later.
+
+    Raises:
+        UserError: what the parser says, as one line.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parse()
+    except SystemExit as error:
+        if error.code:
+            raise UserError(f"{job}: {_one_line(said.getvalue())}") from None
+        raise  # --help
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed message without the frame: what is wrong, and of an unknown option the nearest one there is."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
+    rows = [line if re.search(r"\w", line) else "" for line in lines]  # rules divide paragraphs, as empty lines do
+    paragraphs = [" ".join(part.split("\n")) for part in re.split(r"\n\n+", "\n".join(rows).strip())]
+    if "╭" not in plain:  # a terminal without such characters: the title has a line of its own
+        paragraphs = paragraphs[1:] or paragraphs
+    said = paragraphs[0]
+    if said.startswith("Missing from"):  # each with its help text
+        names = re.findall(r"(?:: |[)] )(--[\w-]+)", said)
+        unknown = [text for text in paragraphs if text.startswith("Unrecognized")]
+        return "; ".join([f"give {', '.join(names)}", *unknown])
+    near = re.search(r": *(--[\w-]+) ", " ".join(paragraphs[1:2])) if said.startswith("Unrecognized") else None
+    return said + (f"; did you mean {near[1]}?" if near else "")
+
+
+def submit(arguments: Sequence[str], parse: Callable[[Submit, list[str]], object]) -> int:
+    """Parse, then print or run the sbatch line; returns its exit code.
+
+    Args:
+        parse: parses the words behind `--` as the job will.
+    """
     import tyro
 
     cut = list(arguments).index("--") if "--" in arguments else len(arguments)
     settings = tyro.cli(Submit, args=list(arguments[:cut]), prog="ksub submit")
-    words = command_line(settings, arguments[cut + 1 :])
+    behind = list(arguments[cut + 1 :])
+    words = command_line(settings, behind)
+    own = without_restarts(behind) if settings.job == "pretrain" else behind
+    check_options(settings.job, lambda: parse(settings, own))
     if settings.dry_run:
         print(shlex.join(words))
         return 0
-    if not Path(words[len(words) - len(arguments[cut + 1 :]) - 1]).is_file():
+    if not Path(words[len(words) - len(behind) - 1]).is_file():
         raise UserError(f"{ROOT / 'launch'}: the scripts are not installed; submit from a checkout of the project")
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not installed here; submit on a login node of the cluster, or see --dry-run")

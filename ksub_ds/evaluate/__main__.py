@@ -51,6 +51,22 @@ def _end_in_order(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
+def settings_kind(arguments: Sequence[str]) -> Any:
+    """The dataclass of the options of `ksub evaluate NAME ...`.
+
+    Raises:
+        UserError: no NAME, or one that is not there.
+    """
+    from ksub_ds.evaluate.plans import KINDS
+    from ksub_ds.evaluate.status import StatusSettings
+    from ksub_ds.evaluate.watch import WatchSettings
+
+    kinds = {name: kind for name, (kind, _) in KINDS.items()} | {"watch": WatchSettings, "status": StatusSettings}
+    if not arguments or arguments[0] not in kinds:
+        raise UserError(f"evaluate {' '.join(arguments[:1])}: name one of {', '.join(NAMES)} first")
+    return kinds[arguments[0]]
+
+
 def parse(kind: Any, arguments: Sequence[str]) -> Any:
     """The settings of `ksub evaluate NAME ...`."""
     import tyro

@@ -1,4 +1,4 @@
-"""`ksub submit`: the sbatch line, its wrong values, and the scripts that it names."""
+"""`ksub submit`: the sbatch line, its wrong values and those of the job, and the scripts that it names."""
 
 import re
 import shlex
@@ -9,6 +9,8 @@ import pytest
 
 from ksub_ds.cli import main
 
+MINIMAL = ["--preset", "tiny", "--codes", "c", "--data", "d", "--out", "r"]
+XNLI = ["xnli", "--model", "m", "--data", "d", "--setting", "cross-lingual", "--out", "r"]
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 
@@ -21,10 +23,13 @@ def test_what_would_be_submitted(capsys: pytest.CaptureFixture[str]) -> None:
     behind = ["--preset", "xlmr_medium", "--codes", "a b; $(x)", "--data", "shards", "--out", "run4"]
     found = line(capsys, "--nodes", "4", "--time", "12:00:00", "--", *behind)
     assert found == ["sbatch", "--nodes=4", "--time=12:00:00", str(LAUNCH / "pretrain.sbatch"), *behind]
-    found = line(capsys, "--gpus-per-node=8", "--partition=long", "--", "--out=run")
+    found = line(capsys, "--gpus-per-node=8", "--partition=long", "--", *MINIMAL, "--max-restarts", "5")
     assert found[1:4] == ["--ntasks-per-node=8", "--gpus-per-node=8", "--partition=long"]
-    found = line(capsys, "--job", "evaluate", "--array", "0-15", "--", "xnli", "--model", "m")
-    assert found == ["sbatch", "--array=0-15", str(LAUNCH / "evaluate.sbatch"), "xnli", "--model", "m"]
+    assert found[4:] == [str(LAUNCH / "pretrain.sbatch"), *MINIMAL, "--max-restarts", "5"]
+    found = line(capsys, "--job", "evaluate", "--array", "0-15", "--", *XNLI)
+    assert found == ["sbatch", "--array=0-15", str(LAUNCH / "evaluate.sbatch"), *XNLI]
+    behind = ["--input", "wet", "--tokenizer", "spm.model", "--out", "shards"]
+    assert line(capsys, "--job", "shard_cc", "--", *behind)[2:] == behind
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,17 @@ def test_what_would_be_submitted(capsys: pytest.CaptureFixture[str]) -> None:
         (["--array", "0-3", "--", "--out", "r"], "pretrain is one job"),
         (["--job", "evaluate", "--array", "a", "--", "xnli"], "--array a: write a range"),
         (["--job", "evaluate", "--array", "15-0", "--", "xnli"], "15-0 runs backwards; write 0-15"),
+        # the job's own options, as its own parser sees them
+        (["--", *MINIMAL, "--max-stps", "9"], "Unrecognized options: --max-stps, 9; did you mean --max-steps?"),
+        (["--", *MINIMAL, "--max-steps", "many"], "Error parsing --max-steps"),
+        (["--", *MINIMAL, "--preset", "tinny"], "invalid choice 'tinny' for argument '--preset'"),
+        (["--", "--out", "r"], "pretrain: give --preset, --data"),
+        (["--", *MINIMAL, "--max-restarts=x"], "--max-restarts x: must be a whole number"),
+        (["--", *MINIMAL, "--deepspeed", "zero9"], "--deepspeed zero9: no such file"),
+        (["--nodes=3", "--ntasks-per-node=2", "--", *MINIMAL, "--micro-batch-size=2"], "is not a multiple of"),
+        (["--job", "evaluate", "--", *XNLI[:-2]], "evaluate: give --out"),
+        (["--job", "evaluate", "--"], "name one of xnli, glue, watch, status"),
+        (["--job", "shard_cc", "--", "--out", "r", "--tokenizer", "t"], "give either --input FILES or --snapshot"),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
@@ -46,7 +62,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], words: list[str], message:
 
 def test_without_slurm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert main(["submit", "--", "--out", "r"]) == 2
+    assert main(["submit", "--", *MINIMAL]) == 2
     assert "sbatch is not installed here" in capsys.readouterr().err
 
 
