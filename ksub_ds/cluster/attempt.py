@@ -60,7 +60,10 @@ class Outcome:
 
 
 class HostLogs:
-    """RUN/logs/<host>.log: everything that came from a host, with time and rank; launcher.log: the rest."""
+    """RUN/logs/<host>.log: everything that came from a host, with time and rank; launcher.log: the rest.
+
+    The folder is made with the first line: a start that is refused leaves none.
+    """
 
     def __init__(self, folder: Path | None):
         self._folder, self._streams = folder, {}  # type: ignore[var-annotated]
@@ -71,6 +74,7 @@ class HostLogs:
             return
         with contextlib.suppress(OSError):
             if host not in self._streams:
+                self._folder.mkdir(parents=True, exist_ok=True)
                 self._streams[host] = (self._folder / f"{host}.log").open("a", encoding="utf-8")
             self._streams[host].write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self._streams[host].flush()

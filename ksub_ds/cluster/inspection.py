@@ -107,17 +107,17 @@ def _fingerprint_of_shards(folder: str) -> str:
 
 
 def _cannot_write(out: Path) -> str:
-    """Why the run folder cannot be written, or nothing. Leaves an empty folder at most."""
-    probe = out / f".probe-{socket.gethostname()}-{os.getpid()}"
+    """Why the run folder cannot be written, or nothing. Of one that is not there, the folder around it is tried."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        probe = there / f".probe-{socket.gethostname()}-{os.getpid()}"
         try:
             with probe.open("wb") as stream:
                 stream.write(bytes(4096))
                 os.fsync(stream.fileno())
         finally:
             probe.unlink(missing_ok=True)
-        disk = os.statvfs(out)
+        disk = os.statvfs(there)
     except OSError as error:
         return f"--out {out}: cannot be written ({error.strerror})"
     free = disk.f_bavail * disk.f_frsize

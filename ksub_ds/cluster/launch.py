@@ -76,7 +76,6 @@ class Launch:
         with contextlib.suppress(OSError):
             there = {entry.name for entry in self.out.iterdir()} if self.out.exists() else set()
             if "recipe.json" in there or there <= {".lock", "STOP", "logs"}:
-                (self.out / "logs").mkdir(parents=True, exist_ok=True)
                 return (self.out / "logs").resolve()
         return None
 

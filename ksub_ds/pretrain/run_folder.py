@@ -50,6 +50,7 @@ class RunFolder:
         self.stop = self.path / "STOP"
         self.failure = self.path / "failure.json"
         self._lock: int | None = None
+        self._made: list[Path] = []  # by `lock`: the file, then folders from the inside out
 
     def lock(self) -> None:
         """Make the folder and hold it until `unlock` or the end of the process, however it ends.
@@ -57,9 +58,21 @@ class RunFolder:
         Raises:
             UserError: another run holds it, or it cannot be written.
         """
+        while (descriptor := self._open_lock()) is None:
+            pass  # a start that was refused has just removed the file
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._lock = descriptor
+        self.failure.unlink(missing_ok=True)
+
+    def _open_lock(self) -> int | None:
+        """Descriptor of RUN/.lock, locked; None when the file that was locked is no longer the one there."""
+        path = self.path / ".lock"
         try:
+            folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._made = [] if path.exists() else [path, *folders]
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(
                 f"--out {self.path}: cannot be written ({error.strerror}); choose another folder"
@@ -73,14 +86,18 @@ class RunFolder:
                 f"--out {self.path}: in use by {holder}; wait for it, stop it (touch {self.stop}), "
                 "or choose another folder"
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._lock = descriptor
-        self.failure.unlink(missing_ok=True)
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+            return descriptor
+        os.close(descriptor)
+        return None
 
     def unlock(self) -> None:
-        """Let the folder go."""
+        """Let the folder go. Before there was a run in it, nothing that `lock` made stays behind."""
         if self._lock is not None:
+            if not self.recipe.exists():
+                with contextlib.suppress(OSError):  # not empty: somebody else's
+                    for path in self._made:
+                        path.rmdir() if path.is_dir() else path.unlink()
             os.close(self._lock)
             self._lock = None
 

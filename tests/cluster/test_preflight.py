@@ -95,6 +95,7 @@ def test_a_taken_port_and_a_missing_environment(cluster: Cluster, mounts: list[t
         taken.wait(20)
     assert "error: node1: port 29777 is taken; choose another --master_port" in lines
     assert any(line.startswith("error: node2: has no ksub_ds at the same path as here") for line in lines)
+    assert not (cluster.folder / "taken").exists()
 
 
 def test_no_sshd(cluster: Cluster) -> None:

@@ -98,7 +98,7 @@ def test_options_are_divided_and_never_reparsed(tmp_path: Path) -> None:
     for name, value in (("--master_port", "1234"), ("--master_addr", "127.0.0.1")):
         assert launcher[launcher.index(name) + 1] == value
     assert {"--no_ssh_check", "--bind_cores_to_rank"} <= set(launcher)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [words[1], "deepspeed"]
+    assert [path.name for path in tmp_path.iterdir()] == ["deepspeed"]
     assert re.fullmatch(r"[\w-]+", errand.pack())
 
 

@@ -79,6 +79,12 @@ def test_refused_in_one_line(refused: dict[str, Outcome], case: str, words: list
     assert all(word in message for word in words), message
 
 
+def test_a_refused_start_leaves_what_was_there(bench: Bench, refused: dict[str, Outcome]) -> None:
+    """Nothing of the run that was not begun, and all of what lay there before."""
+    assert not (bench.folder / "bad").exists()
+    assert [path.name for path in (bench.folder / "notes").iterdir()] == ["todo.txt"]
+
+
 def test_unknown_option_and_help(bench: Bench) -> None:
     command = [sys.executable, "-m", "ksub_ds.pretrain"]
     wrong = subprocess.run([*command, "--max-stepz", "3"], capture_output=True, text=True, env=environment())

@@ -126,6 +126,26 @@ def test_damaged_recipe_file(tmp_path: Path, changes: str | dict[str, Any], mess
     assert read_recipe(path)[0].peak_lr == 1
 
 
+def test_a_run_folder_without_a_run_is_not_left(tmp_path: Path) -> None:
+    """The lock goes with the folders that it made; a second one who waited for it takes a new file."""
+    (tmp_path / "mine").mkdir()
+    folder = RunFolder(tmp_path / "mine" / "new" / "run")
+    folder.lock()
+    second = RunFolder(folder.path)
+    with pytest.raises(UserError, match="in use by process"):
+        second.lock()
+    folder.unlock()
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"] and not list((tmp_path / "mine").iterdir())
+    second.lock()
+    (folder.path / "logs").mkdir()  # not the lock's
+    second.unlock()
+    assert [path.name for path in folder.path.iterdir()] == ["logs"]
+    folder.lock()
+    folder.recipe.write_text("{}")
+    folder.unlock()
+    assert {path.name for path in folder.path.iterdir()} == {".lock", "logs", "recipe.json"}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_shipped_configs_compose(path: Path, precision: str) -> None:
