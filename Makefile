@@ -44,7 +44,7 @@ help:
 	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer on the PATH; name one: make PYTHON=/path/to/python'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -e '.[cpu,test]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[cpu,interop,test]' -c constraints.txt
 	@$(BIN)/python -m pip install --quiet kenlm -c constraints.txt \
 		|| echo 'note: kenlm did not build (it needs a C++ compiler); the perplexity test will be skipped'
 	@touch $@
