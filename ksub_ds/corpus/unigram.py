@@ -19,6 +19,7 @@ SPACE = "▁"  # SentencePiece's mark for the start of a word
 UNKNOWN_PENALTY = 10.0  # an unknown character scores this much below the worst piece, as in SentencePiece
 CHARACTERS_PER_PASS = 1 << 16  # the working arrays stay in the processor's cache
 LONGEST_VECTORISED_WORD = 4096  # longer ones would make the loop over positions slow
+LONG_STEP, LONG_OVERLAP = 1 << 16, 1 << 12  # characters of those at a time, and how much more is looked at
 
 _CODE_BITS = 21  # a Unicode code point fits
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -123,15 +124,37 @@ class UnigramSegmenter:
         return results + self._segment_pass(words[first:])
 
     def _segment_long(self, word: str) -> bytes:
-        """One very long word by HuggingFace's compiled form of the same search."""
+        """One very long word by HuggingFace's compiled form of the same search, in bounded memory.
+
+        It goes LONG_STEP characters at a time: a step ends at a border between pieces with LONG_OVERLAP characters
+        after it still seen, and the next begins there. The result is that of one search over the whole word
+        unless a choice of pieces hangs on text that is further away than that.
+        """
         from tokenizers import models
 
         if self._long_words is None:
             vocabulary = list(zip(self._pieces, self._scores[:-1].tolist(), strict=True))
             worst = self._scores[-1] + UNKNOWN_PENALTY
             self._long_words = models.Unigram([*vocabulary, ("", worst)], len(vocabulary), False)
-        places = [token.id for token in self._long_words.tokenize(SPACE + word)]
-        return self._ids[places].astype("<i4").tobytes()
+        text, begin = SPACE + word, 0
+        parts: list[np.ndarray] = []
+        while begin < len(text):
+            seen = text[begin : begin + LONG_STEP + LONG_OVERLAP]
+            tokens = self._long_words.tokenize(seen)
+            ids = self._ids[[token.id for token in tokens]]
+            ends = np.cumsum([len(token.value) for token in tokens])
+            if begin + len(seen) < len(text):
+                # Unknown characters are one token, however many: that one may be cut anywhere.
+                count = int(np.searchsorted(ends, LONG_STEP, side="right"))
+                inside = count < len(ids) and ids[count] == self._unk_id
+                begin += LONG_STEP if inside else int(ends[count - 1])
+                ids = ids[: count + inside]
+            else:
+                begin = len(text)
+            if parts and parts[-1][-1] == self._unk_id == ids[0]:
+                parts[-1] = parts[-1][:-1]
+            parts.append(ids)
+        return np.concatenate(parts).astype("<i4").tobytes()
 
     def _segment_pass(self, words: list[str]) -> list[bytes]:
         if not words:

@@ -13,21 +13,22 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.long_words import units, units_in_steps
 from ksub_ds.corpus.unigram import SPACE, UnigramSegmenter
 
 MODEL_NAME = "sentencepiece.bpe.model"
 SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}  # and <mask>, the last id
 CACHED_WORDS = 300_000  # about 100 MB a process; the ids do not depend on it
-
-# White space as HuggingFace's pre-tokenizer (Rust's char::is_whitespace) counts it.
-_WHITESPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+CACHED_BYTES = 32 << 20  # of these words and their ids
+BYTES_AT_ONCE = 1 << 20  # of text: a page can have a million different words, or normalise to ten times its size
+LONG_WORD = 1 << 14  # bytes; longer ones are encoded in steps, and not remembered
 
 
 class XlmrTokenizer:
@@ -68,21 +69,57 @@ class XlmrTokenizer:
             worst_score=float(scores.min()),
         )
         self._cache: dict[bytes, bytes] = {}
+        self._cached_bytes = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return XlmrTokenizer, (self._model, self._name)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, without special tokens around it."""
-        documents = [self._split(text.encode()) for text in texts]
-        missing = set().union(*documents).difference(self._cache)
-        if missing:
-            if len(self._cache) + len(missing) > CACHED_WORDS:
-                self._cache.clear()
-                missing = set().union(*documents)
-            self._cache.update(self._encode_words(sorted(missing, key=len)))
-        ids_of = self._cache.__getitem__
-        return [np.frombuffer(b"".join(map(ids_of, words)), dtype="<i4") for words in documents]
+        parts: list[list[bytes]] = [[] for _ in texts]
+        waiting: list[tuple[int, list[bytes]]] = []  # the number of a text, and words of it
+        size = 0
+        for number, text in enumerate(texts):
+            for raw in self._cut(text.encode()):
+                waiting.append((number, self._split(raw)))
+                size += len(raw)
+                if size >= BYTES_AT_ONCE:
+                    self._encode_waiting(waiting, parts)
+                    waiting, size = [], 0
+        self._encode_waiting(waiting, parts)
+        return [np.frombuffer(b"".join(part), dtype="<i4") for part in parts]
+
+    def _cut(self, raw: bytes) -> Iterator[bytes]:
+        """A text in pieces of BYTES_AT_ONCE, or what more it takes to the next white space."""
+        begin = 0
+        while found := self._separator.search(raw, begin + BYTES_AT_ONCE):
+            yield raw[begin : found.start()]
+            begin = found.end()
+        yield raw[begin:]
+
+    def _encode_waiting(self, waiting: list[tuple[int, list[bytes]]], parts: list[list[bytes]]) -> None:
+        """Append the ids of each run of words to the parts of its text."""
+        words = set[bytes]().union(*(run for _, run in waiting))
+        missing = words.difference(self._cache)
+        if len(self._cache) + len(missing) > CACHED_WORDS or self._cached_bytes > CACHED_BYTES:
+            self.forget()
+            missing = words
+        long = {word: self._encode_long(word) for word in missing if len(word) > LONG_WORD}
+        new = dict(self._encode_words(sorted(missing.difference(long), key=len)))
+        self._cached_bytes += sum(map(len, new)) + sum(map(len, new.values()))
+        self._cache.update(new)
+        known = self._cache | long if long else self._cache
+        for number, run in waiting:
+            parts[number].append(b"".join(map(known.__getitem__, run)))
+
+    def _encode_long(self, word: bytes) -> bytes:
+        """The ids of a word of more than LONG_WORD bytes; normalising can make many small ones of it."""
+        ids = []
+        for step in units_in_steps(word.decode(), self._normalizer or str):
+            different = list(dict.fromkeys(step))
+            known = dict(zip(different, self._segmenter.segment(different), strict=True))
+            ids.append(b"".join([known[unit] for unit in step]))
+        return b"".join(ids)
 
     def _split(self, raw: bytes) -> list[bytes]:
         """Cut at ASCII white space, which always parts words, unless the normaliser deletes that character."""
@@ -99,19 +136,20 @@ class XlmrTokenizer:
             normal = [w if plain and w.isascii() and w.isprintable() else normalize(w) for w in normal]
         # Most words stay one word; nothing, several, or a mark spelt out in the text takes the long way.
         odd = [i for i, word in enumerate(normal) if SPACE in word or word.split() != [word]]
-        units = {i: _units(normal[i]) for i in odd}
+        parts = {i: units(normal[i]) for i in odd}
         for i in odd:
             normal[i] = ""  # encoded apart, below
         encoded = self._segmenter.segment(normal)
         if odd:
-            flat = iter(self._segmenter.segment([unit for i in odd for unit in units[i]]))
+            flat = iter(self._segmenter.segment([unit for i in odd for unit in parts[i]]))
             for i in odd:
-                encoded[i] = b"".join(next(flat) for _ in units[i])
+                encoded[i] = b"".join(next(flat) for _ in parts[i])
         return zip(words, encoded, strict=True)
 
     def forget(self) -> None:
-        """Drop the remembered words (for measuring; the ids do not depend on them)."""
+        """Drop the remembered words (the ids do not depend on them)."""
         self._cache.clear()
+        self._cached_bytes = 0
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens show as `<s>`, `<mask>` and so on."""
@@ -182,12 +220,3 @@ def _normalizer(charsmap: bytes) -> Any:
     from tokenizers import normalizers
 
     return normalizers.Precompiled(charsmap).normalize_str if charsmap else None
-
-
-def _units(text: str) -> list[str]:
-    """The words HuggingFace's pre-tokenizer makes of a normalised text, each without its leading mark."""
-    units: list[str] = []
-    for word in filter(None, _WHITESPACE.split(text)):
-        # A mark spelt out in the text starts a new word, as the pre-tokenizer's own marks do.
-        units += word.removeprefix(SPACE).split(SPACE)
-    return units

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus import unigram
+from ksub_ds.corpus import long_words, unigram, xlmr_tokenizer
 from ksub_ds.corpus.tokenizer import load_tokenizer
 from ksub_ds.corpus.unigram import UnigramSegmenter
 
@@ -76,6 +76,25 @@ def test_long_words_go_the_same_way(tokenizer: Any, reference: Any, monkeypatch:
     assert tokenizer.encode_batch([f"{word} a {word}"])[0].tolist() == expected
     monkeypatch.setattr(unigram, "LONGEST_VECTORISED_WORD", 10**9)
     assert tokenizer._segmenter.segment([word]) == [np.array(expected[: len(expected) // 2], "<i4").tobytes()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([*PIECES, *"theriv", "語" * 30, "ﷺ"]), min_size=10, max_size=60).map("".join))
+@example("語" * 200)
+@example("▁" * 90 + "a")
+@example("ﷺ" * 60)
+@example("a" + "e\u0301" * 60)
+def test_steps_of_bounded_memory_change_no_id(tokenizer: Any, reference: Any, text: str) -> None:
+    """Long words in steps, long texts in pieces, words forgotten in between."""
+    expected = reference(text + " a " + text, add_special_tokens=False).input_ids
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"LONGEST_VECTORISED_WORD": 25, "LONG_STEP": 20, "LONG_OVERLAP": 20}.items():
+            patch.setattr(unigram, name, value)
+        for name, value in {"LONG_WORD": 24, "BYTES_AT_ONCE": 40, "CACHED_BYTES": 50, "CACHED_WORDS": 20}.items():
+            patch.setattr(xlmr_tokenizer, name, value)
+        patch.setattr(long_words, "STEP", 20)
+        assert tokenizer.encode_batch([text + " a " + text, "", text])[0].tolist() == expected
+        assert tokenizer._cached_bytes < 2000
 
 
 def best_score(word: str, scores: dict[str, float]) -> float:
