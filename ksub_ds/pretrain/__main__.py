@@ -8,7 +8,8 @@ Exit codes:
     0     the last step was reached, or an (empty) STOP file or --max-hours ended the run in order
     2     the user's mistake, or a run that cannot go on (NaN, full disk): starting again changes nothing
     70    a rank failed, is lost or hangs: the same command may succeed, and continues from the last checkpoint
-    75    stopped for a scheduler, saved: start me again (SIGUSR1, or `echo requeue > RUN/STOP`)
+    75    stopped for a scheduler, saved: start me again (SIGUSR1, or `echo requeue > RUN/STOP`, or --max-hours where
+          KSUB_REQUEUE=1, as under launch/pretrain.sbatch)
     130   Ctrl-C, also before the first step; 143 SIGTERM: saved when training had begun
 
 Of several ranks only one speaks, and its line is the last: `error: ...` with code 2, and with code 70

@@ -52,11 +52,16 @@ class Recipe:
     distill_weight: float | None = None
     """Share of the divergence from the teacher in the loss; the labels have the rest. [0.5 with --distill-from]"""
 
+    decoder_bias: Literal["zero", "frequency"] = "zero"
+    """Start of the decoder's bias: zero as the paper, or each token's log frequency in the data. The bias moves by
+    the learning rate a step, so from zero it takes thousands of steps to learn what counting tells at once."""
+
     # ---- how long ----
     max_steps: int | None = None
     """Optimizer steps. [preset: 250000; small 10000, tiny 1000]"""
     max_hours: float | None = None
-    """Save and stop after this many hours; the same command again continues. [no limit]"""
+    """Save and stop after this many hours; the same command again continues (launch/pretrain.sbatch: by itself).
+    [no limit]"""
 
     # ---- optimizer (AdamW, linear warm-up and decay) ----
     global_batch_size: int | None = None
@@ -133,6 +138,8 @@ def resolve(recipe: Recipe, world_size: int, on_gpu: bool) -> Recipe:
 def _check_values(recipe: Recipe) -> None:
     if recipe.warm_start is not None and recipe.plain:
         raise UserError("--plain: --warm-start brings its own codes; leave it out")
+    if recipe.warm_start is not None and recipe.decoder_bias != "zero":
+        raise UserError("--decoder-bias frequency: --warm-start brings its own bias; leave it out")
     if recipe.warm_start is None and (recipe.codes is None) == (not recipe.plain):
         raise UserError("give either --codes FILE (sub-embeddings) or --plain (the K = 1 baseline)")
     for key in (

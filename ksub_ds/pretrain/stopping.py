@@ -2,9 +2,12 @@
 
 DeepSpeed's launcher passes signals on to its ranks one after the other, 30 seconds apart, and some not at
 all. So a request on any rank counts, and the loop agrees on it in a reduction it makes anyway.
+
+    KSUB_REQUEUE=1    --max-hours ends with code 75, not 0: whoever set it starts the run again
 """
 
 import contextlib
+import os
 import signal
 import time
 from pathlib import Path
@@ -24,6 +27,7 @@ class StopRequest:
         self._stop_file = stop_file
         self._max_hours = max_hours
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self._out_of_time = False
         self._before: dict[int, object] = {}
         self.signal_number: int | None = None
 
@@ -35,6 +39,7 @@ class StopRequest:
             if self._stop_file.exists():
                 return f"{self._stop_file} is there"
             if self._deadline is not None and time.monotonic() > self._deadline:
+                self._out_of_time = True
                 return f"--max-hours {self._max_hours:g} is over"
         return None
 
@@ -45,6 +50,8 @@ class StopRequest:
         if distributed.is_main():
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 return EXIT_REQUEUE if self._stop_file.read_text(encoding="utf-8").strip() == REQUEUE else 0
+            if self._out_of_time and os.environ.get("KSUB_REQUEUE") == "1":
+                return EXIT_REQUEUE
         return 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:

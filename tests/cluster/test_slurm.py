@@ -45,6 +45,16 @@ def test_a_job_whose_time_is_over_goes_back_into_the_queue(slurm: Slurm, cluster
     slurm.wait(number)
 
 
+def test_max_hours_goes_back_into_the_queue(slurm: Slurm, cluster: Cluster) -> None:
+    """Time for one step in each start: the job comes back by itself until the last step."""
+    number = submit(slurm, cluster, "hours", max_steps=2, max_hours=1e-9)
+    job = slurm.wait(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(cluster, number)
+    assert "--max-hours 1e-09 is over" in output(cluster, number)
+    assert "continuing from hours/checkpoints/global_step1" in output(cluster, number)
+    assert len(losses(cluster.folder / "hours")) == 2
+
+
 def test_scancel_saves_and_ends(slurm: Slurm, cluster: Cluster) -> None:
     number = submit(slurm, cluster, "cancelled", max_steps=LONG, save_every_steps=LONG)
     wait_for_step(slurm, cluster, number, "cancelled", 3)

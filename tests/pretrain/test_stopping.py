@@ -61,7 +61,7 @@ def test_signal_then_stop_file(bench: Bench) -> None:
     assert json.loads((run / "recipe.json").read_text())["max_steps"] == 5000
 
 
-def test_who_asks_decides_the_exit_code(tmp_path: Path) -> None:
+def test_who_asks_decides_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A person's STOP ends with 0; a scheduler, who will start the run again, is told so by 75."""
     stop_file = tmp_path / "STOP"
     with StopRequest(stop_file, None) as stop:
@@ -76,3 +76,9 @@ def test_who_asks_decides_the_exit_code(tmp_path: Path) -> None:
     with StopRequest(stop_file, None) as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.exit_code() == 128 + signal.SIGTERM
+    with StopRequest(stop_file, 1e-9) as stop:
+        assert stop.reason() == "--max-hours 1e-09 is over" and stop.exit_code() == 0
+        monkeypatch.setenv("KSUB_REQUEUE", "1")
+        assert stop.exit_code() == EXIT_REQUEUE
+        stop_file.touch()  # a person's wish goes before
+        assert stop.exit_code() == 0
