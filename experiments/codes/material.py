@@ -16,6 +16,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, read_json, write_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.corpus.frequency import token_frequency
 from ksub_ds.corpus.shards import MANIFEST, ShardDataset
 from ksub_ds.corpus.text_shards import ShardText, shard_text
 from ksub_ds.vectors.cooccurrence import (
@@ -24,7 +25,6 @@ from ksub_ds.vectors.cooccurrence import (
     factorise,
     most_frequent,
     positive_pmi,
-    token_frequency,
 )
 
 SEQUENCE_LENGTH = 128

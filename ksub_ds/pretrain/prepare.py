@@ -13,9 +13,17 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
+from ksub_ds.corpus.frequency import log_frequency
 from ksub_ds.corpus.shards import ShardDataset
 from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
-from ksub_ds.pretrain.engine import build_optimizer, compose_config, read_mechanics, start_engine, zero_stage
+from ksub_ds.pretrain.engine import (
+    build_optimizer,
+    compose_config,
+    read_mechanics,
+    size_buckets,
+    start_engine,
+    zero_stage,
+)
 from ksub_ds.pretrain.engine_state import full_shape
 from ksub_ds.pretrain.feed import StepBatches
 from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, find_deepspeed_config
@@ -142,7 +150,17 @@ def build_model(recipe: Recipe, sources: Sources) -> Any:
             f"--data {recipe.data}: rows of {sources.dataset.sequence_length} tokens, but the model has "
             f"positions for {longest}; make shards with --sequence-length {longest}"
         )
+    if recipe.decoder_bias == "frequency":
+        start_bias(model, sources.dataset, recipe.alpha)
     return model
+
+
+def start_bias(model: Any, dataset: ShardDataset, alpha: float) -> None:
+    """Set the decoder's bias to the tokens' log frequency: with small weights the model begins as a unigram model."""
+    import torch
+
+    with torch.no_grad():
+        model.decoder_bias.copy_(torch.from_numpy(log_frequency(dataset, alpha)))
 
 
 def build_teacher(recipe: Recipe, sources: Sources) -> Any:
@@ -157,8 +175,9 @@ def build_teacher(recipe: Recipe, sources: Sources) -> Any:
 def build_engine(recipe: Recipe, model: Any, folder: RunFolder) -> Any:
     """The DeepSpeed engine of a recipe."""
     world_size = distributed.world_size()
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     config = compose_config(
-        read_mechanics(find_deepspeed_config(recipe.deepspeed)),
+        size_buckets(read_mechanics(find_deepspeed_config(recipe.deepspeed)), parameters),
         micro_batch_size=recipe.micro_batch_size,
         accumulation=accumulation_steps(recipe, world_size),
         world_size=world_size,

@@ -26,6 +26,7 @@ import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress, get_logger
+from ksub_ds.corpus.frequency import token_frequency
 from ksub_ds.corpus.masking import derive_key, mix64
 from ksub_ds.corpus.shards import ShardDataset
 
@@ -95,15 +96,6 @@ def _row_ranges(dataset: ShardDataset, max_tokens: int) -> Iterator[tuple[str, n
         indices = np.arange(taken, dtype=np.int64) * available // max(taken, 1)
         for first in range(0, taken, rows_per_block):
             yield language, indices[first : first + rows_per_block]
-
-
-def token_frequency(blocks: Iterable[np.ndarray], num_tokens: int, special_ids: tuple[int, ...]) -> np.ndarray:
-    """(N,) how often each token occurs in (B, T) blocks; special tokens count as absent."""
-    frequency = np.zeros(num_tokens, dtype=np.int64)
-    for ids in blocks:
-        frequency += np.bincount(ids.reshape(-1), minlength=num_tokens)
-    frequency[list(special_ids)] = 0
-    return frequency
 
 
 def most_frequent(frequency: np.ndarray, count: int) -> np.ndarray:

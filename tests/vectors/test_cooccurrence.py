@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.frequency import token_frequency
 from ksub_ds.corpus.shards import ShardDataset
 from ksub_ds.vectors import cooccurrence
 from ksub_ds.vectors.cooccurrence import Cooccurrence, count_pairs, factorise, most_frequent, positive_pmi
@@ -47,7 +48,7 @@ def dense_pmi(counts):
 
 
 def contexts_of(blocks):
-    frequency = cooccurrence.token_frequency(blocks, N, SPECIAL)
+    frequency = token_frequency(blocks, N, SPECIAL)
     assert frequency.sum() == sum((~np.isin(ids, SPECIAL)).sum() for ids in blocks)
     return most_frequent(frequency, CONTEXTS)
 
