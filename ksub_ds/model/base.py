@@ -267,7 +267,7 @@ def _from_labels_to_teacher(
     label_codes = layer.codes[labels].long()
     marginals = soft_targets.marginals.split(layer.table_sizes, dim=1)
     for k, (part, table) in enumerate(zip(parts, layer.tables, strict=True)):
-        scores = (part @ table.t()).float()
+        scores = part.float() @ table.float().t()  # as exact as log Z: rounded ones make a divergence below 0
         change = change + scores.gather(1, label_codes[:, k : k + 1]).sum() - (scores * marginals[k]).sum()
     if bias is not None:
         change = change + bias[labels].float().sum() - (bias.float() * soft_targets.totals).sum()

@@ -65,7 +65,7 @@ class SubEmbedding(nn.Module):
         codes = F.embedding(ids, self.codes)  # checks the range, where indexing would read -1 as the last token
         embedded = torch.cat([F.embedding(codes[..., k], table) for k, table in enumerate(self.tables)], dim=-1)
         if self.mixing is not None:
-            embedded = embedded @ self.mixing.t()
+            embedded = embedded @ self.mixing.t().to(embedded.dtype)  # ZeRO 3 casts parameters, not buffers
         if self.padding_idx is not None and embedded.requires_grad:
             embedded = torch.where((ids == self.padding_idx).unsqueeze(-1), embedded.detach(), embedded)
         return embedded
@@ -73,7 +73,7 @@ class SubEmbedding(nn.Module):
     def dense_weight(self) -> Tensor:
         """The (N, d) matrix this layer stands for."""
         rows = torch.cat([table[self.codes[:, k]] for k, table in enumerate(self.tables)], dim=1)
-        return rows if self.mixing is None else rows @ self.mixing.t()
+        return rows if self.mixing is None else rows @ self.mixing.t().to(rows.dtype)
 
     def to_tables(self, hidden: Tensor) -> Tensor:
         """(..., d) decoder inputs in the columns of the tables: h · (A c) = (A^T h) · c."""

@@ -82,6 +82,33 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(tmp_path):
     assert max(each.grad.abs().max() for each in student.parameters() if each.grad is not None) < 1e-4
 
 
+@pytest.mark.parametrize("buffers", [torch.bfloat16, torch.float32])
+def test_in_bf16_the_divergence_is_as_exact_as_the_loss(buffers, tmp_path):
+    """log Z is float32 or better there; the rest of the divergence must be so too, or it falls below 0."""
+    source = plain()
+    with torch.no_grad():
+        source.get_input_embeddings().weight *= 8
+    source.save_pretrained(tmp_path)
+    ids, mask, labels = batch()
+    table = positional_codes(130, 3)
+    student = compress(source, table, mixing="linear").eval().bfloat16()
+    layer = student.get_input_embeddings()
+    layer.mixing.data = layer.mixing.to(buffers)  # as ZeRO 1 leaves it, and as ZeRO 3 does
+    soft = Teacher(tmp_path, table).targets(ids, labels, mask)
+    arguments = {"attention_mask": mask, "labels": labels, "loss_reduction": "sum"}
+    loss = student(ids, **arguments, soft_targets=soft, soft_weight=1.0).loss
+    states = student._decoder_input_at(ids, labels != -100, mask)  # the student's own, in bf16
+    logits = layer.to_tables(states).double().split(layer.widths, dim=1)
+    logits = sum(
+        (part @ rows.double().t())[:, layer.codes[:, k]]
+        for k, (part, rows) in enumerate(zip(logits, layer.tables, strict=True))
+    )
+    ours = (logits + student.decoder_bias.double()).log_softmax(1)
+    with torch.no_grad():
+        theirs = source(ids, attention_mask=mask).logits[labels != -100].double().log_softmax(1)
+    torch.testing.assert_close(loss.double(), (theirs.exp() * (theirs - ours)).sum(), rtol=1e-4, atol=1e-3)
+
+
 def test_teachers_that_will_not_do(tmp_path):
     plain(head=AutoModel).save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match="is a BertModel, which predicts no masked tokens"):
