@@ -34,7 +34,14 @@ import tyro
 from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, positional_codes
 from ksub_ds.common import distributed
 from ksub_ds.pretrain.checkpoint import TrainerState
-from ksub_ds.pretrain.engine import build_optimizer, compose_config, loss_factor, read_mechanics, start_engine
+from ksub_ds.pretrain.engine import (
+    build_optimizer,
+    compose_config,
+    loss_factor,
+    read_mechanics,
+    size_buckets,
+    start_engine,
+)
 from ksub_ds.pretrain.recipe import find_deepspeed_config
 from ksub_ds.pretrain.saving import CheckpointWriter
 
@@ -89,7 +96,7 @@ class Zero:
 
     def __init__(self, model: Any, name: str, micro_batch: int, accumulation: int):
         config = compose_config(
-            read_mechanics(find_deepspeed_config(name)),
+            size_buckets(read_mechanics(find_deepspeed_config(name)), sum(p.numel() for p in model.parameters())),
             micro_batch_size=micro_batch,
             accumulation=accumulation,
             world_size=distributed.world_size(),

@@ -40,11 +40,20 @@ MECHANICS_KEYS = (
 )
 
 
+# Elements of a bucket of gradients or weights: a fifth of the model, but not less than what a message is worth
+# sending for (measured at 26M parameters, docs/scaling.md), and not more than the model.
+LEAST_BUCKET = {"reduce_bucket_size": 5_000_000, "allgather_bucket_size": 100_000_000}
+LEAST_BUCKET_STAGE_3 = {"reduce_bucket_size": 20_000_000, "stage3_prefetch_bucket_size": 5_000_000}
+LARGEST_BUCKET = 100_000_000  # 0.4 GB in fp32
+AUTO = "auto"
+
+
 def read_mechanics(path: Path) -> dict[str, Any]:
     """Read a ds_configs file.
 
     Raises:
-        UserError: not JSON, a key the recipe owns, an unknown key, no ZeRO stage, an offload this program lacks.
+        UserError: not JSON, a key the recipe owns, an unknown key, no ZeRO stage, an offload this program lacks,
+            "auto" where no size follows from the model's.
     """
     config = read_json(path)
     if not isinstance(config, dict):
@@ -60,6 +69,11 @@ def read_mechanics(path: Path) -> dict[str, Any]:
     stage = zero_stage(config)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+    sized = LEAST_BUCKET_STAGE_3 if stage == 3 else LEAST_BUCKET
+    for key, value in config.get("zero_optimization", {}).items():
+        if value == AUTO and key not in sized:
+            names = ", ".join(sized)
+            raise UserError(f'{path}: zero_optimization.{key} is "auto"; at stage {stage} only {names} can be')
     for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         offload = config.get("zero_optimization", {}).get(key)
         if offload is None:
@@ -76,6 +90,20 @@ def read_mechanics(path: Path) -> dict[str, Any]:
 def zero_stage(config: dict[str, Any]) -> Any:
     """The ZeRO stage of a DeepSpeed configuration."""
     return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def size_buckets(mechanics: dict[str, Any], parameters: int) -> dict[str, Any]:
+    """A ds_configs file with each "auto" replaced by a size that follows from the model's.
+
+    Args:
+        parameters: elements of all trainable parameters; buckets are counted in elements too.
+    """
+    zero = dict(mechanics.get("zero_optimization", {}))
+    least = LEAST_BUCKET_STAGE_3 if zero_stage(mechanics) == 3 else LEAST_BUCKET
+    for key in [key for key, value in zero.items() if value == AUTO]:
+        size = min(parameters, LARGEST_BUCKET, max(least[key], parameters // 5))
+        zero[key] = -(-size // 8) * 8  # DeepSpeed wants the parts of messages to begin at even places
+    return {**mechanics, "zero_optimization": zero} if zero else mechanics
 
 
 def compose_config(

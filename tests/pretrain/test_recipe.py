@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.pretrain.engine import compose_config, read_mechanics
+from ksub_ds.pretrain.engine import AUTO, compose_config, read_mechanics, size_buckets
 from ksub_ds.pretrain.recipe import (
     Recipe,
     accumulation_steps,
@@ -150,7 +150,8 @@ def test_a_run_folder_without_a_run_is_not_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_shipped_configs_compose(path: Path, precision: str) -> None:
     assert find_deepspeed_config(path.stem) == path
-    mechanics = read_mechanics(path)
+    mechanics = size_buckets(read_mechanics(path), 26_000_000)
+    assert AUTO not in mechanics["zero_optimization"].values()
     arguments = {"micro_batch_size": 4, "accumulation": 2, "world_size": 3, "gradient_clipping": 1.0}
     if path.stem == "zero0" and precision != "fp32":
         with pytest.raises(UserError, match="--deepspeed zero1, or --precision fp32"):
@@ -160,8 +161,32 @@ def test_shipped_configs_compose(path: Path, precision: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "parameters", "expected"),
+    [
+        ("zero0", 26_000_000, {}),
+        ("zero1", 400_001, {"reduce_bucket_size": 400_008, "allgather_bucket_size": 400_008}),
+        ("zero2", 26_000_000, {"reduce_bucket_size": 5_200_000, "allgather_bucket_size": 26_000_000}),
+        ("zero1", 154_000_000, {"reduce_bucket_size": 30_800_000, "allgather_bucket_size": 100_000_000}),
+        ("zero1", 2_000_000_000, {"reduce_bucket_size": 100_000_000, "allgather_bucket_size": 100_000_000}),
+        ("zero3", 26_000_000, {"reduce_bucket_size": 20_000_000, "stage3_prefetch_bucket_size": 5_200_000}),
+        ("zero3_offload", 400_000, {"reduce_bucket_size": 400_000, "stage3_prefetch_bucket_size": 400_000}),
+    ],
+)
+def test_buckets_follow_the_model(name: str, parameters: int, expected: dict[str, int]) -> None:
+    mechanics = read_mechanics(find_deepspeed_config(name))
+    before = json.dumps(mechanics)
+    found = size_buckets(mechanics, parameters)["zero_optimization"]
+    assert {key: value for key, value in found.items() if key.endswith("bucket_size")} == expected
+    assert json.dumps(mechanics) == before
+    given = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}
+    assert size_buckets(given, parameters) == given
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
+        ('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": "auto"}}', "threshold is .auto."),
+        ('{"zero_optimization": {"stage": 1, "stage3_prefetch_bucket_size": "auto"}}', "at stage 1 only reduce_bucket"),
         ('{"train_batch_size": 8}', "'train_batch_size' belongs to the recipe"),
         ('{"bf16": {"enabled": true}}', "'bf16' belongs to the recipe .--precision."),
         ('{"zero_optimisation": {}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'"),
