@@ -69,7 +69,7 @@ def is_done(path: Path, training: Training) -> bool:
 
 def experiment(options: argparse.Namespace) -> None:
     """Prepare, train what is missing, write the outcome."""
-    training = Training(options.steps, options.batch_size, options.peak_lr, options.precision)
+    training = Training(options.steps, options.batch_size, options.peak_lr, options.precision, options.decoder_bias)
     chosen = [each for each in CONFIGURATIONS if not options.only or each.name in options.only]
     todo = []
     for seed in range(options.seeds):  # all configurations with the first seed come before the second seed
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="rows a step [8: 1,024 tokens]")
     parser.add_argument("--peak-lr", type=float, default=1e-3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder")
+    parser.add_argument("--decoder-bias", choices=("zero", "frequency"), default="zero", help="where it begins")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. SEEDS - 1 of weights, rows and masks")
     parser.add_argument("--num-tokens", type=int, default=32_000, help="N of the small vocabulary")
     parser.add_argument("--table-size", type=int, default=40, help="M of each of the three tables")

@@ -20,6 +20,7 @@ from torch.nn import functional
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import Progress
+from ksub_ds.corpus.frequency import token_frequency
 from ksub_ds.corpus.masking import IGNORE, MaskingRule, mask_tokens, sequence_keys
 from ksub_ds.corpus.sampling import Sampler
 from ksub_ds.model.configuration import KSubRobertaConfig
@@ -41,6 +42,7 @@ class Training:
     batch_size: int  # rows a step
     peak_lr: float
     precision: str  # of the encoder: fp32 or bf16
+    decoder_bias: str = "zero"  # where it begins: zero, or the tokens' log frequency
     warmup: float = 0.1  # part of the steps
     mlm_probability: float = 0.15
     weight_decay: float = 0.01
@@ -65,6 +67,8 @@ def train(folder: Path, result: Path, name: str, codes: str, initialise: bool, t
     rows = material.rows("train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(material, codes, initialise, training, rows.shape[1], seed).to(device)
+    if training.decoder_bias == "frequency":
+        start_bias(model, rows)
     rule = MaskingRule(training.mlm_probability, MASK, SPECIAL, model.config.vocab_size)
     optimizer = make_optimizer(model, training)
     sampler = Sampler({"all": len(rows)}, 1.0, seed)
@@ -137,6 +141,13 @@ def build_model(
     if initialise:
         start_from_vectors(model.get_input_embeddings(), torch.from_numpy(material.vectors()))
     return model.train()
+
+
+@torch.no_grad()
+def start_bias(model: Any, rows: np.ndarray) -> None:
+    """Begin as a unigram model: from zero, the bias moves by the learning rate a step."""
+    count = token_frequency([rows], model.config.vocab_size, SPECIAL) + 0.5
+    model.lm_head.bias.copy_(torch.from_numpy(np.log(count / count.max())))
 
 
 @torch.no_grad()
