@@ -12,6 +12,7 @@ from typing import Any
 from .namespaces import SYSTEM_PATH, Host, Hosts, wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "munged")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 # cred_expire: a requeued job waits for so long; 120 s by default.
 CONFIGURATION = """
 ClusterName=ksub
@@ -104,6 +105,16 @@ class Slurm:
         text = self.run("scontrol", "-o", "show", "job", number).stdout
         return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
 
+    def wait_for_array(self, number: int, seconds: float = 300.0) -> list[str]:
+        """The state of each task of an array, once all have ended."""
+
+        def ended() -> list[str] | None:
+            lines = self.run("scontrol", "-o", "show", "job", number).stdout.splitlines()
+            states = [dict(pair.split("=", 1) for pair in line.split() if "=" in pair)["JobState"] for line in lines]
+            return states if states and all(state in ENDED for state in states) else None
+
+        return wait_until(ended, f"array {number}", seconds)
+
     def wait(self, number: int, seconds: float = 300.0, **wanted: Any) -> dict[str, str]:
         """The job, once it has ended (or once its fields are as `wanted`)."""
 
@@ -111,7 +122,6 @@ class Slurm:
             job = self.job(number)
             if wanted:
                 return job if all(job.get(key) == value for key, value in wanted.items()) else None
-            ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-            return job if job["JobState"] in ended else None
+            return job if job["JobState"] in ENDED else None
 
         return wait_until(arrived, f"job {number} is {self.job(number)}", seconds)

@@ -1,10 +1,16 @@
 """SLURM: `sbatch launch/*.sbatch` on a real one, over two nodes."""
 
+import gzip
+import json
 import os
+import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
-from .conftest import ROOT, Cluster, losses, steps_done
+import pytest
+
+from .conftest import BIN, ROOT, Cluster, losses, steps_done
 from .namespaces import wait_until
 from .slurm import Slurm
 
@@ -89,14 +95,84 @@ def test_a_mistake_is_told_and_not_repeated(slurm: Slurm, cluster: Cluster) -> N
     assert last.startswith("error: ") and "none.safetensors" in last and "Traceback" not in output(cluster, number)
 
 
-def test_the_other_scripts_find_their_way(slurm: Slurm, cluster: Cluster, tmp_path: Path) -> None:
-    """Submitted from elsewhere: --help of the commands that they run, as an array where it is one."""
-    numbers = [
-        slurm.submit("--array=0-1", ROOT / "launch" / "evaluate.sbatch", "xnli", "--help", cwd=tmp_path),
-        slurm.submit("--ntasks-per-node=2", ROOT / "launch" / "shard_cc.sbatch", "--help", cwd=tmp_path),
-    ]
-    for number in numbers:
-        assert slurm.wait(number)["JobState"] == "COMPLETED", [p.read_text() for p in tmp_path.iterdir()]
-    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert sum("--model" in text for text in texts.values()) == 2
-    assert any("--segments" in text for text in texts.values())
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_shard_cc(
+    slurm: Slurm, cluster: Cluster, make_documents: Callable[..., list[str]], tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Two tasks on two nodes, which meet by MPI, make the files of one process. Submitted from elsewhere."""
+    wet = tmp_path / "wet"
+    wet.mkdir()
+    for number in range(2):
+        pages = ["\n".join(make_documents(language, 8, seed=number)) for language in ("en", "el", "tr")]
+        bodies = [page.encode() for page in pages]
+        records = [
+            f"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: http://site/{number}/{index}\r\n"
+            f"WARC-Date: 2019-02-16T07:20:43Z\r\nWARC-Record-ID: <urn:uuid:{number}-{index}>\r\n"
+            f"WARC-Block-Digest: sha1:{number}{index}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+            for index, body in enumerate(bodies)
+        ]
+        (wet / f"CC-{number}.warc.wet.gz").write_bytes(
+            b"".join(gzip.compress(record + b"\r\n\r\n", mtime=0) for record in records)
+        )
+    words = ["--input", wet, "--tokenizer", tiny_tokenizer, "--sequence-length", 64, "--validation-fraction", 0.1]
+    job = slurm.submit(*TWO_NODES, ROOT / "launch" / "shard_cc.sbatch", *words, "--out", "two", cwd=tmp_path)
+    script = ROOT / "preprocessing" / "shard_cc.py"
+    alone = cluster.start(0, BIN / "python", script, *words, "--out", tmp_path / "one").finish()
+    assert alone.code == 0, alone.text
+    log = tmp_path / f"ksub-shard-cc-{job}.log"
+    assert slurm.wait(job)["JobState"] == "COMPLETED", log.read_text()
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert any(name.endswith(".arrow") for name in content(tmp_path / "two"))
+    assert log.read_text().count("kept 6 of 6 pages") == 1  # two tasks that do not meet would say it twice
+
+
+@pytest.fixture
+def xnli(tmp_path: Path) -> Path:
+    """A few rows in two languages; the label shows in the last word of the hypothesis."""
+    draw = random.Random(0)
+    words = ["the", "small", "old", "house", "river", "stone", "bird", "walks", "sings", "falls"]
+    for language in ("en", "fr"):
+        (tmp_path / "xnli" / language).mkdir(parents=True)
+        for split, count in (("train", 24), ("validation", 6), ("test", 12)):
+            rows = [
+                {
+                    "premise": " ".join(draw.choices(words, k=6)),
+                    "hypothesis": f"{draw.choice(words)} {('today', 'slowly', 'but')[number % 3]}",
+                    "label": number % 3,
+                }
+                for number in range(count)
+            ]
+            path = tmp_path / "xnli" / language / f"{split}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "xnli"
+
+
+@pytest.fixture
+def model(tiny_tokenizer: Path, tmp_path: Path) -> Path:
+    """A model of two layers with untrained weights, and its tokenizer."""
+    from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, positional_codes
+    from ksub_ds.corpus.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    config = KSubRobertaConfig.tiny(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64)
+    KSubRobertaForMaskedLM(config, positional_codes(tokenizer.vocab_size, 3)).save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_evaluate(slurm: Slurm, xnli: Path, model: Path, tmp_path: Path) -> None:
+    """Two tasks of an array share the jobs of one folder; the last one writes the results."""
+    words = ["xnli", "--model", model, "--data", xnli, "--setting", "cross-lingual", "--epochs", 1, "--out", "results"]
+    words += ["--languages", "en", "fr", "--cache", tmp_path / "cache"]
+    array = slurm.submit("--array=0-1", ROOT / "launch" / "evaluate.sbatch", *words, cwd=tmp_path)
+    assert slurm.wait_for_array(array) == ["COMPLETED"] * 2, [p.read_text() for p in tmp_path.glob("*.log")]
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert {language: score["count"] for language, score in results["test"].items()} == {"en": 12, "fr": 12}
+    queue = tmp_path / "results" / "queue"
+    jobs = json.loads((queue / "plan.json").read_text())["jobs"]
+    assert sorted(path.stem for path in (queue / "done").iterdir()) == sorted(jobs)
+    assert all("cross-lingual" in (tmp_path / f"ksub-evaluate-{array}-{task}.log").read_text() for task in (0, 1))
