@@ -42,7 +42,10 @@ def _xnli(setting: str, results: list[dict[str, Any]]) -> str:
     for language in (*LANGUAGES, *others):
         own = [_xnli_cell(result["test"].get(language)) for result in results]
         rows.append([text(language), *own, *(_paper_cell(row.get(language)) for row in paper.values())])
-    average = [number(finite(result.get("average")), 1, percent=True) for result in results]
+    average = [
+        _xnli_cell({"accuracy": result.get("average"), "interval": result.get("average_interval")})
+        for result in results
+    ]
     rows.append(["<b>average</b>", *average, *(_paper_cell(row.get("average")) for row in paper.values())])
     return f"<h3>XNLI, {text(setting)} (Table 4)</h3>" + table(header, rows)
 
@@ -63,7 +66,7 @@ def _paper_cell(value: float | None) -> str:
 
 
 def _glue(results: list[dict[str, Any]]) -> str:
-    """Tasks down; best and median of the grid of each model across."""
+    """Tasks and their metrics down, of which the paper has the first; each model's best and median across."""
     header = ["task"]
     papers = []
     for result in results:
@@ -74,27 +77,36 @@ def _glue(results: list[dict[str, Any]]) -> str:
     header += [f"paper, {text(name)}" for name, _ in papers]
     rows = []
     for task in GLUE_TASKS:
-        cells = [_glue_cell(result["test"].get(task), task, what) for result in results for what in ("best", "median")]
-        rows.append([text(task), *cells, *(_paper_cell(row.get(task)) for _, row in papers)])
+        own = [_part(result["test"].get(task), what) for result in results for what in ("best", "median")]
+        names = [*GLUE_TASKS[task].metrics, "mismatched"]
+        names = [name for name in names if any(finite(values.get(name)) is not None for values in own)]
+        for index, name in enumerate(names or [""]):
+            label = ("" if index else text(task)) + f" <small>{text(name)}</small>"
+            cells = [number(finite(values.get(name)), 1, percent=True) for values in own]
+            rows.append([label, *cells, *("" if index else _paper_cell(row.get(task)) for _, row in papers)])
     return "<h3>GLUE (Tables 2 and 3)</h3>" + table(header, rows)
 
 
-def _glue_cell(row: Any, task: str, what: str) -> str:
+def _part(row: Any, what: str) -> dict[str, Any]:
+    """The best or the median values of a task's row; nothing if it has none."""
     values = row.get(what) if isinstance(row, dict) else None
-    if not isinstance(values, dict):
-        return number(None)
-    names = [*GLUE_TASKS[task].metrics, "mismatched"]
-    shown = [f"{number(value, 1, percent=True)} <small>{text(name)}</small>"
-             for name in names if (value := finite(values.get(name))) is not None]  # fmt: skip
-    return "<br>".join(shown) or number(None)
+    return values if isinstance(values, dict) else {}
 
 
 def _settings(result: dict[str, Any]) -> str:
     """What a reader must know of a row: settings, selection, what was missing."""
-    rows = []
-    for key in ("selection", "seeds", "settings", "missing"):
-        if value := result.get(key):
-            rows.append((key, text(_words(value))))
+    rows = [("selection", text(result["selection"]))] if result.get("selection") else []
+    seeds = result.get("seeds")
+    if isinstance(seeds, dict) and len(seeds) > 1:  # of a single one, the table has it all
+        shown = (
+            f"{text(seed)}: {number(finite(values.get('average')), 1, percent=True)}"
+            for seed, values in seeds.items()
+            if isinstance(values, dict)
+        )
+        rows.append(("average of each seed", ", ".join(shown)))
+    if one_answer := [task for task, row in result["test"].items() if _part(row, "best").get("degenerate")]:
+        rows.append(("gave one answer to all rows", text(_words(one_answer))))
+    rows += [(key, text(_words(value))) for key in ("settings", "missing") if (value := result.get(key))]
     data = result.get("data")
     if isinstance(data, dict) and (
         missing := {key: value for key, value in (data.get("missing") or {}).items() if value}
@@ -109,7 +121,7 @@ def _settings(result: dict[str, Any]) -> str:
 
 def _words(value: Any) -> str:
     if isinstance(value, dict):
-        return "; ".join(f"{key}: {_words(inner)}" for key, inner in value.items())
+        return "; ".join(f"{key}: {_words(inner)}" for key, inner in value.items() if inner is not None)
     if isinstance(value, list | tuple):
         return ", ".join(_words(inner) for inner in value)
     return str(value)

@@ -70,17 +70,22 @@ XNLI = {
         "fr": {"accuracy": 0.4001996007984032, "correct": 2005, "count": 5010, "interval": [0.3866, 0.4138]},
     },
     "average": 0.46077844311377245,
+    "average_interval": [0.4467, 0.4748],
     "model": {"path": f"models/{HOSTILE}", "kind": "clustered", "fingerprint": "cd" * 32},
     "data": {"path": "xnli", "fingerprint": "ef" * 32, "missing": {"train": ["bg", "el"], "test": []}},
     "settings": {"epochs": 1, "batch_size": 32},
     "selection": "best epoch on mean validation",
-    "seeds": {"0": {"average": 0.46077844311377245}},
+    "seeds": {"0": {"average": 0.46123456789}, HOSTILE: {"average": 0.46032231833}},
 }
 GLUE = {
     "task": "glue",
     "setting": "glue",
     "test": {
         "rte": {"best": {"accuracy": 0.5379061371841155, "score": 0.53}, "median": {"accuracy": 0.5270758122743683}},
+        "mrpc": {
+            "best": {"accuracy": 0.6838235294117647, "f1": 0.8122270742358079, "degenerate": f"every row {HOSTILE}"},
+            "median": {"accuracy": 0.6838235294117647, "f1": 0.8122270742358079},
+        },
     },
     "average": 0.53,
     "model": {"path": "small", "kind": "clustered"},
@@ -211,8 +216,14 @@ def test_scores_are_those_of_the_results(page):
     assert rows["en"] == [*[[0.5213572854291417, 0.5077, 0.5351]] * 2, [72.9]]
     assert rows["fr"][0][0] == 0.4001996007984032
     assert rows["de"] == [[], [], [51.9]]
-    assert rows["average"] == [[0.46077844311377245], [0.46077844311377245], [48.9]]
-    assert page.rows("GLUE (Tables 2 and 3)")["rte"] == [[0.5379061371841155], [0.5270758122743683], [70.8]]
+    assert rows["average"] == [*[[0.46077844311377245, 0.4467, 0.4748]] * 2, [48.9]]
+    glue = page.rows("GLUE (Tables 2 and 3)")
+    assert glue["rte accuracy"] == [[0.5379061371841155], [0.5270758122743683], [70.8]]
+    assert glue["mrpc accuracy"][:2] == [[0.6838235294117647]] * 2 and glue["mrpc accuracy"][2]
+    assert glue["f1"] == [[0.8122270742358079]] * 2 + [[]]
+    assert glue["cola"][:2] == [[], []]
+    values = [value for value, _ in page.data]
+    assert values.count(0.46123456789) == values.count(0.46032231833) == 2  # of each seed, in both XNLI results
 
 
 def test_analysis_is_that_of_its_numbers(page):
@@ -228,7 +239,17 @@ def test_headline_and_speed(page, report):
     for expected in (loss_at(1000), 600.5 + 0.5, 500, 1.0, 1_000_000, 0.07241321834724553):
         assert any(value == pytest.approx(expected, rel=1e-12) for value in values), expected
     shown = html.unescape(report.read_text(encoding="utf-8"))
-    for words in ("finished", "torch 2.13.0+cpu", "2 ranks", "ab" * 32, "500", "no train set", "bg, el", "22:24:16"):
+    for words in (
+        "finished",
+        "torch 2.13.0+cpu",
+        "2 ranks",
+        "ab" * 32,
+        "500",
+        "no train set",
+        "bg, el",
+        "22:24:16",
+        "one answer",
+    ):
         assert words in shown
 
 
