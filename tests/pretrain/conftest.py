@@ -164,6 +164,7 @@ def two_ranks(bench: Bench, one_rank: dict[str, Outcome]) -> dict[str, Outcome]:
         # last: DeepSpeed's stage 3 replaces torch's linear function for the rest of the process
         "two-zero3": {"deepspeed": "zero3"},
         "plain-zero3": {"deepspeed": "zero3", "codes": None, "max_steps": 3, "eval_every": 3},
+        "two-offload": {"deepspeed": "zero3_offload"},
         "one-then-offload": {"deepspeed": "zero3_offload"},
     }
     entries = [{"arguments": bench.arguments(name, **settings)} for name, settings in recipes.items()]
