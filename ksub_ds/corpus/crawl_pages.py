@@ -24,7 +24,9 @@ from ksub_ds.corpus.paragraphs import hash_paragraphs
 from ksub_ds.corpus.perplexity import Buckets
 from ksub_ds.corpus.wet import Fault, Page, read_wet
 
-BATCH_CHARACTERS = 1 << 20  # of text held at a time
+BATCH_CHARACTERS = 1 << 20  # of text and URLs held at a time
+PARAGRAPHS_AT_ONCE = 1 << 18  # hashed: a page can have four million
+PAGE_CHARACTERS = 500  # what a page takes besides: a batch must not hold a million pages of a letter
 UNKNOWN = "-"  # stands for the language before it is identified
 
 Counts = dict[str, dict[str, list[int]]]
@@ -79,8 +81,10 @@ def content_hash(file: WetFile) -> str:
 
 def _write_hashes(paragraphs: list[str], stream: IO[bytes] | None, digest: Any, tally: dict[str, int]) -> None:
     tally["paragraphs"] += len(paragraphs)
-    if stream is not None:
-        block = hash_paragraphs(paragraphs).tobytes()
+    if stream is None:
+        return
+    for first in range(0, len(paragraphs), PARAGRAPHS_AT_ONCE):
+        block = hash_paragraphs(paragraphs[first : first + PARAGRAPHS_AT_ONCE]).tobytes()
         digest.update(block)
         stream.write(block)
 
@@ -154,7 +158,7 @@ def select_file(
                 continue
             paragraphs += len(document.line_ids)
             batch.append(document)
-            size += len(document.text)
+            size += len(document.text) + len(page.url) + PAGE_CHARACTERS
             if size >= BATCH_CHARACTERS:
                 writer.write(select_batch(batch, selection, counts))
                 batch, size = [], 0

@@ -19,6 +19,7 @@ from ksub_ds.corpus.packing import Packing
 from ksub_ds.corpus.tokenizer import Tokenizer
 
 TOKENS_HELD = 1 << 20  # of one language and split, before they are written: 30 times 4 MiB at most
+DOCUMENT_TOKENS = 50  # what holding a document takes besides its tokens
 
 
 def tokenise_file(source: Path, out: Path, tokenizer: Tokenizer, validation_fraction: float) -> dict[str, Any]:
@@ -66,9 +67,9 @@ class _Held:
         self._tokens = self._bytes = 0
 
     def add(self, ids: np.ndarray, size: int) -> int:
-        """Add a document whose text has `size` bytes; how many tokens wait."""
+        """Add a document whose text has `size` bytes; how much waits, in tokens."""
         self._documents.append(ids)
-        self._tokens += len(ids)
+        self._tokens += len(ids) + DOCUMENT_TOKENS
         self._bytes += size
         return self._tokens
 

@@ -25,29 +25,31 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
-ROWS_PER_FILE = 1 << 16  # 128 MiB at 512 tokens: what a writer holds in memory
+ROWS_PER_FILE = 1 << 16
+TOKENS_PER_FILE = 1 << 25  # 128 MiB, what a writer holds in memory: longer rows are fewer
 
 _SHARD_PATH = re.compile(rf"(?P<language>{LANGUAGE_CODE.pattern})/(?P<split>train|validation)-\d{{5}}\.arrow")
 
 
 class ShardWriter:
-    """Writes the rows of one language and split into numbered files of at most ROWS_PER_FILE rows."""
+    """Writes the rows of one language and split into numbered files of bounded size."""
 
     def __init__(self, folder: Path, language: str, split: str, sequence_length: int):
         self._folder, self._language, self._split = folder, language, split
         self._sequence_length = sequence_length
-        self._rows: list[np.ndarray] = []
+        self._rows_per_file = min(ROWS_PER_FILE, max(1, TOKENS_PER_FILE // sequence_length))
+        self._rows = np.empty((self._rows_per_file, sequence_length), dtype=np.int32)  # memory when it is filled
         self._buffered = 0
         self.files: list[dict[str, Any]] = []  # the manifest's entries
 
     def write(self, rows: np.ndarray) -> None:
         """Add (n, T) int32 rows."""
         while len(rows):
-            taken = rows[: ROWS_PER_FILE - self._buffered]
-            self._rows.append(taken)
+            taken = rows[: self._rows_per_file - self._buffered]
+            self._rows[self._buffered : self._buffered + len(taken)] = taken
             self._buffered += len(taken)
             rows = rows[len(taken) :]
-            if self._buffered == ROWS_PER_FILE:
+            if self._buffered == self._rows_per_file:
                 self._flush()
 
     def close(self) -> None:
@@ -58,7 +60,7 @@ class ShardWriter:
     def _flush(self) -> None:
         import pyarrow as pa
 
-        flat = pa.array(np.concatenate(self._rows).reshape(-1), type=pa.int32())
+        flat = pa.array(self._rows[: self._buffered].reshape(-1), type=pa.int32())
         column = pa.FixedSizeListArray.from_arrays(flat, self._sequence_length)
         batch = pa.RecordBatch.from_arrays([column], names=["input_ids"])
         name = f"{self._split}-{len(self.files):05d}.arrow"
@@ -67,7 +69,7 @@ class ShardWriter:
                 stream.write_batch(batch)
             digest = sha256_file(temporary)
         self.files.append({"path": f"{self._language}/{name}", "sha256": digest, "sequences": self._buffered})
-        self._rows, self._buffered = [], 0
+        self._buffered = 0
 
 
 def dataset_fingerprint(manifest: dict[str, Any]) -> str:
@@ -157,12 +159,12 @@ class ShardDataset:
         for entry in _all_files(manifest):
             path = folder / entry["path"]
             if not path.is_file():
-                raise UserError(f"{path}: this shard is missing; run shard_text.py again on the same folders")
+                raise UserError(f"{path}: this shard is missing; shard the text again")
             if path.stat().st_size == 0:
-                raise UserError(f"{path}: this shard is empty; run shard_text.py again on the same folders")
+                raise UserError(f"{path}: this shard is empty; shard the text again")
             if verify and sha256_file(path) != entry["sha256"]:
                 raise UserError(
-                    f"{path}: sha256 does not match the manifest, the shard is damaged; run shard_text.py again"
+                    f"{path}: sha256 does not match the manifest, the shard is damaged; shard the text again"
                 )
         return cls(folder, manifest)
 
@@ -212,14 +214,10 @@ def _open_rows(path: Path, sequence_length: int, sequences: int) -> np.ndarray:
             batch = stream.read_next_batch()
         column = batch.column("input_ids")
         if column.type != pa.list_(pa.int32(), sequence_length):
-            raise UserError(
-                f"{path}: holds {column.type}, not rows of {sequence_length} int32; run shard_text.py again"
-            )
+            raise UserError(f"{path}: holds {column.type}, not rows of {sequence_length} int32; shard the text again")
         rows = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length)
     except (pa.ArrowException, OSError, KeyError, StopIteration) as error:
-        raise UserError(
-            f"{path}: is damaged ({' '.join(str(error).split())[:120]}); run shard_text.py again"
-        ) from error
+        raise UserError(f"{path}: is damaged ({' '.join(str(error).split())[:120]}); shard the text again") from error
     if len(rows) != sequences:
-        raise UserError(f"{path}: holds {len(rows)} sequences, the manifest says {sequences}; run shard_text.py again")
+        raise UserError(f"{path}: holds {len(rows)} sequences, the manifest says {sequences}; shard the text again")
     return rows
