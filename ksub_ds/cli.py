@@ -166,14 +166,17 @@ def compress(arguments: Sequence[str]) -> None:
     compress_model(tyro.cli(CompressModel, args=arguments, prog="ksub compress", description=CompressModel.__doc__))
 
 
-def corpus_stats(shards: Positional[Path]) -> None:
+def corpus_stats(shards: Positional[Path], verify: bool = False) -> None:
     """Print tokens and bytes per language of a shards folder beside the paper's Table 7.
 
     Args:
-        shards: A folder made by preprocessing/shard_text.py.
+        shards: A folder of token shards: of shard_cc.py or shard_text.py.
+        verify: Also read all of every shard and compare its checksum; else only its head and length are looked at.
     """
+    from ksub_ds.corpus.shards import ShardDataset
     from ksub_ds.corpus.statistics import corpus_table
 
+    ShardDataset.open(shards, verify=verify)
     print(corpus_table(shards))
 
 

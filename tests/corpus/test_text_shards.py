@@ -1,9 +1,12 @@
 """shard_text: what goes in comes out; hostile files are counted; kills and reruns; identical whatever the workers."""
 
+import contextlib
 import filecmp
 import gzip
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ksub_ds import cli
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus import language_shards, text, text_shards
 from ksub_ds.corpus.shard_folder import locked
@@ -341,3 +345,30 @@ def test_statistics(tiny_text: Path, tiny_shards: Path) -> None:
     table = corpus_table(tiny_shards)
     assert "802" in table and "3.1" in table  # the paper's English
     assert table.splitlines()[-1].split()[:2] == ["all", "440"]
+
+
+def test_the_command_tells_what_is_wrong_with_the_shards(tiny_shards: Path, tmp_path: Path) -> None:
+    def stats(*options: str) -> tuple[int, str, str]:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+            code = cli.main(["corpus", "stats", str(tmp_path / "copy"), *options])
+        return code, out.getvalue(), errors.getvalue()
+
+    shard = tmp_path / "copy" / "el" / "train-00000.arrow"
+    shutil.copytree(tiny_shards, tmp_path / "copy")
+    whole = shard.read_bytes()
+    expected = (0, corpus_table(tiny_shards) + "\n", "")
+    assert stats() == stats("--verify") == expected
+    flipped = whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]
+    shard.write_bytes(flipped)
+    assert stats() == expected  # only heads and lengths are looked at
+    for content, options, fault in (
+        (flipped, ["--verify"], "sha256 does not match"),
+        (whole[:-100], [], "is damaged"),
+        (whole + bytes(9), ["--verify"], "sha256 does not match"),
+        (b"", [], "is empty"),
+        (None, [], "is missing"),
+    ):
+        shard.unlink() if content is None else shard.write_bytes(content)
+        code, out, error = stats(*options)
+        assert (code, out, error.count("\n")) == (2, "", 1)
+        assert error.startswith("error: ") and f"el/train-00000.arrow: {fault}" in error.replace("this shard ", "")
