@@ -66,19 +66,25 @@ def plain_model(tiny_bpe: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a headless Chromium on a page: `chromium(path, "--dump-dom", width=390)`; its console goes to stderr."""
+def chromium_program() -> str:
+    """The path of Chromium."""
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next((found for name in names if (found := shutil.which(name))), None)
     if program is None:
         pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    return program
+
+
+@pytest.fixture(scope="session")
+def chromium(chromium_program: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a headless Chromium on a page: `chromium(path, "--dump-dom", width=390)`; its console goes to stderr."""
 
     def run(page: Path, *options: str, width: int = 1200) -> subprocess.CompletedProcess[str]:
         # without the last three it looks for updates, and a closed network refuses it a hundred times
         fixed = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars")
         quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
         with tempfile.TemporaryDirectory() as profile:
-            command = [program, *fixed, *quiet, f"--user-data-dir={profile}", f"--window-size={width},1600"]
+            command = [chromium_program, *fixed, *quiet, f"--user-data-dir={profile}", f"--window-size={width},1600"]
             command += ["--enable-logging=stderr", "--virtual-time-budget=2000", *options, page.resolve().as_uri()]
             return subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
 

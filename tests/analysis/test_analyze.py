@@ -24,6 +24,8 @@ from ksub_ds.cli import main
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.common.errors import UserError
 
+from .devtools import browser
+
 FIGURES = ("embeddings", "similarity", "layers-sub", "layers-plain", "tokens-sub")
 
 
@@ -229,3 +231,91 @@ def test_chromium_paints_the_clouds(analysis, chromium, tmp_path):
     assert not [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     colours = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
     assert len(np.unique(colours, axis=0)) > 50
+
+
+CANVAS = "document.getElementById('cloud')"
+
+
+@pytest.fixture(scope="module")
+def page(chromium_program):
+    """A browser that can be drawn upon."""
+    with browser(chromium_program) as opened:
+        yield opened
+
+
+def middle(page):
+    """Where the middle of the canvas is, in the window, and its width."""
+    place = f"(b => [b.left + b.width / 2, b.top + b.height / 2, b.width])({CANVAS}.getBoundingClientRect())"
+    return page.value(place)
+
+
+def picture(page):
+    return page.value(f"{CANVAS}.toDataURL()")
+
+
+def test_dragging_turns_the_cloud(analysis, page):
+    """With the mouse: it turns while a button is down, and as far as the mouse goes; not before, and not after."""
+    page.open(analysis / "explore.html", width=1200)
+    x, y, _ = middle(page)
+    before = picture(page)
+    page.mouse(("mouseMoved", x, y), ("mouseMoved", x + 90, y + 30))
+    assert picture(page) == before
+    page.mouse(("mousePressed", x, y), ("mouseMoved", x + 90, y + 30), buttons=1)
+    turned = picture(page)
+    assert turned != before
+    assert page.value("[view.turn, view.tilt]") == pytest.approx([0.7 + 90 / 150, 0.45 + 30 / 150])
+    page.mouse(("mouseMoved", x + 3000, y), buttons=1)  # off the canvas the mouse still holds it
+    assert picture(page) != turned
+    page.mouse(("mouseReleased", x + 3000, y))
+    left_at = picture(page)
+    page.mouse(("mouseMoved", x - 40, y - 40))
+    assert picture(page) == left_at
+    page.value("document.getElementById('reset').click()")
+    assert picture(page) == before
+    assert page.complaints == []
+
+
+def test_wheel_keys_and_fields_change_the_picture(analysis, page):
+    page.open(analysis / "explore.html", width=1200)
+    x, y, _ = middle(page)
+    seen = [picture(page)]
+    page.mouse(("mouseWheel", x, y), deltaX=0, deltaY=-240)
+    seen.append(picture(page))
+    page.value(f"{CANVAS}.focus()")
+    for name in ("ArrowLeft", "ArrowUp", "+"):
+        page.key(name)
+        seen.append(picture(page))
+    for name, value in (("size", 5), ("layer", 2), ("model", 1)):
+        event = "change" if name == "model" else "input"
+        field = f"document.getElementById('{name}')"
+        page.value(f"{field}.value = {value}; {field}.dispatchEvent(new Event('{event}'))")
+        seen.append(picture(page))
+    assert len(set(seen)) == len(seen)
+    assert page.value("document.getElementById('told').textContent").startswith("plain, layer 1: r₃ = ")
+    assert page.complaints == []
+
+
+def test_a_dot_says_its_token(analysis, page):
+    page.open(analysis / "explore.html", width=1200)
+    box = middle(page)
+    x, y, token = page.value(
+        f"(b => {{ const p = shown.at(-1); return [b.left + p[0], b.top + p[1], model.words[cloud.tokens[p[3]]]] }})"
+        f"({CANVAS}.getBoundingClientRect())"
+    )
+    page.mouse(("mouseMoved", box[0], box[1]), ("mouseMoved", x, y))
+    assert page.value("document.getElementById('told').textContent").startswith(f"“{token}”, last code ")
+    assert page.complaints == []
+
+
+def test_a_finger_turns_it_on_a_phone(analysis, page):
+    """At 390 pixels: nothing to scroll sideways, the whole canvas in view, and the page does not scroll instead."""
+    page.open(analysis / "explore.html", width=390)
+    x, y, width = middle(page)
+    assert page.value("document.documentElement.scrollWidth") <= 390
+    assert 300 < width <= 390
+    before = picture(page)
+    page.finger((x, y), (x + 20, y + 30), (x + 45, y + 60))
+    assert picture(page) != before
+    assert page.value("[view.turn, view.tilt]") == pytest.approx([0.7 + 45 / 150, 0.45 + 60 / 150], abs=0.15)
+    assert page.value("scrollY") == 0
+    assert page.complaints == []
