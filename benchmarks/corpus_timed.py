@@ -1,0 +1,139 @@
+"""One run of shard_cc whose stages are on the clock, for corpus.py.
+
+    python benchmarks/corpus_timed.py WET OUT TOKENIZER 1 RESULT.json        # 0: every page is English, unasked
+
+Alone or under mpirun; rank 0 writes what each rank measured: processor seconds of the stages and of its own units
+of work in them, wall time, peak memory.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.common.files import write_json
+from ksub_ds.common.mpi import Ranks
+from ksub_ds.corpus.crawl import load_selection
+from ksub_ds.corpus.crawl_input import find_wet_files
+from ksub_ds.corpus.crawl_run import CrawlRun
+from ksub_ds.corpus.crawl_settings import ShardCC
+from ksub_ds.corpus.langid import LanguageIdentifier
+from ksub_ds.corpus.tokenizer import load_tokenizer
+
+
+class Clock:
+    """Processor seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
+
+
+class TimedIdentifier:
+    """An identifier on the clock; without one, every page is English."""
+
+    def __init__(self, clock: Clock, identifier: LanguageIdentifier | None):
+        self._clock, self._identifier = clock, identifier
+        self.fingerprint = identifier.fingerprint if identifier else "none"
+
+    def identify(self, texts: Sequence[str]) -> list[tuple[str, float]]:
+        if self._identifier is None:
+            return [("en", 1.0)] * len(texts)
+        with self._clock("identify"):
+            return self._identifier.identify(texts)
+
+
+class TimedRanks(Ranks):
+    """Ranks whose own units of work, without the waiting for others, are on the clock."""
+
+    def __init__(self, clock: Clock):
+        super().__init__()
+        self._clock = clock
+        self.stage = ""
+
+    def each(self, sizes: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
+        def timed(unit: int) -> Any:
+            with self._clock(f"units of {self.stage}"):
+                return work(unit)
+
+        return super().each(sizes, timed)
+
+
+class TimedRun(CrawlRun):
+    """A run whose stages are on the clock."""
+
+    clock: Clock
+    timed_ranks: TimedRanks
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        self.timed_ranks.stage = stage
+        with self.clock(stage):
+            yield
+
+    def _read(self) -> Any:
+        with self._timed("read"):
+            return super()._read()
+
+    def _find_duplicates(self, *arguments: Any) -> Any:
+        with self._timed("deduplicate"):
+            return super()._find_duplicates(*arguments)
+
+    def _select(self, *arguments: Any) -> Any:
+        with self._timed("select"):
+            return super()._select(*arguments)
+
+    def _tokenise(self, *arguments: Any) -> Any:
+        with self._timed("tokenise"):
+            return super()._tokenise(*arguments)
+
+    def _pack(self, *arguments: Any) -> Any:
+        with self._timed("pack"):
+            return super()._pack(*arguments)
+
+
+def run_timed(wet: Path, out: Path, tokenizer_path: Path, identify: bool, result: Path) -> None:
+    """One rank of one run."""
+    clock = Clock()
+    ranks = TimedRanks(clock)
+    settings = ShardCC(tokenizer_path, out, (wet,), min_length=300)
+    selection = load_selection(settings)
+    identifier = TimedIdentifier(clock, selection.identifier if identify else None)
+    selection = replace(selection, identifier=identifier)
+    ranks.on_main(lambda: out.mkdir(parents=True))
+    wall = time.perf_counter()
+    with clock("load the tokenizer"):
+        tokenizer = load_tokenizer(tokenizer_path)
+    run = TimedRun(settings, ranks, find_wet_files(settings.input), tokenizer, selection)
+    run.clock, run.timed_ranks = clock, ranks
+    with clock("all"):
+        report = run.run()
+    seconds = {name: value for name, value in clock.seconds.items() if not name.startswith("units of ")}
+    seconds["select"] -= seconds.get("identify", 0.0)
+    everything = seconds.pop("all") + seconds["load the tokenizer"]
+    seconds["begin and end"] = everything - sum(seconds.values())  # the tokenizer's copy, the manifest
+    measured = {
+        "documents": report["stages"]["read"]["-"]["documents_in"],
+        "bytes": report["stages"]["read"]["-"]["bytes_in"],
+        "wall": time.perf_counter() - wall,
+        "seconds": seconds,
+        "units": {name: value for name, value in clock.seconds.items() if name.startswith("units of ")},
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    everyone = ranks.gather(measured)
+    if ranks.is_main:
+        write_json(result, everyone)
+
+
+if __name__ == "__main__":
+    wet, out, tokenizer, identify, result = sys.argv[1:]
+    run_timed(Path(wet), Path(out), Path(tokenizer), identify == "1", Path(result))
