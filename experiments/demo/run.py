@@ -1,4 +1,4 @@
-"""The whole pipeline, small, on the CPU: text -> shards -> codes -> pretraining -> export -> a filled mask.
+"""The whole pipeline, small, on the CPU: text -> shards -> codes -> pretraining -> export -> a filled mask, a report.
 
     python experiments/demo/run.py                                     (what `make demo` runs)
     python experiments/demo/run.py --data FOLDER --tokenizer FILE      the same on text of yours
@@ -109,6 +109,13 @@ def stop_in_the_middle(command: list[str | Path], run: Path, step: int) -> int:
     return stopped_at
 
 
+def look_inside(out: Path, data: Path) -> None:
+    """Analyse the exported model and write the run's page."""
+    analysis = out / "analysis"
+    run_command("ksub", "analyze", out / "model", "--data", data, "--num-tokens", "6000", "--out", analysis)
+    run_command("ksub", "report", out / "run", analysis, "--html", out / "report.html")
+
+
 def last_step(run: Path) -> int:
     """The last optimizer step in RUN/metrics.jsonl, 0 without any."""
     lines = read_lines(ROOT / run / "metrics.jsonl")
@@ -168,11 +175,15 @@ def demo(out: Path, data: Path | None, tokenizer: Path | None) -> None:
     run_command("ksub", "export", run, "--out", model)
     run_command("python", "experiments/demo/fill_mask.py", "--model", model)
 
-    headline(7, "summary")
+    headline(7, "figures of what it has learnt, and the report of the run")
+    look_inside(out, data)
+
+    headline(8, "summary")
     check_and_report(ROOT / out, size.max_steps, stopped_at)
-    for name in ("shards", "codes.safetensors", "run", "model", "loss.png"):
+    for name in ("shards", "codes.safetensors", "run", "model", "loss.png", "analysis/explore.html"):
         print(f"  {out / name}")
-    print(f"  {time.monotonic() - started:.0f} s in all", flush=True)
+    print(f"  {time.monotonic() - started:.0f} s in all")
+    print(f"The report of the run, for a browser: {(ROOT / out / 'report.html').as_uri()}", flush=True)
 
 
 def main() -> None:
