@@ -8,7 +8,7 @@ As in CCNet (Wenzek et al. 2020, section 3.3): the page is normalised, cut into 
 thing to predict. Below its language's 30th percentile a page is "head", below the 60th "middle", else "tail". CCNet
 has such models and percentiles for ten of the 15 languages; a language without a model, or without percentiles,
 passes as "all". `cutoffs.json` in the folder ({"sw": [310.0, 540.0]}) adds percentiles or replaces them, as models
-of one's own need.
+of one's own need. Of a page of more than 262,144 characters these decide, where CCNet takes all.
 """
 
 import importlib
@@ -23,6 +23,7 @@ from ksub_ds.corpus.langid import LANGUAGES
 
 ALL, HEAD, MIDDLE, TAIL = BUCKETS = ("all", "head", "middle", "tail")
 CUTOFFS_FILE = "cutoffs.json"
+LONGEST_JUDGED = 1 << 18  # characters: SentencePiece takes up to a thousand times their number in memory
 
 # The perplexities at CCNet's 30th and 60th percentiles, for its own models.
 CUTOFFS: dict[str, tuple[float, float]] = {
@@ -48,7 +49,7 @@ class Buckets:
         self._models = {language: _open_models(*files) for language, files in self._files.items()}
         described = [(language, *map(_describe, files)) for language, files in sorted(self._files.items())]
         used = {language: self._cutoffs.get(language) for language in self._files}
-        self.fingerprint = sha256_bytes(f"perplexity 1 {described} {sorted(used.items())}".encode())
+        self.fingerprint = sha256_bytes(f"perplexity 2 {described} {sorted(used.items())}".encode())
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ class Buckets:
             KeyError: the language has no model.
         """
         pieces, model = self._models[language]
-        line = " ".join(pieces.encode(normalise(text), out_type=str))
+        line = " ".join(pieces.encode(normalise(text[:LONGEST_JUDGED]), out_type=str))
         words = line.split()
         if not words:
             return None

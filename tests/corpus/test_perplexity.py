@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.corpus import perplexity
 from ksub_ds.corpus.perplexity import Buckets, load_buckets, normalise
 
 # A trigram model in log10: n-gram -> (probability, back-off). `▁the ▁river` and `▁old ▁house ▁falls` are known.
@@ -98,6 +99,13 @@ def test_perplexity_is_the_formula_s(folder: Path, text: str, pieces: list[str])
     found = load_buckets(folder).perplexity("en", text)
     assert found == pytest.approx(expected, abs=0.051)  # it is rounded to one decimal
     assert found == round(expected, 1)
+
+
+def test_a_very_long_page_is_judged_by_its_beginning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "LONGEST_JUDGED", len("the river "))
+    assert load_buckets(folder).perplexity("en", "the river " + "unheard " * 9) == Buckets(folder).perplexity(
+        "en", "the river"
+    )
 
 
 def test_buckets_follow_the_percentiles(folder: Path, tmp_path: Path) -> None:
