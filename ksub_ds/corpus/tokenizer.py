@@ -9,7 +9,8 @@ packing relies on (a `</s>` in a row is always a border), and it keeps text from
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,9 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.corpus.xlmr_tokenizer import MODEL_NAME, XlmrTokenizer
+
+CHARACTERS_AT_ONCE = 1 << 18  # given to HuggingFace's encoder, which needs some hundred times that in memory
+_BETWEEN_WORDS = re.compile(r"\w[ \n]\w")
 
 
 class Tokenizer(Protocol):
@@ -95,8 +99,23 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, without special tokens around it."""
-        encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        waiting: list[tuple[int, str]] = []
+        size = 0
+        for number, text in enumerate(texts):
+            for piece in _cut(text):
+                waiting.append((number, piece))
+                size += len(piece)
+                if size >= CHARACTERS_AT_ONCE:
+                    self._encode_waiting(waiting, parts)
+                    waiting, size = [], 0
+        self._encode_waiting(waiting, parts)
+        return [np.concatenate([np.zeros(0, dtype=np.int32), *part]).astype(np.int32) for part in parts]
+
+    def _encode_waiting(self, waiting: list[tuple[int, str]], parts: list[list[np.ndarray]]) -> None:
+        encodings = self._encoder.encode_batch_fast([piece for _, piece in waiting], add_special_tokens=False)
+        for (number, _), encoding in zip(waiting, encodings, strict=True):
+            parts[number].append(np.array(encoding.ids, dtype=np.int32))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens show by name."""
@@ -109,6 +128,20 @@ class HuggingFaceTokenizer:
     def save(self, folder: Path) -> None:
         """Write a folder that transformers' AutoTokenizer opens."""
         _open_folder(self._folder).save_pretrained(folder)
+
+
+def _cut(text: str) -> Iterator[str]:
+    """The text in pieces of about CHARACTERS_AT_ONCE, cut before a single blank or newline between two words.
+
+    There it changes no id. Where none comes for as long again, in what is no text, it is cut anywhere.
+    """
+    begin = 0
+    while len(text) - begin > 2 * CHARACTERS_AT_ONCE:
+        found = _BETWEEN_WORDS.search(text, begin + CHARACTERS_AT_ONCE, begin + 2 * CHARACTERS_AT_ONCE)
+        end = found.start() + 1 if found else begin + 2 * CHARACTERS_AT_ONCE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def _open_folder(folder: Path) -> Any:

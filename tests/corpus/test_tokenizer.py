@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus import long_words, unigram, xlmr_tokenizer
+from ksub_ds.corpus import tokenizer as tokenizer_module
 from ksub_ds.corpus.tokenizer import load_tokenizer
 from ksub_ds.corpus.unigram import UnigramSegmenter
 
@@ -257,3 +258,17 @@ def test_real_ids_are_those_of_transformers(ksub_data: Path, tmp_path: Path) -> 
             texts = [json.loads(line)["text"] for line in itertools.islice(lines, 0, 600, 24)]
         expected = [encoding.ids for encoding in reference.encode_batch_fast(texts, add_special_tokens=False)]
         assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected, path.name
+
+
+def test_a_huggingface_tokenizer_takes_long_texts_in_pieces(
+    tiny_bpe: Path, make_documents: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(tiny_bpe)
+    lines = make_documents("en", 30, seed=3)
+    texts = ["\n".join(lines), "", " \n ".join(lines[:9]), "short", "  ".join(lines)]
+    whole = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    monkeypatch.setattr(tokenizer_module, "CHARACTERS_AT_ONCE", 150)
+    pieces = list(tokenizer_module._cut(texts[0]))
+    assert len(pieces) > 20 and "".join(pieces) == texts[0]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == whole
+    assert len(tokenizer.encode_batch(["x" * 1000])[0]) >= 1  # cut anywhere
