@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(900))
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+MEASURED: list[str] = []  # docs/cluster.md's column of this name
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the faults of this session took to end."""
+    for line in MEASURED:
+        terminalreporter.write_line(f"measured: {line}")
+
+
+class Fault:
+    """Something breaks now (or has broken at `start`, as time.time() counts): how long until all is over?"""
+
+    def __init__(self, what: str, start: float | None = None):
+        self._what, self._start = what, time.time() if start is None else start
+
+    def over(self, within: float) -> None:
+        """All is over: note the seconds, and hold docs/cluster.md's word."""
+        seconds = time.time() - self._start
+        MEASURED.append(f"{self._what}: {seconds:.1f} s, of {within:.0f}")
+        assert seconds <= within, MEASURED[-1]
 
 
 def environment() -> dict[str, str]:

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from .conftest import Cluster, Running, losses, steps_done, weights
+from .conftest import Cluster, Fault, Running, losses, steps_done, weights
 from .namespaces import wait_until
 
 KILLS = int(os.environ.get("KSUB_CHAOS_KILLS", "3"))
@@ -62,12 +62,14 @@ def test_weights_survive(cluster: Cluster) -> None:
         victims = cluster[host].processes(*words)
         if not victims or run.process.poll() is not None:
             continue
+        fault = Fault(f"kill {killed + 1}, {words[-1].strip()}: until the restart")
         os.kill(victims[-1], signal.SIGKILL)
         killed += 1
         print(f"kill {killed} {moment}: {' '.join(words)} on {cluster[host].name}", flush=True)
         wait_until(
             lambda n=starts: run.text().count("restart ") > n or run.process.poll() is not None, run.text()[-3000:], 180
         )
+        fault.over(180)
     done = run.finish(100 + 4 * STEPS)
     assert done.code == 0, done.text[-6000:]
     assert killed == KILLS, f"the run ended after {killed} kills: make it longer"

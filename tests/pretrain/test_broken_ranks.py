@@ -69,6 +69,9 @@ def test_a_rank_that_raises_then_one_that_is_killed(bench: Bench) -> None:
 
 def test_a_rank_that_hangs_is_named(bench: Bench) -> None:
     codes, lines, failure = run_broken(bench, "hanging", "hangs", 1, 3)
+    seconds = time.time() - (bench.folder / "hanging" / "metrics.jsonl").stat().st_mtime  # since the step before
+    print(f"measured: a rank hangs: {seconds:.1f} s with a timeout of 2")
+    assert seconds < 2 + 60  # as docs/cluster.md says
     assert codes == [EXIT_FAILED, EXIT_FAILED], lines
     assert lines[-1].startswith(
         f"failed: rank 1 on {socket.gethostname()} at step 3: hangs: for 0:00:02 it is at step 3"
