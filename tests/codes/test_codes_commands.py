@@ -1,5 +1,6 @@
 """`ksub codes` as a user types it."""
 
+import os
 import subprocess
 import sys
 
@@ -46,3 +47,13 @@ def test_help_imports_no_torch_and_names_every_command():
     assert done.returncode == 0, done.stderr
     for command in ("codes positional", "codes inspect", "corpus stats", "pretrain", "export"):
         assert f"ksub {command}" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    """`ksub --help | true`: no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from ksub_ds.cli import main; sys.exit(main(['--help']))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -91,11 +91,11 @@ def test_every_page_can_be_found():
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_exist(page):
     """Also in the blocks that are not run: every `ksub NAME` is a command."""
-    from ksub_ds.cli import SUMMARIES
+    from ksub_ds.cli import COMMANDS
 
     text = (DOCS / page).read_text(encoding="utf-8")
     for words in re.findall(r"(?:^|`)(?:\$ )? *(?:[\w/.-]+ )*?ksub ((?:[a-z]+ ?){1,2})", text, re.MULTILINE):
-        known = {name.split()[0] for name in SUMMARIES}
+        known = {name.split()[0] for name in COMMANDS}
         assert words.split()[0] in known, f"{page}: ksub {words}"
 
 

@@ -1,0 +1,148 @@
+"""`ksub codes ...`: make, look at and extend code files."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ksub_ds.common.errors import UserError
+
+
+def positional(
+    num_tables: int,
+    out: Path,
+    num_tokens: int | None = None,
+    tokenizer: Path | None = None,
+    reserve_special_tokens: bool = False,
+) -> None:
+    """Make codes by Algorithm 1: f_k(n) is the k-th digit of n in base M, M the least with M^K >= N.
+
+    Args:
+        num_tables: K, how many tables replace the embedding.
+        out: The code file to write (.safetensors).
+        num_tokens: N, the size of the vocabulary. [the tokenizer's]
+        tokenizer: SentencePiece .model or HuggingFace folder; its fingerprint goes into the file.
+        reserve_special_tokens: Give <s>, </s>, <pad>, <unk>, <mask> rows of their own in every table.
+    """
+    from ksub_ds.codes.positional import positional_codes
+
+    special_ids: tuple[int, ...] = ()
+    fingerprint = {}
+    if tokenizer is not None:
+        from ksub_ds.corpus.tokenizer import load_tokenizer
+
+        loaded = load_tokenizer(tokenizer)
+        if num_tokens not in (None, loaded.vocab_size):
+            raise UserError(f"--num-tokens {num_tokens}: {tokenizer} has {loaded.vocab_size} tokens; leave one out")
+        num_tokens, fingerprint = (
+            loaded.vocab_size,
+            {"tokenizer_fingerprint": loaded.fingerprint},
+        )
+        special_ids = loaded.special_ids if reserve_special_tokens else ()
+    elif num_tokens is None:
+        raise UserError("give --num-tokens N or --tokenizer PATH")
+    elif reserve_special_tokens:
+        raise UserError("--reserve-special-tokens: give --tokenizer PATH too, it names the special tokens")
+    try:
+        table = positional_codes(num_tokens, num_tables, special_ids)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    table.metadata.update(fingerprint)
+    table.save(out)
+    print(f"{out}: {table.num_tokens:,} tokens, tables of {' '.join(map(str, table.table_sizes))} rows")
+
+
+def inspect(path: Positional[Path], embedding_dim: int = 512) -> None:
+    """Print what a code file holds, after checking it.
+
+    Args:
+        path: The code file.
+        embedding_dim: d, the width at which parameters are counted.
+    """
+    from ksub_ds.codes.inspection import describe
+    from ksub_ds.codes.table import CodeTable
+
+    table = CodeTable.load(path)
+    if embedding_dim < table.num_tables:
+        raise UserError(f"--embedding-dim {embedding_dim}: must be at least the {table.num_tables} tables of {path}")
+    rows = describe(table, embedding_dim)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def cluster(arguments: Sequence[str]) -> None:
+    """`ksub codes cluster` has its options in vectors/build.py, shared with preprocessing/build_codes.py."""
+    import tyro
+
+    from ksub_ds.common import distributed
+    from ksub_ds.vectors.build import ClusterVectors, build_codes, report
+
+    settings = tyro.cli(
+        ClusterVectors,
+        args=arguments,
+        prog="ksub codes cluster",
+        description=ClusterVectors.__doc__,
+    )
+    table = build_codes(settings)
+    if distributed.is_main():
+        print(report(table, settings.out))
+
+
+def neighbours(path: Positional[Path], token: Positional[str], tokenizer: Path, count: int = 10) -> None:
+    """Print the tokens that share most codes with a token: its leaf first, then by the number of shared codes.
+
+    Args:
+        path: The code file.
+        token: A token as the vocabulary spells it ("▁water", with the mark of a word's beginning).
+        tokenizer: SentencePiece .model or HuggingFace folder that the codes were made for.
+        count: How many to print.
+    """
+    from ksub_ds.codes.inspection import code_neighbours
+    from ksub_ds.codes.table import CodeTable
+    from ksub_ds.corpus.tokenizer import load_tokenizer
+
+    table, loaded = CodeTable.load(path), load_tokenizer(tokenizer)
+    theirs = table.metadata.get("tokenizer_fingerprint", loaded.fingerprint)
+    if table.num_tokens != loaded.vocab_size or theirs != loaded.fingerprint:
+        raise UserError(f"--tokenizer {tokenizer}: {path} was made for another tokenizer; give that one")
+    if count < 1:
+        raise UserError(f"--count {count}: must be at least 1")
+    tokens = loaded.tokens()
+    if token not in tokens:
+        alike = difflib.get_close_matches(token, [each for each in tokens if each[:2] == token[:2]], n=3)
+        marked = [each for each in (f"▁{token}", f"Ġ{token}") if each in tokens]
+        near = ", ".join(dict.fromkeys([*marked, *alike]))
+        raise UserError(f"{token!r} is no token of {tokenizer}" + (f"; near: {near}" if near else ""))
+    own = tokens.index(token)
+    width = max(len(f"{code}") for code in table.table_sizes)
+
+    def line(index: int, words: str) -> str:
+        codes = " ".join(f"{code:>{width}}" for code in table.codes[index].tolist())
+        return f"{codes}  {words:<14}  {index:>7}  {tokens[index]}"
+
+    print(line(own, "the token"))
+    for index, shared, same_leaf in code_neighbours(table, own, count):
+        print(
+            line(
+                index,
+                "same leaf" if same_leaf else f"{shared} of {table.num_tables} codes",
+            )
+        )
+
+
+def extend(arguments: Sequence[str]) -> None:
+    """`ksub codes extend` has its options in vectors/extend.py."""
+    import tyro
+
+    from ksub_ds.vectors.build import report
+    from ksub_ds.vectors.extend import ExtendCodes, extend_code_file
+
+    settings = tyro.cli(
+        ExtendCodes,
+        args=arguments,
+        prog="ksub codes extend",
+        description=ExtendCodes.__doc__,
+    )
+    print(report(extend_code_file(settings), settings.out))

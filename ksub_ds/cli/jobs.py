@@ -1,0 +1,41 @@
+"""`ksub submit`: jobs for SLURM, whose options are parsed here as the job will parse them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def submit(arguments: Sequence[str]) -> int:
+    """Submit a job, or print what would be submitted."""
+    from ksub_ds.cluster.submit import submit as submit_job
+
+    return submit_job(arguments, check_job)
+
+
+def check_job(settings: Any, arguments: list[str]) -> None:
+    """Parse what `ksub submit` is to hand to a job, as the job will, and check what needs no file.
+
+    Args:
+        settings: of `ksub submit` (cluster/submit.py).
+    """
+    import tyro
+
+    if settings.job == "pretrain":
+        from ksub_ds.pretrain.recipe import Recipe, find_deepspeed_config, resolve
+
+        recipe = tyro.cli(Recipe, args=arguments, prog="ksub pretrain")
+        find_deepspeed_config(resolve(recipe, settings.ranks, on_gpu=True).deepspeed)
+    elif settings.job == "evaluate":
+        from ksub_ds.evaluate.__main__ import settings_kind
+
+        tyro.cli(settings_kind(arguments), args=arguments[1:], prog="ksub evaluate")
+    else:
+        from ksub_ds.corpus.crawl_settings import ShardCC, check
+
+        check(
+            tyro.cli(
+                ShardCC,
+                args=arguments,
+                prog="preprocessing/shard_cc.py",
+                description=ShardCC.__doc__,
+            )
+        )

@@ -1,0 +1,104 @@
+"""`ksub export`, `compress`, `analyze`, `report` and `corpus stats`: what is done with a model, a run or shards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from ksub_ds.common.errors import UserError
+
+
+def corpus_stats(shards: Positional[Path], verify: bool = False) -> None:
+    """Print tokens and bytes per language of a shards folder beside the paper's Table 7.
+
+    Args:
+        shards: A folder of token shards: of shard_cc.py or shard_text.py.
+        verify: Also read all of every shard and compare its checksum; else only its head and length are looked at.
+    """
+    from ksub_ds.corpus.shards import ShardDataset
+    from ksub_ds.corpus.statistics import corpus_table
+
+    ShardDataset.open(shards, verify=verify)
+    print(corpus_table(shards))
+
+
+def compress(arguments: Sequence[str]) -> None:
+    """`ksub compress` has its options in pretrain/compress.py."""
+    import tyro
+
+    from ksub_ds.pretrain.compress import CompressModel, compress_model
+
+    compress_model(
+        tyro.cli(
+            CompressModel,
+            args=arguments,
+            prog="ksub compress",
+            description=CompressModel.__doc__,
+        )
+    )
+
+
+def export(
+    run: Positional[Path],
+    out: Path,
+    step: int | None = None,
+    remote_code: bool = False,
+    dense: bool = False,
+    onnx: bool = False,
+    license: str | None = None,
+) -> None:
+    """Write the model of a run as a HuggingFace folder, reload it and compare logits before publishing.
+
+    Args:
+        run: A run folder of `ksub pretrain`, or a folder of `ksub compress`.
+        out: The folder to write.
+        step: Export the checkpoint of this step. [the newest]
+        remote_code: Bring the model's code along: the folder opens without ksub_ds, by trust_remote_code=True.
+        dense: A plain XLM-R or RoBERTa with its N x d matrix, which any tool opens.
+        onnx: Write model.onnx too, compared with onnxruntime.
+        license: Of the weights, for the model card, as the Hub spells it (apache-2.0, cc-by-4.0).
+    """
+    from ksub_ds.pretrain.export import export_run
+
+    if remote_code and dense:
+        raise UserError("--remote-code and --dense: a dense folder needs no code of ours; give one of them")
+    form: Literal["ksub", "remote-code", "dense"] = "dense" if dense else "remote-code" if remote_code else "ksub"
+    export_run(run, out, step, form, onnx, license)
+
+
+def analyze(arguments: Sequence[str]) -> None:
+    """`ksub analyze` has its options in analysis/analyze.py."""
+    import tyro
+
+    from ksub_ds.analysis.analyze import Analyze, summary
+    from ksub_ds.analysis.analyze import analyze as run_analysis
+
+    print(summary(run_analysis(tyro.cli(Analyze, args=arguments, prog="ksub analyze"))))
+
+
+def report(
+    results: Positional[tuple[Path, ...]],
+    format: Literal["markdown", "csv", "latex"] = "markdown",
+    baseline: Path | None = None,
+    html: Path | None = None,
+) -> None:
+    """Join results of `ksub evaluate` into the paper's tables; or, with --html, write the page of a run.
+
+    Args:
+        results: Folders of `ksub evaluate xnli` or `glue`. With --html: a run folder, then any results
+            and analyses to show in its page.
+        format: How to print the tables.
+        baseline: The result that the others are compared with. [the first with a plain embedding]
+        html: Write the report of a pretraining run to this file.
+    """
+    if not results:
+        raise UserError("give the --out folders of `ksub evaluate xnli` or `glue`, or a run folder and --html FILE")
+    if html is not None:
+        from ksub_ds.analysis.run_report import write_report
+
+        write_report(results[0], html, results[1:])
+        return
+    from ksub_ds.evaluate.report import report as join_results
+
+    print(join_results(results, format, baseline))
