@@ -76,11 +76,11 @@ class Browser:
         for kind, x, y in places:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1, **more)
 
-    def finger(self, *places: tuple[float, float]) -> None:
-        """Put a finger down, draw it along the places and lift it."""
-        for index, (x, y) in enumerate(places):
-            kind = "touchMove" if index else "touchStart"
-            self.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y}])
+    def fingers(self, *places: list[tuple[float, float]]) -> None:
+        """Put fingers down at the first places, draw them along the others and lift them."""
+        for index, points in enumerate(places):
+            touches = [{"x": x, "y": y, "id": finger} for finger, (x, y) in enumerate(points)]
+            self.call("Input.dispatchTouchEvent", type="touchMove" if index else "touchStart", touchPoints=touches)
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def key(self, name: str, **more: Any) -> None:

@@ -314,8 +314,14 @@ def test_a_finger_turns_it_on_a_phone(analysis, page):
     assert page.value("document.documentElement.scrollWidth") <= 390
     assert 300 < width <= 390
     before = picture(page)
-    page.finger((x, y), (x + 20, y + 30), (x + 45, y + 60))
+    page.fingers([(x, y)], [(x + 20, y + 30)], [(x + 45, y + 60)])
     assert picture(page) != before
     assert page.value("[view.turn, view.tilt]") == pytest.approx([0.7 + 45 / 150, 0.45 + 60 / 150], abs=0.15)
     assert page.value("scrollY") == 0
+    turned = page.value("[view.turn, view.tilt]")
+    page.fingers([(x - 30, y), (x + 30, y)], [(x - 30, y), (x + 60, y)], [(x - 30, y), (x + 90, y)])
+    assert page.value("view.zoom") == pytest.approx(2, rel=0.3)
+    assert page.value("[view.turn, view.tilt]") == turned, "two fingers do not turn it"
+    page.fingers([(x, y)], [(x + 30, y)])
+    assert page.value("view.turn") > turned[0], "and then one does again"
     assert page.complaints == []
