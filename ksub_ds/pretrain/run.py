@@ -16,6 +16,7 @@ from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, resolve
 from ksub_ds.pretrain.recorder import Recorder
 from ksub_ds.pretrain.run_folder import RunFolder
 from ksub_ds.pretrain.saving import CheckpointWriter
+from ksub_ds.pretrain.sources import Sources, load_sources
 from ksub_ds.pretrain.stopping import StopRequest
 from ksub_ds.pretrain.warm_start import keep_copy
 
@@ -38,7 +39,7 @@ def run(recipe: Recipe) -> int:
     distributed.on_main(folder.lock)
     distributed.watchdog().on_failure = folder.record_failure
     try:
-        sources = distributed.in_agreement(lambda: prepare.load_sources(recipe))
+        sources = distributed.in_agreement(lambda: load_sources(recipe))
         distributed.on_main(lambda: folder.claim(sources.identity(recipe), sources.table, sources.tokenizer))
         if recipe.warm_start is not None:
             distributed.on_main(lambda: keep_copy(recipe.warm_start, folder.warm_start))
@@ -64,7 +65,7 @@ def _settle(recipe: Recipe, before: int | None) -> Recipe:
     return settled
 
 
-def _train(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> int:
+def _train(recipe: Recipe, folder: RunFolder, sources: Sources) -> int:
     rank, world_size, log = distributed.rank(), distributed.world_size(), get_logger()
     start, state = _start_state(recipe, folder, sources)
     if state.step >= recipe.max_steps:
@@ -108,7 +109,7 @@ def _train(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> int:
     return exit_codes[0] if exit_codes else 0
 
 
-def _start_state(recipe: Recipe, folder: RunFolder, sources: prepare.Sources) -> tuple[Path | None, TrainerState]:
+def _start_state(recipe: Recipe, folder: RunFolder, sources: Sources) -> tuple[Path | None, TrainerState]:
     """The checkpoint to continue from, and the state it holds; (None, step 0) for a fresh start."""
     fresh = TrainerState(codes_sha256=sources.table.sha256, data_fingerprint=sources.dataset.fingerprint)
 

@@ -6,8 +6,10 @@ import pytest
 
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.common.errors import UserError
-from ksub_ds.pretrain.prepare import load_sources
+from ksub_ds.corpus.text_shards import ShardText, shard_text
+from ksub_ds.pretrain.__main__ import main
 from ksub_ds.pretrain.recipe import Recipe
+from ksub_ds.pretrain.sources import load_sources
 
 from .conftest import Bench
 
@@ -20,3 +22,13 @@ def test_more_tables_than_columns(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"129\.safetensors: K = 129 tables, .* d = 128") as caught:
         load_sources(Recipe("tiny", bench.data, tmp_path / "run", tmp_path / "129.safetensors"))
     assert "\n" not in str(caught.value)
+
+
+def test_rows_longer_than_the_positions_leave_no_recipe(bench: Bench, tmp_path: Path) -> None:
+    text, long = tmp_path / "text", tmp_path / "long"
+    text.mkdir()
+    (text / "en.txt").write_text("one two three\n\n" * 50)
+    shard_text(ShardText(text, bench.data / "tokenizer", long, sequence_length=1024, validation_fraction=0.0))
+    arguments = ["--preset", "tiny", "--codes", str(bench.codes), "--out", str(tmp_path / "run"), "--max-steps", "1"]
+    assert main([*arguments, "--data", str(long)]) == 2
+    assert not (tmp_path / "run" / "recipe.json").exists(), "a corrected command would be refused"
