@@ -15,6 +15,7 @@ from ksub_ds.corpus.xlmr_tokenizer import MODEL_NAME
 from ksub_ds.evaluate.encoding import PairEncoder, load_encoder
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
+HUB_SECONDS = 10
 TOKENIZER_FILES = ("tokenizer.json", MODEL_NAME, "vocab.txt", "vocab.json")
 
 
@@ -51,14 +52,46 @@ def load_trained(path: str | Path) -> Any:
     return _load(str(path), None).eval()
 
 
+def find_model(path: str) -> None:
+    """Refuse at once what is no model: transformers asks an unreachable hub again and again, and names no fix.
+
+    Raises:
+        UserError: neither a folder with safetensors nor a name in the cache or on the hub.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
+            raise UserError(
+                f"{path}: holds pickled weights only (*.bin), which are never loaded; where you trust them, open the "
+                "model in transformers and save it anew: save_pretrained writes safetensors"
+            )
+        return
+    if path.count("/") > 1 or path.startswith((".", "/")) or folder.exists():
+        raise UserError(f"{path}: is not a model folder; give one (ksub export), or a name such as xlm-roberta-base")
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        if isinstance(try_to_load_from_cache(path, "config.json"), str):
+            return
+        if not constants.HF_HUB_OFFLINE:
+            HfApi().model_info(path, timeout=HUB_SECONDS)
+            return
+        reason = "HF_HUB_OFFLINE is set"
+    except (HFValidationError, RepositoryNotFoundError):
+        raise UserError(f"{path}: is neither a folder nor a model on the hub; check the name") from None
+    except Exception as error:  # of the HTTP library, which changes
+        reason = " ".join(str(error).split())[:100]
+    raise UserError(f"{path}: is no folder, not in the hub's cache, and the hub cannot be asked ({reason})")
+
+
 def _load(path: str, num_labels: int | None) -> Any:
     import torch
     from transformers import AutoModelForSequenceClassification
 
     import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
 
-    if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/")) or Path(path).exists()):
-        raise UserError(f"{path}: is not a model folder; give one (ksub export), or a name such as xlm-roberta-base")
+    find_model(path)
     settings = {} if num_labels is None else {"num_labels": num_labels}
     with _quiet_transformers():
         try:
@@ -94,8 +127,9 @@ def open_encoder(model: str, tokenizer: str | None) -> PairEncoder:
     """The tokenizer given, or the model folder's own.
 
     Raises:
-        UserError: the folder holds none, and none is given.
+        UserError: there is no such model; its folder holds no tokenizer, and none is given.
     """
+    find_model(model)
     folder = Path(model)
     if tokenizer is None and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{model}: holds no tokenizer; give --tokenizer FOLDER or a SentencePiece .model")

@@ -23,14 +23,15 @@ def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | No
     """Tables 4, then 2 and 3, of these results.
 
     Args:
-        paths: folders of `ksub evaluate xnli` or `glue`, or results.json files.
+        paths: folders of `ksub evaluate xnli` or `glue`, or results.json files; one named twice counts once.
         form: markdown, csv or latex.
         baseline: the one of them that the others are compared with. [the first with a plain embedding]
 
     Raises:
         UserError: no results there, unfinished or damaged ones.
     """
-    found = [result for path in paths for result in load(path)]
+    loaded = [result for path in paths for result in load(path)]
+    found = list({Path(result["_folder"]).resolve(): result for result in reversed(loaded)}.values())[::-1]
     if not found:
         raise UserError("give the --out folders of `ksub evaluate xnli` or `glue`")
     chosen = None

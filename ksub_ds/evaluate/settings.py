@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,8 +75,19 @@ class EvaluationSettings:
             raise UserError("--model: give at least one model")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"--seeds {' '.join(map(str, self.seeds))}: give different numbers from 0 on")
+        self._check_ranks()
         precision = self.precision or ("bf16" if distributed.has_gpu() else "fp32")
         return dataclasses.replace(self, precision=precision)
+
+    def _check_ranks(self) -> None:
+        if distributed.has_gpu():
+            import torch
+
+            most, what = torch.cuda.device_count(), "GPUs"
+        else:
+            most, what = len(os.sched_getaffinity(0)), "cores"
+        if self.ranks_per_job > max(2, most):  # two share one core well enough for a trial
+            raise UserError(f"--ranks-per-job {self.ranks_per_job}: this machine has {most} {what}")
 
     def folders(self) -> dict[str, Path]:
         """The results folder of each model: OUT, or OUT/<name> for several.

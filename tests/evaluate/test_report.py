@@ -53,6 +53,7 @@ def test_differences_and_paired_test(tmp_path: Path) -> None:
     assert gap[-2] == f"{100 * (theirs['average'] - ours['average']):+.1f}" and float(gap[-1]) < 0.001
     assert cells(text, "plain (plain) - paper, plain")[-2] == f"{100 * ours['average'] - 50.7:+.1f}"
     assert "no train set for bg" in text
+    assert report([plain, coded, tmp_path / "plain" / ".", plain / "results.json"]) == text, "named twice, shown once"
     # the other way round, by name; other rows are not compared
     assert "plain (plain) - coded (clustered)" in report([plain, coded], baseline=coded)
     stored = json.loads((coded / "predictions.json").read_text())

@@ -90,17 +90,37 @@ def test_languages_without_data_are_named_and_left_out(
         (["--languages", "xx"], "--languages xx: XNLI's are en, fr"),
         (["--max-length", "600"], "has positions for 512 tokens"),
         (["--data", "nowhere"], "--data nowhere: is not a folder"),
-        (["--model", "nowhere/else/at/all"], "finds no model there|holds no tokenizer|no tokenizer there"),
+        (["--model", "nowhere/else/at/all"], "is not a model folder; give one"),
+        (["--model", "xlm-robrta-base"], r"is no folder, not in the hub's cache, and the hub cannot be asked \(HF_HUB"),
+        (["--ranks-per-job", "999"], r"--ranks-per-job 999: this machine has \d+ (cores|GPUs)"),
     ],
 )
 def test_mistakes_are_one_line(
-    tiny_model: Path, tiny_xnli: Path, tmp_path: Path, capsys: Any, change: list[str], message: str
+    tiny_model: Path,
+    tiny_xnli: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    change: list[str],
+    message: str,
 ) -> None:
     import re
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main([*arguments(tiny_model, tiny_xnli, tmp_path / "out"), *change]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and re.search(message, error[0])
+
+
+def test_pickled_weights_are_refused_with_the_way_out(
+    tiny_model: Path, tiny_xnli: Path, tmp_path: Path, capsys: Any
+) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert main(arguments(folder, tiny_xnli, tmp_path / "out")) == 2
+    assert "holds pickled weights only (*.bin), which are never loaded" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- workers that die
