@@ -30,8 +30,10 @@ def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | No
     Raises:
         UserError: no results there, unfinished or damaged ones.
     """
-    loaded = [result for path in paths for result in load(path)]
-    found = list({Path(result["_folder"]).resolve(): result for result in reversed(loaded)}.values())[::-1]
+    once: dict[Path, dict[str, Any]] = {}
+    for result in (result for path in paths for result in load(path)):
+        once.setdefault(Path(result["_folder"]).resolve(), result)
+    found = list(once.values())
     if not found:
         raise UserError("give the --out folders of `ksub evaluate xnli` or `glue`")
     chosen = None
