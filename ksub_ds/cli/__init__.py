@@ -110,7 +110,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _answer(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
     if arguments[0] == "--version":
@@ -133,7 +133,10 @@ def _answer(arguments: list[str]) -> int:
     if group and arguments[1:2] in ([], ["-h"], ["--help"]):
         print("\n".join(["usage:"] + [f"  ksub {name}  {COMMANDS[name].summary}" for name in group]))
         return 0 if arguments[1:] else 2
-    near = difflib.get_close_matches(" ".join(arguments[:2]), COMMANDS, n=1, cutoff=0.3)
+    names = dict.fromkeys([*COMMANDS, *(name.split()[0] for name in COMMANDS)])
+    near = difflib.get_close_matches(" ".join(arguments[:2]), names, n=1) or difflib.get_close_matches(
+        arguments[0], names, n=1
+    )
     hint = f"; did you mean `ksub {near[0]}`?" if near else ""
     print(
         f"error: no command {' '.join(arguments[:2])!r}{hint} (see ksub --help)",

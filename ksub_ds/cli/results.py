@@ -95,6 +95,8 @@ def report(
     if not results:
         raise UserError("give the --out folders of `ksub evaluate xnli` or `glue`, or a run folder and --html FILE")
     if html is not None:
+        if baseline is not None or format != "markdown":
+            raise UserError("--html: --baseline and --format are of the tables alone; leave them out")
         from ksub_ds.analysis.run_report import write_report
 
         write_report(results[0], html, results[1:])

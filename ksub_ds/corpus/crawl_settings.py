@@ -8,7 +8,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.dedup import Mode
 from ksub_ds.corpus.langid import LANGUAGES, IdentifierName
 from ksub_ds.corpus.perplexity import BUCKETS
-from ksub_ds.corpus.snapshot import BASE_URL
+from ksub_ds.corpus.snapshot import BASE_URL, check_request
 
 SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
 
@@ -69,6 +69,8 @@ def check(settings: ShardCC) -> None:
     """Raise UserError for a setting out of range, or a place to write that is none."""
     if bool(settings.input) == (settings.snapshot is not None):
         raise UserError("give either --input FILES or --snapshot NAME")
+    if settings.snapshot is not None:
+        check_request(settings.snapshot, settings.segments, settings.base_url, settings.connections)
     if settings.min_length < 1:
         raise UserError(f"--min-length {settings.min_length}: must be at least 1")
     if not SHORTEST_SEQUENCE <= settings.sequence_length <= LONGEST_SEQUENCE:

@@ -90,6 +90,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: missing, damaged, of another format, or with a path that leaves the folder.
     """
     path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder; give one of token shards")
     if not path.is_file():
         raise UserError(
             f"{folder}: holds no {MANIFEST}; make shards with preprocessing/shard_text.py (or let it finish)"
@@ -112,10 +114,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: fingerprint does not match its entries; the manifest was changed: shard the text anew"
             )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: is not a manifest of token shards ({error!r} is missing); shard the text anew"
-        ) from error
+    except KeyError as error:
+        raise UserError(f"{path}: lacks {error}; the manifest was changed: shard the text anew") from error
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is not a manifest of token shards; shard the text anew") from error
     return manifest
 
 

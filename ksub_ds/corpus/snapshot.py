@@ -46,12 +46,7 @@ def fetch_snapshot(
         UserError: a wrong argument, a snapshot or file that is not there, a listing with a path that Common Crawl
             does not have, a server that does not answer, a full disk.
     """
-    name, first, last = _snapshot_name(snapshot), *_parse_range(segments)
-    address = urllib.parse.urlsplit(base_url)
-    if address.scheme not in ("http", "https") or not address.hostname or address.query or address.fragment:
-        raise UserError(f"--base-url {base_url}: must be like {BASE_URL}")
-    if connections < 1:
-        raise UserError(f"--connections {connections}: must be at least 1")
+    name, first, last = check_request(snapshot, segments, base_url, connections)
     downloads = Downloads(base_url.rstrip("/"), cache, connections, patience)
     listing = downloads.fetch([f"crawl-data/{name}/wet.paths.gz"])[0]
     lines = _read_listing(listing)
@@ -64,6 +59,21 @@ def fetch_snapshot(
     if len(set(lines[first:last])) < last - first:
         raise UserError(f"{listing}: names a file twice; is --base-url right?")
     return downloads.fetch(lines[first:last])
+
+
+def check_request(snapshot: str, segments: str, base_url: str, connections: int) -> tuple[str, int, int]:
+    """What can be told without asking the server: the snapshot's full name, and the range of its files.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    name, first, last = _snapshot_name(snapshot), *_parse_range(segments)
+    address = urllib.parse.urlsplit(base_url)
+    if address.scheme not in ("http", "https") or not address.hostname or address.query or address.fragment:
+        raise UserError(f"--base-url {base_url}: must be like {BASE_URL}")
+    if connections < 1:
+        raise UserError(f"--connections {connections}: must be at least 1")
+    return name, first, last
 
 
 def _snapshot_name(snapshot: str) -> str:

@@ -57,3 +57,12 @@ def test_a_reader_that_has_seen_enough() -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("cods", "codes"), ("reprot x", "report"), ("corpus stat", "corpus stats")]
+)
+def test_a_mistyped_command_is_guessed(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(typed.split()) == 2
+    assert f"did you mean `ksub {meant}`?" in capsys.readouterr().err
+    assert main(["preflight", "--help"]) == 2 and "did you mean" not in capsys.readouterr().err

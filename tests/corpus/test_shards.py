@@ -119,8 +119,14 @@ def test_strange_language_codes_are_refused(copy: Path, language: str) -> None:
 
 
 def test_manifest_mistakes(copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no manifest"):
+    with pytest.raises(UserError, match="nowhere: is not a folder"):
         ShardDataset.open(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no manifest"):
+        ShardDataset.open(tmp_path)
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match="is not a manifest of token shards"):
+        ShardDataset.open(tmp_path / "list")
     change_manifest(copy, lambda manifest: manifest["languages"]["en"]["files"][0].update(sequences=1), refresh=False)
     with pytest.raises(UserError, match="fingerprint"):
         ShardDataset.open(copy)
@@ -131,7 +137,7 @@ def test_manifest_mistakes(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="format is 99"):
         ShardDataset.open(copy)
     (copy / "manifest.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match="is not a manifest"):
+    with pytest.raises(UserError, match="lacks 'languages'"):
         ShardDataset.open(copy)
     (copy / "manifest.json").write_text("[1")
     with pytest.raises(UserError, match="not valid JSON"):
