@@ -16,8 +16,8 @@ import numpy as np
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_path
 from ksub_ds.common.logging import Progress, get_logger
+from ksub_ds.evaluate import state
 from ksub_ds.evaluate.batching import batches_per_epoch, training_batches
 from ksub_ds.evaluate.encoding import Encoded
 from ksub_ds.evaluate.scoring import to_device
@@ -55,15 +55,6 @@ class Outcome:
     best_epoch: int
 
 
-@dataclass
-class _Position:
-    """How far a fine-tuning is."""
-
-    step: int = 0
-    loss_sum: float = 0.0  # of the epoch that runs
-    epochs: list[dict[str, Any]] | None = None
-
-
 def finetune(
     model: Any,
     train: Encoded,
@@ -87,57 +78,86 @@ def finetune(
     Raises:
         UserError: a loss that is not finite, a batch that the ranks cannot share.
     """
-    import torch
-
-    total = settings.epochs * batches_per_epoch(len(train), settings.batch_size)
-    module = make_classifier_module(model, settings.regression, settings.precision)
-    updates, rank, world_size = _updates(module, settings, several_ranks)
-    device = next(model.parameters()).device
-    stamp = hashlib.sha256(f"{identity}\0{json.dumps(asdict(settings))}\0{len(train)}".encode()).hexdigest()
-    position = _load_state(work, updates, stamp)
-    epochs = position.epochs = position.epochs or []
-    steps_an_epoch = total // settings.epochs
-    lengths = train.lengths()
-    writes = rank == 0
-
-    with Progress(total, "steps", f"fine-tuning {work.name}", done=position.step) as progress:
-        while position.step < total:
-            epoch, first = divmod(position.step, steps_an_epoch)
-            model.train()
-            for rows in training_batches(lengths, settings.batch_size, settings.seed, epoch)[first:]:
-                # ------------------------------------------------------------ one update
-                batch, labels_B, weight = _share(train, rows, rank, world_size, settings.regression)
-                torch.manual_seed(_dropout_seed(settings.seed, position.step, rank))
-                inputs = to_device(batch, device)
-                loss, _ = updates.forward(labels_B=torch.from_numpy(labels_B).to(device), **inputs)
-                updates.apply(loss * (weight / len(rows)), _learning_rate(settings, position.step, total))
-                # ------------------------------------------------------------------------
-                position.step += 1
-                value = loss.item() * weight / len(rows)
-                position.loss_sum += distributed.all_reduce_sum([value])[0] if several_ranks else value
-                if not math.isfinite(position.loss_sum):
-                    raise UserError(
-                        f"{work.name}: the loss is not finite at step {position.step}; try a lower learning rate"
-                    )
-                if position.step % CLAIM_CHECK_STEPS == 0:
-                    check()
-                done = position.step % steps_an_epoch or steps_an_epoch
-                progress.advance(epoch=epoch + 1, loss=f"{position.loss_sum / done:.4f}")
-                if writes and position.step % settings.save_every_steps == 0 and done != steps_an_epoch:
-                    _save_state(work, updates, position, stamp)
-            scores = validate(model) if writes or not several_ranks else {}
+    run = _Run(model, train, settings, work, identity, several_ranks)
+    position = run.position
+    with Progress(run.total_steps, "steps", f"fine-tuning {work.name}", done=position.step) as progress:
+        while position.step < run.total_steps:
+            run.train_epoch(progress, check)
+            scores = validate(model) if run.writes else {}
             scores = distributed.broadcast_object(scores) if several_ranks else scores
-            epochs.append({"epoch": epoch + 1, "loss": position.loss_sum / steps_an_epoch, **scores})
-            position.loss_sum = 0.0
-            get_logger().info(f"{work.name}: epoch {epoch + 1}: validation {scores['score']:.4f}")
+            run.end_epoch(scores)
             check()
-            if writes:
-                if _best(epochs) == epoch:
-                    _save_best(work, model)
-                _save_state(work, updates, position, stamp)
-    if writes:
-        _load_best(work, model)
-    return Outcome(epochs, _best(epochs) + 1)
+            run.keep_epoch()
+    if run.writes:
+        state.load_best(work, model)
+    return Outcome(position.epochs, _best(position.epochs) + 1)
+
+
+class _Run:
+    """A fine-tuning on its way: its module and optimizer, its state on disk, and how far it is."""
+
+    def __init__(
+        self, model: Any, train: Encoded, settings: FineTuning, work: Path, identity: str, several_ranks: bool
+    ):
+        self.model, self.train, self.settings, self.work = model, train, settings, work
+        self.several_ranks = several_ranks
+        self.steps_an_epoch = batches_per_epoch(len(train), settings.batch_size)
+        self.total_steps = settings.epochs * self.steps_an_epoch
+        module = make_classifier_module(model, settings.regression, settings.precision)
+        self.updates, self.rank, self.world_size = _updates(module, settings, several_ranks)
+        self.writes = self.rank == 0
+        stamp = f"{identity}\0{json.dumps(asdict(settings))}\0{len(train)}"
+        self.stamp = hashlib.sha256(stamp.encode()).hexdigest()
+        self.position = state.load_state(work, self.updates, self.stamp)
+
+    def train_epoch(self, progress: Progress, check: Callable[[], None]) -> None:
+        """The updates that are left of the epoch that runs."""
+        position, settings = self.position, self.settings
+        epoch, first = divmod(position.step, self.steps_an_epoch)
+        self.model.train()
+        for rows in training_batches(self.train.lengths(), settings.batch_size, settings.seed, epoch)[first:]:
+            position.loss_sum += self.update(rows)
+            position.step += 1
+            if not math.isfinite(position.loss_sum):
+                raise UserError(
+                    f"{self.work.name}: the loss is not finite at step {position.step}; try a lower learning rate"
+                )
+            if position.step % CLAIM_CHECK_STEPS == 0:
+                check()
+            done = position.step % self.steps_an_epoch or self.steps_an_epoch
+            progress.advance(epoch=epoch + 1, loss=f"{position.loss_sum / done:.4f}")
+            if self.writes and position.step % settings.save_every_steps == 0 and done != self.steps_an_epoch:
+                state.save_state(self.work, self.updates, position, self.stamp)
+
+    def update(self, rows: np.ndarray) -> float:
+        """One update by a batch; returns its mean loss."""
+        import torch
+
+        settings, device = self.settings, next(self.model.parameters()).device
+        batch, labels_B, weight = _share(self.train, rows, self.rank, self.world_size, settings.regression)
+        torch.manual_seed(_dropout_seed(settings.seed, self.position.step, self.rank))
+        inputs = to_device(batch, device)
+        loss, _ = self.updates.forward(labels_B=torch.from_numpy(labels_B).to(device), **inputs)
+        rate = _learning_rate(settings, self.position.step, self.total_steps)
+        self.updates.apply(loss * (weight / len(rows)), rate)
+        value: float = loss.item() * weight / len(rows)
+        return distributed.all_reduce_sum([value])[0] if self.several_ranks else value
+
+    def end_epoch(self, scores: dict[str, Any]) -> None:
+        """Note the scores of the epoch that is through."""
+        position = self.position
+        epoch = len(position.epochs) + 1
+        position.epochs.append({"epoch": epoch, "loss": position.loss_sum / self.steps_an_epoch, **scores})
+        position.loss_sum = 0.0
+        get_logger().info(f"{self.work.name}: epoch {epoch}: validation {scores['score']:.4f}")
+
+    def keep_epoch(self) -> None:
+        """Save the state, and the weights if no epoch before was as good."""
+        if not self.writes:
+            return
+        if _best(self.position.epochs) == len(self.position.epochs) - 1:
+            state.save_best(self.work, self.model)
+        state.save_state(self.work, self.updates, self.position, self.stamp)
 
 
 def _updates(module: Any, settings: FineTuning, several_ranks: bool) -> tuple[Updates, int, int]:
@@ -177,82 +197,3 @@ def _learning_rate(settings: FineTuning, steps_done: int, total: int) -> float:
 def _best(epochs: list[dict[str, Any]]) -> int:
     """Index of the first epoch with the highest score."""
     return max(range(len(epochs)), key=lambda index: (epochs[index]["score"], -index))
-
-
-# ---------------------------------------------------------------- state between two tries
-
-
-def _save_state(work: Path, updates: Updates, position: _Position, stamp: str) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name, parameter in updates.module.named_parameters():
-        tensors[f"weight.{name}"] = parameter.detach().contiguous()
-        for key, value in updates.optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value.detach().contiguous()
-    about = {"stamp": stamp, "position": json.dumps(asdict(position))}
-    with _explained(work), atomic_path(work / "state.safetensors") as temporary:
-        save_file(tensors, temporary, metadata=about)
-
-
-def _load_state(work: Path, updates: Updates, stamp: str) -> _Position:
-    """Put a saved state into module and optimizer. A state of something else, or a damaged one, is passed over."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    path = work / "state.safetensors"
-    try:
-        with safe_open(path, framework="pt") as stream, torch.no_grad():
-            about = stream.metadata() or {}
-            if about.get("stamp") != stamp:
-                return _Position()
-            names = set(stream.keys())
-            for name, parameter in updates.module.named_parameters():
-                parameter.copy_(stream.get_tensor(f"weight.{name}"))
-                state = {}
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    if f"{key}.{name}" in names:
-                        value = stream.get_tensor(f"{key}.{name}")
-                        state[key] = value if key == "step" and parameter.is_cpu else value.to(parameter.device)
-                if state:
-                    updates.optimizer.state[parameter] = state
-            return _Position(**json.loads(about["position"]))
-    except (OSError, SafetensorError):
-        return _Position()
-
-
-def _save_best(work: Path, model: Any) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-    with _explained(work), atomic_path(work / "best.safetensors") as temporary:
-        save_file(tensors, temporary)
-
-
-def _load_best(work: Path, model: Any) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    stored = load_file(work / "best.safetensors")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(stored[name])
-
-
-def _explained(work: Path) -> Any:
-    """A full disk is the user's to mend."""
-    import contextlib
-    from collections.abc import Iterator
-
-    from safetensors import SafetensorError
-
-    @contextlib.contextmanager
-    def explained() -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{work}: cannot be written ({error}); free some space, the same command goes on"
-            ) from error
-
-    return explained()

@@ -7,100 +7,40 @@ MNLI: its jobs come first, or `--mnli-checkpoint` names one. Scores are on valid
 are not public. All cells are kept in results.json.
 """
 
-import dataclasses
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import sha256_bytes, write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate import metrics, tables
-from ksub_ds.evaluate.classifier import check_fit, describe, fingerprint, open_encoder
-from ksub_ds.evaluate.drain import Plan
-from ksub_ds.evaluate.encoding import Encoded, encode
-from ksub_ds.evaluate.finetune import FineTuning
-from ksub_ds.evaluate.queue import Job, Queue
-from ksub_ds.evaluate.rows import Rows, Source
+from ksub_ds.evaluate.classifier import fingerprint
+from ksub_ds.evaluate.evaluation import EvaluationPlan
+from ksub_ds.evaluate.queue import Job
+from ksub_ds.evaluate.rows import Rows
 from ksub_ds.evaluate.scoring import predict
-from ksub_ds.evaluate.settings import EvaluationSettings, positive_rate
 from ksub_ds.evaluate.tasks import GLUE_TASKS, MNLI_MATCHED_ROWS
-from ksub_ds.evaluate.training import TrainingJob, forget_state, train_classifier, train_on_ranks
-
-TaskName = Literal["sst2", "mnli", "qnli", "qqp", "rte", "mrpc", "cola", "stsb"]
+from ksub_ds.evaluate.training import TrainingJob, train_classifier
 
 
-@dataclass(frozen=True, kw_only=True)
-class GlueSettings(EvaluationSettings):
-    """Fine-tune on GLUE's tasks over a grid. The same command again continues, or helps as one more worker."""
+class GluePlan(EvaluationPlan):
+    """The queue of one model's GLUE evaluation; arguments and errors as EvaluationPlan's."""
 
-    tasks: tuple[TaskName, ...] | None = None
-    """These only. [all that have data; the others are named]"""
-    learning_rates: tuple[float, ...] = (1e-5, 2e-5, 3e-5)
-    """One side of the grid."""
-    batch_sizes: tuple[int, ...] = (16, 32)
-    """The other side."""
-    mnli_checkpoint: str | None = None
-    """Fine-tuned folder that RTE, STS-B and MRPC start from. [the best of this evaluation's own MNLI]"""
-    keep_models: bool = False
-    """Keep the best epoch of every cell as a model folder, not only MNLI's."""
+    kind = "glue"
 
-    def checked(self) -> "GlueSettings":
-        """As EvaluationSettings, with Table 6's 10 epochs."""
-        for rate in self.learning_rates:
-            positive_rate("--learning-rates", rate)
-        if not self.learning_rates or not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise UserError("--learning-rates and --batch-sizes: give at least one of each, batch sizes from 1 on")
-        if self.tasks is not None and not self.tasks:
-            raise UserError(f"--tasks: give some of {' '.join(GLUE_TASKS)}")
-        tasks = None if self.tasks is None else tuple(task for task in GLUE_TASKS if task in self.tasks)
-        rates, sizes = tuple(sorted(set(self.learning_rates))), tuple(sorted(set(self.batch_sizes)))
-        epochs = 10 if self.epochs is None else self.epochs
-        return dataclasses.replace(
-            super().checked(), epochs=epochs, tasks=tasks, learning_rates=rates, batch_sizes=sizes
-        )
-
-
-class GluePlan(Plan):
-    """The queue of one model's GLUE evaluation.
-
-    Args:
-        settings: checked.
-        model: one of settings.model.
-        folder: where its results go.
-
-    Raises:
-        UserError: data, model or tokenizer cannot be used; other settings are in the folder.
-    """
-
-    def __init__(self, settings: GlueSettings, model: str, folder: Path):
-        self.settings, self.model, self.folder = settings, model, folder
-        self.source = Source(settings.data)
-        self.encoder = open_encoder(model, settings.tokenizer)
-        check_fit(model, self.encoder, settings.max_length)
+    def find_splits(self) -> list[tuple[str, str]]:
+        """As EvaluationPlan."""
         self._find_tasks()
-        self.about = describe(model)
-        splits = [(task, split) for task in self.tasks for split in ("train", *self._validation_splits(task))]
-        prints = [f"{task} {split} {self.source.fingerprint(task, split)}" for task, split in splits]
-        self.data = {"path": settings.data, "fingerprint": sha256_bytes("\n".join(prints).encode())}
-        values = settings.identity()
-        if settings.mnli_checkpoint is not None:
-            values["mnli_checkpoint"] = fingerprint(settings.mnli_checkpoint)
-        self.values = values
-        identity = {
-            "kind": "glue",
-            "settings": values,
-            "model": self.about["fingerprint"],
-            "tokenizer": self.encoder.fingerprint,
-            "data": self.data["fingerprint"],
-        }
-        self.identity = sha256_bytes(repr(identity).encode())
-        self.queue = Queue(folder, identity, self._jobs())
-        self._encoded: dict[tuple[str, str], Encoded] = {}
+        return [(task, split) for task in self.tasks for split in ("train", *self._validation_splits(task))]
+
+    def setting_values(self) -> dict[str, Any]:
+        """As EvaluationPlan; a checkpoint counts by its content."""
+        values = super().setting_values()
+        if self.settings.mnli_checkpoint is not None:
+            values["mnli_checkpoint"] = fingerprint(self.settings.mnli_checkpoint)
+        return values
 
     def _find_tasks(self) -> None:
         """The tasks with data; the others are named here and in the results, or refused when asked for by name."""
@@ -141,7 +81,8 @@ class GluePlan(Plan):
             return f"the MNLI checkpoint {self.settings.mnli_checkpoint}"
         return "this evaluation's best MNLI checkpoint" if "mnli" in self.tasks else "the pretrained model"
 
-    def _jobs(self) -> list[Job]:
+    def make_jobs(self) -> list[Job]:
+        """As EvaluationPlan."""
         cells: dict[str, list[str]] = {}
         jobs = []
         for task in sorted(self.tasks, key=lambda name: name != "mnli"):  # what others wait for comes first
@@ -159,26 +100,16 @@ class GluePlan(Plan):
 
     # ---------------------------------------------------------------- data
 
-    def encoded(self, task: str, split: str) -> Encoded:
-        """A split of a task, tokenised. MNLI's development sets are "matched" and "mismatched"."""
-        if (task, split) not in self._encoded:
-            settings = self.settings
-            rows = self._rows(task, split)
-            limit = settings.max_train_examples if split == "train" else settings.max_test_examples
-            rows = rows if limit is None else rows.part(0, limit)
-            self._encoded[task, split] = encode(rows, self.encoder, settings.max_length, settings.cache)
-        return self._encoded[task, split]
-
-    def _rows(self, task: str, split: str) -> Rows:
-        columns = GLUE_TASKS[task].columns
-        if task != "mnli" or split == "train":
-            return self.source.read(task, split, columns)
-        if f"validation_{split}" in self._validation_splits(task):
-            return self.source.read(task, f"validation_{split}", columns)
-        both = self.source.read(task, "validation", columns)
-        if split == "matched":
-            return both.part(0, MNLI_MATCHED_ROWS)
-        return both.part(MNLI_MATCHED_ROWS, len(both))
+    def read(self, part: str, split: str, limit: int | None) -> Rows:
+        """As EvaluationPlan. MNLI's development sets are "matched" and "mismatched"."""
+        columns = GLUE_TASKS[part].columns
+        if split not in ("matched", "mismatched"):
+            return self.source.read(part, split, columns, limit)
+        if f"validation_{split}" in self._validation_splits(part):
+            return self.source.read(part, f"validation_{split}", columns, limit)
+        both = self.source.read(part, "validation", columns)
+        matched, others = both.part(0, MNLI_MATCHED_ROWS), both.part(MNLI_MATCHED_ROWS, len(both))
+        return (matched if split == "matched" else others).part(0, limit or len(both))
 
     def _parts(self, task: str) -> list[str]:
         """The validation sets of a task, the one that selects first."""
@@ -192,38 +123,11 @@ class GluePlan(Plan):
 
     # ---------------------------------------------------------------- work
 
-    def run(self, jobs: list[Job], still_ours: Callable[[], None]) -> list[dict[str, Any]]:
-        """Do one cell of the grid."""
-        (job,) = jobs
-        ranks, work = self.settings.ranks_per_job, self.queue.work(job.name)
-        if ranks > 1:
-            settings = dataclasses.asdict(self.settings)
-            settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-            task = {"plan": "glue", "settings": settings, "model": self.model, "folder": str(self.folder)}
-            result = train_on_ranks(task, job.name, work, ranks, still_ours)
-        else:
-            result = self.train(job, still_ours)
-        still_ours()
-        forget_state(work)
-        return [result]
-
     def train(self, job: Job, check: Callable[[], None], several_ranks: bool = False) -> dict[str, Any]:
         """One cell: fine-tune, and score validation after each epoch."""
-        about, settings = job.settings, self.settings
-        task = about["task"]
+        about, task = job.settings, job.settings["task"]
         parts, body = self._parts(task), self._body(task)
-        tuning = FineTuning(
-            settings.epochs or 1,
-            about["batch_size"],
-            about["learning_rate"],
-            about["seed"],
-            regression=GLUE_TASKS[task].regression,
-            warmup_ratio=settings.warmup_ratio,
-            weight_decay=settings.weight_decay,
-            gradient_clipping=settings.gradient_clipping,
-            precision=settings.precision or "fp32",
-            save_every_steps=settings.save_every_steps,
-        )
+        regression = GLUE_TASKS[task].regression
         training = TrainingJob(
             self.model,
             body,
@@ -233,8 +137,8 @@ class GluePlan(Plan):
             self.queue.work(job.name),
             f"{self.identity} {job.name} {body}",
             self.encoder,
-            tuning,
-            keep_model=settings.keep_models or task == "mnli",
+            self.tuning(about["learning_rate"], about["batch_size"], about["seed"], regression),
+            keep_model=self.settings.keep_models or task == "mnli",
         )
         return train_classifier(training, check, several_ranks)
 
@@ -246,7 +150,7 @@ class GluePlan(Plan):
             return self.settings.mnli_checkpoint
         if "mnli" not in self.tasks:
             return None
-        best = self._best_cell("mnli", [self._cell(name) for name in self.cells["mnli"]])
+        best = _best_cell([self._cell(name) for name in self.cells["mnli"]])
         return str(self.queue.work(best["cell"]) / "model")
 
     def _validate(self, model: Any, task: str, parts: list[str]) -> dict[str, Any]:
@@ -254,7 +158,7 @@ class GluePlan(Plan):
         scores: dict[str, Any] = {}
         for part in parts:
             encoded = self.encoded(task, part)
-            logits = predict(model, encoded, self.settings.precision or "fp32")
+            logits = predict(model, encoded, self.settings.precision)
             if part == "mismatched" and scores:
                 classes = logits.argmax(axis=1)
                 scores["mismatched"] = float((classes == encoded.labels).mean())
@@ -271,11 +175,6 @@ class GluePlan(Plan):
         place = {key: about[key] for key in ("learning_rate", "batch_size", "seed")}
         return {"cell": name, **place, "best_epoch": result["best_epoch"], **best, "epochs": result["epochs"]}
 
-    @staticmethod
-    def _best_cell(task: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
-        """The first with the highest score."""
-        return max(cells, key=lambda cell: cell["score"])
-
     def finish(self) -> None:
         """Write results.json and table.md."""
         test: dict[str, Any] = {}
@@ -283,7 +182,7 @@ class GluePlan(Plan):
             cells = [self._cell(name) for name in self.cells[task]]
             names = [*GLUE_TASKS[task].metrics, *(["mismatched"] if "mismatched" in cells[0] else [])]
             median = {name: statistics.median(cell[name] for cell in cells) for name in names}
-            best = {key: value for key, value in self._best_cell(task, cells).items() if key != "epochs"}
+            best = {key: value for key, value in _best_cell(cells).items() if key != "epochs"}
             test[task] = {"best": best, "median": median, "starts_from": self._start(task), "cells": cells}
         results = {
             "task": "glue",
@@ -291,18 +190,11 @@ class GluePlan(Plan):
             "split": "validation",
             "test": test,
             "average": float(np.mean([scores["best"]["score"] for scores in test.values()])),
-            "model": self.about,
-            "tokenizer": {"path": self.settings.tokenizer or self.model, "fingerprint": self.encoder.fingerprint},
-            "data": self.data,
+            **self.origin(),
             "missing": self.missing,
             "settings": self.values,
         }
-        tables.write_text(self.folder / "table.md", tables.glue_table([results], "markdown"))
-        write_json(self.folder / "results.json", results)
-
-    def summary(self) -> str:
-        """What the command prints at the end."""
-        return (self.folder / "table.md").read_text(encoding="utf-8")
+        self.write_results(results, tables.glue_table([results], "markdown"))
 
 
 def score(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -310,3 +202,8 @@ def score(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     if GLUE_TASKS[task].regression:
         return metrics.regression(logits[:, 0].astype(np.float64), labels)
     return metrics.classification(logits.argmax(axis=1), labels.astype(np.int64), GLUE_TASKS[task].metrics)
+
+
+def _best_cell(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first with the highest score."""
+    return max(cells, key=lambda cell: cell["score"])

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ksub_ds.evaluate.glue import GluePlan, GlueSettings
-from ksub_ds.evaluate.xnli import XnliPlan, XnliSettings
+from ksub_ds.evaluate.glue import GluePlan
+from ksub_ds.evaluate.settings import GlueSettings, XnliSettings
+from ksub_ds.evaluate.xnli import XnliPlan
 
 KINDS: dict[str, tuple[Any, Any]] = {"xnli": (XnliSettings, XnliPlan), "glue": (GlueSettings, GluePlan)}
 

@@ -1,4 +1,4 @@
-"""Settings that XNLI and GLUE share; Table 6 of the paper where it says something."""
+"""What `ksub evaluate xnli` and `glue` take, with the values of the paper's Table 6 where it says something."""
 
 import dataclasses
 import math
@@ -9,9 +9,22 @@ from typing import Any, Literal
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
+from ksub_ds.evaluate.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
 
+XNLI_EPOCHS, GLUE_EPOCHS = {CROSS_LINGUAL: 10, TRANSLATE_TRAIN_ALL: 5}, 10
+GlueTaskName = Literal["sst2", "mnli", "qnli", "qqp", "rte", "mrpc", "cola", "stsb"]
 # What may differ between the workers of one evaluation: it does not touch the scores.
 FREE_KEYS = ("model", "data", "out", "tokenizer", "save_every_steps", "ranks_per_job", "cache", "keep_models")
+
+
+def positive_rate(name: str, value: float) -> None:
+    """Refuse a learning rate that cannot be.
+
+    Raises:
+        UserError: not between 0 and 1.
+    """
+    if not 0 < value < 1:
+        raise UserError(f"{name} {value}: must be above 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +126,62 @@ class EvaluationSettings:
         }
 
 
-def positive_rate(name: str, value: float) -> None:
-    """Refuse a learning rate that cannot be.
+@dataclass(frozen=True, kw_only=True)
+class XnliSettings(EvaluationSettings):
+    """Fine-tune on XNLI and test 15 languages. The same command again continues, or helps as one more worker."""
 
-    Raises:
-        UserError: not between 0 and 1.
-    """
-    if not 0 < value < 1:
-        raise UserError(f"{name} {value}: must be above 0 and below 1")
+    setting: Literal["cross-lingual", "translate-train-all"]
+    """Fine-tune on English only, or on the training sets of all languages at once."""
+    select_on: Literal["en", "mean"] | None = None
+    """Keep the epoch that is best on English validation, or on the mean of all languages with one.
+    [cross-lingual: en; translate-train-all: mean]"""
+    learning_rate: float = 2e-5
+    """Highest learning rate."""
+    batch_size: int = 32
+    """Rows of one update, over all ranks."""
+    languages: tuple[str, ...] = LANGUAGES
+    """Train (translate-train-all) and test these only."""
+
+    def checked(self) -> "XnliSettings":
+        """As EvaluationSettings, with the epochs of the setting."""
+        positive_rate("--learning-rate", self.learning_rate)
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
+        unknown = [language for language in self.languages if language not in LANGUAGES]
+        if unknown or not self.languages:
+            raise UserError(f"--languages {' '.join(unknown) or '(none)'}: XNLI's are {', '.join(LANGUAGES)}")
+        ordered = tuple(language for language in LANGUAGES if language in self.languages)
+        epochs = XNLI_EPOCHS[self.setting] if self.epochs is None else self.epochs
+        select_on = self.select_on or ("en" if self.setting == CROSS_LINGUAL else "mean")
+        return dataclasses.replace(super().checked(), epochs=epochs, languages=ordered, select_on=select_on)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueSettings(EvaluationSettings):
+    """Fine-tune on GLUE's tasks over a grid. The same command again continues, or helps as one more worker."""
+
+    tasks: tuple[GlueTaskName, ...] | None = None
+    """These only. [all that have data; the others are named]"""
+    learning_rates: tuple[float, ...] = (1e-5, 2e-5, 3e-5)
+    """One side of the grid."""
+    batch_sizes: tuple[int, ...] = (16, 32)
+    """The other side."""
+    mnli_checkpoint: str | None = None
+    """Fine-tuned folder that RTE, STS-B and MRPC start from. [the best of this evaluation's own MNLI]"""
+    keep_models: bool = False
+    """Keep the best epoch of every cell as a model folder, not only MNLI's."""
+
+    def checked(self) -> "GlueSettings":
+        """As EvaluationSettings, with Table 6's 10 epochs."""
+        for rate in self.learning_rates:
+            positive_rate("--learning-rates", rate)
+        if not self.learning_rates or not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise UserError("--learning-rates and --batch-sizes: give at least one of each, batch sizes from 1 on")
+        if self.tasks is not None and not self.tasks:
+            raise UserError(f"--tasks: give some of {' '.join(GLUE_TASKS)}")
+        tasks = None if self.tasks is None else tuple(task for task in GLUE_TASKS if task in self.tasks)
+        rates, sizes = tuple(sorted(set(self.learning_rates))), tuple(sorted(set(self.batch_sizes)))
+        epochs = GLUE_EPOCHS if self.epochs is None else self.epochs
+        return dataclasses.replace(
+            super().checked(), epochs=epochs, tasks=tasks, learning_rates=rates, batch_sizes=sizes
+        )

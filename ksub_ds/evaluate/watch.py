@@ -205,7 +205,7 @@ def _masked_accuracy(settings: WatchSettings, folder: Any, model: Any) -> dict[s
 def _xnli(settings: WatchSettings, model: Path, out: Path) -> dict[str, Any]:
     from ksub_ds.evaluate.drain import drain
     from ksub_ds.evaluate.plans import make_plans
-    from ksub_ds.evaluate.xnli import XnliSettings
+    from ksub_ds.evaluate.settings import XnliSettings
 
     assert settings.data is not None
     plans = make_plans(
