@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate import metrics, tables
 from ksub_ds.evaluate.classifier import fingerprint
@@ -164,6 +165,7 @@ class GluePlan(EvaluationPlan):
                 scores["mismatched"] = float((classes == encoded.labels).mean())
             else:
                 scores |= score(task, logits, encoded.labels)
+                scores["answers"] = answers(task, logits)
         return {"score": scores[GLUE_TASKS[task].metrics[0]], **scores}
 
     # ---------------------------------------------------------------- results
@@ -171,12 +173,24 @@ class GluePlan(EvaluationPlan):
     def _cell(self, name: str) -> dict[str, Any]:
         """A finished cell: its place in the grid, and the scores of its best epoch."""
         result, about = self.queue.result(name), self.queue.jobs[name].settings
-        best = result["epochs"][result["best_epoch"] - 1]
+        epochs = [{key: value for key, value in epoch.items() if key != "answers"} for epoch in result["epochs"]]
         place = {key: about[key] for key in ("learning_rate", "batch_size", "seed")}
-        return {"cell": name, **place, "best_epoch": result["best_epoch"], **best, "epochs": result["epochs"]}
+        best = epochs[result["best_epoch"] - 1]
+        return {"cell": name, **place, "best_epoch": result["best_epoch"], **best, "epochs": epochs}
+
+    def _predictions(self, best: dict[str, str]) -> dict[str, Any]:
+        """The labels of each task's first validation set, and the answers of its best cell, for paired tests."""
+        labels, predictions = {}, {}
+        for task, cell in best.items():
+            result = self.queue.result(cell)
+            gold = self.encoded(task, self._parts(task)[0]).labels
+            classes = not GLUE_TASKS[task].regression
+            labels[task] = "".join(map(str, gold.astype(int).tolist())) if classes else gold.tolist()
+            predictions[task] = result["epochs"][result["best_epoch"] - 1]["answers"]
+        return {"labels": labels, "predictions": predictions}
 
     def finish(self) -> None:
-        """Write results.json and table.md."""
+        """Write results.json, predictions.json and table.md."""
         test: dict[str, Any] = {}
         for task in self.tasks:
             cells = [self._cell(name) for name in self.cells[task]]
@@ -194,6 +208,8 @@ class GluePlan(EvaluationPlan):
             "missing": self.missing,
             "settings": self.values,
         }
+        predictions = self._predictions({task: scores["best"]["cell"] for task, scores in test.items()})
+        write_json(self.folder / "predictions.json", predictions)
         self.write_results(results, tables.glue_table([results], "markdown"))
 
 
@@ -207,3 +223,10 @@ def score(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 def _best_cell(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """The first with the highest score."""
     return max(cells, key=lambda cell: cell["score"])
+
+
+def answers(task: str, logits: np.ndarray) -> str | list[float]:
+    """A model's answers: a digit a row, or six digits of each number for regression."""
+    if GLUE_TASKS[task].regression:
+        return [float(f"{value:.6g}") for value in logits[:, 0].tolist()]
+    return "".join(map(str, logits.argmax(axis=1).tolist()))

@@ -10,6 +10,7 @@ import numpy as np
 
 RESAMPLES = 1_000
 FLIPS = 10_000
+SWAPS = 1_000
 _AT_ONCE = 250  # resamples in memory together
 
 
@@ -108,3 +109,38 @@ def paired_test(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> dict[str
         sums = signs @ difference_alone
         extreme += int((np.abs(sums) >= abs(difference_alone.sum()) * (1 - 1e-12)).sum())
     return {"difference": observed, "p": (extreme + 1) / (FLIPS + 1)}
+
+
+def exchange_test(
+    name: str, ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray, seed: int = 0
+) -> dict[str, float]:
+    """Whether a score of two models differs on the same rows, for scores that are no mean over rows as well.
+
+    A two-sided permutation test: were the models alike, their answers to a row could be exchanged.
+
+    Args:
+        name: "accuracy"; "matthews", which is the correlation of two classes; or "pearson".
+        ours, theirs, labels: (n,) answers and labels.
+
+    Returns:
+        {"difference", "p"}, as `paired_test`.
+    """
+
+    def score(answers: np.ndarray) -> float:
+        return float((answers == labels).mean()) if name == "accuracy" else _correlation(answers, labels)
+
+    observed = score(ours) - score(theirs)
+    generator = np.random.default_rng(seed)
+    extreme = 0
+    for _ in range(SWAPS):
+        swapped = generator.random(len(labels)) < 0.5
+        difference = score(np.where(swapped, theirs, ours)) - score(np.where(swapped, ours, theirs))
+        extreme += abs(difference) >= abs(observed) * (1 - 1e-12)
+    return {"difference": observed, "p": (extreme + 1) / (SWAPS + 1)}
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Pearson's, and 0 where one side is constant."""
+    first, second = first - first.mean(), second - second.mean()
+    spread = float(np.sqrt((first @ first) * (second @ second)))
+    return float(first @ second) / spread if spread > 0 else 0.0

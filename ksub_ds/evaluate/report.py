@@ -12,7 +12,7 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.evaluate import published, tables
-from ksub_ds.evaluate.metrics import paired_test
+from ksub_ds.evaluate.metrics import exchange_test, paired_test
 from ksub_ds.evaluate.tables import Format, short_name, signed
 from ksub_ds.evaluate.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
 
@@ -167,12 +167,36 @@ def _glue_differences(group: list[dict[str, Any]], baseline: dict[str, Any] | No
             cells = [_gap(result, task, theirs[task] / 100) for task in GLUE_TASKS]
             rows.append([f"{short_name(result, group)} - paper, {name}", *cells])
         if baseline is not None and result is not baseline:
-            cells = [
+            name = f"{short_name(result, group)} - {short_name(baseline, group)}"
+            gaps = [
                 _gap(result, task, baseline["test"][task]["best"]["score"]) if task in baseline["test"] else "–"
                 for task in GLUE_TASKS
             ]
-            rows.append([f"{short_name(result, group)} - {short_name(baseline, group)}", *cells])
+            rows += [[name, *gaps], ["  p", *(_glue_p(result, baseline, task) for task in GLUE_TASKS)]]
     return rows
+
+
+def _glue_p(ours: dict[str, Any], theirs: dict[str, Any], task: str) -> str:
+    """p of the difference of two best cells in what chose them; a dash where the rows are not the same."""
+    stored = []
+    for result in (ours, theirs):
+        path = Path(result["_folder"]) / "predictions.json"
+        if task not in result["test"] or not path.exists():
+            return tables.NOTHING
+        values = read_json(path)
+        try:
+            stored.append([_numbers(values[part][task]) for part in ("labels", "predictions")])
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
+    (labels, answers), (other_labels, other_answers) = stored
+    if not np.array_equal(labels, other_labels) or not len(labels) == len(answers) == len(other_answers):
+        return tables.NOTHING
+    return f"{exchange_test(GLUE_TASKS[task].metrics[0], answers, other_answers, labels)['p']:.4f}"
+
+
+def _numbers(stored: Any) -> np.ndarray:
+    """Answers as they are kept: a string of digits, or a list of numbers."""
+    return np.array([int(digit) for digit in stored] if isinstance(stored, str) else stored, dtype=np.float64)
 
 
 def _gap(result: dict[str, Any], task: str, theirs: float) -> str:

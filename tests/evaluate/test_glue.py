@@ -77,7 +77,14 @@ def test_grid_and_dependency(
     assert evaluate(tiny_model, tiny_glue, other, *one) == 0
     assert bodies[-1][3] == best
     assert main(["report", str(out), str(other), "--format", "csv"]) == 0
-    assert "# GLUE: differences" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "# GLUE: differences" in told
+    stored = json.loads((out / "predictions.json").read_text())
+    assert set(stored["labels"]) == set(stored["predictions"]) == set(found["test"])
+    for task in ("mnli", "rte", "cola"):  # what is kept is what was scored
+        hits = [a == b for a, b in zip(stored["labels"][task], stored["predictions"][task], strict=True)]
+        assert sum(hits) / len(hits) == pytest.approx(found["test"][task]["best"]["accuracy"])
+    assert "answers" not in json.dumps(found)
 
 
 def test_missing_tasks_are_named(tiny_model: Path, tiny_glue: Path, tmp_path: Path, capsys: Any) -> None:

@@ -80,3 +80,27 @@ def test_paired_test() -> None:
     ten = np.zeros(100)
     ten[:10] = 1
     assert metrics.paired_test(ten, np.zeros(100))["p"] == pytest.approx(2 / 1024, abs=1.5e-3)
+
+
+def test_exchange_test_against_the_formulas() -> None:
+    """Its scores are scikit-learn's and scipy's; alike models have a large p, a better one a small p."""
+    from scipy import stats
+    from sklearn.metrics import matthews_corrcoef
+
+    generator = np.random.default_rng(3)
+    labels = generator.integers(0, 2, 300)
+    good, bad = (np.where(generator.random(300) < part, labels, 1 - labels) for part in (0.9, 0.6))
+    found = metrics.exchange_test("matthews", good, bad, labels)
+    assert found["difference"] == pytest.approx(matthews_corrcoef(labels, good) - matthews_corrcoef(labels, bad))
+    assert found["p"] == pytest.approx(1 / (metrics.SWAPS + 1))
+    right = metrics.exchange_test("accuracy", good, bad, labels)
+    assert right["difference"] == pytest.approx((good == labels).mean() - (bad == labels).mean()) and right["p"] < 0.01
+    assert metrics.exchange_test("accuracy", good, good[::1].copy(), labels) == {"difference": 0.0, "p": 1.0}
+    numbers = generator.random(200)
+    near, far = numbers + 0.1 * generator.random(200), numbers + generator.random(200)
+    ours = metrics.exchange_test("pearson", near, far, numbers)
+    assert ours["difference"] == pytest.approx(stats.pearsonr(near, numbers)[0] - stats.pearsonr(far, numbers)[0])
+    assert ours["p"] < 0.01 and metrics.exchange_test("pearson", np.ones(200), np.ones(200), numbers)["p"] == 1.0
+    # under the null p is uniform: about a tenth of the tests come below 0.1
+    alike = [generator.integers(0, 2, (3, 60)) for _ in range(60)]
+    assert 0 <= sum(metrics.exchange_test("accuracy", *each)["p"] < 0.1 for each in alike) <= 14
