@@ -129,6 +129,8 @@ def exchange_test(
     def score(answers: np.ndarray) -> float:
         return float((answers == labels).mean()) if name == "accuracy" else _correlation(answers, labels)
 
+    if name == "pearson":  # blind to scale and offset, which must not tell the two apart when answers are exchanged
+        ours, theirs = _standardised(ours), _standardised(theirs)
     observed = score(ours) - score(theirs)
     generator = np.random.default_rng(seed)
     extreme = 0
@@ -137,6 +139,13 @@ def exchange_test(
         difference = score(np.where(swapped, theirs, ours)) - score(np.where(swapped, ours, theirs))
         extreme += abs(difference) >= abs(observed) * (1 - 1e-12)
     return {"difference": observed, "p": (extreme + 1) / (SWAPS + 1)}
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """With mean 0 and standard deviation 1; constant ones as 0."""
+    centred = values - values.mean()
+    spread = float(centred.std())
+    return centred / spread if spread > 0 else centred
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:

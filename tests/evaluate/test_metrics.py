@@ -101,6 +101,11 @@ def test_exchange_test_against_the_formulas() -> None:
     ours = metrics.exchange_test("pearson", near, far, numbers)
     assert ours["difference"] == pytest.approx(stats.pearsonr(near, numbers)[0] - stats.pearsonr(far, numbers)[0])
     assert ours["p"] < 0.01 and metrics.exchange_test("pearson", np.ones(200), np.ones(200), numbers)["p"] == 1.0
+    noisy = near + 0.8 * generator.random(200)
+    for stretched in (3 * far, far - 40):  # correlations do not see it, so the test must not either
+        assert metrics.exchange_test("pearson", noisy, stretched, numbers)["p"] == pytest.approx(
+            metrics.exchange_test("pearson", noisy, far, numbers)["p"], abs=1e-3
+        )
     # under the null p is uniform: about a tenth of the tests come below 0.1
     alike = [generator.integers(0, 2, (3, 60)) for _ in range(60)]
     assert 0 <= sum(metrics.exchange_test("accuracy", *each)["p"] < 0.1 for each in alike) <= 14

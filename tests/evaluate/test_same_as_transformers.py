@@ -12,7 +12,7 @@ from scipy import stats
 
 from ksub_ds.cli import main
 
-WORDS = "the small old house river stone bird walks sings falls under over near".split()
+WORDS = ["the", "small", "old", "house", "river", "stone", "bird", "walks", "sings", "falls", "under", "over", "near"]
 LENGTH = 24  # shorter than the longest pairs: truncation is part of what must agree
 
 
