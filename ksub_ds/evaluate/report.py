@@ -3,6 +3,7 @@
 ksub report xnli-cl xnli-tta glue --format markdown
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,24 @@ def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | No
     """Tables 4, then 2 and 3, of these results.
 
     Args:
-        paths: folders of `ksub evaluate xnli` or `glue`, or results.json files; one named twice counts once.
+        paths: folders of `ksub evaluate xnli` or `glue`, or results.json files; one named twice counts once, and
+            so do two that hold the same: the same evaluation done again.
         form: markdown, csv or latex.
         baseline: the one of them that the others are compared with. [the first with a plain embedding]
 
     Raises:
         UserError: no results there, unfinished or damaged ones.
     """
-    once: dict[Path, dict[str, Any]] = {}
+    once: dict[str, dict[str, Any]] = {}
     for result in (result for path in paths for result in load(path)):
-        once.setdefault(Path(result["_folder"]).resolve(), result)
+        once.setdefault(_content(result), result)
     found = list(once.values())
     if not found:
         raise UserError("give the --out folders of `ksub evaluate xnli` or `glue`")
     chosen = None
     if baseline is not None:
-        chosen = load(baseline)[0]["_folder"]
-        if all(result["_folder"] != chosen for result in found):
+        chosen = once.get(_content(load(baseline)[0]))
+        if chosen is None:
             raise UserError(f"--baseline {baseline}: is not among the results")
     parts = []
     for setting in (CROSS_LINGUAL, TRANSLATE_TRAIN_ALL):
@@ -84,9 +86,14 @@ def load(path: Path) -> list[dict[str, Any]]:
     return results
 
 
-def _baseline(group: list[dict[str, Any]], chosen: str | None) -> dict[str, Any] | None:
+def _content(result: dict[str, Any]) -> str:
+    """All that results.json holds, wherever it lies."""
+    return json.dumps({key: value for key, value in result.items() if key != "_folder"}, sort_keys=True)
+
+
+def _baseline(group: list[dict[str, Any]], chosen: dict[str, Any] | None) -> dict[str, Any] | None:
     for result in group:
-        if result["_folder"] == chosen or (chosen is None and result["model"].get("kind") == "plain"):
+        if result is chosen or (chosen is None and result["model"].get("kind") == "plain"):
             return result
     return None
 

@@ -1,6 +1,7 @@
 """Joining results: Table 4's order, differences from paper and baseline, the paired test, escaping."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,11 @@ def test_differences_and_paired_test(tmp_path: Path) -> None:
     assert cells(text, "plain (plain) - paper, plain")[-2] == f"{100 * ours['average'] - 50.7:+.1f}"
     assert "no train set for bg" in text
     assert report([plain, coded, tmp_path / "plain" / ".", plain / "results.json"]) == text, "named twice, shown once"
+    again = shutil.copytree(plain, tmp_path / "again")
+    assert report([plain, coded, again]) == text, "done twice with the same outcome, shown once"
     # the other way round, by name; other rows are not compared
     assert "plain (plain) - coded (clustered)" in report([plain, coded], baseline=coded)
+    assert report([plain, coded], baseline=again / "results.json") == text
     stored = json.loads((coded / "predictions.json").read_text())
     stored["labels"]["en"] = "0" * ROWS
     (coded / "predictions.json").write_text(json.dumps(stored))
