@@ -13,9 +13,9 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.xlmr_tokenizer import MODEL_NAME
 from ksub_ds.evaluate.encoding import PairEncoder, load_encoder
+from ksub_ds.evaluate.hub import require_on_hub
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
-HUB_SECONDS = 10
 TOKENIZER_FILES = ("tokenizer.json", MODEL_NAME, "vocab.txt", "vocab.json")
 
 
@@ -68,21 +68,7 @@ def find_model(path: str) -> None:
         return
     if path.count("/") > 1 or path.startswith((".", "/")) or folder.exists():
         raise UserError(f"{path}: is not a model folder; give one (ksub export), or a name such as xlm-roberta-base")
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        if isinstance(try_to_load_from_cache(path, "config.json"), str):
-            return
-        if not constants.HF_HUB_OFFLINE:
-            HfApi().model_info(path, timeout=HUB_SECONDS)
-            return
-        reason = "HF_HUB_OFFLINE is set"
-    except (HFValidationError, RepositoryNotFoundError):
-        raise UserError(f"{path}: is neither a folder nor a model on the hub; check the name") from None
-    except Exception as error:  # of the HTTP library, which changes
-        reason = " ".join(str(error).split())[:100]
-    raise UserError(f"{path}: is no folder, not in the hub's cache, and the hub cannot be asked ({reason})")
+    require_on_hub(path, path, "model", "config.json")
 
 
 def _load(path: str, num_labels: int | None) -> Any:
@@ -127,12 +113,14 @@ def open_encoder(model: str, tokenizer: str | None) -> PairEncoder:
     """The tokenizer given, or the model folder's own.
 
     Raises:
-        UserError: there is no such model; its folder holds no tokenizer, and none is given.
+        UserError: there is no such model or tokenizer; the model's folder holds none, and none is given.
     """
     find_model(model)
     folder = Path(model)
     if tokenizer is None and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{model}: holds no tokenizer; give --tokenizer FOLDER or a SentencePiece .model")
+    if tokenizer is not None and not Path(tokenizer).exists():
+        require_on_hub(f"--tokenizer {tokenizer}", tokenizer, "model", "tokenizer_config.json")
     return load_encoder(tokenizer or model)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
+from ksub_ds.evaluate.hub import require_on_hub
 
 SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet")
 LONGEST_LINE = 4_000_000  # bytes; a sentence pair has hundreds
@@ -107,7 +108,7 @@ class Source:
         data: a folder, or a name such as facebook/xnli.
 
     Raises:
-        UserError: neither a folder nor like a name.
+        UserError: neither a folder nor a data set's name.
     """
 
     def __init__(self, data: str):
@@ -115,6 +116,8 @@ class Source:
         self.folder = Path(data) if Path(data).is_dir() else None
         if self.folder is None and (self.data.count("/") != 1 or self.data.startswith((".", "/"))):
             raise UserError(f"--data {data}: is not a folder, nor a data set's name such as facebook/xnli")
+        if self.folder is None:
+            require_on_hub(f"--data {data}", self.data, "dataset", "README.md")
 
     def has(self, part: str, split: str) -> bool:
         """Whether a split is there."""

@@ -88,11 +88,15 @@ class EvaluationSettings:
             raise UserError("--model: give at least one model")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"--seeds {' '.join(map(str, self.seeds))}: give different numbers from 0 on")
-        self._check_ranks()
         precision = self.precision or ("bf16" if distributed.has_gpu() else "fp32")
         return dataclasses.replace(self, precision=precision)
 
-    def _check_ranks(self) -> None:
+    def check_ranks(self, *batch_sizes: int) -> None:
+        """Refuse more ranks than this machine has places for, or a batch that they cannot share.
+
+        Raises:
+            UserError: with both numbers.
+        """
         if distributed.has_gpu():
             import torch
 
@@ -101,6 +105,9 @@ class EvaluationSettings:
             most, what = len(os.sched_getaffinity(0)), "cores"
         if self.ranks_per_job > max(2, most):  # two share one core well enough for a trial
             raise UserError(f"--ranks-per-job {self.ranks_per_job}: this machine has {most} {what}")
+        for size in batch_sizes:
+            if size % max(1, self.ranks_per_job):
+                raise UserError(f"--ranks-per-job {self.ranks_per_job}: does not divide the batch size {size}")
 
     def folders(self) -> dict[str, Path]:
         """The results folder of each model: OUT, or OUT/<name> for several.
@@ -147,6 +154,7 @@ class XnliSettings(EvaluationSettings):
         positive_rate("--learning-rate", self.learning_rate)
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
+        self.check_ranks(self.batch_size)
         unknown = [language for language in self.languages if language not in LANGUAGES]
         if unknown or not self.languages:
             raise UserError(f"--languages {' '.join(unknown) or '(none)'}: XNLI's are {', '.join(LANGUAGES)}")
@@ -177,6 +185,7 @@ class GlueSettings(EvaluationSettings):
             positive_rate("--learning-rates", rate)
         if not self.learning_rates or not self.batch_sizes or min(self.batch_sizes) < 1:
             raise UserError("--learning-rates and --batch-sizes: give at least one of each, batch sizes from 1 on")
+        self.check_ranks(*self.batch_sizes)
         if self.tasks is not None and not self.tasks:
             raise UserError(f"--tasks: give some of {' '.join(GLUE_TASKS)}")
         tasks = None if self.tasks is None else tuple(task for task in GLUE_TASKS if task in self.tasks)

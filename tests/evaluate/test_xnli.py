@@ -93,6 +93,9 @@ def test_languages_without_data_are_named_and_left_out(
         (["--model", "nowhere/else/at/all"], "is not a model folder; give one"),
         (["--model", "xlm-robrta-base"], r"is no folder, not in the hub's cache, and the hub cannot be asked \(HF_HUB"),
         (["--ranks-per-job", "999"], r"--ranks-per-job 999: this machine has \d+ (cores|GPUs)"),
+        (["--ranks-per-job", "2", "--batch-size", "3"], "--ranks-per-job 2: does not divide the batch size 3"),
+        (["--tokenizer", "tokn"], "--tokenizer tokn: is no folder, not in the hub's cache"),
+        (["--data", "facebok/xnli"], "--data facebok/xnli: is no folder, not in the hub's cache"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -110,6 +113,7 @@ def test_mistakes_are_one_line(
     assert main([*arguments(tiny_model, tiny_xnli, tmp_path / "out"), *change]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and re.search(message, error[0])
+    assert not (tmp_path / "out").exists()
 
 
 def test_pickled_weights_are_refused_with_the_way_out(
