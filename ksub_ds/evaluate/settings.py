@@ -100,11 +100,13 @@ class EvaluationSettings:
         if distributed.has_gpu():
             import torch
 
-            most, what = torch.cuda.device_count(), "GPUs"
+            places, what = torch.cuda.device_count(), "GPUs"
+            most = places  # NCCL refuses two ranks on one
         else:
-            most, what = len(os.sched_getaffinity(0)), "cores"
-        if self.ranks_per_job > max(2, most):  # two share one core well enough for a trial
-            raise UserError(f"--ranks-per-job {self.ranks_per_job}: this machine has {most} {what}")
+            places, what = len(os.sched_getaffinity(0)), "cores"
+            most = max(2, places)  # two share one core well enough for a trial
+        if self.ranks_per_job > most:
+            raise UserError(f"--ranks-per-job {self.ranks_per_job}: this machine has {places} {what}")
         for size in batch_sizes:
             if size % max(1, self.ranks_per_job):
                 raise UserError(f"--ranks-per-job {self.ranks_per_job}: does not divide the batch size {size}")
