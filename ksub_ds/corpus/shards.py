@@ -91,7 +91,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise UserError(f"{folder}: is not a folder; give one of token shards")
+        raise UserError(f"{folder}: is not a folder; give one of token shards (preprocessing/shard_text.py makes them)")
     if not path.is_file():
         raise UserError(
             f"{folder}: holds no {MANIFEST}; make shards with preprocessing/shard_text.py (or let it finish)"

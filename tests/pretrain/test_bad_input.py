@@ -62,7 +62,7 @@ def other_tokenizer(bench: Bench, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("no shards", ["nowhere", "manifest.json"]),
+        ("no shards", ["nowhere", "is not a folder"]),
         ("missing shard", ["train-00000.arrow", "missing"]),
         ("empty shard", ["train-00000.arrow", "empty"]),
         ("corrupted shard", ["train-00000.arrow", "sha256"]),
