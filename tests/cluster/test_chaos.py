@@ -15,7 +15,7 @@ from .conftest import Cluster, Fault, Running, losses, steps_done, weights
 from .namespaces import wait_until
 
 KILLS = int(os.environ.get("KSUB_CHAOS_KILLS", "3"))
-STEPS = 24 * max(3, KILLS)
+STEPS = 40 * max(3, KILLS)  # a quiet machine makes 30 between two kills
 SEED = int(os.environ.get("KSUB_CHAOS_SEED", "0"))
 
 # What is killed: (host, words of its command line). Everything that a run consists of.
