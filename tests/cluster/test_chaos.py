@@ -15,7 +15,7 @@ from .conftest import Cluster, Fault, Running, losses, steps_done, weights
 from .namespaces import wait_until
 
 KILLS = int(os.environ.get("KSUB_CHAOS_KILLS", "3"))
-STEPS = 40 * max(3, KILLS)  # a quiet machine makes 30 between two kills
+STEPS = 120 if KILLS <= 3 else 100 * KILLS  # 20 a second on a quiet machine, up to 12 s from start to kill
 SEED = int(os.environ.get("KSUB_CHAOS_SEED", "0"))
 
 # What is killed: (host, words of its command line). Everything that a run consists of.
