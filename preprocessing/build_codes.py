@@ -8,20 +8,20 @@ ksub_ds/vectors and ksub_ds/codes.
 
 import sys
 
-import tyro
-
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.options import parse
 from ksub_ds.vectors.build import ClusterVectors, build_codes, report
 
 
 def main() -> None:
     """Run; a user's mistake is one line and exit code 2, Ctrl-C one line and 130."""
-    settings = tyro.cli(ClusterVectors, description=ClusterVectors.__doc__)
     try:
+        settings = parse(ClusterVectors, None, "preprocessing/build_codes.py")
         table = build_codes(settings)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if distributed.is_main() or not error.agreed:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

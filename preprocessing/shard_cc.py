@@ -7,15 +7,12 @@
 `wet` holds WET files. Any number of ranks gives the same bytes. The work is in ksub_ds/corpus/crawl.py.
 """
 
-import contextlib
-import io
 import sys
-
-import tyro
 
 from ksub_ds.common.distributed import is_main
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.mpi import Ranks
+from ksub_ds.common.options import parse
 from ksub_ds.corpus.crawl import dry_run, shard_cc
 from ksub_ds.corpus.crawl_report import exit_line
 from ksub_ds.corpus.crawl_settings import ShardCC
@@ -25,11 +22,7 @@ from ksub_ds.corpus.statistics import corpus_table
 def main() -> None:
     """Run; a user's mistake is one line and exit code 2, Ctrl-C one line and 130."""
     try:
-        with contextlib.ExitStack() as stack:
-            if not is_main():  # the help, and what is wrong with the arguments, are told once
-                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            settings = tyro.cli(ShardCC, description=ShardCC.__doc__)
+        settings = parse(ShardCC, None, "preprocessing/shard_cc.py")
         ranks = Ranks()
         with ranks.together():
             if settings.dry_run:

@@ -10,17 +10,15 @@ ksub_ds/corpus/text_shards.py.
 
 import sys
 
-import tyro
-
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.options import parse
 from ksub_ds.corpus.text_shards import ShardText, shard_text
 
 
 def main() -> None:
     """Run; a user's mistake is one line and exit code 2, Ctrl-C one line and 130."""
-    settings = tyro.cli(ShardText, description=ShardText.__doc__)
     try:
-        shard_text(settings)
+        shard_text(parse(ShardText, None, "preprocessing/shard_text.py"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

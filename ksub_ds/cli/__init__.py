@@ -99,13 +99,13 @@ def _help() -> str:
 
 def _run(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
-    module, _, function = command.target.partition(":")
-    call = getattr(importlib.import_module(f"ksub_ds.{module}"), function)
+    module, _, attribute = command.target.partition(":")
+    function = getattr(importlib.import_module(f"ksub_ds.{module}"), attribute)
     if command.before is not None:
-        return call([*command.before, *arguments]) or 0
-    import tyro
+        return function([*command.before, *arguments]) or 0
+    from ksub_ds.common.options import call
 
-    tyro.cli(call, args=arguments, prog=f"ksub {name}")
+    call(function, arguments, f"ksub {name}")
     return 0
 
 
@@ -138,10 +138,7 @@ def _answer(arguments: list[str]) -> int:
         arguments[0], names, n=1
     )
     hint = f"; did you mean `ksub {near[0]}`?" if near else ""
-    print(
-        f"error: no command {' '.join(arguments[:2])!r}{hint} (see ksub --help)",
-        file=sys.stderr,
-    )
+    print(f"error: no command {' '.join(arguments[:2])!r}{hint} (see ksub --help)", file=sys.stderr)
     return 2
 
 

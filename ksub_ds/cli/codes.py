@@ -3,10 +3,12 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.options import parse
 
 
 def positional(
@@ -35,10 +37,7 @@ def positional(
         loaded = load_tokenizer(tokenizer)
         if num_tokens not in (None, loaded.vocab_size):
             raise UserError(f"--num-tokens {num_tokens}: {tokenizer} has {loaded.vocab_size} tokens; leave one out")
-        num_tokens, fingerprint = (
-            loaded.vocab_size,
-            {"tokenizer_fingerprint": loaded.fingerprint},
-        )
+        num_tokens, fingerprint = loaded.vocab_size, {"tokenizer_fingerprint": loaded.fingerprint}
         special_ids = loaded.special_ids if reserve_special_tokens else ()
     elif num_tokens is None:
         raise UserError("give --num-tokens N or --tokenizer PATH")
@@ -74,23 +73,21 @@ def inspect(path: Positional[Path], embedding_dim: int = 512) -> None:
 
 def cluster(arguments: Sequence[str]) -> None:
     """`ksub codes cluster` has its options in vectors/build.py, shared with preprocessing/build_codes.py."""
-    import tyro
-
     from ksub_ds.common import distributed
     from ksub_ds.vectors.build import ClusterVectors, build_codes, report
 
-    settings = tyro.cli(
-        ClusterVectors,
-        args=arguments,
-        prog="ksub codes cluster",
-        description=ClusterVectors.__doc__,
-    )
+    settings = parse(ClusterVectors, arguments, "ksub codes cluster")
     table = build_codes(settings)
     if distributed.is_main():
         print(report(table, settings.out))
 
 
-def neighbours(path: Positional[Path], token: Positional[str], tokenizer: Path, count: int = 10) -> None:
+def neighbours(
+    path: Positional[Path],
+    token: Annotated[Positional[str], arg(metavar="TOKEN")],
+    tokenizer: Path,
+    count: int = 10,
+) -> None:
     """Print the tokens that share most codes with a token: its leaf first, then by the number of shared codes.
 
     Args:
@@ -124,25 +121,13 @@ def neighbours(path: Positional[Path], token: Positional[str], tokenizer: Path, 
 
     print(line(own, "the token"))
     for index, shared, same_leaf in code_neighbours(table, own, count):
-        print(
-            line(
-                index,
-                "same leaf" if same_leaf else f"{shared} of {table.num_tables} codes",
-            )
-        )
+        print(line(index, "same leaf" if same_leaf else f"{shared} of {table.num_tables} codes"))
 
 
 def extend(arguments: Sequence[str]) -> None:
     """`ksub codes extend` has its options in vectors/extend.py."""
-    import tyro
-
     from ksub_ds.vectors.build import report
     from ksub_ds.vectors.extend import ExtendCodes, extend_code_file
 
-    settings = tyro.cli(
-        ExtendCodes,
-        args=arguments,
-        prog="ksub codes extend",
-        description=ExtendCodes.__doc__,
-    )
+    settings = parse(ExtendCodes, arguments, "ksub codes extend")
     print(report(extend_code_file(settings), settings.out))

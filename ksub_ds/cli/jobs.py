@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ksub_ds.common.options import parse
+
 
 def submit(arguments: Sequence[str]) -> int:
     """Submit a job, or print what would be submitted."""
@@ -17,25 +19,16 @@ def check_job(settings: Any, arguments: list[str]) -> None:
     Args:
         settings: of `ksub submit` (cluster/submit.py).
     """
-    import tyro
-
     if settings.job == "pretrain":
         from ksub_ds.pretrain.recipe import Recipe, find_deepspeed_config, resolve
 
-        recipe = tyro.cli(Recipe, args=arguments, prog="ksub pretrain")
+        recipe = parse(Recipe, arguments, "ksub pretrain")
         find_deepspeed_config(resolve(recipe, settings.ranks, on_gpu=True).deepspeed)
     elif settings.job == "evaluate":
-        from ksub_ds.evaluate.__main__ import settings_kind
+        from ksub_ds.evaluate.__main__ import parse_settings
 
-        tyro.cli(settings_kind(arguments), args=arguments[1:], prog="ksub evaluate")
+        parse_settings(arguments)
     else:
         from ksub_ds.corpus.crawl_settings import ShardCC, check
 
-        check(
-            tyro.cli(
-                ShardCC,
-                args=arguments,
-                prog="preprocessing/shard_cc.py",
-                description=ShardCC.__doc__,
-            )
-        )
+        check(parse(ShardCC, arguments, "preprocessing/shard_cc.py"))

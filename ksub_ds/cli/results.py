@@ -7,6 +7,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.options import parse
 
 
 def corpus_stats(shards: Positional[Path], verify: bool = False) -> None:
@@ -25,18 +26,9 @@ def corpus_stats(shards: Positional[Path], verify: bool = False) -> None:
 
 def compress(arguments: Sequence[str]) -> None:
     """`ksub compress` has its options in pretrain/compress.py."""
-    import tyro
-
     from ksub_ds.pretrain.compress import CompressModel, compress_model
 
-    compress_model(
-        tyro.cli(
-            CompressModel,
-            args=arguments,
-            prog="ksub compress",
-            description=CompressModel.__doc__,
-        )
-    )
+    compress_model(parse(CompressModel, arguments, "ksub compress"))
 
 
 def export(
@@ -69,12 +61,10 @@ def export(
 
 def analyze(arguments: Sequence[str]) -> None:
     """`ksub analyze` has its options in analysis/analyze.py."""
-    import tyro
-
     from ksub_ds.analysis.analyze import Analyze, summary
     from ksub_ds.analysis.analyze import analyze as run_analysis
 
-    print(summary(run_analysis(tyro.cli(Analyze, args=arguments, prog="ksub analyze"))))
+    print(summary(run_analysis(parse(Analyze, arguments, "ksub analyze"))))
 
 
 def report(

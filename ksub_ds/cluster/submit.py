@@ -3,8 +3,6 @@
 ksub submit --dry-run --nodes 4 --time 12:00:00 -- --preset tiny --codes codes.safetensors --data shards --out run
 """
 
-import contextlib
-import io
 import re
 import shlex
 import shutil
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ksub_ds.cluster.remote import ROOT
+from ksub_ds.common import options
 from ksub_ds.common.errors import UserError
 
 # As sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
@@ -79,7 +78,7 @@ def command_line(settings: Submit, arguments: Sequence[str]) -> list[str]:
         raise UserError(f"--array {settings.array}: {settings.job} is one job, not an array; only evaluate is")
     if settings.job == "pretrain" and not any(word == "--out" or word.startswith("--out=") for word in arguments):
         raise UserError("--out is missing behind `--`: give the run folder, it is how the job is asked to stop")
-    options = {
+    values = {
         "nodes": settings.nodes,
         "ntasks-per-node": settings.ntasks_per_node or settings.gpus_per_node,
         "gpus-per-node": settings.gpus_per_node,
@@ -90,7 +89,7 @@ def command_line(settings: Submit, arguments: Sequence[str]) -> list[str]:
         "account": settings.account,
         "job-name": settings.job_name,
     }
-    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    words = [f"--{name}={value}" for name, value in values.items() if value is not None]
     return ["sbatch", *words, str(ROOT / "launch" / f"{settings.job}.sbatch"), *arguments]
 
 
@@ -111,53 +110,24 @@ def without_restarts(arguments: Sequence[str]) -> list[str]:
     return left
 
 
-def check_options(job: str, parse: Callable[[], object]) -> None:
-    """Parse the options of a job as the job itself will, which may be hours later.
-
-    Raises:
-        UserError: what the parser says, as one line.
-    """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            parse()
-    except SystemExit as error:
-        if error.code:
-            raise UserError(f"{job}: {_one_line(said.getvalue())}") from None
-        raise  # --help
-
-
-def _one_line(box: str) -> str:
-    """tyro's framed message without the frame: what is wrong, and of an unknown option the nearest one there is."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
-    rows = [line if re.search(r"\w", line) else "" for line in lines]  # rules divide paragraphs, as empty lines do
-    paragraphs = [" ".join(part.split("\n")) for part in re.split(r"\n\n+", "\n".join(rows).strip())]
-    if "╭" not in plain:  # a terminal without such characters: the title has a line of its own
-        paragraphs = paragraphs[1:] or paragraphs
-    said = paragraphs[0]
-    if said.startswith("Missing from"):  # each with its help text
-        names = re.findall(r"(?:: |[)] )(--[\w-]+)", said)
-        unknown = [text for text in paragraphs if text.startswith("Unrecognized")]
-        return "; ".join([f"give {', '.join(names)}", *unknown])
-    near = re.search(r": *(--[\w-]+) ", " ".join(paragraphs[1:2])) if said.startswith("Unrecognized") else None
-    return said + (f"; did you mean {near[1]}?" if near else "")
-
-
 def submit(arguments: Sequence[str], parse: Callable[[Submit, list[str]], object]) -> int:
     """Parse, then print or run the sbatch line; returns its exit code.
 
     Args:
-        parse: parses the words behind `--` as the job will.
-    """
-    import tyro
+        parse: parses the words behind `--` as the job itself will, which may be hours later.
 
+    Raises:
+        UserError: a value that sbatch or the job would refuse.
+    """
     cut = list(arguments).index("--") if "--" in arguments else len(arguments)
-    settings = tyro.cli(Submit, args=list(arguments[:cut]), prog="ksub submit")
+    settings = options.parse(Submit, arguments[:cut], "ksub submit")
     behind = list(arguments[cut + 1 :])
     words = command_line(settings, behind)
     own = without_restarts(behind) if settings.job == "pretrain" else behind
-    check_options(settings.job, lambda: parse(settings, own))
+    try:
+        parse(settings, own)
+    except UserError as error:
+        raise UserError(f"{settings.job}: {error}") from None
     if settings.dry_run:
         print(shlex.join(words))
         return 0

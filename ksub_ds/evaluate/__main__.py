@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.options import parse
 
 NAMES = ("xnli", "glue", "watch", "status")
 
@@ -51,11 +52,11 @@ def _end_in_order(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def settings_kind(arguments: Sequence[str]) -> Any:
-    """The dataclass of the options of `ksub evaluate NAME ...`.
+def parse_settings(arguments: Sequence[str]) -> Any:
+    """The settings of `ksub evaluate NAME ...`.
 
     Raises:
-        UserError: no NAME, or one that is not there.
+        UserError: no NAME, one that is not there, or wrong options.
     """
     from ksub_ds.evaluate.plans import KINDS
     from ksub_ds.evaluate.status import StatusSettings
@@ -63,22 +64,15 @@ def settings_kind(arguments: Sequence[str]) -> Any:
 
     kinds = {name: kind for name, (kind, _) in KINDS.items()} | {"watch": WatchSettings, "status": StatusSettings}
     if not arguments or arguments[0] not in kinds:
-        raise UserError(f"evaluate {' '.join(arguments[:1])}: name one of {', '.join(NAMES)} first")
-    return kinds[arguments[0]]
-
-
-def parse(kind: Any, arguments: Sequence[str]) -> Any:
-    """The settings of `ksub evaluate NAME ...`."""
-    import tyro
-
-    return tyro.cli(kind, args=arguments[1:], prog=f"ksub evaluate {arguments[0]}")
+        raise UserError(f"{' '.join(arguments[:1])}: name one of {', '.join(NAMES)} first".removeprefix(": "))
+    return parse(kinds[arguments[0]], arguments[1:], f"ksub evaluate {arguments[0]}")
 
 
 def _work(arguments: Sequence[str]) -> None:
     from ksub_ds.evaluate.drain import drain
-    from ksub_ds.evaluate.plans import KINDS, make_plans
+    from ksub_ds.evaluate.plans import make_plans
 
-    settings = parse(KINDS[arguments[0]][0], arguments)
+    settings = parse_settings(arguments)
     _use_own_gpu()
     plans = make_plans(settings)
     drain(plans)
@@ -98,15 +92,15 @@ def _use_own_gpu() -> None:
 
 
 def _watch(arguments: Sequence[str]) -> None:
-    from ksub_ds.evaluate.watch import WatchSettings, watch
+    from ksub_ds.evaluate.watch import watch
 
-    watch(parse(WatchSettings, arguments))
+    watch(parse_settings(arguments))
 
 
 def _status(arguments: Sequence[str]) -> None:
-    from ksub_ds.evaluate.status import StatusSettings, status
+    from ksub_ds.evaluate.status import status
 
-    print(status(parse(StatusSettings, arguments)))
+    print(status(parse_settings(arguments)))
 
 
 if __name__ == "__main__":

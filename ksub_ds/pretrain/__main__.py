@@ -19,8 +19,6 @@ mix the codes of their ranks (pdsh gives the largest, mpirun the first): {"rank"
 write it; the ranks that miss it do.
 """
 
-import contextlib
-import io
 import os
 import socket
 import sys
@@ -28,6 +26,7 @@ from collections.abc import Sequence
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.options import parse
 from ksub_ds.common.watchdog import EXIT_INTERRUPTED, EXIT_USER_ERROR, Failure, Watchdog
 
 
@@ -35,13 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is ours to tell, without C++ frames
     try:
-        import tyro
-
         from ksub_ds.pretrain.recipe import Recipe
 
-        silent = contextlib.nullcontext() if distributed.is_main() else contextlib.redirect_stderr(io.StringIO())
-        with silent:  # one rank is enough to say what is wrong with the arguments
-            recipe = tyro.cli(Recipe, args=arguments, prog="ksub pretrain")
+        recipe = parse(Recipe, arguments, "ksub pretrain")
         from ksub_ds.pretrain.run import run  # seconds of imports that --help does without
 
         return run(recipe)

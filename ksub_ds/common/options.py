@@ -1,0 +1,77 @@
+"""Command lines to settings: tyro parses, and what it says in a frame becomes our one line.
+
+Settings are dataclasses, or the parameters of a function; their docstrings are the help.
+"""
+
+import contextlib
+import functools
+import inspect
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.place import is_main
+
+Settings = TypeVar("Settings")
+
+
+def parse(kind: type[Settings], arguments: Sequence[str] | None, prog: str) -> Settings:
+    """The settings that a command line gives. Of several ranks that parse the same, one prints the help.
+
+    Args:
+        kind: a dataclass.
+        arguments: the words behind the command; None takes those of this process.
+        prog: the command, as the user types it.
+
+    Raises:
+        UserError: what is wrong with the arguments.
+        SystemExit: --help, which is printed.
+    """
+    return _parse(kind, arguments, prog, inspect.getdoc(kind))
+
+
+def call(function: Callable[..., object], arguments: Sequence[str], prog: str) -> None:
+    """Call a function whose parameters are the options.
+
+    Raises:
+        UserError, SystemExit: as `parse`, or from the function.
+    """
+    bind = functools.wraps(function)(lambda *values, **named: functools.partial(function, *values, **named))
+    _parse(bind, arguments, prog, None)()
+
+
+def _parse(kind: Any, arguments: Sequence[str] | None, prog: str, description: str | None) -> Any:
+    import tyro
+
+    said = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(said))
+        if not is_main():
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        try:
+            return tyro.cli(kind, args=arguments, prog=prog, description=description)
+        except SystemExit as leave:
+            if not leave.code:
+                raise
+    error = UserError(f"{_one_line(said.getvalue())}; see `{prog} --help`")
+    error.agreed = True
+    raise error
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed message without the frame: what is wrong, and of an unknown option the nearest one there is."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
+    rows = [line if re.search(r"\w", line) else "" for line in lines]  # rules divide paragraphs, as empty lines do
+    paragraphs = [" ".join(part.split("\n")) for part in re.split(r"\n\n+", "\n".join(rows).strip())]
+    if "╭" not in plain:  # a terminal without such characters: the title has a line of its own
+        paragraphs = paragraphs[1:] or paragraphs
+    said = paragraphs[0].rstrip(".")
+    if said.startswith("Missing from"):  # each with its help text
+        names = re.findall(r"(?:^Missing from [^:]*: |[(]required[)] )(--[\w-]+|[A-Z]{2,})", said)
+        unknown = [text for text in paragraphs if text.startswith("Unrecognized")]
+        return "; ".join([f"give {', '.join(names)}", *unknown])
+    near = re.search(r": *(--[\w-]+) ", " ".join(paragraphs[1:2])) if said.startswith("Unrecognized") else None
+    return said + (f"; did you mean {near[1]}?" if near else "")
