@@ -55,7 +55,7 @@ def meet(here: Place, patience: float, timeout: timedelta) -> Watchdog:
     """
     import torch.distributed as dist
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], integer("MASTER_PORT")
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, for all attempts
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     serves = here.rank == 0 and not served

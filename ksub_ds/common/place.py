@@ -1,4 +1,4 @@
-"""Who am I among the processes of this run? The only file that reads RANK, SLURM_* and OMPI_*.
+"""Who am I among the processes of this run, as the variables of its launcher say? (Where they meet: meeting.py.)
 
 deepspeed / torchrun    RANK, LOCAL_RANK, WORLD_SIZE
 srun                    SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS (inside a job step only)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
@@ -128,11 +128,16 @@ def compress_with_report(
     return small, report
 
 
-def open_model(name: str | Path) -> PreTrainedModel:
-    """A model that can be compressed, from a folder or by its name, from safetensors only and without its own code.
+def _classes() -> dict[str, Any]:
+    """Plain classes and ours, by name."""
+    return {each.__name__: each for pair in CLASSES.items() for each in pair}
+
+
+def open_config(name: str | Path) -> PretrainedConfig:
+    """The configuration of a model that can be compressed, from a folder or by its name.
 
     Raises:
-        UserError: nothing of that name, another kind of model, or only pickled weights.
+        UserError: nothing of that name, or another kind of model.
     """
     import ksub_ds  # noqa: F401 - registers our configurations with AutoConfig
 
@@ -143,15 +148,24 @@ def open_model(name: str | Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: transformers finds no model it knows there ({_first_line(error)})") from error
-    known: dict[str, Any] = {each.__name__: each for pair in CLASSES.items() for each in pair}
     wanted = (config.architectures or ["none named"])[0]
-    if wanted not in known:
+    if wanted not in _classes():
         families = "BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT or ModernBERT"
         raise UserError(
             f"{name}: is a {wanted}; give an encoder of {families}: bare, for masked tokens or a classifier"
         )
+    return config
+
+
+def open_model(name: str | Path) -> PreTrainedModel:
+    """A model that can be compressed, from safetensors only and without its own code.
+
+    Raises:
+        UserError: as `open_config`, or only pickled weights.
+    """
+    config = open_config(name)
     try:
-        return known[wanted].from_pretrained(str(name), use_safetensors=True).eval()
+        return _classes()[config.architectures[0]].from_pretrained(str(name), use_safetensors=True).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{name}: cannot be read ({_first_line(error)}); weights must be safetensors: pickled ones are not read, "

@@ -25,7 +25,7 @@ from ksub_ds.pretrain.engine_state import full_shape
 from ksub_ds.pretrain.feed import StepBatches
 from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, find_deepspeed_config
 from ksub_ds.pretrain.run_folder import RunFolder
-from ksub_ds.pretrain.sources import Sources, check_length, fresh_config
+from ksub_ds.pretrain.sources import Sources, fresh_config
 from ksub_ds.pretrain.warm_start import open_warm_start
 
 
@@ -47,13 +47,8 @@ def build_for(recipe: Recipe, table: CodeTable, tokenizer: Tokenizer, warm_start
 
 
 def build_model(recipe: Recipe, sources: Sources) -> Any:
-    """The model to train.
-
-    Raises:
-        UserError: rows longer than the model's positions.
-    """
+    """The model to train."""
     model = build_for(recipe, sources.table, sources.tokenizer)
-    check_length(recipe, sources, model.config)
     if recipe.decoder_bias == "frequency":
         start_bias(model, sources.dataset, recipe.alpha)
     return model

@@ -54,7 +54,8 @@ class Recipe:
 
     decoder_bias: Literal["zero", "frequency"] = "zero"
     """Start of the decoder's bias: zero as the paper, or each token's log frequency in the data. The bias moves by
-    the learning rate a step, so from zero it takes thousands of steps to learn what counting tells at once."""
+    the learning rate a step, so from zero it takes thousands of steps to learn what counting tells at once. (A model
+    of --warm-start has its own.)"""
 
     # ---- how long ----
     max_steps: int | None = None

@@ -37,7 +37,9 @@ class Sources:
 
 
 def load_sources(recipe: Recipe) -> Sources:
-    """Open shards, tokenizer and codes, and check that they belong together. Rank 0 also checks every shard's sha256.
+    """Open shards, tokenizer and codes, and check that they and the model belong together, before a run is claimed.
+
+    Rank 0 also checks every shard's sha256.
 
     Raises:
         UserError: naming the file at fault.
@@ -48,9 +50,16 @@ def load_sources(recipe: Recipe) -> Sources:
     if recipe.distill_from is not None and Path(recipe.distill_from).is_dir():
         check_same_tokens("--distill-from", Path(recipe.distill_from), tokenizer, dataset)
     if recipe.warm_start is not None:
-        return _load_warm_start(recipe, dataset, tokenizer)
-    if recipe.codes is None:
-        return _fitting(recipe, Sources(plain_codes(tokenizer.vocab_size), dataset, tokenizer))
+        sources = _load_warm_start(recipe, dataset, tokenizer)
+    elif recipe.codes is None:
+        sources = Sources(plain_codes(tokenizer.vocab_size), dataset, tokenizer)
+    else:
+        sources = Sources(_load_codes(recipe, dataset, tokenizer), dataset, tokenizer)
+    _check_length(recipe, sources)
+    return sources
+
+
+def _load_codes(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenizer) -> CodeTable:
     table = CodeTable.load(recipe.codes)
     if table.num_tokens != tokenizer.vocab_size:
         raise UserError(
@@ -64,7 +73,7 @@ def load_sources(recipe: Recipe) -> Sources:
             f"{tokenizer.fingerprint[:12]}...); make them with --tokenizer {dataset.tokenizer_folder}"
         )
     _check_width(recipe, table)
-    return _fitting(recipe, Sources(table, dataset, tokenizer))
+    return table
 
 
 def _load_warm_start(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenizer) -> Sources:
@@ -94,14 +103,14 @@ def _check_width(recipe: Recipe, table: CodeTable) -> None:
         )
 
 
-def _fitting(recipe: Recipe, sources: Sources) -> Sources:
-    """The sources of a fresh model, checked before the run folder is claimed; a warm start's are with its weights."""
-    check_length(recipe, sources, fresh_config(recipe, sources.table, sources.tokenizer))
-    return sources
-
-
-def check_length(recipe: Recipe, sources: Sources, config: Any) -> None:
+def _check_length(recipe: Recipe, sources: Sources) -> None:
     """Rows are no longer than the model's positions."""
+    if recipe.warm_start is not None:
+        from ksub_ds.model.compress import open_config
+
+        config = open_config(recipe.warm_start)
+    else:
+        config = fresh_config(recipe, sources.table, sources.tokenizer)
     longest = config.max_position_embeddings
     if config.model_type == "ksub_roberta":
         longest -= config.pad_token_id + 1  # RoBERTa's positions begin after the padding's

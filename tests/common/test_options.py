@@ -67,7 +67,7 @@ def test_options_of_a_function() -> None:
     assert found == [5]
     with pytest.raises(UserError, match="give --left"):
         call(add, [], "add")
-    with pytest.raises(UserError, match="Error parsing --left: .*'x'"):
+    with pytest.raises(UserError, match=r"Error parsing --left: .*'x'"):
         call(add, ["--left", "x"], "add")
 
 

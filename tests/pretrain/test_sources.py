@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from ksub_ds.codes.positional import positional_codes
+from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.text_shards import ShardText, shard_text
+from ksub_ds.model.configuration import KSubRobertaConfig
+from ksub_ds.model.modeling import KSubRobertaForMaskedLM
 from ksub_ds.pretrain.__main__ import main
 from ksub_ds.pretrain.recipe import Recipe
 from ksub_ds.pretrain.sources import load_sources
@@ -32,3 +35,14 @@ def test_rows_longer_than_the_positions_leave_no_recipe(bench: Bench, tmp_path: 
     arguments = ["--preset", "tiny", "--codes", str(bench.codes), "--out", str(tmp_path / "run"), "--max-steps", "1"]
     assert main([*arguments, "--data", str(long)]) == 2
     assert not (tmp_path / "run" / "recipe.json").exists(), "a corrected command would be refused"
+
+    table = CodeTable.load(bench.codes)
+    config = KSubRobertaConfig.tiny(vocab_size=table.num_tokens, max_position_embeddings=2000)
+    model = KSubRobertaForMaskedLM(config, table)
+    model.save_pretrained(tmp_path / "model")
+    recipe = Recipe("tiny", long, tmp_path / "run", warm_start=tmp_path / "model")
+    assert load_sources(recipe).warm_start_sha256, "its positions count, not the preset's"
+    model.config.max_position_embeddings = 600
+    model.config.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="rows of 1024 tokens, but the model has positions for 598"):
+        load_sources(recipe)
