@@ -66,7 +66,7 @@ def experiment(options: argparse.Namespace) -> None:
     make_codes(steps, out, tokenizer, shards, ksub)
     baselines = out / "baselines.json"
     if not baselines.exists():
-        write_json(baselines, logistic_regression(options.data))
+        write_json(baselines, logistic_regression(str(options.data)))
     outcome(options, steps)
 
     def one(kind: str) -> None:
@@ -129,12 +129,17 @@ def outcome(options: argparse.Namespace, steps: Steps) -> None:
     title = f"XNLI, {options.setting}, small models on a CPU"
     table = render(title, ["model", "en", "en, each seed", "average"], rows, "markdown")
     told = f"\nPretraining on {' '.join(options.languages)}: {options.steps} steps of {options.rows} x 128 tokens; "
-    told += f"{options.epochs} epochs of fine-tuning; "
-    write_text(out / "table.md", table + told + f"{seconds / 60:.0f} minutes in all.\n")
-    settings = {key: str(value) for key, value in vars(options).items()}
+    told += f"{options.epochs} epochs of fine-tuning; {seconds / 60:.0f} minutes, the sum of all steps, "
+    write_text(out / "table.md", table + told + f"{options.at_once} model(s) at a time.\n")
+    settings = {key: _told(value) for key, value in vars(options).items()}
     summary = {kind: {key: result[key] for key in ("test", "average", "seeds")} for kind, result in models.items()}
     results = {"settings": settings, "baselines": baselines, "models": summary, "seconds": steps.seconds}
     write_json(out / "results.json", results)
+
+
+def _told(setting: Any) -> Any:
+    """A setting as results.json keeps it: of a path its name, for the rest is this machine's."""
+    return setting.name if isinstance(setting, Path) else setting
 
 
 def _is_done(out: Path, kind: str) -> bool:
@@ -147,7 +152,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder of <lang>.jsonl.gz")
     parser.add_argument("--tokenizer", type=Path, required=True, help="XLM-R's SentencePiece model")
     parser.add_argument("--languages", nargs="+", default=list(LANGUAGES), help="of pretraining and test [all 15]")
-    parser.add_argument("--data", required=True, help="XNLI's folder, or facebook/xnli")
+    parser.add_argument("--data", type=Path, required=True, help="XNLI's folder, or facebook/xnli")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything")
     parser.add_argument("--steps", type=int, default=10_000, help="of pretraining [10000]")
     parser.add_argument("--rows", type=int, default=32, help="of 128 tokens in a step of pretraining [32]")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path
+from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate.updates import Updates
 
 
@@ -63,7 +64,10 @@ def load_state(work: Path, updates: Updates, stamp: str) -> Position:
                 if state:
                     updates.optimizer.state[parameter] = state
             return Position(**json.loads(about["position"]))
-    except (OSError, SafetensorError):
+    except FileNotFoundError:
+        return Position()
+    except (OSError, SafetensorError) as error:
+        get_logger().info(f"{path}: cannot be read ({error}); this fine-tuning begins anew")
         return Position()
 
 

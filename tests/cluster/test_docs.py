@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, Cluster, Done, losses
+from .conftest import BIN, ROOT, Cluster, Done, losses
 from .slurm import Slurm
 
 PAGE = ROOT / "docs" / "cluster.md"
@@ -55,11 +55,17 @@ def test_over_ssh(cluster: Cluster, folder: Path, here: list[float], name: str) 
         assert lines[-1].endswith(f"rank {number} ended: exit code 0")
 
 
-def test_mpirun_over_hosts(cluster: Cluster, folder: Path, here: list[float]) -> None:
-    done = run(cluster, RUNS["run-mpi-hosts"])
+@pytest.mark.parametrize("mpirun", [BIN / "mpirun", Path("/usr/bin/mpirun")])
+def test_mpirun_over_hosts(cluster: Cluster, folder: Path, here: list[float], mpirun: Path) -> None:
+    """The environment's Open MPI (5, a wheel) and the system's (4 in Debian 12), where they are."""
+    if not mpirun.exists():
+        pytest.skip(f"{mpirun} is not installed")
+    name = f"run-mpi{mpirun.parent}".replace("/", "-")
+    line = RUNS["run-mpi-hosts"].replace("mpirun", str(mpirun), 1).replace("run-mpi-hosts", name)
+    done = run(cluster, line)
     assert done.code == 0, done.text
     assert "2 ranks (node1 x 1, node2 x 1)" in done.text
-    assert losses(folder / "run-mpi-hosts") == pytest.approx(here, rel=1e-5)
+    assert losses(folder / name) == pytest.approx(here, rel=1e-5)
 
 
 def test_slurm(slurm: Slurm, folder: Path, here: list[float]) -> None:
