@@ -49,9 +49,20 @@ def build_for(recipe: Recipe, table: CodeTable, tokenizer: Tokenizer, warm_start
 def build_model(recipe: Recipe, sources: Sources) -> Any:
     """The model to train."""
     model = build_for(recipe, sources.table, sources.tokenizer)
+    if recipe.dropout is not None:
+        set_dropout(model, recipe.dropout)
     if recipe.decoder_bias == "frequency":
         start_bias(model, sources.dataset, recipe.alpha)
     return model
+
+
+def set_dropout(model: Any, share: float) -> None:
+    """Drop this share in every dropout layer; the configuration, which is exported, keeps its own."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = share
 
 
 def start_bias(model: Any, dataset: ShardDataset, alpha: float) -> None:

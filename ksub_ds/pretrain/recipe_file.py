@@ -82,6 +82,11 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two recipe.json contents and may not, as `key: old -> new`."""
+    """What differs between two recipe.json contents and may not, as `key: old -> new`.
+
+    A setting that the old file lacks is younger than the run, which went by its default.
+    """
+    fields = dataclasses.fields(Recipe)
+    old = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING} | old
     keys = [key for key in new if key not in FREE_KEYS] + [key for key in old if key not in new]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]

@@ -1,0 +1,41 @@
+"""--dropout acts in training alone: the configuration keeps the model's own, and eval has none."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.pretrain.prepare import build_model
+from ksub_ds.pretrain.recipe import Recipe, resolve
+from ksub_ds.pretrain.recipe_file import changed_keys, to_json
+from ksub_ds.pretrain.sources import load_sources
+
+from .conftest import Bench
+
+
+def test_dropout_of_a_run(bench: Bench) -> None:
+    recipe = Recipe("tiny", bench.data, bench.folder / "dropout", bench.codes)
+    sources = load_sources(recipe)
+    rows = torch.from_numpy(sources.dataset.rows("train", sources.dataset.languages[0])[:2].astype("int64"))
+    for share, same in ((None, False), (0.3, False), (0.0, True)):
+        model = build_model(dataclasses.replace(recipe, dropout=share), sources).train()
+        assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == 0.1
+        with torch.no_grad():
+            twice = [model(input_ids=rows, labels=rows).loss.item() for _ in range(2)]
+            assert (twice[0] == twice[1]) == same
+            if same:  # no dropout anywhere: as the model is used
+                assert model.eval()(input_ids=rows, labels=rows).loss.item() == pytest.approx(twice[0], rel=1e-6)
+
+
+def test_values(bench: Bench) -> None:
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UserError, match=r"--dropout .*: must lie in \[0, 1\)"):
+            resolve(Recipe("tiny", bench.data, bench.folder, bench.codes, dropout=wrong), 1, False)
+
+
+def test_a_run_older_than_a_setting_continues_with_its_default(bench: Bench) -> None:
+    now = to_json(Recipe("tiny", bench.data, bench.folder, bench.codes))
+    before = {key: value for key, value in now.items() if key not in ("dropout", "decoder_bias")}
+    assert changed_keys(before, now) == []
+    assert changed_keys(before, now | {"dropout": 0.0}) == ["dropout: None -> 0.0"]
