@@ -103,7 +103,7 @@ def pretrain_and_evaluate(kind: str, options: argparse.Namespace, steps: Steps, 
     run = ("pretrain", "--preset", "small", *codes, "--data", options.out / "shards", "--out", out / "run", *length)
     last = out / "run" / "checkpoints" / f"global_step{options.steps}"
     run += ("--global-batch-size", options.rows, "--precision", options.precision, "--gradient-clipping", 1)
-    run += ("--decoder-bias", "frequency")
+    run += ("--decoder-bias", "frequency", "--dropout", 0)
     steps.run(f"{kind}: pretraining", last, *ksub, *run)
     model = out / kind
     steps.run(f"{kind}: export", model / "config.json", *ksub, "export", out / "run", "--out", model)
