@@ -8,8 +8,6 @@ prune it meanwhile, and count only when all have the size and sha256 of their ma
 for. OUT/curve.jsonl gets one line a checkpoint; OUT/xnli/global_step{N} holds the evaluation behind it.
 """
 
-import fcntl
-import json
 import math
 import os
 import shutil
@@ -19,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, read_json, write_json
+from ksub_ds.common.files import atomic_folder, read_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.evaluate.curve import Curve
 from ksub_ds.evaluate.rows import Source
 from ksub_ds.evaluate.settings import positive_rate
 
@@ -76,9 +75,8 @@ def watch(settings: WatchSettings) -> None:
     if not settings.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.nice(NICENESS)  # the run goes first
-    with _Lock(settings.out):
-        curve = _Curve(settings.out / "curve.jsonl")
-        _same_settings(settings, curve)
+    with Curve(settings.out) as curve:
+        curve.agree(_scored_by(settings))
         end_of_patience = time.monotonic() + settings.patience_seconds
         while True:
             waiting = _score_new(settings, folder, curve)
@@ -110,24 +108,14 @@ def _check(settings: WatchSettings) -> None:
         Source(settings.data)
 
 
-def _same_settings(settings: WatchSettings, curve: "_Curve") -> None:
-    """Refuse a folder whose curve is of another run or was scored otherwise: its points could not be compared."""
-    path = settings.out / "watch.json"
+def _scored_by(settings: WatchSettings) -> dict[str, Any]:
+    """What two points of one curve must have in common."""
     keys = ("setting", "epochs", "max_train_examples", "max_test_examples", "learning_rate", "eval_sequences")
     identity = {"run": str(settings.run.resolve()), "with --data": settings.data is not None}
-    identity |= {key: getattr(settings, key) for key in keys}
-    before = read_json(path) if curve.steps and path.exists() else identity
-    for key, value in identity.items():
-        if not isinstance(before, dict) or before.get(key) != value:
-            old = before.get(key) if isinstance(before, dict) else before
-            raise UserError(
-                f"--out {settings.out}: holds a curve with other settings ({key}: {old} -> {value}); "
-                "give the old ones, or a new --out"
-            )
-    write_json(path, identity)
+    return identity | {key: getattr(settings, key) for key in keys}
 
 
-def _score_new(settings: WatchSettings, folder: Any, curve: "_Curve") -> list[str]:
+def _score_new(settings: WatchSettings, folder: Any, curve: Curve) -> list[str]:
     """Score every whole checkpoint that is not in the curve; names of those that are not whole yet."""
     from ksub_ds.pretrain import checkpoint
 
@@ -225,60 +213,3 @@ def _xnli(settings: WatchSettings, model: Path, out: Path) -> dict[str, Any]:
     results = read_json(out / "results.json")
     accuracy = {language: scores["accuracy"] for language, scores in results["test"].items()}
     return {"average": results["average"], "accuracy": accuracy}
-
-
-class _Lock:
-    """One watcher a folder."""
-
-    def __init__(self, out: Path):
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._descriptor)
-            raise UserError(f"--out {out}: another `ksub evaluate watch` is at work there") from error
-
-    def __enter__(self) -> "_Lock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-
-class _Curve:
-    """curve.jsonl: a line a checkpoint, each step once."""
-
-    def __init__(self, path: Path):
-        from ksub_ds.common.logging import MetricsWriter
-
-        self._path = path
-        self._writer = MetricsWriter(path, resume_step=2**62)  # drops a last line that a kill cut short
-        self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-    @property
-    def steps(self) -> set[int]:
-        """The steps that are scored."""
-        return {line["step"] for line in self.lines}
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a line, on disk at once."""
-        self._writer.write(**line)
-        self.lines.append(line)
-        get_logger().info(_line(line))
-
-    def table(self) -> str:
-        """All lines, in words."""
-        return "\n".join(_line(line) for line in sorted(self.lines, key=lambda line: line["step"]))
-
-
-def _line(line: dict[str, Any]) -> str:
-    text = f"step {line['step']:,}"
-    if "masked_accuracy" in line:
-        text += f": masked accuracy {100 * line['masked_accuracy']:.1f} %, held-out loss {line['loss']:.3f}"
-    if "xnli" in line:
-        text += f", XNLI average {100 * line['xnli']['average']:.1f} %"
-    return text

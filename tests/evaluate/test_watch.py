@@ -11,6 +11,7 @@ import pytest
 
 from ksub_ds.cli import main
 from ksub_ds.evaluate import watch as module
+from ksub_ds.evaluate.curve import Curve
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.rmtree(run / "checkpoints")
     assert call(run, tmp_path / "b", "--patience-seconds", 0) == 2
     assert "holds no whole checkpoint yet" in capsys.readouterr().err
-    with module._Lock(tmp_path / "c"):
+    with Curve(tmp_path / "c"):
         assert call(run, tmp_path / "c") == 2
     assert "another `ksub evaluate watch` is at work there" in capsys.readouterr().err
 
