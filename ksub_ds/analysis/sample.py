@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.text import DocumentReader, find_text
+from ksub_ds.corpus.documents import DocumentReader
+from ksub_ds.corpus.text import find_text
 from ksub_ds.corpus.tokenizer import Tokenizer
 
 DOCUMENTS_AT_ONCE = 256

@@ -9,10 +9,11 @@ import numpy as np
 
 from ksub_ds.common.files import atomic_folder, write_json
 from ksub_ds.common.logging import Progress, get_logger
+from ksub_ds.corpus.documents import DocumentReader
 from ksub_ds.corpus.encoding import ParallelEncoder
 from ksub_ds.corpus.packing import Packer, Packing
 from ksub_ds.corpus.shards import SPLITS, ShardWriter
-from ksub_ds.corpus.text import DocumentReader, LanguageText
+from ksub_ds.corpus.text import LanguageText
 
 BATCH_CHARACTERS = 1 << 20  # of text per batch: a second or less of tokenising
 

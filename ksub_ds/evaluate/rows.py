@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
 from ksub_ds.evaluate.hub import require_on_hub
+from ksub_ds.evaluate.hub_rows import hub_rows, hub_splits, hub_version
 
 SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet")
 LONGEST_LINE = 4_000_000  # bytes; a sentence pair has hundreds
@@ -122,7 +123,7 @@ class Source:
     def has(self, part: str, split: str) -> bool:
         """Whether a split is there."""
         if self.folder is None:
-            return split in _hub_splits(self.data, part)
+            return split in hub_splits(self.data, part)
         return self._file(part, split) is not None
 
     def read(self, part: str, split: str, columns: Columns, limit: int | None = None) -> Rows:
@@ -132,7 +133,7 @@ class Source:
             UserError: a missing, empty or damaged file, or a bad row (file and line are named).
         """
         if self.folder is None:
-            name, values = f"{self.data} {part} {split}", _hub_rows(self.data, part, split)
+            name, values = f"{self.data} {part} {split}", hub_rows(self.data, part, split)
         else:
             path = self._file(part, split)
             if path is None:
@@ -148,7 +149,7 @@ class Source:
             path = self._file(part, split)
             assert path is not None, "ask `has` first"
             return sha256_file(path)
-        return hashlib.sha256(f"{self.data} {part} {split} {_hub_version(self.data)}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.data} {part} {split} {hub_version(self.data)}".encode()).hexdigest()
 
     def _file(self, part: str, split: str) -> Path | None:
         assert self.folder is not None
@@ -231,38 +232,3 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, row
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: is not a readable Parquet file ({str(error).splitlines()[0]})") from error
-
-
-def _hub_splits(name: str, part: str) -> Sequence[str]:
-    import datasets
-
-    try:
-        return datasets.get_dataset_split_names(name, part)
-    except ValueError:  # no such configuration
-        return ()
-    except Exception as error:  # the hub's client raises many kinds
-        raise _unreachable(name, error) from error
-
-
-def _hub_version(name: str) -> str:
-    import datasets
-
-    try:
-        return str(datasets.load_dataset_builder(name, "en" if name.endswith("xnli") else "cola").hash)
-    except Exception as error:  # the hub's client raises many kinds
-        raise _unreachable(name, error) from error
-
-
-def _hub_rows(name: str, part: str, split: str) -> Iterator[tuple[int, Any]]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, part, split=split)
-    except Exception as error:  # the hub's client raises many kinds
-        raise _unreachable(name, error) from error
-    yield from enumerate(loaded, 1)
-
-
-def _unreachable(name: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:160]
-    return UserError(f"--data {name}: no such folder, and `datasets` cannot load it ({reason}); give a folder of files")

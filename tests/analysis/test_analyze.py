@@ -62,7 +62,8 @@ def test_what_was_measured_is_written_down(numbers, sub_model):
 
 def test_numbers_equal_those_of_the_states(brute_force, numbers, plain_model, tiny_text):
     """transformers alone, document by document, then all pairs."""
-    from ksub_ds.corpus.text import DocumentReader, find_text
+    from ksub_ds.corpus.documents import DocumentReader
+    from ksub_ds.corpus.text import find_text
 
     model, wrapped = AutoModel.from_pretrained(plain_model).eval(), AutoTokenizer.from_pretrained(plain_model)
     types, states = [], []

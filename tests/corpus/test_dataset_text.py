@@ -11,7 +11,8 @@ import pytest
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus import dataset_text
 from ksub_ds.corpus.dataset_text import KNOWN, Dataset, DatasetSource
-from ksub_ds.corpus.text import DocumentReader, find_text
+from ksub_ds.corpus.documents import DocumentReader
+from ksub_ds.corpus.text import find_text
 from ksub_ds.corpus.text_shards import ShardText, shard_text
 
 

@@ -20,11 +20,12 @@ import pytest
 
 from ksub_ds import cli
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus import language_shards, text, text_shards
+from ksub_ds.corpus import documents, language_shards, text_shards
+from ksub_ds.corpus.documents import DocumentReader
 from ksub_ds.corpus.shard_folder import locked
 from ksub_ds.corpus.shards import ShardDataset
 from ksub_ds.corpus.statistics import corpus_statistics, corpus_table
-from ksub_ds.corpus.text import DocumentReader, find_text
+from ksub_ds.corpus.text import find_text
 from ksub_ds.corpus.text_shards import ShardText, shard_text
 from ksub_ds.corpus.tokenizer import load_tokenizer
 
@@ -141,8 +142,8 @@ def hostile_files(folder: Path, outside: Path) -> None:
 def test_hostile_text_is_skipped_and_counted(
     tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(text, "LONGEST_LINE", 200_000)
-    monkeypatch.setattr(text, "INFLATION_FREE", 1_000_000)
+    monkeypatch.setattr(documents, "LONGEST_LINE", 200_000)
+    monkeypatch.setattr(documents, "INFLATION_FREE", 1_000_000)
     (tmp_path / "in" / "en").mkdir(parents=True)
     (tmp_path / "outside").mkdir()
     hostile_files(tmp_path / "in" / "en", tmp_path / "outside")
