@@ -93,6 +93,11 @@ def finite(value: Any) -> float | None:
     return value if ok else None
 
 
+def values(lines: list[dict[str, Any]], key: str) -> list[float]:
+    """The numbers that some lines of metrics have under a key."""
+    return [value for line in lines if (value := finite(line.get(key))) is not None]
+
+
 def _parameters(preset: str, table: CodeTable) -> dict[str, int]:
     """Counted on the model itself, built without memory."""
     import torch
