@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.place import is_main
 
 Settings = TypeVar("Settings")
 
 
 def parse(kind: type[Settings], arguments: Sequence[str] | None, prog: str) -> Settings:
-    """The settings that a command line gives. Of several ranks that parse the same, one prints the help.
+    """The settings that a command line gives.
 
     Args:
         kind: a dataclass.
@@ -26,7 +25,7 @@ def parse(kind: type[Settings], arguments: Sequence[str] | None, prog: str) -> S
         prog: the command, as the user types it.
 
     Raises:
-        UserError: what is wrong with the arguments.
+        UserError: what is wrong with the arguments; ranks that parse the same agree on it.
         SystemExit: --help, which is printed.
     """
     return _parse(kind, arguments, prog, inspect.getdoc(kind))
@@ -46,15 +45,12 @@ def _parse(kind: Any, arguments: Sequence[str] | None, prog: str, description: s
     import tyro
 
     said = io.StringIO()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stderr(said))
-        if not is_main():
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        try:
+    try:
+        with contextlib.redirect_stderr(said):
             return tyro.cli(kind, args=arguments, prog=prog, description=description)
-        except SystemExit as leave:
-            if not leave.code:
-                raise
+    except SystemExit as leave:
+        if not leave.code:
+            raise
     error = UserError(f"{_one_line(said.getvalue())}; see `{prog} --help`")
     error.agreed = True
     raise error
