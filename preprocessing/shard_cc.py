@@ -7,6 +7,8 @@
 `wet` holds WET files. Any number of ranks gives the same bytes. The work is in ksub_ds/corpus/crawl.py.
 """
 
+import contextlib
+import io
 import sys
 
 from ksub_ds.common.distributed import is_main
@@ -22,7 +24,8 @@ from ksub_ds.corpus.statistics import corpus_table
 def main() -> None:
     """Run; a user's mistake is one line and exit code 2, Ctrl-C one line and 130."""
     try:
-        settings = parse(ShardCC, None, "preprocessing/shard_cc.py")
+        with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO()):  # the help, once
+            settings = parse(ShardCC, None, "preprocessing/shard_cc.py")
         ranks = Ranks()
         with ranks.together():
             if settings.dry_run:

@@ -103,7 +103,7 @@ def pretrain_and_evaluate(kind: str, options: argparse.Namespace, steps: Steps, 
     run = ("pretrain", "--preset", "small", *codes, "--data", options.out / "shards", "--out", out / "run", *length)
     last = out / "run" / "checkpoints" / f"global_step{options.steps}"
     run += ("--global-batch-size", options.rows, "--precision", options.precision, "--gradient-clipping", 1)
-    run += ("--decoder-bias", "frequency", "--dropout", 0)
+    run += ("--decoder-bias", "frequency", "--dropout", options.dropout)
     steps.run(f"{kind}: pretraining", last, *ksub, *run)
     model = out / kind
     steps.run(f"{kind}: export", model / "config.json", *ksub, "export", out / "run", "--out", model)
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything")
     parser.add_argument("--steps", type=int, default=10_000, help="of pretraining [10000]")
     parser.add_argument("--rows", type=int, default=32, help="of 128 tokens in a step of pretraining [32]")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of pretraining [0: few passes over little text]")
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning [5]")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of fine-tuning [1e-4]")
     parser.add_argument("--seeds", type=int, default=3, help="fine-tunings a model [3]")

@@ -68,6 +68,6 @@ def _one_line(box: str) -> str:
     if said.startswith("Missing from"):  # each with its help text
         names = re.findall(r"(?:^Missing from [^:]*: |[(]required[)] )(--[\w-]+|[A-Z]{2,})", said)
         unknown = [text for text in paragraphs if text.startswith("Unrecognized")]
-        return "; ".join([f"give {', '.join(names)}", *unknown])
+        return "; ".join([f"give {', '.join(names)}" if names else said, *unknown])
     near = re.search(r": *(--[\w-]+) ", " ".join(paragraphs[1:2])) if said.startswith("Unrecognized") else None
     return said + (f"; did you mean {near[1]}?" if near else "")

@@ -64,7 +64,8 @@ def parse_settings(arguments: Sequence[str]) -> Any:
 
     kinds = {name: kind for name, (kind, _) in KINDS.items()} | {"watch": WatchSettings, "status": StatusSettings}
     if not arguments or arguments[0] not in kinds:
-        raise UserError(f"{' '.join(arguments[:1])}: name one of {', '.join(NAMES)} first".removeprefix(": "))
+        found = f", not {arguments[0]}" if arguments else ""
+        raise UserError(f"name one of {', '.join(NAMES)} first{found}")
     return parse(kinds[arguments[0]], arguments[1:], f"ksub evaluate {arguments[0]}")
 
 
