@@ -104,6 +104,7 @@ def pretrain_and_evaluate(kind: str, options: argparse.Namespace, steps: Steps, 
     last = out / "run" / "checkpoints" / f"global_step{options.steps}"
     run += ("--global-batch-size", options.rows, "--precision", options.precision, "--gradient-clipping", 1)
     run += ("--decoder-bias", "frequency", "--dropout", options.dropout)
+    run += ("--attention", "eager", "--micro-batch-size", options.rows)  # the fastest on a CPU
     steps.run(f"{kind}: pretraining", last, *ksub, *run)
     model = out / kind
     steps.run(f"{kind}: export", model / "config.json", *ksub, "export", out / "run", "--out", model)

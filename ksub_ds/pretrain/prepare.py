@@ -9,6 +9,7 @@ from typing import Any
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common import distributed
+from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.frequency import log_frequency
 from ksub_ds.corpus.shards import ShardDataset
@@ -51,6 +52,8 @@ def build_model(recipe: Recipe, sources: Sources) -> Any:
     model = build_for(recipe, sources.table, sources.tokenizer)
     if recipe.dropout is not None:
         set_dropout(model, recipe.dropout)
+    if recipe.attention is not None:
+        set_attention(model, recipe.attention)
     if recipe.decoder_bias == "frequency":
         start_bias(model, sources.dataset, recipe.alpha)
     return model
@@ -63,6 +66,18 @@ def set_dropout(model: Any, share: float) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = share
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Compute attention by transformers' implementation of this name.
+
+    Raises:
+        UserError: it needs a package that is not there, or this model has no such attention.
+    """
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--attention {name}: {str(error).splitlines()[0]}") from error
 
 
 def start_bias(model: Any, dataset: ShardDataset, alpha: float) -> None:

@@ -99,6 +99,9 @@ class Recipe:
     # ---- engine ----
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of weights and activations; master weights are always fp32. [bf16 on a GPU, fp32 on a CPU]"""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """How attention is computed, by transformers' names: flash_attention_2 needs the package flash-attn; on a CPU in
+    bf16 `eager` is the fastest for rows of 128. [transformers' choice]"""
     deepspeed: str = "zero1"
     """DeepSpeed's mechanics: a JSON file, or a name in ds_configs/ (zero0, zero1, zero2, zero3, zero3_offload)."""
 

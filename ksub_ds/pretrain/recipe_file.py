@@ -17,6 +17,7 @@ FREE_KEYS = (
         "data",
         "out",
         "warm_start",
+        "attention",
         "deepspeed",
         "micro_batch_size",
         "max_hours",

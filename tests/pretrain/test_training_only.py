@@ -1,6 +1,7 @@
-"""--dropout acts in training alone: the configuration keeps the model's own, and eval has none."""
+"""--dropout and --attention act in training alone: the exported configuration knows nothing of them."""
 
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -26,6 +27,22 @@ def test_dropout_of_a_run(bench: Bench) -> None:
             assert (twice[0] == twice[1]) == same
             if same:  # no dropout anywhere: as the model is used
                 assert model.eval()(input_ids=rows, labels=rows).loss.item() == pytest.approx(twice[0], rel=1e-6)
+
+
+def test_attention_of_a_run(bench: Bench) -> None:
+    recipe = Recipe("tiny", bench.data, bench.folder / "attention", bench.codes)
+    sources = load_sources(recipe)
+    rows = torch.from_numpy(sources.dataset.rows("train", sources.dataset.languages[0])[:2].astype("int64"))
+    models = [build_model(dataclasses.replace(recipe, attention=name), sources).eval() for name in ("sdpa", "eager")]
+    assert [model.config._attn_implementation for model in models] == ["sdpa", "eager"]
+    losses = [model(input_ids=rows, labels=rows).loss.item() for model in models]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert not [key for key in models[1].config.to_dict() if "attn" in key]
+    now = to_json(recipe)
+    assert changed_keys(now, now | {"attention": "eager"}) == []
+    if importlib.util.find_spec("flash_attn") is None:
+        with pytest.raises(UserError, match=r"--attention flash_attention_2: .*FlashAttention"):
+            build_model(dataclasses.replace(recipe, attention="flash_attention_2"), sources)
 
 
 def test_values(bench: Bench) -> None:
