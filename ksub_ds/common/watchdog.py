@@ -19,40 +19,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from ksub_ds.common.failure import Failure, in_one_line, lost_the_other_end
 from ksub_ds.common.logging import format_seconds
 from ksub_ds.common.signs import Signs, collectives_begun, main_thread_place
 
-EXIT_USER_ERROR, EXIT_FAILED, EXIT_INTERRUPTED = 2, 70, 130
 BEAT_SECONDS = 0.25  # between two signs of life; more in runs of more than 125 ranks
 DEAD_SECONDS = 1.5  # a rank whose collective broke takes peers for dead that are silent this long
 LINGER_SECONDS = 3.0  # how long the rank that speaks waits for the others to have heard
 PARTING_SECONDS = 10.0  # how long rank 0 waits for the others at the end of a good run
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What ended a run before its time. RUN/failure.json holds these fields."""
-
-    rank: int
-    host: str
-    step: int | None  # optimizer step under way; None before the first
-    reason: str
-    exit_code: int = EXIT_FAILED
-    restart_may_help: bool = True
-    time: str = dataclasses.field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
-
-    def line(self) -> str:
-        """The last line of the run."""
-        if self.exit_code == EXIT_USER_ERROR:
-            return f"error: {self.reason}"
-        if self.exit_code == EXIT_INTERRUPTED:
-            return self.reason
-        at = "" if self.step is None else f" at step {self.step:,}"
-        return f"failed: rank {self.rank} on {self.host}{at}: {self.reason}; the same command continues"
 
 
 class Watchdog:
@@ -175,10 +152,10 @@ class Watchdog:
         Returns:
             The exit code.
         """
-        failure = self._dead_peer() if _broke_off(error) else None
+        failure = self._dead_peer() if lost_the_other_end(error) else None
         if failure is not None:
             return self.end(failure, lost=1)
-        failure = self._about(self.rank, _in_one_line(error))
+        failure = self._about(self.rank, in_one_line(error))
         if not (self._store is not None and self._failure_is_known()):
             traceback.print_exception(error)
         return self.end(failure)
@@ -276,20 +253,6 @@ class Watchdog:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # the main thread may be in a collective that never returns
-
-
-def _in_one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
-def _broke_off(error: BaseException) -> bool:
-    """Whether an exception looks like a collective that lost its other end."""
-    import torch.distributed as dist
-
-    signs = ("gloo", "connection closed", "connection reset", "broken pipe", "timed out", "nccl", "socket")
-    is_network = isinstance(error, (dist.DistError, ConnectionError))
-    return is_network or (isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs))
 
 
 def connector(host: str, port: int, prefix: str, timeout: timedelta) -> Callable[[], Any]:

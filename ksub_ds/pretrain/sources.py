@@ -45,6 +45,8 @@ def load_sources(recipe: Recipe) -> Sources:
         UserError: naming the file at fault.
     """
     dataset = ShardDataset.open(recipe.data, verify=distributed.is_main())
+    if not any(dataset.num_sequences("train", language) for language in dataset.languages):
+        raise UserError(f"--data {recipe.data}: holds no sequences to train on; make shards of more text")
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     dataset.check_tokenizer(tokenizer.fingerprint, str(dataset.tokenizer_folder))
     if recipe.distill_from is not None and Path(recipe.distill_from).is_dir():

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from ksub_ds.common.failure import EXIT_FAILED, EXIT_USER_ERROR
 from ksub_ds.common.signs import Signs
-from ksub_ds.common.watchdog import EXIT_FAILED, EXIT_USER_ERROR
 
 from .conftest import HERE, Bench, environment
 

@@ -46,3 +46,12 @@ def test_rows_longer_than_the_positions_leave_no_recipe(bench: Bench, tmp_path: 
     model.config.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="rows of 1024 tokens, but the model has positions for 598"):
         load_sources(recipe)
+
+
+def test_shards_without_a_row_to_train_on(bench: Bench, tmp_path: Path) -> None:
+    text, held_out = tmp_path / "text", tmp_path / "held-out"
+    text.mkdir()
+    (text / "en.txt").write_text("one two three\n\n")
+    shard_text(ShardText(text, bench.data / "tokenizer", held_out, sequence_length=64, validation_fraction=0.999))
+    with pytest.raises(UserError, match=r"--data .*held-out: holds no sequences to train on"):
+        load_sources(Recipe("tiny", held_out, tmp_path / "run", bench.codes))
