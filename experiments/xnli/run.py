@@ -10,6 +10,7 @@ still learn much from the pairs.
 """
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -56,6 +57,8 @@ class Steps:
 def experiment(options: argparse.Namespace) -> None:
     """All steps; the table after each model."""
     out, ksub = options.out, ("-m", "ksub_ds.cli")
+    if "en" not in options.languages:
+        raise UserError("--languages: en must be among them, its pairs are what is learnt and the baselines' test")
     steps = Steps(out)
     tokenizer, shards = out / "vocabulary.model", out / "shards"
     cut = (Path(__file__).with_name("vocabulary.py"), "--tokenizer", options.tokenizer, "--text", options.text)
@@ -133,7 +136,10 @@ def outcome(options: argparse.Namespace, steps: Steps) -> None:
     told += f"{options.epochs} epochs of fine-tuning; {seconds / 60:.0f} minutes, the sum of all steps, "
     write_text(out / "table.md", table + told + f"{options.at_once} model(s) at a time.\n")
     settings = {key: _told(value) for key, value in vars(options).items()}
-    summary = {kind: {key: result[key] for key in ("test", "average", "seeds")} for kind, result in models.items()}
+    kept = ("test", "average", "seeds", "finetuning")
+    summary = {kind: {key: result[key] for key in kept} for kind, result in models.items()}
+    for kind, about in summary.items():  # held-out loss at the end of pretraining
+        about["pretraining"] = json.loads((out / kind / "run" / "evaluation.jsonl").read_text().splitlines()[-1])
     results = {"settings": settings, "baselines": baselines, "models": summary, "seconds": steps.seconds}
     write_json(out / "results.json", results)
 

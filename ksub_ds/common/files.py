@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import stat
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,22 @@ def _allow_as_umask(path: Path) -> None:
             path.chmod(mode | (0o666 & ~mask))
 
 
+def _own_name(path: Path) -> str:
+    return f".{path.name}.{uuid.uuid4().hex[:12]}"
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; publish it as `path` when the block ends well.
 
-    The temporary name carries the process id, so two writers cannot mix their bytes.
+    The temporary name is nobody else's (process ids repeat in containers), so two writers cannot mix their bytes.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be made a folder ({error.strerror}); choose another place") from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(_own_name(path) + TEMPORARY_SUFFIX)
     try:
         yield temporary
         _allow_as_umask(temporary)
@@ -80,12 +85,11 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """Give a temporary folder to fill; publish it as `folder`, replacing an older one, when the block ends well."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    name = _own_name(folder)
+    temporary, old = folder.with_name(name + TEMPORARY_SUFFIX), folder.with_name(name + ".old")
     temporary.mkdir()
     try:
         yield temporary
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             os.rename(folder, old)
         publish_folder(temporary, folder)
@@ -97,7 +101,13 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(json_bytes(value, indent=2))
+
+
+def json_bytes(value: Any, indent: int | None = None) -> bytes:
+    """JSON and a newline in UTF-8; what UTF-8 cannot hold (bytes of a path) is escaped, and read back the same."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_json(path: str | Path) -> Any:

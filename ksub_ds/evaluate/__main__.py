@@ -3,8 +3,8 @@
     python -m ksub_ds.evaluate xnli --model model --data xnli --setting cross-lingual --out results
     launch/evaluate.sh --hostfile launch/hostfile.example xnli --model model ...    (two workers of the same)
 
-Exit codes: 0 all is done; 2 the user's mistake, one line on stderr; 130 Ctrl-C, 143 SIGTERM: the claimed jobs are
-given back, and the same command continues.
+Exit codes: 0 all is done; 2 the user's mistake, one line on stderr; 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP (a closed
+terminal or ssh): the claimed jobs are given back, and the same command continues.
 """
 
 import os
@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = f"usage: ksub evaluate {'|'.join(NAMES)} [OPTIONS]; `ksub evaluate NAME --help` tells the options"
         print(text if asked else f"error: {text}", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    before = signal.signal(signal.SIGTERM, _end_in_order)
+    ends = [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]  # nohup
+    before = {number: signal.signal(number, _end_in_order) for number in ends}
     try:
         commands[arguments[0]](arguments)
         return 0
@@ -44,11 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the same command continues", file=sys.stderr, flush=True)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_in_order(number: int, frame: Any) -> None:
-    """SIGTERM: leave by an exception, so that claims are given back."""
+    """SIGTERM, SIGHUP: leave by an exception, so that claims are given back."""
     raise SystemExit(128 + number)
 
 

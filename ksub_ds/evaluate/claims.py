@@ -3,8 +3,8 @@
 How a queue uses them is told in queue.py.
 """
 
+import contextlib
 import fcntl
-import json
 import os
 import socket
 import threading
@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ksub_ds.common.files import TEMPORARY_SUFFIX, fsync_path
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import TEMPORARY_SUFFIX, fsync_path, json_bytes
 
 if TYPE_CHECKING:
     from ksub_ds.evaluate.queue import Job, Queue
@@ -31,34 +32,53 @@ def boot() -> str:
         return socket.gethostname()
 
 
-def make_once(path: Path, content: str, lock: bool = False) -> int | None:
+def make_once(path: Path, content: bytes, lock: bool = False) -> int | None:
     """Create a whole file that must not be there yet; None if it is.
 
     Returns:
         A descriptor that holds the lock if `lock`, else -1; None when the file was there before.
+
+    Raises:
+        UserError: the folder cannot be written, or has no hard links or locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        if lock:  # before the file has its name: nobody sees it unlocked
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(descriptor, content.encode())
-        os.fsync(descriptor)
-        os.link(temporary, path)
-        fsync_path(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as stream:
+            if lock:  # before the file has its name: nobody sees it unlocked
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.link(temporary, path)
+            fsync_path(path.parent)
+            return os.dup(stream.fileno()) if lock else -1  # the lock lasts as long as one descriptor
     except FileExistsError:
-        os.close(descriptor)
         return None
-    except OSError:
-        os.close(descriptor)
-        raise
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); the workers' folder needs space, hard links and file locks"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
-    if lock:
-        return descriptor
-    os.close(descriptor)
-    return -1
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def keep_touching(path: Path, seconds: float) -> threading.Event:
+    """Give a sign of life on a file every so many seconds, until the event is set or the file is gone."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(seconds):
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                return
+            except OSError:
+                continue  # a file server that is away for a moment
+
+    threading.Thread(target=beat, daemon=True).start()
+    return ended
 
 
 def is_locked(path: Path) -> bool:
@@ -79,16 +99,7 @@ class Claim:
     def __init__(self, queue: "Queue", job: "Job", path: Path, number: int, descriptor: int):
         self.queue, self.job, self.path, self.number = queue, job, path, number
         self._descriptor: int | None = descriptor
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._thread.start()
-
-    def _beat(self) -> None:
-        while not self._ended.wait(self.queue.heartbeat_seconds):
-            try:
-                os.utime(self.path)
-            except OSError:
-                return
+        self._ended = keep_touching(path, queue.heartbeat_seconds)
 
     def check(self) -> None:
         """Raise ClaimLost if another worker has taken the job over."""
@@ -102,7 +113,7 @@ class Claim:
             ClaimLost: the job is another's now.
         """
         self.check()
-        made = make_once(self.queue.done / f"{self.job.name}.json", json.dumps(result, ensure_ascii=False) + "\n")
+        made = make_once(self.queue.done / f"{self.job.name}.json", json_bytes(result))
         if made is None:
             raise ClaimLost(self.job.name)
 

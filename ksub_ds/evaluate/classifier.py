@@ -16,11 +16,14 @@ from ksub_ds.evaluate.encoding import PairEncoder, load_encoder
 from ksub_ds.evaluate.hub import require_on_hub
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
+FRESH_HEADS = ("classifier", "score", "pre_classifier", "classification_head")  # those that no pretraining trains
 TOKENIZER_FILES = ("tokenizer.json", MODEL_NAME, "vocab.txt", "vocab.json")
 
 
 def load_classifier(path: str, num_labels: int, seed: int, body: str | None = None) -> Any:
     """A sequence classification model in fp32: the weights of `path`, a head drawn from the seed.
+
+    A head that is in the folder already, of an earlier fine-tuning, is drawn anew like any other.
 
     Args:
         path: a model folder, or a name on the hub.
@@ -33,9 +36,11 @@ def load_classifier(path: str, num_labels: int, seed: int, body: str | None = No
     import torch
 
     torch.manual_seed(seed)
-    model = _load(path, num_labels)
+    model, trained = _load(path, num_labels)
+    if trained:
+        _draw_head(model)
     if body is not None:
-        donor = _load(body, None)
+        donor, _ = _load(body, None)
         theirs, ours = donor.base_model.state_dict(), model.base_model.state_dict()
         if {key: value.shape for key, value in theirs.items()} != {key: value.shape for key, value in ours.items()}:
             raise UserError(f"{body}: is no fine-tuned form of {path}: their weights have other names or shapes")
@@ -49,7 +54,7 @@ def load_trained(path: str | Path) -> Any:
     Raises:
         UserError: as `load_classifier`, and for a folder without a trained head.
     """
-    return _load(str(path), None).eval()
+    return _load(str(path), None)[0].eval()
 
 
 def find_model(path: str) -> None:
@@ -71,14 +76,26 @@ def find_model(path: str) -> None:
     require_on_hub(path, path, "model", "config.json")
 
 
-def _load(path: str, num_labels: int | None) -> Any:
+def _draw_head(model: Any) -> None:
+    """New values for the linear layers of the head, as transformers draws them."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if name.split(".")[0] in FRESH_HEADS and isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _load(path: str, num_labels: int | None) -> tuple[Any, bool]:
+    """The model, and whether the folder had a trained head; without `num_labels` it must have one."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
     import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
 
     find_model(path)
-    settings = {} if num_labels is None else {"num_labels": num_labels}
+    settings = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     with _quiet_transformers():
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -90,9 +107,14 @@ def _load(path: str, num_labels: int | None) -> Any:
     missing = sorted(key for key in info["missing_keys"] if not set(key.split(".")) & set(HEADS))
     if missing:
         raise UserError(f"{path}: {len(missing)} weights are absent, for example {missing[0]!r}; the folder is damaged")
-    if num_labels is None and any("classifier" in key for key in info["missing_keys"]):
+    reshaped = {key for key, *_ in info["mismatched_keys"]}  # a head for other classes
+    unfit = sorted(key for key in reshaped if key.split(".")[0] not in FRESH_HEADS)
+    if unfit:
+        raise UserError(f"{path}: {unfit[0]!r} is not of the shape that config.json tells; the folder is damaged")
+    trained = not any(key.split(".")[0] in FRESH_HEADS for key in set(info["missing_keys"]) - reshaped)
+    if num_labels is None and not trained:
         raise UserError(f"{path}: has no trained classification head; give a fine-tuned checkpoint")
-    return model
+    return model, trained
 
 
 @contextlib.contextmanager

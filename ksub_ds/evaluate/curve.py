@@ -63,7 +63,7 @@ class Curve:
         return {line["step"] for line in self.lines}
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line, on disk at once."""
+        """Add a line; a kill cuts short no earlier one."""
         self._writer.write(**line)
         self.lines.append(line)
         get_logger().info(in_words(line))

@@ -20,6 +20,9 @@ class Plan(abc.ABC):
     def run(self, jobs: list[Job], still_ours: Callable[[], None]) -> list[dict[str, Any]]:
         """Do some jobs of one group; `still_ours` raises ClaimLost when going on is useless."""
 
+    def forget(self, job: Job) -> None:  # noqa: B027 - most have nothing to remove
+        """Remove what only a continuation of a job would need: its result is out."""
+
     @abc.abstractmethod
     def finish(self) -> None:
         """Write what follows from all results; may be called by several workers."""
@@ -59,6 +62,7 @@ def _work_once(plan: Plan) -> bool:
             results = plan.run([claim.job for claim in claims], claims.check)
             for claim, result in zip(claims, results, strict=True):
                 claim.publish(result)
+                plan.forget(claim.job)
         except ClaimLost as lost:
             get_logger().info(f"{lost}: another worker has it; dropped here")
     return True

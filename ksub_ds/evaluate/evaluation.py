@@ -116,9 +116,11 @@ class EvaluationPlan(Plan):
             result = train_on_ranks(task, job.name, work, ranks, still_ours)
         else:
             result = self.train(job, still_ours)
-        still_ours()
-        forget_state(work)
         return [result]
+
+    def forget(self, job: Job) -> None:
+        """As Plan."""
+        forget_state(self.queue.work(job.name))
 
     def origin(self) -> dict[str, Any]:
         """The part of results.json that says what was evaluated, and on what."""

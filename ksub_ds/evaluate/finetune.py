@@ -1,7 +1,8 @@
 """Fine-tuning one classifier: read `finetune` first. The same call again continues, to the last bit.
 
-The order of the batches is a function of (seed, epoch) and dropout of (seed, step, rank); weights, moments and the
-scores of the epochs so far are saved together. The epoch that scores best on validation is kept.
+The order of the batches is a function of (seed, epoch) and dropout of (seed, step, rank): another number of ranks
+draws other dropout, as another seed would. Weights, moments and the scores of the epochs so far are saved together.
+The epoch that scores best on validation is kept.
 """
 
 import hashlib
@@ -106,7 +107,8 @@ class _Run:
         module = make_classifier_module(model, settings.regression, settings.precision)
         self.updates, self.rank, self.world_size = _updates(module, settings, several_ranks)
         self.writes = self.rank == 0
-        stamp = f"{identity}\0{json.dumps(asdict(settings))}\0{len(train)}"
+        decisive = {key: value for key, value in asdict(settings).items() if key != "save_every_steps"}
+        stamp = f"{identity}\0{json.dumps(decisive)}\0{len(train)}"
         self.stamp = hashlib.sha256(stamp.encode()).hexdigest()
         self.position = state.load_state(work, self.updates, self.stamp)
 

@@ -17,7 +17,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate import metrics, tables
-from ksub_ds.evaluate.classifier import fingerprint
+from ksub_ds.evaluate.classifier import fingerprint, load_trained
 from ksub_ds.evaluate.evaluation import EvaluationPlan
 from ksub_ds.evaluate.queue import Job
 from ksub_ds.evaluate.rows import Rows
@@ -33,6 +33,8 @@ class GluePlan(EvaluationPlan):
 
     def find_splits(self) -> list[tuple[str, str]]:
         """As EvaluationPlan."""
+        if self.settings.mnli_checkpoint is not None:
+            load_trained(self.settings.mnli_checkpoint)  # what is wrong with it is told now, not after MNLI's grid
         self._find_tasks()
         return [(task, split) for task in self.tasks for split in ("train", *self._validation_splits(task))]
 
@@ -136,7 +138,7 @@ class GluePlan(EvaluationPlan):
             self.encoded(task, "train"),
             lambda model: self._validate(model, task, parts),
             self.queue.work(job.name),
-            f"{self.identity} {job.name} {body}",
+            f"{self.identity} {job.name} {'' if body is None else self._mnli_cell()}",
             self.encoder,
             self.tuning(about["learning_rate"], about["batch_size"], about["seed"], regression),
             keep_model=self.settings.keep_models or task == "mnli",
@@ -151,8 +153,14 @@ class GluePlan(EvaluationPlan):
             return self.settings.mnli_checkpoint
         if "mnli" not in self.tasks:
             return None
-        best = _best_cell([self._cell(name) for name in self.cells["mnli"]])
-        return str(self.queue.work(best["cell"]) / "model")
+        return str(self.queue.work(self._mnli_cell()) / "model")
+
+    def _mnli_cell(self) -> str:
+        """This evaluation's best cell of MNLI; empty with --mnli-checkpoint, which the identity holds."""
+        if self.settings.mnli_checkpoint is not None:
+            return ""
+        best: str = _best_cell([self._cell(name) for name in self.cells["mnli"]])["cell"]
+        return best
 
     def _validate(self, model: Any, task: str, parts: list[str]) -> dict[str, Any]:
         """The task's scores on its (first) validation set; `mismatched` accuracy beside MNLI's."""

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import read_json
+from ksub_ds.common.files import json_bytes, read_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.evaluate.claims import Claim, Claims, boot, is_locked, make_once
+from ksub_ds.evaluate.claims import Claim, Claims, boot, is_locked, keep_touching, make_once
 
 HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 90.0  # without a heartbeat, seen from another machine
@@ -68,13 +68,9 @@ class Queue:
         try:
             for path in (self.claims, self.done):
                 path.mkdir(parents=True, exist_ok=True)
-            make_once(
-                plan,
-                json.dumps(identity | {"jobs": {job.name: job.needs for job in jobs}}, indent=2, ensure_ascii=False)
-                + "\n",
-            )
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+        make_once(plan, json_bytes(identity | {"jobs": {job.name: job.needs for job in jobs}}, indent=2))
         before = read_json(plan)
         changed = [key for key in {**identity, **before} if key != "jobs" and before.get(key) != identity.get(key)]
         if changed:
@@ -86,11 +82,17 @@ class Queue:
 
     @classmethod
     def opened(cls, folder: Path, jobs: dict[str, Sequence[str]]) -> "Queue":
-        """The queue that is in a folder, to look at: it is not written to.
+        """The queue that is in a folder, to look at.
 
         Args:
             jobs: name -> names of the jobs it needs, as in plan.json.
+
+        Raises:
+            ValueError: a job needs one that is not there.
         """
+        unknown = [need for needs in jobs.values() for need in needs if need not in jobs]
+        if unknown:
+            raise ValueError(f"no job is called {unknown[0]!r}")
         queue = cls.__new__(cls)
         queue._place(folder, [Job(name, tuple(needs), name, {}) for name, needs in jobs.items()])
         return queue
@@ -99,8 +101,6 @@ class Queue:
         self.folder, self.jobs = folder, {job.name: job for job in jobs}
         self.claims, self.done = folder / "queue" / "claims", folder / "queue" / "done"
         self.heartbeat_seconds, self.dead_after_seconds = HEARTBEAT_SECONDS, DEAD_AFTER_SECONDS
-        for job in jobs:
-            assert all(need in self.jobs for need in job.needs), job
 
     def work(self, name: str) -> Path:
         """The folder where a job keeps its state."""
@@ -166,12 +166,12 @@ class Queue:
 
     def claim(self, name: str) -> Claim | None:
         """Take a job if it is free; None when it is not, or another was quicker."""
+        number = self.holder_number(name) + 1  # before the look: whoever claims after it takes this number
         if not self.is_free(name):
             return None
-        number = self.holder_number(name) + 1
         about = {"host": socket.gethostname(), "process": os.getpid(), "boot": boot(), "since": time.time()}
         path = self.claims / f"{name}.{number}"
-        descriptor = make_once(path, json.dumps(about), lock=True)
+        descriptor = make_once(path, json_bytes(about), lock=True)
         if descriptor is None:
             return None
         claim = Claim(self, self.jobs[name], path, number, descriptor)
@@ -215,17 +215,8 @@ class Queue:
     def presence(self) -> Iterator[None]:
         """Count among the living workers while the block runs."""
         path = self.folder / "queue" / "workers" / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}.worker"
-        descriptor = make_once(path, boot(), lock=True)
-        ended = threading.Event()
-
-        def beat() -> None:
-            while not ended.wait(self.heartbeat_seconds):
-                try:
-                    os.utime(path)
-                except OSError:
-                    return
-
-        threading.Thread(target=beat, daemon=True).start()
+        descriptor = make_once(path, boot().encode(), lock=True)
+        ended = keep_touching(path, self.heartbeat_seconds)
         try:
             yield
         finally:

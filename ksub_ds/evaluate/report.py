@@ -17,8 +17,6 @@ from ksub_ds.evaluate.metrics import exchange_test, paired_test
 from ksub_ds.evaluate.tables import Format, short_name, signed
 from ksub_ds.evaluate.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
 
-NEEDED = {"task", "setting", "test", "average", "model", "data", "settings"}
-
 
 def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | None = None) -> str:
     """Tables 4, then 2 and 3, of these results.
@@ -80,10 +78,19 @@ def load(path: Path) -> list[dict[str, Any]]:
     results = []
     for file in files:
         result = read_json(file)
-        if not isinstance(result, dict) or not result.keys() >= NEEDED or not isinstance(result["test"], dict):
-            raise UserError(f"{file}: is not a results.json of `ksub evaluate`, or of another version; evaluate again")
+        try:  # what makes no table of its own makes none with others
+            (tables.glue_table if _is_glue(result) else tables.xnli_table)([result], "markdown")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{file}: is not a results.json of `ksub evaluate`, or of another version; evaluate again"
+            ) from error
         results.append(result | {"_folder": str(file.parent)})
     return results
+
+
+def _is_glue(result: dict[str, Any]) -> bool:
+    """Whether these are GLUE's; else XNLI's, of a setting that there is."""
+    return result["task"] == "glue" or not published.XNLI[result["setting"]]
 
 
 def _content(result: dict[str, Any]) -> str:

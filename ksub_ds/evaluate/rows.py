@@ -11,7 +11,6 @@ fewer rows than one thinks is worse than none.
 import gzip
 import hashlib
 import json
-import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ LONGEST_LINE = 4_000_000  # bytes; a sentence pair has hundreds
 LARGEST_FILE = 16_000_000_000  # bytes when inflated; MNLI's training set in 15 languages has 2 billion
 INFLATION_LIMIT = 200  # text compresses 3 to 20 times; beyond this, past the first bytes, it is a bomb
 INFLATION_FREE = 64_000_000  # bytes
+ROWS_AT_ONCE = 32  # of a Parquet file: its text may repeat, so that no number in it tells how much it will be
+LARGEST_LABEL = 1e6  # a similarity has 5
 UNLABELLED = -1
 
 
@@ -62,8 +63,8 @@ class Columns:
             if value not in spelt:
                 raise ValueError(f"label {value!r} is none of {', '.join(self.labels)}")
             return float(spelt[value])
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"label {value!r} is not a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST_LABEL:  # nor NaN
+            raise ValueError(f"label {repr(value)[:20]} is not a number")
         if value == UNLABELLED:
             raise ValueError("label -1 stands for an unlabelled row, which cannot be learnt from or scored; remove it")
         if self.labels and (value != int(value) or not 0 <= value < len(self.labels)):
@@ -184,6 +185,8 @@ def _checked(values: Iterator[tuple[int, Any]], name: str, columns: Columns, lim
         for column, text in zip(columns.names(), texts, strict=False):
             if not isinstance(text, str):
                 raise UserError(f"{name}: line {number}: {column} is {type(text).__name__}, not text")
+            if len(text) > LONGEST_LINE:
+                raise UserError(f"{name}: line {number}: {column} has {len(text):,} characters; not a row of a task")
         try:
             labels.append(columns.label(row["label"]))
         except ValueError as error:
@@ -206,9 +209,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 inflated += len(line)
                 if len(line) >= LONGEST_LINE:
                     raise UserError(f"{path}: line {number} has more than {LONGEST_LINE:,} bytes; not a row of a task")
-                bomb = inflated > INFLATION_FREE and stream is not raw and inflated > INFLATION_LIMIT * raw.tell()
-                if bomb or inflated > LARGEST_FILE:
-                    raise UserError(f"{path}: inflates to more than {inflated:,} bytes; not the file of a task")
+                _check_inflation(path, inflated, raw.tell())
                 if line.strip():
                     try:
                         yield number, json.loads(line.decode("utf-8-sig"))
@@ -223,12 +224,25 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow
     from pyarrow import parquet
 
+    size = path.stat().st_size
+    number = inflated = 0
     try:
-        batches = parquet.ParquetFile(path).iter_batches()
-        number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        with parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+            _check_inflation(path, sum(group.total_byte_size for group in groups), size)
+            for batch in file.iter_batches(ROWS_AT_ONCE):
+                inflated += batch.nbytes
+                _check_inflation(path, inflated, size)
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: row {number + 1} or soon after is not UTF-8; the file is damaged") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: is not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _check_inflation(path: Path, inflated: int, read: int) -> None:
+    """Refuse what inflates beyond any text: so many bytes from so many read."""
+    if inflated > LARGEST_FILE or inflated > max(INFLATION_FREE, INFLATION_LIMIT * read):
+        raise UserError(f"{path}: inflates to more than {inflated:,} bytes; not the file of a task")

@@ -13,7 +13,8 @@ from ksub_ds.evaluate.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLA
 
 XNLI_EPOCHS, GLUE_EPOCHS = {CROSS_LINGUAL: 10, TRANSLATE_TRAIN_ALL: 5}, 10
 GlueTaskName = Literal["sst2", "mnli", "qnli", "qqp", "rte", "mrpc", "cola", "stsb"]
-# What may differ between the workers of one evaluation: it does not touch the scores.
+# What may differ between the workers of one evaluation: places, and how the work is done. Of these only ranks_per_job
+# touches the scores, as a seed does, by its dropout; each fine-tuning's result says how many ranks it had.
 FREE_KEYS = ("model", "data", "out", "tokenizer", "save_every_steps", "ranks_per_job", "cache", "keep_models")
 
 
@@ -59,7 +60,8 @@ class EvaluationSettings:
     max_test_examples: int | None = None
     """Score only so many rows of validation and test (of each language). [all]"""
     ranks_per_job: int = 1
-    """Processes (GPUs) of this machine that share one fine-tuning, through DeepSpeed."""
+    """Processes (GPUs) of this machine that share one fine-tuning, through DeepSpeed. Another number draws other
+    dropout; the results name it."""
     save_every_steps: int = 500
     """Save the state of a fine-tuning every so many steps (and after each epoch)."""
     cache: Path | None = None
@@ -86,8 +88,9 @@ class EvaluationSettings:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be a number from 0 on")
         if not self.model:
             raise UserError("--model: give at least one model")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise UserError(f"--seeds {' '.join(map(str, self.seeds))}: give different numbers from 0 on")
+        good = bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds)
+        if not good or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"--seeds {' '.join(map(str, self.seeds))}: give different numbers from 0 to 2^63 - 1")
         precision = self.precision or ("bf16" if distributed.has_gpu() else "fp32")
         return dataclasses.replace(self, precision=precision)
 

@@ -52,6 +52,7 @@ def load_state(work: Path, updates: Updates, stamp: str) -> Position:
         with safe_open(path, framework="pt") as stream, torch.no_grad():
             about = stream.metadata() or {}
             if about.get("stamp") != stamp:
+                get_logger().info(f"{path}: is of another model, other data or settings; this fine-tuning begins anew")
                 return Position()
             names = set(stream.keys())
             for name, parameter in updates.module.named_parameters():

@@ -41,7 +41,7 @@ def _one(path: Path) -> str:
     try:
         queue = Queue.opened(folder, plan["jobs"])
         kind = plan["kind"]
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is damaged ({error})") from error
     lines, states = [], Counter[str]()
     for name in queue.jobs:

@@ -22,9 +22,9 @@ _LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text atomically."""
+    """Write text atomically; what UTF-8 cannot hold (bytes of a path) is escaped."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def render(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], form: Format) -> str:

@@ -1,6 +1,5 @@
 """One fine-tuning job of a queue: open the model, train it, keep the best epoch; alone or on several ranks."""
 
-import json
 import os
 import shutil
 import socket
@@ -56,11 +55,13 @@ def train_classifier(job: TrainingJob, check: Callable[[], None], several_ranks:
         with atomic_folder(job.work / "model") as temporary:
             model.save_pretrained(temporary)
             job.encoder.save(temporary)
-    return {"epochs": outcome.epochs, "best_epoch": outcome.best_epoch, "train_examples": len(job.train)}
+    ranks = distributed.world_size() if several_ranks else 1
+    told = {"best_epoch": outcome.best_epoch, "train_examples": len(job.train), "ranks": ranks}
+    return {"epochs": outcome.epochs, **told}
 
 
 def forget_state(work: Path) -> None:
-    """Remove what only a continuation would need, once the job's result is out."""
+    """Remove what only a continuation of a fine-tuning would need."""
     for name in ("state.safetensors", "best.safetensors"):
         (work / name).unlink(missing_ok=True)
     shutil.rmtree(work / "ranks", ignore_errors=True)
@@ -112,4 +113,4 @@ def train_on_ranks(plan: dict[str, Any], job: str, work: Path, ranks: int, check
         codes = ", ".join(str(process.returncode) for process in processes)
         raise UserError(f"{job}: its {ranks} ranks ended with exit codes {codes}; their messages stand above")
     outcome: dict[str, Any] = read_json(result)
-    return json.loads(json.dumps(outcome))
+    return outcome

@@ -101,3 +101,20 @@ def test_sha256(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_file(tmp_path / "abc") == sha256_bytes(b"abc") == known
+
+
+def test_bytes_of_a_path_survive_json(tmp_path):
+    value = {"path": os.fsdecode(b"donn\xe9es"), "text": "Füße 漢"}
+    write_json(tmp_path / "file.json", value)
+    assert read_json(tmp_path / "file.json") == value
+    (tmp_path / "file.json").read_bytes().decode("utf-8")
+
+
+def test_writers_of_equal_process_id_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)  # as in two containers that share the folder
+    with atomic_path(tmp_path / "file") as one, atomic_path(tmp_path / "file") as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert (tmp_path / "file").read_text() == "one"
+    with atomic_folder(tmp_path / "folder") as one, atomic_folder(tmp_path / "other") as two:
+        assert one != two

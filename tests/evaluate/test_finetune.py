@@ -150,3 +150,49 @@ def test_a_body_from_another_checkpoint_keeps_the_fresh_head(tiny_model: Path, t
     for name, value in model.named_parameters():
         donor = fresh if name.startswith("classifier") else mnli
         assert torch.equal(value, donor.state_dict()[name]), name
+
+
+def test_how_often_it_is_saved_does_not_matter(
+    tiny_model: Path, tiny_xnli: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Interrupted, and continued with another --save-every-steps: it goes on where it was."""
+    train = encoded(tiny_model, tiny_xnli, "train")
+
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stop
+
+    def attempt(save_every: int, check: Any, work: Path) -> dict[str, Any]:
+        model = load_classifier(str(tiny_model), 3, 0)
+        settings = FineTuning(1, 4, 1e-3, seed=0, save_every_steps=save_every)
+        finetune(model, train, settings, lambda _: {"score": 0.0}, work, "x", check)
+        return model.state_dict()
+
+    whole = attempt(500, lambda: None, tmp_path / "whole")
+    with pytest.raises(Stop):
+        attempt(10, stop, tmp_path / "parts")  # at the first look, after 20 steps
+    before = (tmp_path / "parts" / "state.safetensors").stat().st_mtime_ns
+    parts = attempt(500, lambda: None, tmp_path / "parts")
+    assert (tmp_path / "parts" / "state.safetensors").stat().st_mtime_ns > before
+    assert "begins anew" not in caplog.text
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_a_trained_head_is_drawn_anew(tiny_model: Path, tmp_path: Path) -> None:
+    trained = load_classifier(str(tiny_model), 3, seed=7)
+    trained.save_pretrained(tmp_path)
+    heads = []
+    for num_labels, seed in ((3, 0), (3, 1), (3, 1), (1, 0)):
+        model = load_classifier(str(tmp_path), num_labels, seed)
+        assert model.config.num_labels == num_labels
+        bodies = zip(model.base_model.state_dict().values(), trained.base_model.state_dict().values(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in bodies)
+        heads.append({key: value for key, value in model.state_dict().items() if key.startswith("classifier")})
+    weight = "classifier.out_proj.weight"
+    assert not torch.equal(heads[0][weight], trained.state_dict()[weight])
+    assert not torch.equal(heads[0][weight], heads[1][weight]) and torch.equal(heads[1][weight], heads[2][weight])
+    assert heads[3][weight].shape[0] == 1
+    dense = "classifier.dense.weight"
+    assert not torch.equal(heads[3][dense], trained.state_dict()[dense])

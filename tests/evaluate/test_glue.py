@@ -96,3 +96,20 @@ def test_missing_tasks_are_named(tiny_model: Path, tiny_glue: Path, tmp_path: Pa
     write(unlabelled / "cola" / "validation.jsonl", [{"sentence": "a", "label": -1}])
     assert evaluate(tiny_model, unlabelled, tmp_path / "b", *cells) == 2
     assert "validation.jsonl: line 1: label -1" in capsys.readouterr().err
+
+
+def test_a_wrong_mnli_checkpoint_is_told_at_once(
+    tiny_model: Path, tiny_glue: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for number, (checkpoint, message) in enumerate(
+        (
+            (tmp_path / "empty", "empty: transformers cannot open this model"),
+            (tmp_path / "nowhere", "nowhere: is not a model folder"),
+            (tiny_model, "has no trained classification head"),
+        )
+    ):
+        out = tmp_path / f"out{number}"
+        assert evaluate(tiny_model, tiny_glue, out, "--tasks", "mnli", "rte", "--mnli-checkpoint", checkpoint) == 2
+        told = capsys.readouterr().err.strip().splitlines()
+        assert message in told[-1] and not (out / "queue").exists()

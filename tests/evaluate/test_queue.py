@@ -1,8 +1,10 @@
 """The queue: one holder a job, takeover from the dead, never two results, dependencies, other settings refused."""
 
+import errno
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -12,8 +14,9 @@ from typing import Any
 import pytest
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.evaluate import claims as claims_module
 from ksub_ds.evaluate import queue as module
-from ksub_ds.evaluate.claims import ClaimLost
+from ksub_ds.evaluate.claims import Claim, ClaimLost
 from ksub_ds.evaluate.drain import Plan, drain
 from ksub_ds.evaluate.queue import Job, Queue
 
@@ -157,3 +160,87 @@ def test_many_workers_do_every_job_once(tmp_path: Path) -> None:
         worker.join(30)
     assert sorted((tmp_path / "notes").read_text().split()) == sorted(job.name for job in JOBS)
     assert (tmp_path / "finished").exists() and all(worker.exitcode == 0 for worker in workers)
+
+
+def test_a_claim_made_between_look_and_claim_is_respected(tmp_path: Path) -> None:
+    quick = make_queue(tmp_path)
+
+    class Slow(Queue):
+        def is_free(self, name: str) -> bool:
+            free = super().is_free(name)
+            taken.append(quick.claim(name))
+            return free
+
+    taken: list[Any] = []
+    assert Slow(tmp_path, {"kind": "x"}, JOBS).claim("train") is None
+    taken[0].check()
+    taken[0].publish({"from": "quick"})
+    taken[0].release(keep_file=True)
+
+
+def test_a_result_that_does_not_fit_on_the_disk_is_none(tmp_path: Path) -> None:
+    """A file size limit stands for the full disk: write() takes a part and says so without an error."""
+    queue = make_queue(tmp_path)
+    claim = queue.claim("train")
+    assert claim is not None
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"train\.json: cannot be written"):
+            claim.publish({"answers": "0" * 10_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not queue.is_done("train")
+    claim.publish({"answers": "0"})
+    claim.release(keep_file=True)
+
+
+def test_what_a_continuation_needs_is_forgotten_after_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten = []
+
+    class Forgetting(WritingPlan):
+        def forget(self, job: Job) -> None:
+            assert self.queue.is_done(job.name)
+            forgotten.append(job.name)
+
+    plan = Forgetting(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Claim, "publish", lambda self, result: (_ for _ in ()).throw(UserError("no space")))
+        with pytest.raises(UserError, match="no space"):
+            drain([plan])
+    assert forgotten == []
+    drain([plan], poll_seconds=0.01)
+    assert sorted(forgotten) == sorted(job.name for job in JOBS)
+
+
+def test_a_folder_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(claims_module.fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"No locks available.* file locks"):
+        drain([WritingPlan(tmp_path)])
+
+
+def test_a_heartbeat_outlives_a_file_server_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, touch, calls = tmp_path / "file", os.utime, []
+
+    def away_at_first(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) < 3:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        touch(*arguments)
+
+    path.touch()
+    touch(path, (0, 0))
+    monkeypatch.setattr(claims_module.os, "utime", away_at_first)
+    ended = claims_module.keep_touching(path, 0.01)
+    deadline = time.monotonic() + 10
+    while path.stat().st_mtime == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ended.set()
+    assert path.stat().st_mtime > 0

@@ -77,9 +77,18 @@ def test_what_is_no_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "open" / "queue").mkdir(parents=True)
     (tmp_path / "open" / "queue" / "plan.json").write_text("{}")
     (tmp_path / "bad.json").write_text('{"setting": 1}')
+    result(tmp_path / "good", "plain", 0.6, 1)
+    good = json.loads((tmp_path / "good" / "results.json").read_text())
+    without = {key: value for key, value in good.items() if key != "average_interval"}
+    for name, value in (
+        ("halved", good | {"test": {"en": {}}}),
+        ("short", without),
+        ("other", good | {"setting": "zero-shot"}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
     for path, message in (
         (tmp_path / "open", "is not finished"),
-        (tmp_path / "bad.json", r"is not a results\.json"),
+        *((tmp_path / f"{name}.json", r"is not a results\.json") for name in ("bad", "halved", "short", "other")),
         (tmp_path / "nothing", "cannot be read"),
     ):
         with pytest.raises(UserError, match=message):

@@ -39,6 +39,7 @@ def test_label_order_is_that_of_the_published_data(tmp_path: Path) -> None:
         (GOOD | {"label": 0.5}, "line 2: label 0.5 is none"),
         (GOOD | {"label": "maybe"}, "line 2: label 'maybe' is none of entailment, neutral, contradiction"),
         (GOOD | {"label": True}, "line 2: label True is not a number"),
+        (GOOD | {"label": 10**400}, "line 2: label 10000000000000000000 is not a number"),
         ({"premise": "a", "label": 1}, "line 2 has no column 'hypothesis'"),
         (GOOD | {"more": 1}, "line 2 has 4 columns, the first row 3"),
         (GOOD | {"premise": 7}, "line 2: premise is int, not text"),
@@ -95,3 +96,27 @@ def test_limits_parquet_and_regression(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_text('\ufeff{"sentence": "\\ud800 half", "label": 1}\n\n')
     assert Source(str(tmp_path)).read("cola", "train", single).first == ["? half"]
+
+
+def test_parquet_bombs_and_bad_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "en" / "test.parquet"
+    path.parent.mkdir()
+    long = {"premise": "a" * 50_000, "hypothesis": "b", "label": 0}
+    parquet.write_table(pyarrow.Table.from_pylist([long] * 100), path)  # one string in the file, a hundred in memory
+    assert path.stat().st_size < 10_000
+    assert len(Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)) == 100
+    with monkeypatch.context() as patch:
+        patch.setattr("ksub_ds.evaluate.rows.INFLATION_FREE", 100_000)
+        with pytest.raises(UserError, match="inflates to more than"):
+            Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)
+    monkeypatch.setattr("ksub_ds.evaluate.rows.LONGEST_LINE", 1_000)
+    with pytest.raises(UserError, match="line 1: premise has 50,000 characters"):
+        Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS, limit=1)
+    text = pyarrow.array([b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    columns = {"premise": text, "hypothesis": ["b"], "label": [0]}
+    parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(UserError, match="is not UTF-8"):
+        Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)

@@ -58,6 +58,11 @@ def test_results_have_the_agreed_form(tiny_model: Path, tiny_xnli: Path, tmp_pat
     assert "max_test_examples: 50 -> None" in capsys.readouterr().err
     assert main(["evaluate", "status", str(out)]) == 0
     assert "8 jobs: 8 done" in capsys.readouterr().out
+    for damage in ('["test"]', '{"kind": "xnli", "jobs": ["test"]}', '{"kind": "xnli", "jobs": {"a": ["b"]}}'):
+        (tmp_path / "damaged" / "queue").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "damaged" / "queue" / "plan.json").write_text(damage)
+        assert main(["evaluate", "status", str(tmp_path / "damaged")]) == 2
+        assert "plan.json: is damaged" in capsys.readouterr().err
     assert main(["report", str(out), "--format", "latex"]) == 0
     assert r"\begin{tabular}" in capsys.readouterr().out
 
@@ -172,16 +177,19 @@ def test_two_workers_killed_at_random_give_the_same_results(tiny_model: Path, ti
 
 
 @pytest.mark.timeout(240)
-def test_a_worker_that_is_asked_to_end_gives_its_job_back(tiny_model: Path, tiny_xnli: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_worker_that_is_asked_to_end_gives_its_job_back(
+    tiny_model: Path, tiny_xnli: Path, tmp_path: Path, number: int
+) -> None:
     out = tmp_path / "out"
     worker = _start(arguments(tiny_model, tiny_xnli, out, "--epochs", 500))
     deadline = time.monotonic() + 60
     while not list((out / "queue" / "claims").glob("finetune*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    os.kill(worker.pid, signal.SIGTERM)
+    os.kill(worker.pid, number)
     worker.join(60)
-    assert worker.exitcode == 143 and not list((out / "queue" / "claims").glob("finetune*"))
+    assert worker.exitcode == 128 + number and not list((out / "queue" / "claims").glob("finetune*"))
 
 
 @pytest.mark.timeout(300)
@@ -199,6 +207,7 @@ def test_ranks_share_a_fine_tuning(tiny_model: Path, tiny_xnli: Path, tmp_path: 
     losses = [[epoch["loss"] for epoch in found["finetuning"]["0"]["epochs"]] for found in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert one["test"] == two["test"]
+    assert [found["finetuning"]["0"]["ranks"] for found in (one, two)] == [1, 2]
 
 
 @pytest.mark.timeout(240)
