@@ -59,7 +59,9 @@ def preflight(hosts: dict[str, int], question: Question, ssh_port: str | None, m
 
 
 def _read(result: Result) -> Answer | str:
-    if result.code == SSH_FAILED or result.code is None:
+    if result.code is None:
+        return f"gave no answer in {INSPECTION_SECONDS:.0f} s: it hangs, or is too slow in reading all shards once"
+    if result.code == SSH_FAILED:
         return f"cannot be reached: {result.last_line()}"
     if result.code == 127 or "No module named" in result.errors or "No such file" in result.errors:
         return f"has no ksub_ds at the same path as here ({result.last_line()}); install the same environment there"

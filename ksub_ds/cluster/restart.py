@@ -36,7 +36,7 @@ def hosts_left(hosts: dict[str, int], min_hosts: int | None, host_wait: float, s
 def wait_for_lock(run: Path) -> None:
     """Wait until nobody holds the run folder; after three minutes the next attempt will say who does."""
     deadline = time.monotonic() + LOCK_SECONDS
-    with contextlib.suppress(OSError), (run / ".lock").open("rb") as stream:
+    with contextlib.suppress(OSError), (run / ".lock").open("r+b") as stream:
         while time.monotonic() < deadline:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,6 +9,7 @@ word (a killed process, a cut network, a rank that hangs) is the `Watchdog`'s, s
 """
 
 import atexit
+import errno
 import os
 import socket
 import sys
@@ -25,6 +26,7 @@ from ksub_ds.common.watchdog import Watchdog
 
 TIMEOUT_SECONDS = 600
 BACKEND_GRACE_SECONDS = 30  # torch's own timeout comes later than ours, which names the rank
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 Result = TypeVar("Result")
 _watchdog: Watchdog | None = None
 _met = False  # whether this process was one of several ranks
@@ -92,6 +94,11 @@ def _share_cores(here: Place) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
 
 
+def to_number(tensor: Any) -> float:
+    """The value of a tensor of one number. On a GPU this waits for all that is queued, collectives among it."""
+    return float(tensor.item())
+
+
 def all_reduce_sum(values: list[float]) -> list[float]:
     """Sum a few numbers over all ranks in float64 (counts stay exact up to 2^53)."""
     if world_size() == 1:
@@ -141,13 +148,18 @@ def gather_objects(value: Any) -> list[Any]:
 def in_agreement(function: Callable[[], Result]) -> Result:
     """Call `function` on every rank; when any rank meets a UserError, every rank raises it.
 
-    All ranks must call this at the same point. The lowest failing rank's message wins.
+    All ranks must call this at the same point. The lowest failing rank's message wins. A full disk, or one that may
+    not be written, is the user's to mend as well.
     """
     problem, result = None, None
     try:
         result = function()
     except UserError as error:
         problem = str(error)
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        problem = f"{error.filename or 'the disk'}: {error.strerror}; mend it, the same command continues"
     problems = gather_objects(problem)
     for failed_rank, text in enumerate(problems):
         if text is not None:

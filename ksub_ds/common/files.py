@@ -71,28 +71,49 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def publish_folder(temporary: Path, final: Path) -> None:
     """Flush every file of a finished folder, then give it its final name (which must be free)."""
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            _allow_as_umask(path)
-        fsync_path(path)
-    fsync_path(temporary)
+    _flush_folder(temporary)
     os.rename(temporary, final)
     fsync_path(final.parent)
 
 
+def _flush_folder(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _allow_as_umask(path)
+        fsync_path(path)
+    fsync_path(folder)
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; publish it as `folder`, replacing an older one, when the block ends well."""
+    """Give a temporary folder to fill; publish it as `folder`, replacing an older one, when the block ends well.
+
+    An older one goes aside only when the new one is whole on the disk, and comes back if that one cannot be named. A
+    kill between the two renames leaves it beside, as .NAME.*.old.
+
+    Raises:
+        UserError: there can be no folder at this place.
+    """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     name = _own_name(folder)
     temporary, old = folder.with_name(name + TEMPORARY_SUFFIX), folder.with_name(name + ".old")
-    temporary.mkdir()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made a folder ({error.strerror}); choose another place") from error
     try:
         yield temporary
+        _flush_folder(temporary)
         if folder.exists():
             os.rename(folder, old)
-        publish_folder(temporary, folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if old.exists():
+                os.rename(old, folder)
+            raise
+        fsync_path(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -164,11 +164,25 @@ class ShardDataset:
                 raise UserError(f"{path}: this shard is missing; shard the text again")
             if path.stat().st_size == 0:
                 raise UserError(f"{path}: this shard is empty; shard the text again")
-            if verify and sha256_file(path) != entry["sha256"]:
-                raise UserError(
-                    f"{path}: sha256 does not match the manifest, the shard is damaged; shard the text again"
-                )
-        return cls(folder, manifest)
+        dataset = cls(folder, manifest)
+        if verify:
+            for path in dataset.paths():
+                dataset.verify(path)
+        return dataset
+
+    def paths(self) -> list[Path]:
+        """All shards."""
+        return [self.folder / entry["path"] for entry in _all_files(self.manifest)]
+
+    def verify(self, path: Path) -> None:
+        """Read one of the shards and compare its sha256 with the manifest.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        expected = {self.folder / entry["path"]: entry["sha256"] for entry in _all_files(self.manifest)}
+        if sha256_file(path) != expected[path]:
+            raise UserError(f"{path}: sha256 does not match the manifest, the shard is damaged; shard the text again")
 
     def check_tokenizer(self, fingerprint: str, name: str) -> None:
         """Raise UserError unless the shards were made with the tokenizer of this fingerprint."""

@@ -34,9 +34,11 @@ RECIPE_KEYS = {
     "gradient_predivide_factor": "the loss is a global mean",
     "prescale_gradients": "the loss is a global mean",
 }
+OBJECT_KEYS = ("zero_optimization", "comms_logger", "tensorboard", "wandb", "csv_monitor", "flops_profiler")
 MECHANICS_KEYS = (
-    *("zero_optimization", "communication_data_type", "comms_logger", "tensorboard", "wandb", "csv_monitor"),
-    *("steps_per_print", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level"),
+    *OBJECT_KEYS,
+    *("communication_data_type", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
+    "log_level",
 )
 
 
@@ -64,8 +66,13 @@ def read_mechanics(path: Path) -> dict[str, Any]:
         if key not in MECHANICS_KEYS:
             near = difflib.get_close_matches(key, MECHANICS_KEYS, 1)
             raise UserError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if not isinstance(config.get("zero_optimization", {}), dict):
-        raise UserError(f"{path}: zero_optimization is {config['zero_optimization']!r}, not an object with a stage")
+    for key in OBJECT_KEYS:
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(f"{path}: {key} is {config[key]!r}, not a JSON object")
+    if config.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
+        raise UserError(
+            f"{path}: zero_optimization.compute_grad_norm must be true: a step that is not finite is refused"
+        )
     stage = zero_stage(config)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
@@ -181,6 +188,8 @@ def start_engine(model: Any, optimizer: Any, config: dict[str, Any]) -> Any:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"DeepSpeed refuses the configuration: {error.title} {where}: {first['msg']}") from error
+    except ValueError as error:
+        raise UserError(f"DeepSpeed refuses the configuration: {' '.join(str(error).split())[:300]}") from error
     # Metrics go to the monitor from the recorder; the engine would add its own events at every step.
     engine.monitor.enabled = False
     return engine

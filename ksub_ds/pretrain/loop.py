@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ksub_ds.common import distributed
-from ksub_ds.common.logging import get_logger
+from ksub_ds.common.logging import get_logger, read_lines
 from ksub_ds.pretrain import checkpoint
 from ksub_ds.pretrain.checkpoint import TrainerState
 from ksub_ds.pretrain.engine import (
@@ -72,7 +72,7 @@ def train(training: Training, state: TrainerState) -> tuple[TrainerState, str | 
     """
     recipe = training.recipe
     saved_step = state.step
-    if _evaluation_is_missing(training, state.step):
+    if evaluation_is_missing(recipe, training.folder, state.step):
         _evaluate(training, state.step)
 
     while state.step < recipe.max_steps:
@@ -88,7 +88,7 @@ def train(training: Training, state: TrainerState) -> tuple[TrainerState, str | 
             training.writer.save(state)
             saved_step = state.step
             training.recorder.restart_clock()
-        if not result.stop_wanted and _evaluation_is_due(recipe, state.step):
+        if _evaluation_is_due(recipe, state.step) and (not result.stop_wanted or state.step == recipe.max_steps):
             _evaluate(training, state.step)
             training.recorder.restart_clock()
         if result.stop_wanted:
@@ -119,7 +119,7 @@ def train_step(training: Training, batches: StepBatches, steps_done: int) -> Ste
         engine.backward(loss * loss_factor(engine) / masked, scale_wrt_gas=False)
         loss_sum += loss.detach()
 
-    local_loss = loss_sum.item()
+    local_loss = distributed.to_number(loss_sum)
     stop_wanted = training.stop.reason() is not None
     total_loss, stops, problems = distributed.all_reduce_sum(
         [local_loss, float(stop_wanted), float(training.recorder.problem is not None or training.writer.has_failed())]
@@ -189,10 +189,10 @@ def _evaluation_is_due(recipe: Recipe, step: int) -> bool:
     return 0 < every <= recipe.max_steps and (step % every == 0 or step == recipe.max_steps)
 
 
-def _evaluation_is_missing(training: Training, step: int) -> bool:
-    """At step 0, and where a run was ended between a save and its evaluation."""
-    due = _evaluation_is_due(training.recipe, step)
-    return distributed.broadcast_object(due and step not in training.recorder.evaluated_steps)
+def evaluation_is_missing(recipe: Recipe, folder: RunFolder, step: int) -> bool:
+    """At step 0, and where a run was ended between a save and its evaluation. A collective."""
+    due = _evaluation_is_due(recipe, step)
+    return distributed.broadcast_object(due and all(line["step"] != step for line in read_lines(folder.evaluation)))
 
 
 def _evaluate(training: Training, step: int) -> None:

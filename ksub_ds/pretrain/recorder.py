@@ -1,6 +1,5 @@
 """What a run tells while it trains: metrics.jsonl, evaluation.jsonl, TensorBoard, progress lines. Rank 0 only."""
 
-import json
 import time
 from types import TracebackType
 from typing import Any
@@ -20,7 +19,6 @@ class Recorder:
 
     def __init__(self, folder: RunFolder, monitor: Any, resume_step: int, max_steps: int):
         self.problem: UserError | None = None
-        self.evaluated_steps: set[int] = set()
         self._folder, self._monitor = folder, monitor
         self._max_steps = max_steps
         self._clock = time.perf_counter()
@@ -29,8 +27,6 @@ class Recorder:
         if self._main:
             self._metrics = MetricsWriter(folder.metrics, resume_step)
             self._evaluations = MetricsWriter(folder.evaluation, resume_step)
-            lines = folder.evaluation.read_text(encoding="utf-8").splitlines()
-            self.evaluated_steps = {json.loads(line)["step"] for line in lines}
             self._progress = Progress(max_steps, "steps", "training", done=resume_step)
 
     def restart_clock(self) -> None:

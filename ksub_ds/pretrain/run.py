@@ -11,12 +11,12 @@ from ksub_ds.corpus.batches import HeldOutBatches, TrainingBatches
 from ksub_ds.pretrain import checkpoint, prepare
 from ksub_ds.pretrain.checkpoint import TrainerState
 from ksub_ds.pretrain.feed import BatchFeed
-from ksub_ds.pretrain.loop import Training, train
+from ksub_ds.pretrain.loop import Training, evaluation_is_missing, train
 from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, resolve
 from ksub_ds.pretrain.recorder import Recorder
 from ksub_ds.pretrain.run_folder import RunFolder
 from ksub_ds.pretrain.saving import CheckpointWriter
-from ksub_ds.pretrain.sources import Sources, load_sources
+from ksub_ds.pretrain.sources import Sources, load_sources, verify_shards
 from ksub_ds.pretrain.stopping import StopRequest
 from ksub_ds.pretrain.warm_start import keep_copy
 
@@ -40,11 +40,11 @@ def run(recipe: Recipe) -> int:
     distributed.watchdog().on_failure = folder.record_failure
     try:
         sources = distributed.in_agreement(lambda: load_sources(recipe))
+        verify_shards(sources.dataset)
         distributed.on_main(lambda: folder.claim(sources.identity(recipe), sources.table, sources.tokenizer))
         if recipe.warm_start is not None:
             distributed.on_main(lambda: keep_copy(recipe.warm_start, folder.warm_start))
-        if distributed.is_main():
-            add_log_file(folder.log)
+        distributed.on_main(lambda: add_log_file(folder.log))
         return _train(recipe, folder, sources)
     finally:
         folder.unlock()
@@ -68,7 +68,8 @@ def _settle(recipe: Recipe, before: int | None) -> Recipe:
 def _train(recipe: Recipe, folder: RunFolder, sources: Sources) -> int:
     rank, world_size, log = distributed.rank(), distributed.world_size(), get_logger()
     start, state = _start_state(recipe, folder, sources)
-    if state.step >= recipe.max_steps:
+    evaluated = not prepare.held_out_languages(sources.dataset) or not evaluation_is_missing(recipe, folder, state.step)
+    if state.step >= recipe.max_steps and evaluated:
         log.info(f"{folder.path}: step {state.step:,} of {recipe.max_steps:,} is done; nothing left to train")
         return 0
 
@@ -97,7 +98,9 @@ def _train(recipe: Recipe, folder: RunFolder, sources: Sources) -> int:
         CheckpointWriter(engine, folder.checkpoints, recipe.keep_last) as writer,
     ):
         prepare.describe_start(recipe, sources, engine, feed.take(state.step))
-        with Recorder(folder, engine.monitor, state.step, recipe.max_steps) as recorder:
+        with distributed.in_agreement(
+            lambda: Recorder(folder, engine.monitor, state.step, recipe.max_steps)
+        ) as recorder:
             training = Training(recipe, folder, engine, feed, held_out, languages, recorder, writer, stop, teacher)
             state, reason = train(training, state)
         exit_codes = [code for code in distributed.gather_objects(stop.exit_code()) if code]

@@ -79,12 +79,17 @@ class RunFolder:
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise UserError(
                 f"--out {self.path}: in use by {holder}; wait for it, stop it (touch {self.stop}), "
                 "or choose another folder"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise UserError(
+                f"--out {self.path}: its file system cannot lock files ({error.strerror}); choose another folder"
             ) from error
         if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
             return descriptor

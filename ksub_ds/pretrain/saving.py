@@ -14,7 +14,7 @@ from typing import Any
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, atomic_path, sha256_file, write_json
-from ksub_ds.pretrain.checkpoint import FILES, FORMAT, TrainerState, checkpoints, newest_complete
+from ksub_ds.pretrain.checkpoint import FILES, FORMAT, TrainerState, checkpoints, newest_complete, step_of
 from ksub_ds.pretrain.engine_state import MOMENTS, adam_step, collect_masters, loss_scaler_state
 
 
@@ -78,7 +78,8 @@ class CheckpointWriter:
             raise UserError(
                 f"{target}: cannot be written ({reason}); free some space and run the same command again; {rest}"
             ) from error
-        for path in checkpoints(self._folder)[self._keep_last :]:
+        # Newer ones than this were found damaged and passed over: they must not take its place among those kept.
+        for path in [path for path in checkpoints(self._folder) if step_of(path) <= state.step][self._keep_last :]:
             shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self) -> "CheckpointWriter":

@@ -1,6 +1,7 @@
 """What a run learns from: shards, their tokenizer and the codes, checked against each other and against the model."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,10 @@ class Sources:
 def load_sources(recipe: Recipe) -> Sources:
     """Open shards, tokenizer and codes, and check that they and the model belong together, before a run is claimed.
 
-    Rank 0 also checks every shard's sha256.
-
     Raises:
         UserError: naming the file at fault.
     """
-    dataset = ShardDataset.open(recipe.data, verify=distributed.is_main())
+    dataset = ShardDataset.open(recipe.data, verify=False)
     if not any(dataset.num_sequences("train", language) for language in dataset.languages):
         raise UserError(f"--data {recipe.data}: holds no sequences to train on; make shards of more text")
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
@@ -59,6 +58,25 @@ def load_sources(recipe: Recipe) -> Sources:
         sources = Sources(_load_codes(recipe, dataset, tokenizer), dataset, tokenizer)
     _check_length(recipe, sources)
     return sources
+
+
+def verify_shards(dataset: ShardDataset) -> None:
+    """Read every shard once and compare its sha256, each rank its share. A collective.
+
+    The ranks meet after each file: who waits for one that reads for an hour in silence takes it for hung.
+
+    Raises:
+        UserError: on every rank, naming a damaged shard.
+    """
+    paths = dataset.paths()
+    for start in range(0, len(paths), distributed.world_size()):
+        mine = paths[start + distributed.rank() :][:1]
+        distributed.in_agreement(partial(_verify_all, dataset, mine))
+
+
+def _verify_all(dataset: ShardDataset, paths: list[Path]) -> None:
+    for path in paths:
+        dataset.verify(path)
 
 
 def _load_codes(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenizer) -> CodeTable:

@@ -1,5 +1,6 @@
 """A file is whole or absent, whatever stops the writer."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, atomic_path, read_json, sha256_bytes, sha256_file, write_json
 
@@ -118,3 +120,30 @@ def test_writers_of_equal_process_id_do_not_meet(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "one"
     with atomic_folder(tmp_path / "folder") as one, atomic_folder(tmp_path / "other") as two:
         assert one != two
+
+
+def test_an_older_folder_stays_when_the_new_one_does_not_fit(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", full)
+        with atomic_folder(tmp_path / "folder") as temporary:
+            (temporary / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "file").read_text() == "old"
+    with pytest.raises(UserError, match="cannot be made a folder"), atomic_folder(tmp_path / "folder" / "file" / "x"):
+        pass
+
+
+def test_a_disk_that_refuses_is_the_users_to_mend():
+    def refuse(number):
+        raise OSError(number, os.strerror(number), "RUN/codes.safetensors")
+
+    with pytest.raises(UserError, match=r"RUN/codes\.safetensors: No space left on device; mend it"):
+        distributed.on_main(lambda: refuse(errno.ENOSPC))
+    with pytest.raises(ConnectionResetError):  # not the disk
+        distributed.on_main(lambda: refuse(errno.ECONNRESET))

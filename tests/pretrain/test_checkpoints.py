@@ -1,5 +1,6 @@
 """Checkpoints: whole or passed over by name; a full disk; a NaN; weights that come back bit for bit."""
 
+import dataclasses
 import json
 import resource
 import shutil
@@ -10,6 +11,7 @@ import pytest
 from ksub_ds.common.errors import UserError
 from ksub_ds.pretrain import checkpoint
 from ksub_ds.pretrain.checkpoint import TrainerState
+from ksub_ds.pretrain.saving import CheckpointWriter
 
 from .conftest import STEPS, Bench, Outcome, losses, state_bytes
 
@@ -106,3 +108,30 @@ def test_nan_on_one_rank_stops_all(bench: Bench, two_ranks: dict[str, Outcome]) 
     assert first.startswith("step 14: the loss is not finite on rank 1; stopped before the update")
     assert str(bench.folder / "nan" / "checkpoints" / "global_step10") in first
     assert len(losses(bench.folder / "nan")) == 13
+
+
+def test_a_damaged_newer_one_takes_no_place_among_those_kept(some: Path) -> None:
+    """Passed over at the start, it is newer than what is written next."""
+    import torch
+
+    newest = max(some.iterdir(), key=checkpoint.step_of)
+    (newest / "model.safetensors").write_bytes(b"")
+    step = checkpoint.step_of(newest) - 1
+    state = dataclasses.replace(TrainerState(codes_sha256="", data_fingerprint=""), step=step)
+    writer = CheckpointWriter(None, some, keep_last=1)
+    writer._write_or_explain({"weight": torch.zeros(2)}, state)
+    assert checkpoint.newest_complete(some) == some / f"global_step{step}"
+    assert {path.name for path in some.iterdir()} == {newest.name, f"global_step{step}"}
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(
+    bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path
+) -> None:
+    """The last checkpoint is on the disk before the last evaluation is."""
+    run = Path(shutil.copytree(bench.folder / "reference", tmp_path / "run"))
+    whole = (run / "evaluation.jsonl").read_text().splitlines(keepends=True)
+    (run / "evaluation.jsonl").write_text("".join(whole[:-1]))
+    for _ in range(2):  # the second time nothing is left to do
+        process = bench.start("reference", out=run)
+        assert process.wait() == 0, process.communicate()
+        assert (run / "evaluation.jsonl").read_text().splitlines(keepends=True) == whole

@@ -1,0 +1,50 @@
+"""RUN/.lock: who holds the folder, and where locks do not work."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksub_ds.cluster import restart
+from ksub_ds.common.errors import UserError
+from ksub_ds.pretrain import run_folder
+from ksub_ds.pretrain.run_folder import RunFolder
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match="its file system cannot lock files"):
+        RunFolder(tmp_path / "run").lock()
+
+
+def test_a_restart_waits_for_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where an exclusive lock needs a file that is open for writing."""
+    lock = fcntl.flock
+
+    def as_on_nfs(stream: Any, how: int) -> None:
+        if not os.access(f"/proc/self/fd/{stream.fileno()}", os.W_OK) or not stream.writable():
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        lock(stream, how)
+
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    waits: list[float] = []
+
+    def release(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            folder.unlock()
+            (tmp_path / "run" / ".lock").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(restart.fcntl, "flock", as_on_nfs)
+        patch.setattr(restart.time, "sleep", release)
+        (tmp_path / "run" / "recipe.json").touch()  # a run: the lock's file stays
+        restart.wait_for_lock(tmp_path / "run")
+    assert len(waits) == 3
