@@ -10,6 +10,7 @@ from torch import Tensor
 from ksub_ds.analysis.encoders import Encoder
 from ksub_ds.analysis.geometry import PrincipalAxes, PrincipalAxesEstimator, Similarity, SimilarityEstimator
 from ksub_ds.analysis.sample import Batch, TextSample, batches
+from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress
 
 EMBEDDING_BLOCK = 8_192  # rows of the embedding that exist at one time
@@ -109,9 +110,15 @@ def _measure_embedding(encoder: Encoder, num_points: int, seed: int) -> Cloud:
     estimator = PrincipalAxesEstimator(layer(torch.zeros(1, dtype=torch.long)).shape[-1])
     for start in range(0, count, EMBEDDING_BLOCK):
         estimator.add(layer(torch.arange(start, min(start + EMBEDDING_BLOCK, count))))
-    axes = estimator.result()
+    axes = _finite(estimator.result())
     tokens = torch.flatten(torch.nonzero(_draw(count, num_points, seed)))
     return Cloud(axes, tokens.numpy(), axes.project(layer(tokens)))
+
+
+def _finite(axes: PrincipalAxes) -> PrincipalAxes:
+    if not torch.isfinite(axes.variances).all():
+        raise UserError("the model's vectors are not finite (NaN or infinity): it has diverged; analyse a sound one")
+    return axes
 
 
 def _states(encoder: Encoder, made: list[Batch], group: range) -> Iterator[tuple[Tensor, list[Tensor]]]:
@@ -146,7 +153,7 @@ class _LayerStream:
         self._kept.append(states[keep].float().clone())
 
     def result(self) -> Layer:
-        axes = self._axes.result()
+        axes = _finite(self._axes.result())
         counts = torch.tensor([float(self._counts[token]) for _, token in self._followed], dtype=torch.float64)
         means = self._followed_sums / counts.unsqueeze(1)  # 0 / 0 is NaN: the token does not occur
         to_centre = torch.nn.functional.cosine_similarity(means, axes.mean.unsqueeze(0), dim=1)

@@ -150,6 +150,9 @@ def read_results(folders: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]
     results, analyses = [], []
     for folder in folders:
         if (folder / "analysis.json").is_file():
+            analysis = read_json(folder / "analysis.json")
+            if not isinstance(analysis, dict) or not analysis.get("models") or not analysis.get("settings"):
+                raise UserError(f"{folder / 'analysis.json'}: is not one of `ksub analyze`; analyse again")
             analyses.append(folder)
             continue
         path = folder / "results.json" if folder.is_dir() else folder

@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ksub_ds.codes.alignment import match_to_codebook, number_groups, refine
+from ksub_ds.codes.alignment import LARGEST_FIT, match_to_codebook, number_groups, refine
 from ksub_ds.codes.balanced import Clustering, as_matrix, balanced_kmeans, free_kmeans
 from ksub_ds.codes.table import CodeTable, reserve_special_tokens
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.logging import Progress
+from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.common.mpi import mpi_communicator
 
 SMALL = 2e9  # N * D * M below which starting processes takes longer than the work
@@ -82,7 +82,11 @@ def clustered_codes(
     if not balanced:
         sizes = (*sizes[:-1], largest)
     codes[:, -1] = _last_codes(vectors, leaves, sizes[-1], last_level, seed)
-    if (align and num_tables > 2) or last_level == "matched":
+    fits = sum(sizes) <= LARGEST_FIT
+    if not fits:
+        rows = f"{sum(sizes):,} rows in all tables"
+        get_logger().info(f"{rows}: codes are not refined, a fit is made up to {LARGEST_FIT:,}")
+    if fits and ((align and num_tables > 2) or last_level == "matched"):
         codes = refine(_centred(vectors), codes, sizes, align, last_level == "matched")
 
     metadata = {

@@ -146,7 +146,7 @@ class CodeTable:
                 codes = stream.get_tensor("codes")
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such code file; make one with `ksub codes positional`") from error
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, TypeError) as error:  # TypeError: numpy has no bfloat16
             raise UserError(f"{path}: not a readable code file ({error}); make it again with `ksub codes`") from error
         if metadata.get("format") != FORMAT:
             raise UserError(
@@ -156,7 +156,7 @@ class CodeTable:
         try:
             table = cls(codes, [int(size) for size in metadata["table_sizes"].split(",")], origin)
             table.verify()
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: {error}; the file is damaged, make it again with `ksub codes`") from error
         if table.sha256 != metadata.get("sha256"):
             raise UserError(

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -19,6 +20,7 @@ from typing import Any
 from ksub_ds.common.errors import UserError
 
 TEMPORARY_SUFFIX = ".partial"
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]+\.(partial|old)")  # names that only a kill leaves
 
 
 def fsync_path(path: Path) -> None:

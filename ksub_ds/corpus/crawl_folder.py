@@ -17,7 +17,7 @@ from ksub_ds.corpus.crawl_pages import Selection, content_hash
 from ksub_ds.corpus.crawl_report import build_report, write_quarantine
 from ksub_ds.corpus.crawl_settings import ShardCC
 from ksub_ds.corpus.paragraphs import rule
-from ksub_ds.corpus.shard_folder import build_manifest, claim_folder, is_whole, remove_leftovers, save_tokenizer
+from ksub_ds.corpus.shard_folder import build_manifest, claim_folder, is_whole, parts, remove_leftovers, save_tokenizer
 from ksub_ds.corpus.shards import MANIFEST
 from ksub_ds.corpus.stages import fingerprint
 from ksub_ds.corpus.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ class CrawlFolder:
     def claim(self) -> None:
         """Make the folders ours; until all is done there is no manifest, so that nobody trains on half of it."""
         remove_leftovers(self._out)
-        for path in sorted(self._out.glob("*/part.json")):
+        for path in parts(self._out):
             try:
                 source = read_json(path)["recipe"].get("source")
             except (UserError, KeyError, TypeError, AttributeError) as error:

@@ -19,7 +19,7 @@ from ksub_ds.corpus.crawl_tokens import pack_language, tokenise_file
 from ksub_ds.corpus.dedup import Deduplication, HashFile, hash_files
 from ksub_ds.corpus.packing import Packing
 from ksub_ds.corpus.paragraphs import rule
-from ksub_ds.corpus.shard_folder import is_whole, remove_leftovers
+from ksub_ds.corpus.shard_folder import is_whole, parts, remove_leftovers
 from ksub_ds.corpus.stages import Recipe, Stages, fingerprint
 from ksub_ds.corpus.tokenizer import Tokenizer
 
@@ -183,7 +183,7 @@ class CrawlRun:
                 pack_language(self._out, languages[unit], recipe, packing, sources)
 
         def remove_others() -> None:
-            for path in self._out.glob("*/part.json"):
+            for path in parts(self._out):
                 if path.parent.name not in languages:
                     shutil.rmtree(path.parent)
 

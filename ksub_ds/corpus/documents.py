@@ -10,6 +10,7 @@ neither an endless line nor a gzip bomb fills the memory.
 
 import gzip
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ import pyarrow.parquet
 from ksub_ds.corpus.dataset_text import TEXT_COLUMNS, DatasetSource
 from ksub_ds.corpus.text import PARQUET, Source
 
-PARQUET_ROWS = 1000  # held at a time
+PARQUET_ROWS = 16  # held at a time: a column may repeat one long text at no cost on the disk
 LONGEST_DOCUMENT = 10_000_000  # characters
 LONGEST_LINE = 4 * LONGEST_DOCUMENT  # bytes
 INFLATION_LIMIT = 200  # text compresses 3 to 20 times; beyond this, past the first bytes, it is a bomb
@@ -83,6 +84,11 @@ class DocumentReader:
             if not columns:
                 self.skipped["no_text_column"] += 1
                 return
+            for index in range(table.num_row_groups):
+                about = table.metadata.row_group(index)
+                if about.total_byte_size > max(INFLATION_FREE, INFLATION_LIMIT * os.fstat(raw.fileno()).st_size):
+                    self.skipped["inflates_too_much"] += 1
+                    return
             for rows in table.iter_batches(PARQUET_ROWS, columns=columns[:1]):
                 yield from rows.column(0).to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError):  # OSError: a torn page

@@ -7,7 +7,6 @@ OUT/manifest.json   last, when every language is there
 
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, read_json, sha256_file, write_json
+from ksub_ds.common.files import LEFTOVER, atomic_folder, read_json, sha256_file, write_json
 from ksub_ds.corpus.shards import FORMAT_VERSION, dataset_fingerprint
 from ksub_ds.corpus.tokenizer import Tokenizer
 
@@ -50,7 +49,7 @@ def locked(folder: Path) -> Iterator[None]:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed run left under temporary names."""
     for path in folder.iterdir():
-        if re.fullmatch(r"\..+\.\d+\.(partial|old)", path.name):
+        if LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -79,7 +78,7 @@ def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> No
                 raise UserError(
                     f"{path}: {key} is {before}, this run has {now}; choose another --out, or remove this one"
                 )
-    elif any(folder.glob("*/part.json")):
+    elif parts(folder):
         raise UserError(f"{folder}: holds shards but no settings.json; choose another --out, or remove this one")
     write_json(path, wanted)
 
@@ -96,8 +95,13 @@ def is_whole(path: Path, sha256: str) -> bool:
     return path.is_file() and sha256_file(path) == sha256
 
 
+def parts(folder: Path) -> list[Path]:
+    """The part.json of every language that is published; what has a temporary name is not."""
+    return sorted(path for path in folder.glob("*/part.json") if not path.parent.name.startswith("."))
+
+
 def build_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of every language published in the folder, by this run or an earlier one."""
-    languages = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/part.json"))}
+    languages = {path.parent.name: read_json(path) for path in parts(folder)}
     manifest = {**read_json(folder / "settings.json"), "languages": languages}
     return {**manifest, "fingerprint": dataset_fingerprint(manifest)}

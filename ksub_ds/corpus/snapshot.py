@@ -68,7 +68,10 @@ def check_request(snapshot: str, segments: str, base_url: str, connections: int)
         UserError: one of them is wrong.
     """
     name, first, last = _snapshot_name(snapshot), *_parse_range(segments)
-    address = urllib.parse.urlsplit(base_url)
+    try:
+        address = urllib.parse.urlsplit(base_url)
+    except ValueError as error:
+        raise UserError(f"--base-url {base_url}: must be like {BASE_URL}") from error
     if address.scheme not in ("http", "https") or not address.hostname or address.query or address.fragment:
         raise UserError(f"--base-url {base_url}: must be like {BASE_URL}")
     if connections < 1:

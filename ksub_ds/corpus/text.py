@@ -31,8 +31,11 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """sha256 of the content."""
-        return sha256_file(self.path)
+        """sha256 of the content; of a file that cannot be read, which the reader counts, nothing."""
+        try:
+            return sha256_file(self.path)
+        except OSError:
+            return ""
 
     @property
     def size(self) -> int:

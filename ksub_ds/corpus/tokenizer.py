@@ -83,7 +83,7 @@ class HuggingFaceTokenizer:
     def __init__(self, folder: Path):
         self._folder = folder
         source = _open_folder(folder)
-        self.vocab_size = len(source)
+        self.vocab_size = 1 + max(source.get_vocab().values())  # ids may have gaps
         self.bos_id = _required(folder, "bos_token", source.bos_token_id, source.cls_token_id)
         self.eos_id = _required(folder, "eos_token", source.eos_token_id, source.sep_token_id)
         self.pad_id = _required(folder, "pad_token", source.pad_token_id)

@@ -121,6 +121,8 @@ def _table_sizes(settings: ClusterVectors) -> tuple[int, ...]:
         raise UserError(f"--num-tables {settings.num_tables}: clustering needs at least 2 (1 is the plain embedding)")
     if settings.workers < 1:
         raise UserError(f"--workers {settings.workers}: must be at least 1")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"--seed {settings.seed}: must lie in 0..{2**32 - 1}")
     if settings.table_size is not None and not settings.table_sizes:
         sizes: tuple[int, ...] = (settings.table_size,) * settings.num_tables
     elif settings.table_size is None and settings.table_sizes:

@@ -50,7 +50,10 @@ def weight_files(fetch: Fetch, name: str, wanted: Callable[[str], bool]) -> Tens
     """
     index = fetch(INDEX)
     if index is not None:
-        places = read_json(index).get("weight_map", {})
+        about = read_json(index)
+        places = about.get("weight_map") if isinstance(about, dict) else None
+        if not isinstance(places, dict):
+            raise UserError(f"{index}: has no weight_map; fetch the model anew")
         files = sorted({str(place) for key, place in places.items() if wanted(key)})
         if any(Path(file).name != file for file in files):
             raise UserError(f"{index}: names a file outside its folder; fetch the model anew")

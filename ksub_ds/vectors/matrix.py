@@ -11,6 +11,7 @@ import numpy as np
 
 from ksub_ds.common.errors import UserError
 
+LARGEST_NUMBER = 1e15  # products of such numbers are still float32
 # Names of the input embedding, the part after the last module prefix; the first that fits wins.
 EMBEDDING_NAMES = (
     "word_embeddings.weight",  # BERT, RoBERTa, XLM-R, BLOOM
@@ -104,6 +105,8 @@ def check_matrix(matrix: np.ndarray, name: str) -> np.ndarray:
     Raises:
         UserError: not (N, p) numbers, or a row that is not finite.
     """
+    if not isinstance(matrix, np.ndarray):
+        raise UserError(f"{name}: holds several arrays; save the matrix alone: np.save(path, matrix)")
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise UserError(f"{name}: has shape {matrix.shape}; one row a token is needed, (N, p)")
     if not (np.issubdtype(matrix.dtype, np.floating) or np.issubdtype(matrix.dtype, np.integer)):
@@ -111,7 +114,9 @@ def check_matrix(matrix: np.ndarray, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         result = np.ascontiguousarray(matrix, dtype=np.float32)
     for first in range(0, len(result), 1 << 14):
-        bad = np.flatnonzero(~np.isfinite(result[first : first + (1 << 14)]).all(axis=1))
+        block = result[first : first + (1 << 14)]
+        bad = np.flatnonzero(~(np.abs(block) <= LARGEST_NUMBER).all(axis=1))
         if len(bad):
-            raise UserError(f"{name}: row {first + int(bad[0])} holds NaN or infinity; repair the vector of that token")
+            what = "NaN or infinity" if not np.isfinite(block[bad[0]]).all() else f"a number beyond {LARGEST_NUMBER:g}"
+            raise UserError(f"{name}: row {first + int(bad[0])} holds {what}; repair the vector of that token")
     return result

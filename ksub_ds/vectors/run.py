@@ -34,7 +34,8 @@ def run_vectors(run: Path) -> tuple[np.ndarray, str]:
 def is_export(folder: Path) -> bool:
     """Whether a folder holds one of our models in HuggingFace's form."""
     path = folder / "config.json"
-    return path.is_file() and read_json(path).get("model_type", "").startswith("ksub_")
+    config = read_json(path) if path.is_file() else None
+    return isinstance(config, dict) and str(config.get("model_type")).startswith("ksub_")
 
 
 def export_vectors(folder: Path) -> np.ndarray:

@@ -191,6 +191,18 @@ def broken_model(sub_model, tmp_path):
     return folder
 
 
+def test_a_model_that_has_diverged_is_refused(capsys, sub_model, tiny_text, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(sub_model, tmp_path / "diverged")
+    weights = load_file(folder / "model.safetensors")
+    next(value for name, value in weights.items() if "layer.0.output.dense.bias" in name)[0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(["analyze", str(folder), "--data", str(tiny_text), "--out", str(tmp_path / "out")]) == 2
+    assert "are not finite" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_mistakes_are_one_line(capsys, sub_model, plain_model, broken_model, tiny_text, tiny_tokenizer, tmp_path):
     def told(*arguments):
         assert main(["analyze", *map(str, arguments)]) == 2

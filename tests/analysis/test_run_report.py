@@ -290,10 +290,13 @@ def test_mistakes_name_the_folder(tmp_path):
     run = make_run(tmp_path / "run", last_step=1)
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "results.json").write_text("[]")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "analysis.json").write_text("{}")
     for arguments, words in (
         ((tmp_path / "odd", tmp_path / "r.html"), "recipe.json"),
         ((run, tmp_path / "r.html", [tmp_path]), "neither results.json"),
         ((run, tmp_path / "r.html", [tmp_path / "odd"]), "not a results.json"),
+        ((run, tmp_path / "r.html", [tmp_path / "empty"]), "is not one of `ksub analyze`"),
         ((run, tmp_path / "odd"), "--html"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):

@@ -151,3 +151,11 @@ def test_quality_of_a_few_tokens():
     for count in (2, 5):
         report = measure_quality(vectors_of(count), clustered_codes(vectors_of(count), 2, 3))
         assert report["largest_leaf"] == -(-count // 3)
+
+
+def test_tables_too_large_to_fit_are_clustered_without_refinement(monkeypatch):
+    for module in ("clustering", "quality", "alignment"):
+        monkeypatch.setattr(f"ksub_ds.codes.{module}.LARGEST_FIT", 23)
+    table = clustered_codes(vectors_of(300), 3, 8)
+    table.verify()
+    assert table.table_sizes == (8, 8, 8)

@@ -137,3 +137,12 @@ def test_equal_tables_make_equal_files(tmp_path):
         table.save(tmp_path / f"{number}")
     assert len({(tmp_path / f"{number}").read_bytes() for number in range(3)}) == 1
     assert CodeTable.load(tmp_path / "0").metadata == table.metadata
+
+
+def test_codes_in_a_type_that_numpy_lacks(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"codes": torch.zeros(3, 2, dtype=torch.bfloat16)}, tmp_path / "codes.safetensors", {"format": "x"})
+    with pytest.raises(UserError, match="not a readable code file"):
+        CodeTable.load(tmp_path / "codes.safetensors")

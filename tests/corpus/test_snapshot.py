@@ -234,6 +234,7 @@ def test_users_mistakes(server: Server, tmp_path: Path) -> None:
         ("2019-09", "0:99", server.url, "has 4 WET files"),
         ("2019-09", "0:1", "file:///etc", "must be like https://"),
         ("2019-09", "0:1", "data.commoncrawl.org", "must be like https://"),
+        ("2019-09", "0:1", "http://[x", "must be like https://"),
     ):
         with pytest.raises(UserError, match=words):
             fetch_snapshot(snapshot, segments, base_url, tmp_path, patience=IMPATIENT)

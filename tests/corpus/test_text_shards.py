@@ -20,6 +20,7 @@ import pytest
 
 from ksub_ds import cli
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import LEFTOVER, atomic_folder
 from ksub_ds.corpus import documents, language_shards, text_shards
 from ksub_ds.corpus.documents import DocumentReader
 from ksub_ds.corpus.shard_folder import locked
@@ -300,8 +301,12 @@ def test_a_killed_run_leaves_nothing_half_written(tiny_tokenizer: Path, tmp_path
     }
     assert 0 < len(finished) < 3
 
-    (out / ".en.12345.partial").mkdir(exist_ok=True)  # as a kill leaves it (this one may have come between two)
-    (out / ".en.12345.partial" / "train-00000.arrow").write_bytes(b"half")
+    with atomic_folder(out / "en-left") as left:  # its name is as a kill leaves it
+        pass
+    assert LEFTOVER.fullmatch(left.name)
+    shutil.move(out / "en-left", left)
+    (left / "train-00000.arrow").write_bytes(b"half")
+    (left / "part.json").write_text("{}")
     again = run_script(*options, "--out", out)
     _, errors = again.communicate(timeout=100)
     assert again.returncode == 0, errors
@@ -373,3 +378,37 @@ def test_the_command_tells_what_is_wrong_with_the_shards(tiny_shards: Path, tmp_
         code, out, error = stats(*options)
         assert (code, out, error.count("\n")) == (2, "", 1)
         assert error.startswith("error: ") and f"el/train-00000.arrow: {fault}" in error.replace("this shard ", "")
+
+
+def test_what_a_killed_run_left_is_no_language(tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """A kill between part.json and the rename leaves a whole language under a temporary name."""
+    settings = ShardText(tiny_text, tiny_tokenizer, tmp_path / "out", sequence_length=64, workers=1)
+    whole = shard_text(settings)
+    with atomic_folder(tmp_path / "out" / "x") as left:
+        pass
+    shutil.rmtree(tmp_path / "out" / "x")
+    (tmp_path / "out" / "en").rename(left)
+    assert text_shards.build_manifest(tmp_path / "out")["languages"].keys() == whole["languages"].keys() - {"en"}
+    assert shard_text(settings) == whole and not left.exists()
+
+
+def test_a_parquet_bomb_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "en.parquet"
+    text = np.random.default_rng(0).integers(97, 123, 300_000).astype(np.uint8).tobytes().decode()
+    parquet.write_table(pyarrow.table({"text": [text[:200_000] + "a" * 500_000] * 20}), path)  # stored once
+    monkeypatch.setattr(documents, "INFLATION_FREE", 100_000)
+    monkeypatch.setattr(documents, "INFLATION_LIMIT", 2)
+    skipped: Counter[str] = Counter()
+    assert list(DocumentReader(find_text(tmp_path, ("en",))["en"].sources, skipped)) == []
+    assert skipped["inflates_too_much"] == 1
+
+
+def test_a_full_disk_is_one_line(tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    command = f"trap '' XFSZ; ulimit -f 20; exec {sys.executable} preprocessing/shard_text.py --workers 1"
+    options = f" --input {tiny_text} --tokenizer {tiny_tokenizer} --out {tmp_path / 'out'} --sequence-length 64"
+    done = subprocess.run(["bash", "-c", command + options], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "File too large; mend it" in done.stderr.strip().splitlines()[-1]

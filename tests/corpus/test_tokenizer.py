@@ -272,3 +272,23 @@ def test_a_huggingface_tokenizer_takes_long_texts_in_pieces(
     assert len(pieces) > 20 and "".join(pieces) == texts[0]
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == whole
     assert len(tokenizer.encode_batch(["x" * 1000])[0]) >= 1  # cut anywhere
+
+
+def test_ids_with_gaps(tmp_path: Path) -> None:
+    """N is one more than the largest id, not the number of tokens."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3, "a": 4, "b": 10, "<mask>": 12}
+    backend = Backend(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    names = {f"{name}_token": f"<{name}>" for name in ("pad", "unk", "mask")} | {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 13 and tokenizer.encode_batch(["a b"])[0].tolist() == [4, 10]
+    assert len(tokenizer.tokens()) == 13 and tokenizer.tokens()[5] == ""

@@ -189,3 +189,9 @@ def test_inspect_shows_the_stored_quality_report():
     assert rows["inertia: level 1"] == "0.1235" and rows["sizes"] == "1,000; 2" and rows["exact"] == "True"
     table.metadata["quality"] = "{"
     assert dict(describe(table, 8))["quality"] == "damaged: not JSON"
+
+
+def test_a_seed_out_of_range_is_told_before_the_work(vectors, tmp_path, capsys):
+    for seed in (-1, 2**32):
+        assert main(cluster(vectors, tmp_path / "codes", "--seed", str(seed))) == 2
+        assert f"--seed {seed}: must lie in 0..4294967295" in capsys.readouterr().err

@@ -114,3 +114,22 @@ def test_the_tokenizer_must_have_as_many_tokens(tmp_path, tiny_tokenizer):
     assert description.metadata()["tokenizer_fingerprint"] == tokenizer.fingerprint
     with pytest.raises(UserError, match="give the tokenizer of these vectors"):
         load_vectors(tmp_path / "wrong.npy", tiny_tokenizer)
+
+
+def test_several_arrays_and_numbers_too_large_are_refused(tmp_path):
+    np.savez(tmp_path / "several.npz", a=VECTORS)
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    with pytest.raises(UserError, match="holds several arrays"):
+        read_matrix(tmp_path / "several.npy")
+    large = VECTORS.astype("f4")
+    large[7, 2] = 1e20
+    np.save(tmp_path / "large.npy", large)
+    with pytest.raises(UserError, match=r"row 7 holds a number beyond 1e\+15"):
+        read_matrix(tmp_path / "large.npy")
+
+
+def test_a_folder_whose_json_is_something_else(tmp_path):
+    for name, content in (("config.json", "[]"), ("model.safetensors.index.json", "[]")):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="has no weight_map"):
+        load_vectors(str(tmp_path))
