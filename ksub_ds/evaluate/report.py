@@ -78,19 +78,20 @@ def load(path: Path) -> list[dict[str, Any]]:
     results = []
     for file in files:
         result = read_json(file)
-        try:  # what makes no table of its own makes none with others
-            (tables.glue_table if _is_glue(result) else tables.xnli_table)([result], "markdown")
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{file}: is not a results.json of `ksub evaluate`, or of another version; evaluate again"
-            ) from error
+        if not _makes_a_table(result):
+            raise UserError(f"{file}: is not a results.json of `ksub evaluate`, or of another version; evaluate again")
         results.append(result | {"_folder": str(file.parent)})
     return results
 
 
-def _is_glue(result: dict[str, Any]) -> bool:
-    """Whether these are GLUE's; else XNLI's, of a setting that there is."""
-    return result["task"] == "glue" or not published.XNLI[result["setting"]]
+def _makes_a_table(result: Any) -> bool:
+    """Whether results are whole: what makes no table of its own makes none with others."""
+    try:
+        if result["task"] == "glue":
+            return bool(tables.glue_table([result], "markdown"))
+        return result["setting"] in published.XNLI and bool(tables.xnli_table([result], "markdown"))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return False
 
 
 def _content(result: dict[str, Any]) -> str:
