@@ -3,10 +3,10 @@
     python experiments/xnli/run.py --text text --data xnli --tokenizer sentencepiece.bpe.model --out xnli-experiment
 
 The vocabulary is cut to the pieces that the text uses most (vocabulary.py); models have 6 layers of width 384 (10.6M
-parameters outside the embedding). Each step is a command of the project, and what is done is not done again: the same
-command goes on where it was stopped. OUT/results.json and OUT/table.md are written anew after every model, so what is
-there can be read at any time. The fine-tuning's learning rate is not Table 6's: a model that has read little must
-still learn much from the pairs.
+parameters outside the embedding), ModernBERT's or RoBERTa's (--preset). Each step is a command of the project, and
+what is done is not done again: the same command goes on where it was stopped. OUT/results.json and OUT/table.md are
+written anew after every model, so what is there can be read at any time. The fine-tuning's learning rate is not
+Table 6's: a model that has read little must still learn much from the pairs.
 """
 
 import argparse
@@ -103,9 +103,9 @@ def pretrain_and_evaluate(kind: str, options: argparse.Namespace, steps: Steps, 
     out = options.out / kind
     codes = ("--plain",) if kind == "plain" else ("--codes", options.out / f"{kind}.safetensors")
     length = ("--max-steps", options.steps, "--save-every-steps", 100, "--eval-every", options.steps)
-    run = ("pretrain", "--preset", "small", *codes, "--data", options.out / "shards", "--out", out / "run", *length)
+    run = ("pretrain", "--preset", options.preset, *codes, "--data", options.out / "shards", "--out", out / "run")
     last = out / "run" / "checkpoints" / f"global_step{options.steps}"
-    run += ("--global-batch-size", options.rows, "--precision", options.precision, "--gradient-clipping", 1)
+    run += (*length, "--global-batch-size", options.rows, "--precision", options.precision, "--gradient-clipping", 1)
     run += ("--decoder-bias", "frequency", "--dropout", options.dropout)
     run += ("--attention", "eager", "--micro-batch-size", options.rows)  # the fastest on a CPU
     steps.run(f"{kind}: pretraining", last, *ksub, *run)
@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("--languages", nargs="+", default=list(LANGUAGES), help="of pretraining and test [all 15]")
     parser.add_argument("--data", type=Path, required=True, help="XNLI's folder, or facebook/xnli")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything")
+    networks = ("small_modernbert", "small")
+    parser.add_argument("--preset", default=networks[0], choices=networks, help="the network [small_modernbert]")
     parser.add_argument("--steps", type=int, default=10_000, help="of pretraining [10000]")
     parser.add_argument("--rows", type=int, default=32, help="of 128 tokens in a step of pretraining [32]")
     parser.add_argument("--dropout", type=float, default=0.0, help="of pretraining [0: few passes over little text]")

@@ -102,12 +102,11 @@ def _parameters(preset: str, table: CodeTable) -> dict[str, int]:
     """Counted on the model itself, built without memory."""
     import torch
 
-    from ksub_ds.model.configuration import KSubRobertaConfig
-    from ksub_ds.model.modeling import KSubRobertaForMaskedLM
+    from ksub_ds.model.presets import fresh_masked_lm, preset_config
 
-    config = getattr(KSubRobertaConfig, preset)(vocab_size=table.num_tokens)
+    config = preset_config(preset, vocab_size=table.num_tokens)
     with torch.device("meta"):
-        model = KSubRobertaForMaskedLM(config, table)
+        model = fresh_masked_lm(config, table)
     total = sum(parameter.numel() for parameter in model.parameters())
     ours, plain = table.num_parameters(config.hidden_size), table.num_tokens * config.hidden_size
     return {

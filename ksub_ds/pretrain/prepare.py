@@ -41,10 +41,10 @@ def build_for(recipe: Recipe, table: CodeTable, tokenizer: Tokenizer, warm_start
     if recipe.warm_start is not None:
         return open_warm_start(warm_start or recipe.warm_start)
 
-    from ksub_ds.model.modeling import KSubRobertaForMaskedLM
+    from ksub_ds.model.presets import fresh_masked_lm
 
     torch.manual_seed(recipe.seed)
-    return KSubRobertaForMaskedLM(fresh_config(recipe, table, tokenizer), table)
+    return fresh_masked_lm(fresh_config(recipe, table, tokenizer), table)
 
 
 def build_model(recipe: Recipe, sources: Sources) -> Any:
@@ -60,12 +60,14 @@ def build_model(recipe: Recipe, sources: Sources) -> Any:
 
 
 def set_dropout(model: Any, share: float) -> None:
-    """Drop this share in every dropout layer; the configuration, which is exported, keeps its own."""
+    """Drop this share wherever the model drops; the configuration, which is exported, keeps its own."""
     import torch
 
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = share
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # ModernBERT's attention
+            module.attention_dropout = share
 
 
 def set_attention(model: Any, name: str) -> None:

@@ -112,9 +112,9 @@ def _load_warm_start(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenizer
 
 def _check_width(recipe: Recipe, table: CodeTable) -> None:
     """Every table gives at least one of the d columns of an embedding."""
-    from ksub_ds.model.configuration import KSubRobertaConfig
+    from ksub_ds.model.presets import preset_config
 
-    width = getattr(KSubRobertaConfig, recipe.preset)().hidden_size
+    width = preset_config(recipe.preset).hidden_size
     if table.num_tables > width:
         raise UserError(
             f"--codes {recipe.codes}: K = {table.num_tables} tables, but the embedding of {recipe.preset} has only "
@@ -143,9 +143,10 @@ def _check_length(recipe: Recipe, sources: Sources) -> None:
 
 def fresh_config(recipe: Recipe, table: CodeTable, tokenizer: Tokenizer) -> Any:
     """The configuration of the preset over the codes."""
-    from ksub_ds.model.configuration import KSubRobertaConfig
+    from ksub_ds.model.presets import preset_config
 
-    return getattr(KSubRobertaConfig, recipe.preset)(
+    return preset_config(
+        recipe.preset,
         vocab_size=table.num_tokens,
         pad_token_id=tokenizer.pad_id,
         bos_token_id=tokenizer.bos_id,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ from ksub_ds.pretrain.sources import load_sources
 from .conftest import Bench
 
 
-def test_dropout_of_a_run(bench: Bench) -> None:
-    recipe = Recipe("tiny", bench.data, bench.folder / "dropout", bench.codes)
+@pytest.mark.parametrize("preset", ["tiny", "small_modernbert"])
+def test_dropout_of_a_run(bench: Bench, preset: Any) -> None:
+    recipe = Recipe(preset, bench.data, bench.folder / "dropout", bench.codes)
     sources = load_sources(recipe)
     rows = torch.from_numpy(sources.dataset.rows("train", sources.dataset.languages[0])[:2].astype("int64"))
     for share, same in ((None, False), (0.3, False), (0.0, True)):
         model = build_model(dataclasses.replace(recipe, dropout=share), sources).train()
-        assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == 0.1
+        kept = [value for key, value in model.config.to_dict().items() if "dropout" in key and value is not None]
+        assert len(kept) >= 2 and set(kept) == {0.1}
         with torch.no_grad():
             twice = [model(input_ids=rows, labels=rows).loss.item() for _ in range(2)]
             assert (twice[0] == twice[1]) == same

@@ -1,0 +1,49 @@
+"""The networks of the presets, by name: Table 5 of the paper, and small ones for experiments."""
+
+from typing import Any
+
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
+
+from ksub_ds.codes.table import CodeTable
+from ksub_ds.model.base import SubMaskedLM
+from ksub_ds.model.configuration import KSubRobertaConfig
+from ksub_ds.model.families import KSubModernBertConfig
+
+
+def preset_config(preset: str, **overrides: Any) -> PreTrainedConfig:
+    """The configuration of a preset (recipe.py names them all); give your codes' vocab_size."""
+    if preset == "small_modernbert":
+        return small_modernbert(**overrides)
+    return getattr(KSubRobertaConfig, preset)(**overrides)
+
+
+def small_modernbert(**overrides: Any) -> KSubModernBertConfig:
+    """The size of `small` (6 layers, d = 384, 10.6M parameters outside the embedding) as ModernBERT.
+
+    Rotary positions and the norm before each sublayer let a masked model use its context after some hundred steps,
+    where RoBERTa's needs many thousands: for little text and small machines. Dropout is RoBERTa's, not ModernBERT's
+    0, for fine-tuning on little data; the classifier reads the mean of the states, for <s> has learnt nothing yet.
+    """
+    share = 0.1
+    fields: dict[str, Any] = {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "intermediate_size": 1024,  # three matrices with the gate: as many parameters as RoBERTa's two of 1,536
+        "max_position_embeddings": 512,
+        "embedding_dropout": share,
+        "attention_dropout": share,
+        "mlp_dropout": share,
+        "classifier_dropout": share,
+        "classifier_pooling": "mean",
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    fields |= overrides
+    return KSubModernBertConfig(cls_token_id=fields["bos_token_id"], sep_token_id=fields["eos_token_id"], **fields)
+
+
+def fresh_masked_lm(config: PreTrainedConfig, table: CodeTable) -> SubMaskedLM:
+    """The masked language model of one of our configurations, with random weights."""
+    return MODEL_FOR_MASKED_LM_MAPPING[type(config)](config, table)
