@@ -113,7 +113,7 @@ def pretrain_and_evaluate(kind: str, options: argparse.Namespace, steps: Steps, 
     steps.run(f"{kind}: export", model / "config.json", *ksub, "export", out / "run", "--out", model)
     tuning = ("--epochs", options.epochs, "--learning-rate", options.learning_rate, "--precision", options.precision)
     cell = ("--setting", options.setting, "--seeds", *range(options.seeds), "--out", out / "xnli")
-    cell += ("--languages", *options.languages)
+    cell += ("--languages", *options.languages, "--attention", "eager")
     evaluate = ("evaluate", "xnli", "--model", model, "--data", options.data, *cell, *tuning)
     steps.run(f"{kind}: fine-tuning and test", out / "xnli" / "results.json", *ksub, *evaluate)
 

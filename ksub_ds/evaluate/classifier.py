@@ -194,7 +194,7 @@ def _kind_of_codes(folder: Path, sizes: list[int]) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="np") as stream:
             for key in stream.keys():  # noqa: SIM118 - not a dict
-                if key.endswith("word_embeddings.codes"):
+                if key.endswith("_embeddings.codes"):
                     codes = stream.get_tensor(key)
                     ids, digits = np.arange(len(codes)), []
                     for size in sizes:

@@ -142,6 +142,7 @@ class GluePlan(EvaluationPlan):
             self.encoder,
             self.tuning(about["learning_rate"], about["batch_size"], about["seed"], regression),
             keep_model=self.settings.keep_models or task == "mnli",
+            attention=self.settings.attention,
         )
         return train_classifier(training, check, several_ranks)
 

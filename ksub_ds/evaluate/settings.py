@@ -13,9 +13,13 @@ from ksub_ds.evaluate.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLA
 
 XNLI_EPOCHS, GLUE_EPOCHS = {CROSS_LINGUAL: 10, TRANSLATE_TRAIN_ALL: 5}, 10
 GlueTaskName = Literal["sst2", "mnli", "qnli", "qqp", "rte", "mrpc", "cola", "stsb"]
-# What may differ between the workers of one evaluation: places, and how the work is done. Of these only ranks_per_job
-# touches the scores, as a seed does, by its dropout; each fine-tuning's result says how many ranks it had.
-FREE_KEYS = ("model", "data", "out", "tokenizer", "save_every_steps", "ranks_per_job", "cache", "keep_models")
+# What may differ between the workers of one evaluation: places, and how the work is done. Of these ranks_per_job
+# touches the scores, as a seed does, by its dropout, and each fine-tuning's result says how many ranks it had;
+# attention touches them by rounding.
+FREE_KEYS = (
+    *("model", "data", "out", "tokenizer", "cache"),
+    *("save_every_steps", "ranks_per_job", "attention", "keep_models"),
+)
 
 
 def positive_rate(name: str, value: float) -> None:
@@ -55,6 +59,9 @@ class EvaluationSettings:
     """Largest gradient norm; 0 clips nothing."""
     precision: Literal["fp32", "bf16"] | None = None
     """Of the forward pass (weights stay fp32). [bf16 on a GPU, fp32 on a CPU]"""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """How attention is computed, by transformers' names; on a CPU in bf16 `eager` is the fastest for short rows.
+    [transformers' choice]"""
     max_train_examples: int | None = None
     """Take only so many training rows (of each language). [all]"""
     max_test_examples: int | None = None

@@ -17,6 +17,7 @@ from ksub_ds.common.files import atomic_folder, read_json, write_json
 from ksub_ds.evaluate.classifier import load_classifier
 from ksub_ds.evaluate.encoding import Encoded, PairEncoder
 from ksub_ds.evaluate.finetune import FineTuning, finetune
+from ksub_ds.pretrain.prepare import set_attention
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TrainingJob:
         work: folder for state and model.
         identity: model, data and settings in one string.
         keep_model: write WORK/model, a HuggingFace folder of the best epoch.
+        attention: its implementation, by transformers' name; None = transformers' choice.
     """
 
     model: str
@@ -44,11 +46,13 @@ class TrainingJob:
     encoder: PairEncoder
     settings: FineTuning
     keep_model: bool
+    attention: str | None = None
 
 
 def train_classifier(job: TrainingJob, check: Callable[[], None], several_ranks: bool = False) -> dict[str, Any]:
     """Do it; returns the scores of all epochs and which was best."""
     model = load_classifier(job.model, job.num_labels, job.settings.seed, job.body).to(distributed.device())
+    set_attention(model, job.attention)
     job.work.mkdir(parents=True, exist_ok=True)
     outcome = finetune(model, job.train, job.settings, job.validate, job.work, job.identity, check, several_ranks)
     if job.keep_model and (not several_ranks or distributed.is_main()):

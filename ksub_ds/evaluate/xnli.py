@@ -23,6 +23,7 @@ from ksub_ds.evaluate.rows import Rows
 from ksub_ds.evaluate.scoring import predict
 from ksub_ds.evaluate.tasks import CROSS_LINGUAL, NLI_LABELS, XNLI_COLUMNS
 from ksub_ds.evaluate.training import TrainingJob, train_classifier
+from ksub_ds.pretrain.prepare import set_attention
 
 
 class XnliPlan(EvaluationPlan):
@@ -94,6 +95,7 @@ class XnliPlan(EvaluationPlan):
             self.encoder,
             self.tuning(settings.learning_rate, settings.batch_size, job.settings["seed"]),
             keep_model=True,
+            attention=settings.attention,
         )
         return train_classifier(training, check, several_ranks)
 
@@ -121,7 +123,9 @@ class XnliPlan(EvaluationPlan):
         seed = jobs[0].settings["seed"]
         if self._trained is None or self._trained[0] != seed:
             folder = self.queue.work(f"finetune-seed{seed}") / "model"
-            self._trained = seed, load_trained(folder).to(distributed.device())
+            model = load_trained(folder).to(distributed.device())
+            set_attention(model, self.settings.attention)
+            self._trained = seed, model
         languages = [job.settings["language"] for job in jobs]
         what = f"testing {' '.join(languages)}"
         results = []

@@ -52,8 +52,7 @@ def build_model(recipe: Recipe, sources: Sources) -> Any:
     model = build_for(recipe, sources.table, sources.tokenizer)
     if recipe.dropout is not None:
         set_dropout(model, recipe.dropout)
-    if recipe.attention is not None:
-        set_attention(model, recipe.attention)
+    set_attention(model, recipe.attention)
     if recipe.decoder_bias == "frequency":
         start_bias(model, sources.dataset, recipe.alpha)
     return model
@@ -70,12 +69,14 @@ def set_dropout(model: Any, share: float) -> None:
             module.attention_dropout = share
 
 
-def set_attention(model: Any, name: str) -> None:
-    """Compute attention by transformers' implementation of this name.
+def set_attention(model: Any, name: str | None) -> None:
+    """Compute attention by transformers' implementation of this name; None leaves its choice.
 
     Raises:
         UserError: it needs a package that is not there, or this model has no such attention.
     """
+    if name is None:
+        return
     try:
         model.set_attn_implementation(name)
     except (ImportError, ValueError) as error:

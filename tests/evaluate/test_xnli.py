@@ -1,5 +1,6 @@
 """XNLI from the command line: results' form, languages without training data, workers killed at random, ranks."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -14,8 +15,11 @@ from typing import Any
 
 import pytest
 
+from ksub_ds import positional_codes
 from ksub_ds.cli import main
+from ksub_ds.corpus.tokenizer import load_tokenizer
 from ksub_ds.evaluate.tasks import LANGUAGES
+from ksub_ds.model.presets import fresh_masked_lm, preset_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +88,24 @@ def test_languages_without_data_are_named_and_left_out(
     shutil.rmtree(less / "en")
     assert main(arguments(tiny_model, less, tmp_path / "none")) == 2
     assert "holds no train set for en" in capsys.readouterr().err
+
+
+def test_another_family_and_its_attention(tiny_tokenizer: Path, tiny_xnli: Path, tmp_path: Path, capsys: Any) -> None:
+    tokenizer, model = load_tokenizer(tiny_tokenizer), tmp_path / "model"
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = preset_config("small_modernbert", vocab_size=tokenizer.vocab_size, **size)
+    fresh_masked_lm(config, positional_codes(tokenizer.vocab_size, 3)).save_pretrained(model)
+    tokenizer.save(model)
+    for name in ("sdpa", "eager"):
+        assert main(arguments(model, tiny_xnli, tmp_path / name, "--attention", name, "--languages", "en")) == 0
+    ours, theirs = results(tmp_path / "sdpa"), results(tmp_path / "eager")
+    assert ours["model"]["kind"] == "positional" and ours["settings"] == theirs["settings"]
+    losses = [[epoch["loss"] for epoch in each["finetuning"]["0"]["epochs"]] for each in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    if importlib.util.find_spec("flash_attn") is None:
+        unable = ("--attention", "flash_attention_2", "--languages", "en")
+        assert main(arguments(model, tiny_xnli, tmp_path / "flash", *unable)) == 2
+        assert "--attention flash_attention_2: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

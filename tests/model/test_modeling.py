@@ -29,6 +29,7 @@ from ksub_ds import (
     plain_codes,
     positional_codes,
 )
+from ksub_ds.model.presets import fresh_masked_lm, preset_config
 
 
 def shuffled_codes(num_tokens=500, seed=0):
@@ -70,6 +71,15 @@ def test_table_1_parameter_counts(preset, table, total):
         model = KSubRobertaForMaskedLM(getattr(KSubRobertaConfig, preset)(), table)
     assert model.num_parameters() == total
     assert sum(p.numel() for p in model.get_input_embeddings().parameters()) == table.num_parameters(512)
+
+
+def test_small_presets_are_of_one_size():
+    """RoBERTa's and ModernBERT's network of the small presets: as many parameters outside the embedding."""
+    table, outside = positional_codes(1000, 3), {}
+    for preset in ("small", "small_modernbert"):
+        model = fresh_masked_lm(preset_config(preset, vocab_size=1000), table)
+        outside[preset] = model.num_parameters() - table.num_parameters(384) - 1000  # the decoder's bias
+    assert outside == {"small": 10_993_920, "small_modernbert": 10_769_664}
 
 
 def test_plain_model_is_huggingfaces_own():
