@@ -112,6 +112,9 @@ def bpe_shards(tiny_text: Path, tiny_bpe: Path, tmp_path_factory: pytest.TempPat
     return out
 
 
+MODERNBERT = {"preset": "small_modernbert", "max_steps": 3, "eval_every": 3, "eval_sequences": 2}
+
+
 @pytest.fixture(scope="session")
 def one_rank(bench: Bench, bpe_shards: Path) -> dict[str, Outcome]:
     """Runs on one rank: `reference` is what every other fp32 run is held against."""
@@ -122,6 +125,7 @@ def one_rank(bench: Bench, bpe_shards: Path) -> dict[str, Outcome]:
         "zero2": {"deepspeed": "zero2"},
         "bf16": {"precision": "bf16"},
         "plain": {"codes": None},
+        "modernbert": MODERNBERT,
         "roberta": roberta | {"max_steps": 3, "global_batch_size": 4, "eval_every": 3, "eval_sequences": 2},
     }
     more = {"plain": ["--plain"]}
@@ -164,6 +168,7 @@ def two_ranks(bench: Bench, one_rank: dict[str, Outcome]) -> dict[str, Outcome]:
         # last: DeepSpeed's stage 3 replaces torch's linear function for the rest of the process
         "two-zero3": {"deepspeed": "zero3"},
         "plain-zero3": {"deepspeed": "zero3", "codes": None, "max_steps": 3, "eval_every": 3},
+        "modernbert-zero3": MODERNBERT | {"deepspeed": "zero3"},
         "two-offload": {"deepspeed": "zero3_offload"},
         "one-then-offload": {"deepspeed": "zero3_offload"},
     }

@@ -45,6 +45,20 @@ def test_stage_3_and_offload_give_the_same_losses(bench: Bench, two_ranks: dict[
     assert len(one.splitlines()) == len(three.splitlines()) == 3
 
 
+def test_another_network_at_stage_3(bench: Bench, one_rank: dict[str, Outcome], two_ranks: dict[str, Outcome]) -> None:
+    """ModernBERT, whose embedding has another name and whose norms have no bias."""
+    assert one_rank["modernbert"] == [0] and two_ranks["modernbert-zero3"] == [0, 0]
+    ours, theirs = (losses(bench.folder / name) for name in ("modernbert-zero3", "modernbert"))
+    np.testing.assert_allclose(ours, theirs, rtol=FP32_SUMS)
+    folders = [
+        export_run(bench.folder / name, bench.folder / f"export-{name}") for name in ("modernbert", "modernbert-zero3")
+    ]
+    one, three = (load_file(folder / "model.safetensors") for folder in folders)
+    assert one.keys() == three.keys() and "model.embeddings.tok_embeddings.codes" in one
+    for key in one:
+        np.testing.assert_allclose(three[key], one[key], rtol=0, atol=1e-5, err_msg=key)
+
+
 def test_two_ranks_at_stage_3_then_one_at_stage_1(bench: Bench, two_ranks: dict[str, Outcome]) -> None:
     """Without --micro-batch-size it stays what it was, and dropout with it."""
     bench.copy("two-zero3", "three-then-one", 10)
