@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 from measuring import print_table, save, verdict
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from ksub_ds import KSubRobertaConfig, KSubRobertaForSequenceClassification, positional_codes
+from ksub_ds import positional_codes
 from ksub_ds.common import distributed
 from ksub_ds.evaluate.encoding import Encoded, encode, load_encoder
 from ksub_ds.evaluate.finetune import FineTuning, finetune
 from ksub_ds.evaluate.rows import Rows, Source
 from ksub_ds.evaluate.scoring import predict
 from ksub_ds.evaluate.tasks import LANGUAGES, XNLI_COLUMNS
+from ksub_ds.model.presets import preset_config
 
 MAX_LENGTH, BATCH = 128, 32
 TRAINING_BOUND, SCORING_BOUND = 1.7, 2.0
@@ -34,9 +36,10 @@ TRAINING_BOUND, SCORING_BOUND = 1.7, 2.0
 def build_model(num_tokens: int, preset: str) -> Any:
     """A classifier over positional codes."""
     torch.manual_seed(0)
-    config = getattr(KSubRobertaConfig, preset)(vocab_size=num_tokens)
+    config = preset_config(preset, vocab_size=num_tokens)
     config.num_labels = 3
-    return KSubRobertaForSequenceClassification(config, positional_codes(num_tokens, 3)).to(distributed.device())
+    model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    return model_class(config, positional_codes(num_tokens, 3)).to(distributed.device())
 
 
 def hf_dataset(rows: Rows, tokenizer: Any, padding: Any) -> Any:

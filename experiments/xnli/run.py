@@ -3,7 +3,7 @@
     python experiments/xnli/run.py --text text --data xnli --tokenizer sentencepiece.bpe.model --out xnli-experiment
 
 The vocabulary is cut to the pieces that the text uses most (vocabulary.py); models have 6 layers of width 384 (10.6M
-parameters outside the embedding), ModernBERT's or RoBERTa's (--preset). Each step is a command of the project, and
+parameters), ModernBERT's or RoBERTa's (--preset). Each step is a command of the project, and
 what is done is not done again: the same command goes on where it was stopped. OUT/results.json and OUT/table.md are
 written anew after every model, so what is there can be read at any time. The fine-tuning's learning rate is not
 Table 6's: a model that has read little must still learn much from the pairs.
@@ -59,6 +59,7 @@ def experiment(options: argparse.Namespace) -> None:
     out, ksub = options.out, ("-m", "ksub_ds.cli")
     if "en" not in options.languages:
         raise UserError("--languages: en must be among them, its pairs are what is learnt and the baselines' test")
+    check_settings(out / "results.json", _all_told(options))
     steps = Steps(out)
     tokenizer, shards = out / "vocabulary.model", out / "shards"
     cut = (Path(__file__).with_name("vocabulary.py"), "--tokenizer", options.tokenizer, "--text", options.text)
@@ -80,6 +81,14 @@ def experiment(options: argparse.Namespace) -> None:
     written = threading.Lock()
     with ThreadPoolExecutor(options.at_once) as pool:
         list(pool.map(one, KINDS))
+
+
+def check_settings(results: Path, settings: dict[str, Any]) -> None:
+    """Refuse to put models of two kinds into one table; what each command takes it refuses itself."""
+    before = read_json(results)["settings"] if results.exists() else {}
+    for key in ("preset", "languages", "pieces"):
+        if key in before and before[key] != settings[key]:
+            raise UserError(f"--{key} {settings[key]}: {results} is of {before[key]}; give another --out")
 
 
 def make_codes(steps: Steps, out: Path, tokenizer: Path, shards: Path, ksub: tuple[str, ...]) -> None:
@@ -132,21 +141,20 @@ def outcome(options: argparse.Namespace, steps: Steps) -> None:
     seconds = sum(steps.seconds.values())
     title = f"XNLI, {options.setting}, small models on a CPU"
     table = render(title, ["model", "en", "en, each seed", "average"], rows, "markdown")
-    told = f"\nPretraining on {' '.join(options.languages)}: {options.steps} steps of {options.rows} x 128 tokens; "
+    told = f"\n{options.preset}; pretraining on {' '.join(options.languages)}: {options.steps} steps of {options.rows} x 128 tokens; "
     told += f"{options.epochs} epochs of fine-tuning; {seconds / 60:.0f} minutes, the sum of all steps, "
     write_text(out / "table.md", table + told + f"{options.at_once} model(s) at a time.\n")
-    settings = {key: _told(value) for key, value in vars(options).items()}
     kept = ("test", "average", "seeds", "finetuning")
     summary = {kind: {key: result[key] for key in kept} for kind, result in models.items()}
     for kind, about in summary.items():  # held-out loss at the end of pretraining
         about["pretraining"] = json.loads((out / kind / "run" / "evaluation.jsonl").read_text().splitlines()[-1])
-    results = {"settings": settings, "baselines": baselines, "models": summary, "seconds": steps.seconds}
+    results = {"settings": _all_told(options), "baselines": baselines, "models": summary, "seconds": steps.seconds}
     write_json(out / "results.json", results)
 
 
-def _told(setting: Any) -> Any:
-    """A setting as results.json keeps it: of a path its name, for the rest is this machine's."""
-    return setting.name if isinstance(setting, Path) else setting
+def _all_told(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings as results.json keeps them: of a path its name, for the rest is this machine's."""
+    return {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items()}
 
 
 def _is_done(out: Path, kind: str) -> bool:

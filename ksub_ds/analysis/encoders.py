@@ -92,7 +92,7 @@ def _from_run(folder: Path) -> tuple[Any, Tokenizer, str]:
 
     run, checkpoint = newest_checkpoint(folder)
     model, tokenizer = load_model(run, checkpoint)
-    return model.roberta, tokenizer, sha256_file(checkpoint / "model.safetensors")
+    return model.base_model, tokenizer, sha256_file(checkpoint / "model.safetensors")
 
 
 def _from_huggingface(source: str) -> tuple[Any, str]:

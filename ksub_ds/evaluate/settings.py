@@ -14,8 +14,8 @@ from ksub_ds.evaluate.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLA
 XNLI_EPOCHS, GLUE_EPOCHS = {CROSS_LINGUAL: 10, TRANSLATE_TRAIN_ALL: 5}, 10
 GlueTaskName = Literal["sst2", "mnli", "qnli", "qqp", "rte", "mrpc", "cola", "stsb"]
 # What may differ between the workers of one evaluation: places, and how the work is done. Of these ranks_per_job
-# touches the scores, as a seed does, by its dropout, and each fine-tuning's result says how many ranks it had;
-# attention touches them by rounding.
+# and attention touch the scores: by rounding, and as a seed does where dropout is drawn elsewhere or otherwise; each
+# fine-tuning's result says what it had.
 FREE_KEYS = (
     *("model", "data", "out", "tokenizer", "cache"),
     *("save_every_steps", "ranks_per_job", "attention", "keep_models"),

@@ -60,8 +60,8 @@ def train_classifier(job: TrainingJob, check: Callable[[], None], several_ranks:
             model.save_pretrained(temporary)
             job.encoder.save(temporary)
     ranks = distributed.world_size() if several_ranks else 1
-    told = {"best_epoch": outcome.best_epoch, "train_examples": len(job.train), "ranks": ranks}
-    return {"epochs": outcome.epochs, **told}
+    told = {"best_epoch": outcome.best_epoch, "train_examples": len(job.train)}
+    return {"epochs": outcome.epochs, **told, "ranks": ranks, "attention": model.config._attn_implementation}
 
 
 def forget_state(work: Path) -> None:

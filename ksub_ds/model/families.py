@@ -57,6 +57,8 @@ class GraftedModel(SubEmbeddingModel):
         if self.bare_class is not None:
             encoder = self.base_model
             encoder.__class__ = self.bare_class  # it was built as the plain class, and differs in methods only
+            with torch.device("meta"):
+                self.bare_class(config, table)  # a first building tells transformers what the class can record
         plain = encoder.get_submodule(self.place)
         layer = SubEmbedding(table, plain.embedding_dim, plain.padding_idx, mixing=config.embedding_mixing)
         encoder.set_submodule(self.place, layer)

@@ -18,11 +18,11 @@ def preset_config(preset: str, **overrides: Any) -> PreTrainedConfig:
 
 
 def small_modernbert(**overrides: Any) -> KSubModernBertConfig:
-    """The size of `small` (6 layers, d = 384, 10.6M parameters outside the embedding) as ModernBERT.
+    """The size of `small` (6 layers, d = 384, 10.6M parameters in the layers) as ModernBERT.
 
-    Rotary positions and the norm before each sublayer let a masked model use its context after some hundred steps,
-    where RoBERTa's needs many thousands: for little text and small machines. Dropout is RoBERTa's, not ModernBERT's
-    0, for fine-tuning on little data; the classifier reads the mean of the states, for <s> has learnt nothing yet.
+    For little text and small machines: with rotary positions and the norm before each sublayer a masked model uses
+    its context after fewer steps (experiments/xnli). Dropout is RoBERTa's, not ModernBERT's 0, for fine-tuning on
+    little data; the classifier reads the mean of the states, for <s> has learnt nothing in pretraining.
     """
     share = 0.1
     fields: dict[str, Any] = {
@@ -41,7 +41,8 @@ def small_modernbert(**overrides: Any) -> KSubModernBertConfig:
         "eos_token_id": 2,
     }
     fields |= overrides
-    return KSubModernBertConfig(cls_token_id=fields["bos_token_id"], sep_token_id=fields["eos_token_id"], **fields)
+    fields = {"cls_token_id": fields["bos_token_id"], "sep_token_id": fields["eos_token_id"]} | fields
+    return KSubModernBertConfig(**fields)
 
 
 def fresh_masked_lm(config: PreTrainedConfig, table: CodeTable) -> SubMaskedLM:

@@ -65,8 +65,9 @@ def set_dropout(model: Any, share: float) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = share
-        elif isinstance(getattr(module, "attention_dropout", None), float):  # ModernBERT's attention
+        elif hasattr(module, "attention_dropout"):  # ModernBERT's: a number, and no layer behind it where that is 0
             module.attention_dropout = share
+            module.out_drop = torch.nn.Dropout(share)
 
 
 def set_attention(model: Any, name: str | None) -> None:

@@ -36,7 +36,7 @@ class Recipe:
     # ---- what ----
     preset: Literal["roberta_medium", "xlmr_medium", "small", "small_modernbert", "tiny"]
     """Model size and schedule: Table 5 of the paper; `small` (6 layers, d = 384) for experiments without a GPU, and
-    `small_modernbert`, which learns far faster from little text; `tiny` (2 layers, d = 128) for a first look."""
+    `small_modernbert`, which needs fewer steps; `tiny` (2 layers, d = 128) for a first look."""
     data: Path
     """Folder of token shards, from preprocessing/shard_text.py."""
     out: Path

@@ -100,6 +100,7 @@ def test_another_family_and_its_attention(tiny_tokenizer: Path, tiny_xnli: Path,
         assert main(arguments(model, tiny_xnli, tmp_path / name, "--attention", name, "--languages", "en")) == 0
     ours, theirs = results(tmp_path / "sdpa"), results(tmp_path / "eager")
     assert ours["model"]["kind"] == "positional" and ours["settings"] == theirs["settings"]
+    assert [each["finetuning"]["0"]["attention"] for each in (ours, theirs)] == ["sdpa", "eager"]
     losses = [[epoch["loss"] for epoch in each["finetuning"]["0"]["epochs"]] for each in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     if importlib.util.find_spec("flash_attn") is None:

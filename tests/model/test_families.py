@@ -138,6 +138,25 @@ def test_a_folder_in_a_process_that_only_imports_ksub_ds(tmp_path):
     assert float(done.stdout) == pytest.approx(model(ids, labels=ids.flip(1)).loss.item(), rel=1e-6)
 
 
+def test_hidden_states_in_a_process_that_built_no_bare_encoder(tmp_path):
+    """transformers records what a class declares when it is first built; here only the masked model is."""
+    for family in FAMILIES:
+        replace_embeddings(plain_model(family), TABLE).save_pretrained(tmp_path / family)
+    code = (
+        "import sys, torch, ksub_ds; from transformers import AutoModelForMaskedLM as A\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = A.from_pretrained(folder).eval(); ids = torch.arange(24).reshape(2, 12)\n"
+        "    for each in (model, model.base_model):\n"
+        "        states = each(ids, output_hidden_states=True).hidden_states\n"
+        "        print(folder, type(each).__name__, None if states is None else len(states))"
+    )
+    folders = [str(tmp_path / family) for family in FAMILIES]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = [line.rsplit(" ", 2)[1:] for line in done.stdout.splitlines()]
+    assert len(counts) == 2 * len(FAMILIES) and all(count == "3" for _, count in counts), counts
+
+
 def test_what_cannot_be_converted_is_refused():
     small = GPT2LMHeadModel(GPT2Config(vocab_size=120, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be given sub-embeddings; known are RobertaModel"):

@@ -53,6 +53,26 @@ def test_plain_baseline_is_exported_too(bench: Bench, one_rank: dict[str, Outcom
     assert (out / "config.json").exists()
 
 
+def test_another_network_is_read_by_all_that_read_runs(
+    bench: Bench, one_rank: dict[str, Outcome], tiny_text: Path, tmp_path: Path
+) -> None:
+    """A run of ModernBERT: every form of export, the report and the analysis."""
+    from ksub_ds.cli import main
+
+    run = bench.folder / "modernbert"
+    for form in ("native", "dense", "remote-code"):
+        assert (
+            main(["export", str(run), "--out", str(tmp_path / form), *([] if form == "native" else [f"--{form}"])]) == 0
+        )
+    assert main(["report", str(run), "--html", str(tmp_path / "run.html")]) == 0
+    assert "small_modernbert" in (tmp_path / "run.html").read_text()
+    out = tmp_path / "analysis"
+    language = sorted(path.name.split(".")[0] for path in tiny_text.iterdir())[0]
+    sample = ["--data", str(tiny_text), "--languages", language, "--num-tokens", "300", "--points", "50"]
+    assert main(["analyze", str(run), *sample, "--out", str(out)]) == 0
+    assert (out / "explore.html").exists()
+
+
 def test_roberta_path_from_text_to_a_filled_mask(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:
     """Byte-level BPE text, RoBERTa-MEDIUM at its real size, exported with a tokenizer that transformers opens."""
     import torch
