@@ -3,10 +3,10 @@
     python experiments/xnli/run.py --text text --data xnli --tokenizer sentencepiece.bpe.model --out xnli-experiment
 
 The vocabulary is cut to the pieces that the text uses most (vocabulary.py); models have 6 layers of width 384 (10.6M
-parameters), ModernBERT's or RoBERTa's (--preset). Each step is a command of the project, and
-what is done is not done again: the same command goes on where it was stopped. OUT/results.json and OUT/table.md are
-written anew after every model, so what is there can be read at any time. The fine-tuning's learning rate is not
-Table 6's: a model that has read little must still learn much from the pairs.
+parameters), ModernBERT's or RoBERTa's (--preset). Each step is a command of the project, and what is done is not done
+again: the same command goes on where it was stopped. OUT/results.json and OUT/table.md are written anew after every
+model, so what is there can be read at any time. The fine-tuning's learning rate is not Table 6's: a model that has
+read little must still learn much from the pairs.
 """
 
 import argparse
@@ -139,9 +139,9 @@ def outcome(options: argparse.Namespace, steps: Steps) -> None:
         rows.append([kind, *cells])
     rows += [[kind, "not run", "", ""] for kind in KINDS if kind not in models]
     seconds = sum(steps.seconds.values())
-    title = f"XNLI, {options.setting}, small models on a CPU"
+    title = f"XNLI, {options.setting}, {options.preset} on a CPU"
     table = render(title, ["model", "en", "en, each seed", "average"], rows, "markdown")
-    told = f"\n{options.preset}; pretraining on {' '.join(options.languages)}: {options.steps} steps of {options.rows} x 128 tokens; "
+    told = f"\nPretraining on {' '.join(options.languages)}: {options.steps} steps of {options.rows} x 128 tokens; "
     told += f"{options.epochs} epochs of fine-tuning; {seconds / 60:.0f} minutes, the sum of all steps, "
     write_text(out / "table.md", table + told + f"{options.at_once} model(s) at a time.\n")
     kept = ("test", "average", "seeds", "finetuning")
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="of 128 tokens in a step of pretraining [32]")
     parser.add_argument("--dropout", type=float, default=0.0, help="of pretraining [0: few passes over little text]")
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning [5]")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of fine-tuning [1e-4]")
+    parser.add_argument("--learning-rate", type=float, default=4e-4, help="of fine-tuning [4e-4]")
     parser.add_argument("--seeds", type=int, default=3, help="fine-tunings a model [3]")
     parser.add_argument("--pieces", type=int, default=32_000, help="of the vocabulary")
     parser.add_argument("--at-once", type=int, default=1, help="models that train at the same time [1]")
