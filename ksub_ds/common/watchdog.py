@@ -225,7 +225,7 @@ class Watchdog:
             self._tell(failure)
             time.sleep(DEAD_SECONDS)
         except OSError:
-            pass
+            pass  # another rank of this host speaks
         self._exit(failure.exit_code)
 
     def _dead_peer(self) -> Failure | None:

@@ -57,7 +57,7 @@ class Compressed:
                 if zlib.decompressobj(31).decompress(self.at(offset), len(start)) == start:
                     return offset
             except zlib.error:
-                pass
+                pass  # the magic bytes alone: no member begins here
             offset += 1
         return offset + len(piece)
 

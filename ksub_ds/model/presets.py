@@ -20,9 +20,10 @@ def preset_config(preset: str, **overrides: Any) -> PreTrainedConfig:
 def small_modernbert(**overrides: Any) -> KSubModernBertConfig:
     """The size of `small` (6 layers, d = 384, 10.6M parameters in the layers) as ModernBERT.
 
-    For little text and small machines: with rotary positions and the norm before each sublayer a masked model uses
-    its context after fewer steps (experiments/xnli). Dropout is RoBERTa's, not ModernBERT's 0, for fine-tuning on
-    little data; the classifier reads the mean of the states, for <s> has learnt nothing in pretraining.
+    For little text and small machines: it uses its context after fewer steps than RoBERTa's (experiments/xnli), with
+    rotary positions, the norm before each sublayer and a higher peak learning rate. Dropout is RoBERTa's, not
+    ModernBERT's 0, for fine-tuning on little data; the classifier reads the mean of the states, for <s> has learnt
+    nothing in pretraining.
     """
     share = 0.1
     fields: dict[str, Any] = {

@@ -61,9 +61,8 @@ def test_another_network_is_read_by_all_that_read_runs(
 
     run = bench.folder / "modernbert"
     for form in ("native", "dense", "remote-code"):
-        assert (
-            main(["export", str(run), "--out", str(tmp_path / form), *([] if form == "native" else [f"--{form}"])]) == 0
-        )
+        flag = [] if form == "native" else [f"--{form}"]
+        assert main(["export", str(run), "--out", str(tmp_path / form), *flag]) == 0
     assert main(["report", str(run), "--html", str(tmp_path / "run.html")]) == 0
     assert "small_modernbert" in (tmp_path / "run.html").read_text()
     out = tmp_path / "analysis"

@@ -104,7 +104,10 @@ def test_json_round_trip_and_changes() -> None:
     [
         ("[]", "is not a JSON object"),
         ('"tiny"', "is not a JSON object"),
-        ({"preset": None}, "preset cannot be None; it must be one of roberta_medium, xlmr_medium, small"),
+        (
+            {"preset": None},
+            "preset cannot be None; it must be one of roberta_medium, xlmr_medium, small, small_modernbert, tiny",
+        ),
         ({"preset": "huge"}, "preset cannot be 'huge'; it must be one of"),
         ({"preset": ["tiny"]}, "preset cannot be"),
         ({"data": 3}, "data cannot be 3"),
