@@ -46,10 +46,12 @@ class Steps:
         words = [sys.executable, *map(str, command)]
         print(f"+ {shlex.join(words)}", flush=True)
         start = time.monotonic()
-        done = subprocess.run(words, check=False)
-        with self._lock:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
-            write_json(self._path, self.seconds)
+        try:
+            done = subprocess.run(words, check=False)
+        finally:  # an interruption's share counts too
+            with self._lock:
+                self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
+                write_json(self._path, self.seconds)
         if done.returncode or not made.exists():
             raise UserError(f"{name}: ended with exit code {done.returncode}; its message stands above")
 

@@ -20,7 +20,8 @@ FAMILIES = ("Bert", "Electra", "DistilBert", "ModernBert")  # of families.py; ea
 # Our modules, each with the last name it defines: importing one imports transformers' Auto classes on the way.
 _OURS = {
     "ksub_ds.model.configuration": "KSubRobertaConfig",
-    "ksub_ds.model.base": "SubMaskedLM",
+    "ksub_ds.model.base": "SubEmbeddingModel",
+    "ksub_ds.model.masked_lm": "SubMaskedLM",
     "ksub_ds.model.modeling": "KSubRobertaForSequenceClassification",
     "ksub_ds.model.families": "KSubModernBertForSequenceClassification",
 }

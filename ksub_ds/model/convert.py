@@ -30,8 +30,9 @@ from transformers.models.modernbert import modeling_modernbert as modernbert
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.model import families, modeling
-from ksub_ds.model.base import SubEmbeddingModel, SubMaskedLM
+from ksub_ds.model.base import SubEmbeddingModel
 from ksub_ds.model.embedding import SubEmbedding
+from ksub_ds.model.masked_lm import SubMaskedLM
 
 # Plain class -> ours. The first of several plain classes of one of ours is what `to_plain` makes.
 CLASSES: dict[type, type[SubEmbeddingModel]] = {

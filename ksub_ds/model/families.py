@@ -32,8 +32,9 @@ from transformers.models.modernbert.modeling_modernbert import ModernBertEmbeddi
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.model import auto
-from ksub_ds.model.base import SubEmbeddingModel, SubMaskedLM, with_table
+from ksub_ds.model.base import SubEmbeddingModel, with_table
 from ksub_ds.model.embedding import SubEmbedding
+from ksub_ds.model.masked_lm import SubMaskedLM
 
 
 class GraftedModel(SubEmbeddingModel):

@@ -22,9 +22,10 @@ from transformers.models.roberta.modeling_roberta import (
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.model import auto
-from ksub_ds.model.base import SubEmbeddingModel, SubMaskedLM, with_table
+from ksub_ds.model.base import SubEmbeddingModel, with_table
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.embedding import SubEmbedding
+from ksub_ds.model.masked_lm import SubMaskedLM
 
 
 class KSubRobertaPreTrainedModel(SubEmbeddingModel, RobertaPreTrainedModel):

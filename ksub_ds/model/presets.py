@@ -5,9 +5,9 @@ from typing import Any
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
 
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.model.base import SubMaskedLM
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.families import KSubModernBertConfig
+from ksub_ds.model.masked_lm import SubMaskedLM
 
 
 def preset_config(preset: str, **overrides: Any) -> PreTrainedConfig:
