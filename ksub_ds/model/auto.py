@@ -17,7 +17,7 @@ CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 MODELS = "transformers.models.auto.modeling_auto"
 FAMILIES = ("Bert", "Electra", "DistilBert", "ModernBert")  # of families.py; each has the same three heads
 
-# Our modules, each with the last name it defines: importing one imports transformers' Auto classes on the way.
+# Our modules, each with the last class it defines: importing one imports transformers' Auto classes on the way.
 _OURS = {
     "ksub_ds.model.configuration": "KSubRobertaConfig",
     "ksub_ds.model.base": "SubEmbeddingModel",
