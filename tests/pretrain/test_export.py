@@ -72,13 +72,6 @@ def test_another_network_is_read_by_all_that_read_runs(
     assert (out / "explore.html").exists()
 
 
-def test_another_network_as_onnx(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} is optional: pip install onnx onnxscript onnxruntime")
-    export_run(bench.folder / "modernbert", tmp_path / "model", onnx=True)  # compares, and raises when they differ
-    assert (tmp_path / "model" / "model.onnx").stat().st_size > 1000
-
-
 def test_roberta_path_from_text_to_a_filled_mask(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:
     """Byte-level BPE text, RoBERTa-MEDIUM at its real size, exported with a tokenizer that transformers opens."""
     import torch

@@ -12,10 +12,11 @@ import pytest
 from ksub_ds.cli import main
 from ksub_ds.common.errors import UserError
 from ksub_ds.pretrain.export import export_run
+from ksub_ds.pretrain.onnx_form import NEEDS
 from ksub_ds.pretrain.recipe import Recipe, resolve
 from ksub_ds.pretrain.warm_start import read_codes
 
-from .conftest import Bench, environment
+from .conftest import Bench, Outcome, environment
 
 pytestmark = pytest.mark.timeout(300)
 LOGITS = """
@@ -101,11 +102,14 @@ def test_every_form_gives_the_same_logits_without_ksub_ds(taught: Path, tmp_path
     assert remote == pytest.approx(expected, abs=1e-5) and dense == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("form", ["ksub", "dense"])
-def test_onnx(taught: Path, tmp_path: Path, form: str) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} is optional: pip install onnx onnxscript onnxruntime")
-    export_run(taught, tmp_path / "model", form=form, onnx=True)  # compares, and raises when they differ
+@pytest.mark.parametrize(("network", "form"), [("roberta", "ksub"), ("roberta", "dense"), ("modernbert", "ksub")])
+def test_onnx(
+    bench: Bench, one_rank: dict[str, Outcome], taught: Path, tmp_path: Path, network: str, form: str
+) -> None:
+    for package in NEEDS:
+        pytest.importorskip(package, reason=f"{package} is optional: pip install {' '.join(NEEDS)}")
+    run = taught if network == "roberta" else bench.folder / network
+    export_run(run, tmp_path / "model", form=form, onnx=True)  # compares, and raises when they differ
     assert (tmp_path / "model" / "model.onnx").stat().st_size > 1000
 
 
