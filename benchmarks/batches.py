@@ -31,10 +31,11 @@ import torch
 
 from ksub_ds.common.files import write_json
 from ksub_ds.corpus.batches import TrainingBatches
-from ksub_ds.corpus.packing import Packer, Packing
-from ksub_ds.corpus.shards import MANIFEST, ShardDataset, ShardWriter, dataset_fingerprint
-from ksub_ds.corpus.tokenizer import load_tokenizer
-from ksub_ds.corpus.xlmr_tokenizer import XlmrTokenizer
+from ksub_ds.corpus.shards.dataset import MANIFEST, ShardDataset, dataset_fingerprint
+from ksub_ds.corpus.shards.packing import Packer, Packing
+from ksub_ds.corpus.shards.writer import ShardWriter
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+from ksub_ds.corpus.tokenizers.xlmr import XlmrTokenizer
 
 BATCH, LENGTH, VOCABULARY = 32, 512, 250_002
 REPEATS = 5

@@ -34,8 +34,8 @@ from typing import Any
 
 import measuring
 
-from ksub_ds.corpus.tokenizer import load_tokenizer
-from ksub_ds.corpus.wet import Page, read_wet
+from ksub_ds.corpus.commoncrawl.wet import Page, read_wet
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 CCNET_HASH, CCNET_MINE = 600, 40  # documents/s/core, from the paper
 GROWTH = (1, 2, 5, 10)

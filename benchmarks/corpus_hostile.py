@@ -22,7 +22,7 @@ from pathlib import Path
 
 import measuring
 
-from ksub_ds.corpus.wet import Limits
+from ksub_ds.corpus.commoncrawl.wet import Limits
 
 SIZE = Limits().record
 SCRIPT = Path(__file__).parents[1] / "preprocessing" / "shard_cc.py"

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.files import write_json
-from ksub_ds.common.mpi import Ranks
-from ksub_ds.corpus.crawl import load_selection
-from ksub_ds.corpus.crawl_input import find_wet_files
-from ksub_ds.corpus.crawl_run import CrawlRun
-from ksub_ds.corpus.crawl_settings import ShardCC
-from ksub_ds.corpus.langid import LanguageIdentifier
-from ksub_ds.corpus.tokenizer import load_tokenizer
+from ksub_ds.common.mpi import MPIComm
+from ksub_ds.corpus.commoncrawl.config import ShardCC
+from ksub_ds.corpus.commoncrawl.inputs import find_wet_files
+from ksub_ds.corpus.commoncrawl.langid import LanguageIdentifier
+from ksub_ds.corpus.commoncrawl.pipeline import CrawlRun, load_selection
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 
 class Clock:
@@ -52,7 +51,7 @@ class TimedIdentifier:
             return self._identifier.identify(texts)
 
 
-class TimedRanks(Ranks):
+class TimedRanks(MPIComm):
     """Ranks whose own units of work, without the waiting for others, are on the clock."""
 
     def __init__(self, clock: Clock):

@@ -22,11 +22,11 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from ksub_ds import positional_codes
 from ksub_ds.common import distributed
-from ksub_ds.evaluate.encoding import Encoded, encode, load_encoder
-from ksub_ds.evaluate.finetune import FineTuning, finetune
-from ksub_ds.evaluate.rows import Rows, Source
-from ksub_ds.evaluate.scoring import predict
-from ksub_ds.evaluate.tasks import LANGUAGES, XNLI_COLUMNS
+from ksub_ds.evaluate.data.rows import Rows, Source
+from ksub_ds.evaluate.data.tasks import LANGUAGES, XNLI_COLUMNS
+from ksub_ds.evaluate.finetune.encoding import Encoded, encode, load_encoder
+from ksub_ds.evaluate.finetune.loop import FineTuning, finetune
+from ksub_ds.evaluate.finetune.scoring import predict
 from ksub_ds.model.presets import preset_config
 
 MAX_LENGTH, BATCH = 128, 32

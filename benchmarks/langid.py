@@ -36,9 +36,8 @@ from typing import Any, NamedTuple
 
 import measuring
 
-from ksub_ds.corpus.langid import LANGUAGES, OTHER, LanguageIdentifier, load_identifier
-from ksub_ds.corpus.wet import Page, read_wet
-from ksub_ds.corpus.window_langid import cut_windows
+from ksub_ds.corpus.commoncrawl.langid import LANGUAGES, OTHER, LanguageIdentifier, cut_windows, load_identifier
+from ksub_ds.corpus.commoncrawl.wet import Page, read_wet
 
 TUNED_ON = 3  # files
 BILINGUAL = "mdn_retired"

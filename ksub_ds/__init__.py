@@ -22,8 +22,8 @@ _HOMES = {
     "KSubRobertaModel": "ksub_ds.model.modeling",
     "KSubRobertaForMaskedLM": "ksub_ds.model.modeling",
     "KSubRobertaForSequenceClassification": "ksub_ds.model.modeling",
-    "replace_embeddings": "ksub_ds.model.convert",
-    "compress": "ksub_ds.model.compress",
+    "replace_embeddings": "ksub_ds.model.replacement",
+    "compress": "ksub_ds.convert.compress",
 }
 
 __all__ = ["__version__", *_HOMES]

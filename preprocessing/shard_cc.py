@@ -4,7 +4,7 @@
     mpirun -n 8 python preprocessing/shard_cc.py --snapshot 2019-09 --segments 0:40 --cache cache \\
         --tokenizer sentencepiece.bpe.model --out cc15
 
-`wet` holds WET files. Any number of ranks gives the same bytes. The work is in ksub_ds/corpus/crawl.py.
+`wet` holds WET files. Any number of ranks gives the same bytes. The work is in ksub_ds/corpus/commoncrawl/pipeline.py.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ import sys
 
 from ksub_ds.common.distributed import is_main
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.mpi import Ranks
+from ksub_ds.common.mpi import MPIComm
 from ksub_ds.common.options import parse
-from ksub_ds.corpus.crawl import dry_run, shard_cc
-from ksub_ds.corpus.crawl_report import exit_line
-from ksub_ds.corpus.crawl_settings import ShardCC
+from ksub_ds.corpus.commoncrawl.config import ShardCC
+from ksub_ds.corpus.commoncrawl.output import exit_line
+from ksub_ds.corpus.commoncrawl.pipeline import dry_run, shard_cc
 from ksub_ds.corpus.statistics import corpus_table
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     try:
         with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO()):  # the help, once
             settings = parse(ShardCC, None, "preprocessing/shard_cc.py")
-        ranks = Ranks()
+        ranks = MPIComm()
         with ranks.together():
             if settings.dry_run:
                 lines = [dry_run(settings, ranks)]

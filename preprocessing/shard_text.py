@@ -5,14 +5,14 @@
 
 `text` holds <lang>.jsonl[.gz], <lang>.txt[.gz], <lang>.parquet or folders <lang>/ of these. The second line is
 RoBERTa-MEDIUM's data, streamed from the hub; `roberta-base` is the folder of that tokenizer. The work is in
-ksub_ds/corpus/text_shards.py.
+ksub_ds/corpus/text/pipeline.py.
 """
 
 import sys
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.options import parse
-from ksub_ds.corpus.text_shards import ShardText, shard_text
+from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ def tiny_bpe(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_shards(tiny_text: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of `tiny_text`: rows of 64 tokens, a few hundred of them, with a held-out part."""
-    from ksub_ds.corpus.text_shards import ShardText, shard_text
+    from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 
     out = tmp_path_factory.mktemp("shards") / "tiny"
     shard_text(ShardText(tiny_text, tiny_tokenizer, out, sequence_length=64, validation_fraction=0.1, workers=1))

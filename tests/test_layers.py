@@ -1,6 +1,6 @@
-"""The house keeps its shape: imports go down only, heavy packages have one home each, named files exist.
+"""The tree keeps its shape: imports go strictly down, none goes in a circle, heavy packages have one home each.
 
-The table of rooms is docs/architecture.md's; change both together.
+The layers are those of the table in docs/architecture.md, which these tests read.
 """
 
 import ast
@@ -13,31 +13,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What each room of ksub_ds stands on. A name with a dot admits that one module only.
-MAY_IMPORT = {
-    "common": set(),
-    "codes": {"common"},
-    "corpus": {"common"},
-    "model": {"common", "codes"},
-    "vectors": {"common", "codes", "corpus", "model", "pretrain.export"},
-    "pretrain": {"common", "codes", "corpus", "model"},
-    "cluster": {"common", "codes", "corpus"},
-    "evaluate": {"common", "codes", "corpus", "model", "pretrain", "cluster.hostfile"},
-    "analysis": {"common", "codes", "corpus", "model", "vectors", "pretrain", "evaluate"},
-    "cli": {"common", "codes", "corpus", "model", "vectors", "pretrain", "evaluate", "analysis", "cluster"},
-    "": {"common", "codes", "corpus", "model", "vectors", "pretrain", "evaluate", "analysis", "cluster"},  # __init__.py
-}
+# Which packages the scripts stand on.
 SCRIPTS_MAY_IMPORT = {"preprocessing": {"common", "codes", "corpus", "vectors"}, "launch": set()}
 
 # Heavy packages and the only places under ksub_ds/, preprocessing/ and launch/ that may import them.
 HOMES = {
     "deepspeed": ("ksub_ds.common.distributed", "ksub_ds.pretrain"),
-    "mpi4py": ("ksub_ds.common.meeting", "ksub_ds.common.mpi"),
+    "mpi4py": ("ksub_ds.common.distributed", "ksub_ds.common.mpi"),
     "faiss": ("ksub_ds.codes",),
     "datasets": ("ksub_ds.corpus", "ksub_ds.evaluate"),
     "matplotlib": ("ksub_ds.analysis",),
     "plotly": ("ksub_ds.analysis",),
 }
+MOST_MODULES = 17  # in one folder, __init__.py apart
 RECIPE_OWNS = re.compile(r"batch|^lr$|learning_rate|optimizer|scheduler|fp16|bf16|amp|autocast|clipping|dtype")
 MECHANICAL_KEYS = {"allgather_bucket_size", "reduce_bucket_size", "offload_optimizer"}
 
@@ -52,8 +40,12 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(name: str, path: Path) -> Iterator[tuple[str, int]]:
-    """(absolute dotted target, line) of every import in a module, inside functions too."""
+def imports(name: str, path: Path, submodules: bool = False) -> Iterator[tuple[str, int]]:
+    """(absolute dotted target, line) of every import in a module, inside functions too.
+
+    Args:
+        submodules: give `package.name` for each name of `from package import name`, which may be a module.
+    """
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
@@ -61,7 +53,7 @@ def imports(name: str, path: Path) -> Iterator[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            if source == "ksub_ds":  # `from ksub_ds import corpus`: the room is among the names
+            if source == "ksub_ds" or submodules:  # `from ksub_ds import corpus`: the package is among the names
                 yield from ((f"{source}.{alias.name}", node.lineno) for alias in node.names)
             else:
                 yield source, node.lineno
@@ -71,33 +63,94 @@ def is_under(name: str, place: str) -> bool:
     return name == place or name.startswith(place + ".")
 
 
-def test_the_table_has_no_ways_up() -> None:
-    """The table itself is a set of floors: no room stands on itself by a detour."""
-    stands_on = {room: {target.split(".")[0] for target in targets} for room, targets in MAY_IMPORT.items()}
-    placed: set[str] = set()
-    while len(placed) < len(stands_on):
-        free = {room for room, targets in stands_on.items() if room not in placed and targets <= placed}
-        assert free, f"rooms in a circle: {sorted(set(stands_on) - placed)}"
-        placed |= free
+def layers() -> dict[str, int]:
+    """The layer of each package of ksub_ds, from the table in docs/architecture.md."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `ksub_ds/(\w+)/` \|", text, re.MULTILINE)
+    return {package: int(number) for number, package in rows}
+
+
+def graph() -> dict[str, set[str]]:
+    """Which modules of ksub_ds each of them imports, inside functions and for type checking too."""
+    known = {name: path for name, path in modules().items() if name.startswith("ksub_ds")}
+    edges: dict[str, set[str]] = {name: set() for name in known}
+    for name, path in known.items():
+        for target, _ in imports(name, path, submodules=True):
+            while target and target not in known:  # a name in a module
+                target = target.rpartition(".")[0]
+            if target and target != name:
+                edges[name].add(target)
+    return edges
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """Nodes that import each other in a circle; empty if there are none."""
+    left = dict(edges)
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    while used := set().union(*left.values()) if left else set():
+        top = [name for name in left if name not in used]
+        if not top:
+            break
+        for name in top:
+            del left[name]
+    return sorted(left)
+
+
+def test_every_package_has_a_layer_of_its_own() -> None:
+    packages = {path.parent.name for path in (ROOT / "ksub_ds").glob("*/__init__.py")}
+    assert set(layers()) == packages
+    assert len(set(layers().values())) == len(packages)
 
 
 def test_imports_go_down_only() -> None:
-    faults = []
+    layer, faults = layers(), []
     for name, path in modules().items():
         top, *rest = name.split(".")
-        room = rest[0] if rest else ""
-        allowed = MAY_IMPORT.get(room) if top == "ksub_ds" else SCRIPTS_MAY_IMPORT[top]
-        assert allowed is not None, f"{path}: room {room!r} is not in the table"
+        package = rest[0] if rest else ""
         for target, line in imports(name, path):
             if target.split(".")[0] in ("preprocessing", "launch", "experiments", "benchmarks", "tests"):
                 faults.append(f"{path}:{line} imports {target}")
             if not target.startswith("ksub_ds.") or target == "ksub_ds.__version__":
                 continue
-            inside = target.removeprefix("ksub_ds.")
-            own_room = top == "ksub_ds" and (is_under(inside, room) or not room)
-            if not own_room and not any(is_under(inside, place) for place in allowed):
+            below = target.split(".")[1]
+            if top != "ksub_ds":
+                allowed = below in SCRIPTS_MAY_IMPORT[top]
+            else:
+                allowed = not package or below == package or layer[below] < layer[package]
+            if not allowed:
                 faults.append(f"{path}:{line} imports {target}")
     assert not faults, "\n".join(faults)
+
+
+def test_no_module_is_in_an_import_circle() -> None:
+    assert not circle(graph())
+
+
+def test_no_folder_is_in_an_import_circle() -> None:
+    """A package inside a package (corpus.shards, evaluate.queue) has its place in an order too."""
+    folders: dict[str, set[str]] = {}
+    home = {name: name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in modules().items()}
+    for name, targets in graph().items():
+        if name != "ksub_ds":
+            folders.setdefault(home[name], set()).update(home[target] for target in targets if target != "ksub_ds")
+    assert not circle({folder: targets - {folder} for folder, targets in folders.items()})
+
+
+def test_no_folder_is_crowded() -> None:
+    for folder in {path.parent for path in modules().values()}:
+        names = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(names) <= MOST_MODULES, f"{folder} holds {len(names)} modules"
+
+
+def test_circles_are_found() -> None:
+    """Guards the tests above against a search that finds nothing."""
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == ["a", "b", "c"]
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    edges = graph()
+    assert "ksub_ds.codes.table" in edges["ksub_ds.model.embedding"]
+    assert any("ksub_ds.codes.clustering" in edges[name] for name in edges if name.startswith("ksub_ds.convert"))
 
 
 @pytest.mark.parametrize("package", HOMES)
@@ -111,7 +164,7 @@ def test_heavy_packages_have_one_home(package: str) -> None:
     assert not faults, f"{package} belongs to {HOMES[package]}: {faults}"
 
 
-def test_no_room_for_odds_and_ends() -> None:
+def test_no_module_for_odds_and_ends() -> None:
     for name in modules():
         assert not re.search(r"utils?\b|helpers?\b|manager", name), name
 

@@ -16,9 +16,9 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, read_json, write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.corpus.frequency import token_frequency
-from ksub_ds.corpus.shards import MANIFEST, ShardDataset
-from ksub_ds.corpus.text_shards import ShardText, shard_text
+from ksub_ds.corpus.shards.dataset import MANIFEST, ShardDataset
+from ksub_ds.corpus.statistics import token_frequency
+from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 from ksub_ds.vectors.cooccurrence import (
     Cooccurrence,
     count_pairs,
@@ -67,7 +67,7 @@ def open_shards(data: Path, tokenizer: Path | None, out: Path) -> ShardDataset:
     if (data / MANIFEST).is_file():
         dataset = ShardDataset.open(data)
         if tokenizer is not None:
-            from ksub_ds.corpus.tokenizer import load_tokenizer
+            from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
             dataset.check_tokenizer(load_tokenizer(tokenizer).fingerprint, str(tokenizer))
         return dataset

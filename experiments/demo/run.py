@@ -21,7 +21,7 @@ from pathlib import Path
 from ksub_ds.codes.positional import smallest_base
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
-from ksub_ds.corpus.tokenizer import load_tokenizer
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from summary import check_and_report, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]

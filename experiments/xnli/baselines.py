@@ -12,8 +12,8 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from ksub_ds.evaluate.rows import Rows, Source
-from ksub_ds.evaluate.tasks import XNLI_COLUMNS
+from ksub_ds.evaluate.data.rows import Rows, Source
+from ksub_ds.evaluate.data.tasks import XNLI_COLUMNS
 
 WORD = re.compile(r"\w+")
 

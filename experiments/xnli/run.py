@@ -24,8 +24,8 @@ from baselines import logistic_regression
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json, write_json
-from ksub_ds.evaluate.tables import percent, render, write_text
-from ksub_ds.evaluate.tasks import LANGUAGES
+from ksub_ds.evaluate.data.tables import percent, render, write_text
+from ksub_ds.evaluate.data.tasks import LANGUAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("clustered", "plain", "positional")
@@ -95,7 +95,7 @@ def check_settings(results: Path, settings: dict[str, Any]) -> None:
 
 def make_codes(steps: Steps, out: Path, tokenizer: Path, shards: Path, ksub: tuple[str, ...]) -> None:
     """Positional codes with M = ceil(N^(1/3)); clustered ones of as many rows and a quarter more."""
-    from ksub_ds.corpus.tokenizer import load_tokenizer
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     rows = 1
     while rows**3 < load_tokenizer(tokenizer).vocab_size:

@@ -11,7 +11,7 @@ import numpy as np
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
-from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
+from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.vectors.hf_folder import is_hub_name
 
 HARMLESS = ("pooler.", "position_ids", "token_type_ids")  # may be missing from a checkpoint: no state comes from them
@@ -88,7 +88,7 @@ def open_encoder(source: str, name: str, tokenizer: Path | None = None, codes: C
 
 
 def _from_run(folder: Path) -> tuple[Any, Tokenizer, str]:
-    from ksub_ds.pretrain.export import load_model, newest_checkpoint
+    from ksub_ds.pretrain.open_run import load_model, newest_checkpoint
 
     run, checkpoint = newest_checkpoint(folder)
     model, tokenizer = load_model(run, checkpoint)

@@ -8,8 +8,8 @@ from typing import Any
 from ksub_ds.analysis.page import facts, number, paragraph, section, table, text
 from ksub_ds.analysis.run_files import finite
 from ksub_ds.common.files import read_json
-from ksub_ds.evaluate import published
-from ksub_ds.evaluate.tasks import GLUE_TASKS, LANGUAGES
+from ksub_ds.evaluate.data import paper_results
+from ksub_ds.evaluate.data.tasks import GLUE_TASKS, LANGUAGES
 
 FIGURE_WORDS = {
     "embeddings": "The embedding in its first three principal axes (as Figure 2)",
@@ -35,7 +35,7 @@ def scores(results: list[dict[str, Any]]) -> str:
 def _xnli(setting: str, results: list[dict[str, Any]]) -> str:
     """Languages down, models across: it fits a phone."""
     kinds = list(dict.fromkeys(str(_model(result).get("kind")) for result in results))
-    paper = {kind: row for kind in kinds if (row := published.XNLI.get(setting, {}).get(kind)) is not None}
+    paper = {kind: row for kind in kinds if (row := paper_results.XNLI.get(setting, {}).get(kind)) is not None}
     others = sorted({language for result in results for language in result["test"]} - set(LANGUAGES))
     header = ["language", *(_name(result) for result in results), *(f"paper, {text(kind)}" for kind in paper)]
     rows = []
@@ -71,7 +71,7 @@ def _glue(results: list[dict[str, Any]]) -> str:
     papers = []
     for result in results:
         header += [f"{_name(result)}, best", f"{_name(result)}, median"]
-        found = published.glue_row(str(_model(result).get("kind", "")), _model(result).get("num_tables"))
+        found = paper_results.glue_row(str(_model(result).get("kind", "")), _model(result).get("num_tables"))
         if found is not None and found not in papers:
             papers.append(found)
     header += [f"paper, {text(name)}" for name, _ in papers]

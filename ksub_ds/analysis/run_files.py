@@ -13,7 +13,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.common.logging import read_lines
 from ksub_ds.pretrain.checkpoint import checkpoints, step_of
-from ksub_ds.pretrain.recipe_file import read_recipe
+from ksub_ds.pretrain.recipe import read_recipe
 from ksub_ds.pretrain.run_folder import RunFolder
 
 LOG_VERSIONS = re.compile(r"^(?P<when>[\d :,-]+?),\d+ (?P<what>python [\d.]+, torch .*)$")

@@ -8,7 +8,7 @@ It reads the run folder as it is, finished or not. Every number in it carries it
 from collections.abc import Sequence
 from pathlib import Path
 
-from ksub_ds.analysis import result_sections, run_curves, run_sections
+from ksub_ds.analysis import result_sections, run_sections
 from ksub_ds.analysis.page import text
 from ksub_ds.analysis.run_files import read_results, read_run
 from ksub_ds.common.errors import UserError
@@ -36,10 +36,10 @@ def write_report(run: Path, html: Path, results: Sequence[Path] = ()) -> None:
     sections = [
         run_sections.heading(files),
         run_sections.parameters(files),
-        run_curves.learning(files),
+        run_sections.learning(files),
         result_sections.scores(found),
         result_sections.analyses(analyses),
-        run_curves.speed(files),
+        run_sections.speed(files),
         run_sections.codes(files),
         run_sections.provenance(files),
     ]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.documents import DocumentReader
-from ksub_ds.corpus.text import find_text
-from ksub_ds.corpus.tokenizer import Tokenizer
+from ksub_ds.corpus.text.reader import DocumentReader
+from ksub_ds.corpus.text.sources import find_text
+from ksub_ds.corpus.tokenizers.loading import Tokenizer
 
 DOCUMENTS_AT_ONCE = 256
 

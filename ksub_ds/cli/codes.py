@@ -32,7 +32,7 @@ def positional(
     special_ids: tuple[int, ...] = ()
     fingerprint = {}
     if tokenizer is not None:
-        from ksub_ds.corpus.tokenizer import load_tokenizer
+        from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
         loaded = load_tokenizer(tokenizer)
         if num_tokens not in (None, loaded.vocab_size):
@@ -98,7 +98,7 @@ def neighbours(
     """
     from ksub_ds.codes.inspection import code_neighbours
     from ksub_ds.codes.table import CodeTable
-    from ksub_ds.corpus.tokenizer import load_tokenizer
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     table, loaded = CodeTable.load(path), load_tokenizer(tokenizer)
     theirs = table.metadata.get("tokenizer_fingerprint", loaded.fingerprint)

@@ -29,6 +29,6 @@ def check_job(settings: Any, arguments: list[str]) -> None:
 
         parse_settings(arguments)
     else:
-        from ksub_ds.corpus.crawl_settings import ShardCC, check
+        from ksub_ds.corpus.commoncrawl.config import ShardCC, check
 
         check(parse(ShardCC, arguments, "preprocessing/shard_cc.py"))

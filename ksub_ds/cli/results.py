@@ -17,7 +17,7 @@ def corpus_stats(shards: Positional[Path], verify: bool = False) -> None:
         shards: A folder of token shards: of shard_cc.py or shard_text.py.
         verify: Also read all of every shard and compare its checksum; else only its head and length are looked at.
     """
-    from ksub_ds.corpus.shards import ShardDataset
+    from ksub_ds.corpus.shards.dataset import ShardDataset
     from ksub_ds.corpus.statistics import corpus_table
 
     ShardDataset.open(shards, verify=verify)
@@ -25,8 +25,8 @@ def corpus_stats(shards: Positional[Path], verify: bool = False) -> None:
 
 
 def compress(arguments: Sequence[str]) -> None:
-    """`ksub compress` has its options in pretrain/compress.py."""
-    from ksub_ds.pretrain.compress import CompressModel, compress_model
+    """`ksub compress` has its options in convert/compress.py."""
+    from ksub_ds.convert.compress import CompressModel, compress_model
 
     compress_model(parse(CompressModel, arguments, "ksub compress"))
 
@@ -51,7 +51,7 @@ def export(
         onnx: Write model.onnx too, compared with onnxruntime.
         license: Of the weights, for the model card, as the Hub spells it (apache-2.0, cc-by-4.0).
     """
-    from ksub_ds.pretrain.export import export_run
+    from ksub_ds.convert.export import export_run
 
     if remote_code and dense:
         raise UserError("--remote-code and --dense: a dense folder needs no code of ours; give one of them")

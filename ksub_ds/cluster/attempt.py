@@ -1,6 +1,6 @@
 """One start of all ranks, watched to its end.
 
-Every rank's guardian sends marked lines (ksub_ds/cluster/rank.py); from them this knows who runs, who ended
+Every rank's guardian sends marked lines (ksub_ds/cluster/worker.py); from them this knows who runs, who ended
 how, and who has fallen silent. At the first bad sign the other ranks get a moment to end by themselves and
 to say why; then the launcher is killed, and with it, by their lifelines, all guardians and workers.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from ksub_ds.cluster.errand import LAUNCH_ID
+from ksub_ds.cluster.launch_spec import LAUNCH_ID
 from ksub_ds.cluster.launchers import Start
 from ksub_ds.cluster.remote import SSH_FAILED
 

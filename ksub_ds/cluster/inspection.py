@@ -101,7 +101,7 @@ def _sha256_of_codes(path: str) -> str:
 
 
 def _fingerprint_of_shards(folder: str) -> str:
-    from ksub_ds.corpus.shards import ShardDataset
+    from ksub_ds.corpus.shards.dataset import ShardDataset
 
     return ShardDataset.open(folder).fingerprint  # reads every shard and compares its sha256
 

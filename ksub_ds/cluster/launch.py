@@ -10,6 +10,7 @@ again, 128 + n after signal n. The last line names the rank and the host that fa
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -19,16 +20,66 @@ import time
 import uuid
 from pathlib import Path
 
-from ksub_ds.cluster import launchers, preflight, remote, restart
+from ksub_ds.cluster import launchers, preflight, remote
 from ksub_ds.cluster.attempt import Attempt, HostLogs, Outcome
-from ksub_ds.cluster.errand import LAUNCH_ID, PLAIN_WORD, Errand, travelling_environment, write_environment_file
+from ksub_ds.cluster.exit_status import FAILED, USER_ERROR, judge
 from ksub_ds.cluster.hostfile import chosen_hosts, is_this_machine, read_hostfile, without_hosts
 from ksub_ds.cluster.inspection import Question
+from ksub_ds.cluster.launch_spec import LAUNCH_ID, PLAIN_WORD, Errand, travelling_environment, write_environment_file
 from ksub_ds.cluster.options import Options, split_arguments
-from ksub_ds.cluster.rank import GRACE_SECONDS
-from ksub_ds.cluster.verdict import FAILED, USER_ERROR, judge
+from ksub_ds.cluster.preflight import reachable
+from ksub_ds.cluster.worker import GRACE_SECONDS
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
+
+# Merged docstring, to be folded in:
+# """Between two attempts: which hosts are left, is the run folder free, and where does the run continue."""
+
+
+LOCK_SECONDS = 180.0  # a host that is cut off still holds the run folder, until its own watchdog ends it
+
+
+def hosts_left(hosts: dict[str, int], min_hosts: int | None, host_wait: float, ssh_port: str | None) -> dict[str, int]:
+    """The hosts to restart on; waits up to `host_wait` seconds for lost ones to come back.
+
+    Args:
+        min_hosts: go on with fewer, but not fewer than these; None: all or none.
+
+    Raises:
+        UserError: too few of them answer.
+    """
+    deadline = time.monotonic() + host_wait
+    least = len(hosts) if min_hosts is None else min_hosts
+    while True:
+        gone = reachable(list(hosts), ssh_port)
+        left = {host: slots for host, slots in hosts.items() if host not in gone}
+        if not gone or (time.monotonic() > deadline and len(left) >= least):
+            return left
+        if time.monotonic() > deadline:
+            fix = "" if min_hosts else "; --min-hosts N would go on with fewer"
+            raise UserError(f"no restart: {', '.join(gone)} cannot be reached{fix}; the same command continues")
+        time.sleep(1)
+
+
+def wait_for_lock(run: Path) -> None:
+    """Wait until nobody holds the run folder; after three minutes the next attempt will say who does."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    with contextlib.suppress(OSError), (run / ".lock").open("r+b") as stream:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.2)
+            else:
+                return
+
+
+def last_checkpoint(run: Path) -> str:
+    """The newest checkpoint of a run, in words. Damaged ones are passed over when the run continues, not here."""
+    found = [path.parent for path in (run / "checkpoints").glob("global_step*/manifest.json")]
+    steps = {int(number): path for path in found if (number := path.name.removeprefix("global_step")).isdecimal()}
+    return f"last checkpoint: {steps[max(steps)]}" if steps else "there is no checkpoint yet"
+
 
 # What an outer launcher, or DeepSpeed's, has said to this process.
 RANKS_OF_OTHERS = (
@@ -92,16 +143,16 @@ class Launch:
                 print("\n".join(outcome.noise[-15:]), file=sys.stderr)
             if not verdict.restart_may_help or restarts >= self.options.max_restarts:
                 if verdict.line:
-                    where = f"; {restart.last_checkpoint(self.out)}" if verdict.code == FAILED else ""
+                    where = f"; {last_checkpoint(self.out)}" if verdict.code == FAILED else ""
                     print(verdict.line + where, file=sys.stderr, flush=True)
                 return verdict.code
             restarts += 1
             print(verdict.line, file=sys.stderr, flush=True)
             if not self.local:
-                hosts = restart.hosts_left(self.hosts, self.options.min_hosts, self.options.host_wait, self.ssh_port)
-            restart.wait_for_lock(self.out)
+                hosts = hosts_left(self.hosts, self.options.min_hosts, self.options.host_wait, self.ssh_port)
+            wait_for_lock(self.out)
             on = ", ".join(hosts) or "this machine"
-            best = restart.last_checkpoint(self.out)
+            best = last_checkpoint(self.out)
             get_logger().info(f"restart {restarts} of {self.options.max_restarts} on {on}; {best}")
 
     def _check(self, hosts: dict[str, int]) -> tuple[str, int]:
@@ -191,7 +242,7 @@ class Launch:
 
     def _sweep(self, hosts: dict[str, int], outcome: Outcome, patience: float) -> None:
         """End what is left of this launch on every host that answers; `patience` is for ranks that are saving."""
-        words = remote.python_module("ksub_ds.cluster.sweep", self.id, str(patience))
+        words = remote.python_module("ksub_ds.cluster.cleanup", self.id, str(patience))
         names = [host for host in hosts if host not in outcome.lost] if not self.local else ["localhost"]
         for host, result in remote.run_on_all(names, self.ssh_port, words, timeout=patience + 60).items():
             if result.code != 0:

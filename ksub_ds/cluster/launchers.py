@@ -1,4 +1,4 @@
-"""The command lines that start one guardian (`ksub_ds.cluster.rank`) per slot.
+"""The command lines that start one guardian (`ksub_ds.cluster.worker`) per slot.
 
 local     `deepspeed` on this machine, no ssh
 pdsh      `deepspeed --launcher pdsh`, its default for several hosts
@@ -13,13 +13,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ksub_ds.cluster.errand import LAUNCH_ID, PLAIN_WORD, Errand
 from ksub_ds.cluster.hostfile import write_hostfile
+from ksub_ds.cluster.launch_spec import LAUNCH_ID, PLAIN_WORD, Errand
 from ksub_ds.cluster.remote import python_module, ssh
 from ksub_ds.common.errors import UserError
 
 REMOTE = ("pdsh", "ssh", "openmpi")
-GUARDIAN = "ksub_ds.cluster.rank"
+GUARDIAN = "ksub_ds.cluster.worker"
 
 
 @dataclass(frozen=True)

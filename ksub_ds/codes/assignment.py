@@ -6,10 +6,290 @@ dual), which leaves about a per cent of the points in the wrong place, and these
 (repair.py) until the sizes are right and the cost is the least there is.
 """
 
+import abc
+import itertools
+
 import numpy as np
 
-from ksub_ds.codes.prices import balancing_prices
-from ksub_ds.codes.repair import Repair
+from ksub_ds.codes.blocks import map_blocks
+
+# Merged docstring, to be folded in:
+# """Prices of the clusters at which nearly every point finds its place: the smoothed dual of the transport problem.
+#
+# A point is spread over clusters by a softmax of -(cost + price) / temperature, and Newton's method looks for the
+# prices at which every cluster gets N/M points, while the temperature falls: first on a sample, then on all points with
+# the few clusters that are within reach of each.
+#
+#     costs   (N, M) float32     prices  (M,) float64     share  how a point is spread over its clusters
+# """
+
+# Merged docstring, to be folded in:
+# """From prices that are nearly right to the optimum: successive shortest paths between clusters.
+#
+# An arc a -> b of the residual graph costs what the cheapest move of a point from a to b costs. Points travel along
+# shortest paths from clusters with too many to clusters with too few, many paths a round. Any prices give an optimum
+# for the sizes they lead to, and moves along shortest paths keep it one; so when the sizes are right, the result is the
+# optimum. This part is float64: in float32 the graph gets negative cycles.
+#
+# N mod M clusters get one point more, whichever is cheapest: the graph has one more node, a pool that takes one point
+# from each of those.
+# """
+
+
+SAMPLE = 32  # points per cluster that the first prices come from
+SAMPLE_TEMPERATURES = (2.0, 0.3)  # in units of the typical gap between a point's two cheapest clusters
+TEMPERATURES = (0.1, 0.03, 0.01)
+NEWTON_STEPS = 6
+ATTEMPTS = 6
+LONGEST_STEP = 4.0  # temperatures
+REACH = 20.0  # temperatures: clusters this much dearer than a point's cheapest play no part
+TOLERANCE = 0.05  # of a size, in the smoothed problem,
+TOLERATED = 20.0  # or this many points if they are fewer: repair moves a cluster's surplus point by point
+
+
+def typical_gap(sample: np.ndarray) -> float:
+    """How much dearer a point's second cluster is than its first: the unit of temperatures."""
+    two = np.partition(sample, 1, axis=1)[:, :2]
+    return float(np.median(two[:, 1] - two[:, 0])) or float(np.ptp(sample)) or 1.0
+
+
+def balancing_prices(costs: np.ndarray, prices: np.ndarray | None, threads: int) -> tuple[np.ndarray, float]:
+    """Prices (M,) at which all but about a per cent of the points are in place, and the unit they are measured in."""
+    count, clusters = costs.shape
+    sample = costs[:: max(1, count // (SAMPLE * clusters))]
+    unit = typical_gap(sample)
+    everywhere = Everywhere(sample)
+    prices = np.zeros(clusters) if prices is None else prices
+    for temperature in SAMPLE_TEMPERATURES:
+        prices, _ = everywhere.balance(prices, temperature * unit, 0.1, LONGEST_STEP)
+    stages = [(costs, temperature) for temperature in TEMPERATURES]
+    if count > 16 * SAMPLE * clusters:  # steps on all points are dear: go far on a larger sample first
+        middle = costs[:: count // (8 * SAMPLE * clusters)]
+        stages = [(middle, 3 * TEMPERATURES[0]), (middle, TEMPERATURES[0]), *stages[1:]]
+    tolerance = min(TOLERANCE, TOLERATED * clusters / count)
+    for some, temperature in stages:
+        for attempt in range(ATTEMPTS):  # a cluster that stands apart needs far steps to find its last points
+            near = WithinReach(some, prices, REACH * 2**attempt * temperature * unit, threads)
+            prices, wrong = near.balance(prices, temperature * unit, tolerance, LONGEST_STEP * 2**attempt)
+            if wrong < tolerance:
+                break
+    return prices, unit
+
+
+class SmoothedDual(abc.ABC):
+    """Points spread over clusters by a softmax of -(cost + price) / temperature."""
+
+    target: float  # N / M
+
+    @abc.abstractmethod
+    def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
+        """Share of each point in each of its clusters."""
+
+    @abc.abstractmethod
+    def sizes(self, share: np.ndarray) -> np.ndarray:
+        """(M,) sums of the shares."""
+
+    @abc.abstractmethod
+    def overlap(self, share: np.ndarray) -> np.ndarray:
+        """(M, M) share' share."""
+
+    def balance(
+        self, prices: np.ndarray, temperature: float, tolerance: float, longest: float
+    ) -> tuple[np.ndarray, float]:
+        """Newton steps until no size is off by more than `tolerance` of it; prices, and the last such share."""
+        for _ in range(NEWTON_STEPS):
+            share = self.spread(prices, temperature)
+            sizes = self.sizes(share)
+            off = np.abs(sizes - self.target) / self.target
+            wrong = float(off.max())
+            if wrong < tolerance:
+                break
+            if off.mean() > 0.4:  # far away the quadratic model is of no use: Sinkhorn's step
+                step = np.log(np.maximum(sizes, 1e-3 * self.target) / self.target)
+            else:  # a constant added to all prices changes nothing: the small term makes the matrix regular
+                curvature = np.diag(sizes + 1e-3 * self.target) - self.overlap(share)
+                step = np.clip(np.linalg.solve(curvature, sizes - self.target), -longest, longest)
+            prices = prices + temperature * step
+        return prices, wrong
+
+
+class Everywhere(SmoothedDual):
+    """Every point may go to every cluster."""
+
+    def __init__(self, costs: np.ndarray):
+        self.costs = costs
+        self.target = len(costs) / costs.shape[1]
+
+    def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
+        share = self.costs + prices.astype(np.float32)
+        share -= share.min(axis=1, keepdims=True)
+        share *= np.float32(-1 / temperature)
+        np.maximum(share, -30, out=share)  # no denormal numbers: they make everything ten times slower
+        np.exp(share, out=share)
+        share /= share.sum(axis=1, keepdims=True)
+        return share
+
+    def sizes(self, share: np.ndarray) -> np.ndarray:
+        return share.sum(axis=0, dtype=np.float64)
+
+    def overlap(self, share: np.ndarray) -> np.ndarray:
+        return share.T @ share
+
+
+class WithinReach(SmoothedDual):
+    """Every point may go to the clusters within `reach` of its cheapest one; flattened, point after point."""
+
+    def __init__(self, costs: np.ndarray, prices: np.ndarray, reach: float, threads: int):
+        count, self.clusters = costs.shape
+
+        def of_block(block: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            priced = costs[block] + prices.astype(np.float32)
+            flat = np.flatnonzero(priced <= priced.min(axis=1, keepdims=True) + np.float32(reach))
+            point, cluster = np.divmod(flat, self.clusters)
+            return np.bincount(point, minlength=len(priced)), cluster, costs[block].ravel()[flat]
+
+        lengths, clusters, values = zip(*map_blocks(of_block, count, threads), strict=True)
+        self.lengths = np.concatenate(lengths)
+        self.cluster = np.concatenate(clusters)
+        self.cost = np.concatenate(values).astype(np.float64)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.target = count / self.clusters
+
+    def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
+        share = (self.cost + prices[self.cluster]) / -temperature
+        share -= np.repeat(np.maximum.reduceat(share, self.starts[:-1]), self.lengths)
+        np.exp(share, out=share)
+        share /= np.repeat(np.add.reduceat(share, self.starts[:-1]), self.lengths)
+        return share
+
+    def sizes(self, share: np.ndarray) -> np.ndarray:
+        return np.bincount(self.cluster, share, self.clusters)
+
+    def overlap(self, share: np.ndarray) -> np.ndarray:
+        from scipy.sparse import csr_matrix
+
+        kept = share > 1e-4
+        starts = np.concatenate([[0], np.cumsum(kept)])[self.starts]
+        shape = (len(self.lengths), self.clusters)
+        spread = csr_matrix((share[kept], self.cluster[kept], starts), shape=shape)
+        return (spread.T @ spread).toarray()
+
+
+class Repair:
+    """Successive shortest paths on the clusters 0..M-1 and the pool M.
+
+    arcs[b, a] is the cost of the arc a -> b: the least of costs[i, b] - costs[i, a] over points i of a.
+    """
+
+    def __init__(self, costs: np.ndarray, prices: np.ndarray, tie: float, threads: int):
+        self.costs, self.tie, self.slack = costs, tie, tie
+        count, self.pool = costs.shape
+        self.floor, pooled = divmod(count, self.pool)
+        single = prices.astype(np.float32)
+        blocks = map_blocks(lambda block: (costs[block] + single).argmin(axis=1), count, threads)
+        self.labels = np.concatenate(list(blocks))
+        sizes = np.bincount(self.labels, minlength=self.pool)
+        # The dearest clusters give a point to the pool: with the pool's price between, that is optimal too.
+        self.gives = np.zeros(self.pool, dtype=bool)
+        self.gives[np.argsort(-prices, kind="stable")[:pooled]] = True
+        self.excess = np.append(sizes - self.floor - self.gives, 0)
+        self.prices = np.append(prices, prices[self.gives].min() if pooled else prices.max())
+        self.arcs = np.full((self.pool + 1, self.pool + 1), np.inf)
+        order = np.argsort(self.labels, kind="stable")
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+
+        def arcs_of(cluster: int) -> np.ndarray:
+            rows = costs[order[bounds[cluster] : bounds[cluster + 1]]]
+            own = rows[:, cluster, None].astype(np.float64)
+            return (rows - own).min(axis=0) if len(rows) else np.full(self.pool, np.inf)
+
+        for cluster in range(self.pool):
+            self.arcs[: self.pool, cluster] = arcs_of(cluster)
+        self._set_pool_arcs()
+
+    def _set_pool_arcs(self) -> None:
+        self.arcs[self.pool, : self.pool] = np.where(self.gives, np.inf, 0.0)
+        self.arcs[: self.pool, self.pool] = np.where(self.gives, 0.0, np.inf)
+
+    def run(self) -> tuple[np.ndarray, np.ndarray]:
+        """Move points until every size is right; labels and prices."""
+        while (self.excess > 0).any():
+            distance, previous = self._shortest_paths(np.where(self.excess > 0, -self.prices, np.inf))
+            sinks = np.flatnonzero(self.excess < 0)
+            nearest = np.argsort((distance + self.prices)[sinks], kind="stable")
+            self.prices = -distance
+            self._moved: dict[int, int] = {}  # point -> where it came from
+            if sum([self._send(sink, previous) for sink in sinks[nearest]]):
+                self._update_arcs()
+            else:  # moves of nearly least cost have closed a circle that pays: see only what is larger
+                self.slack *= 10
+        return self.labels, self.prices[: self.pool]
+
+    def _shortest_paths(self, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bellman and Ford, from every node at its given distance; all arcs of a sweep at once."""
+        previous = np.full(len(distance), -1)
+        nodes = np.arange(len(distance))
+        for _ in nodes:
+            through = self.arcs + distance
+            best = through.argmin(axis=1)
+            reached = through[nodes, best]
+            better = reached < distance - self.slack
+            if not better.any():
+                break
+            distance = np.where(better, reached, distance)
+            previous = np.where(better, best, previous)
+        return distance, previous
+
+    def _send(self, sink: int, previous: np.ndarray) -> int:
+        """Send as many points as possible down the shortest path to `sink`; how many."""
+        path = [int(sink)]
+        while previous[path[-1]] >= 0 and len(path) <= len(previous):
+            path.append(int(previous[path[-1]]))
+        source = path[-1]
+        amount = min(self.excess[source], -self.excess[sink])
+        if amount <= 0 or len(path) > len(previous):
+            return 0
+        moves: list[tuple[int, int, list[int] | None]] = []
+        for target, origin in itertools.pairwise(path):
+            if self.pool in (origin, target):
+                cluster = min(origin, target)
+                amount = min(amount, int(self.gives[cluster] == (origin == self.pool)))
+                moves.append((origin, target, None))
+                continue
+            members = np.flatnonzero(self.labels == origin)
+            extra = self.costs[members, target].astype(np.float64) - self.costs[members, origin]
+            near = members[extra <= self.arcs[target, origin] + self.tie]
+            free = [i for i in near if i not in self._moved]
+            moves.append((origin, target, free))
+            amount = min(amount, len(free))
+        if amount <= 0:
+            return 0
+        for origin, target, points in moves:
+            if points is None:
+                self.gives[min(origin, target)] = target == self.pool
+                continue
+            for point in points[:amount]:
+                self._moved[point] = origin
+                self.labels[point] = target
+        self.excess[source] -= amount
+        self.excess[sink] += amount
+        return int(amount)
+
+    def _update_arcs(self) -> None:
+        points = np.array(list(self._moved), dtype=np.int64)
+        origins = np.array(list(self._moved.values()), dtype=np.int64)
+        inner = self.arcs[: self.pool, : self.pool]
+        rows = self.costs[points].astype(np.float64)
+        for origin in np.unique(origins):
+            left = rows[origins == origin]
+            stale = np.flatnonzero((left - left[:, origin, None] <= inner[:, origin]).any(axis=0))
+            members = np.flatnonzero(self.labels == origin)
+            fresh = self.costs[np.ix_(members, stale)] - self.costs[members, origin, None].astype(np.float64)
+            inner[stale, origin] = fresh.min(axis=0, initial=np.inf)
+        arrived = rows - rows[np.arange(len(points)), self.labels[points], None]
+        np.minimum.at(inner.T, self.labels[points], arrived)
+        self._set_pool_arcs()
+
 
 TIE = 1e-7  # of the typical gap: differences of costs below this are ties, so that equal points move together
 

@@ -1,7 +1,7 @@
 """The ranks of a run: start together, add up and agree, end together.
 
 A rank that fails alone leaves the others waiting in their next reduction. So whatever can go wrong
-for the user runs under `in_agreement`: every rank raises when one does. What goes wrong without a
+for the user runs under `raise_on_all_ranks`: every rank raises when one does. What goes wrong without a
 word (a killed process, a cut network, a rank that hangs) is the `Watchdog`'s, started here:
 
     KSUB_TIMEOUT_SECONDS    a rank that stands still for so long hangs; a collective ends after it [600]
@@ -13,16 +13,96 @@ import errno
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.meeting import meet, set_meeting_point
-from ksub_ds.common.place import Place, device, has_gpu, integer, is_main, place, world_size
-from ksub_ds.common.place import local_rank as local_rank  # asked for here with the rest
-from ksub_ds.common.place import rank as rank
-from ksub_ds.common.watchdog import Watchdog
+from ksub_ds.common.rank_env import RankInfo, device, has_gpu, integer, is_main, rank_info, world_size
+from ksub_ds.common.rank_env import local_rank as local_rank  # asked for here with the rest
+from ksub_ds.common.rank_env import rank as rank
+from ksub_ds.common.watchdog import Watchdog, connector
+
+# Merged docstring, to be folded in:
+# """Where the ranks of a run find each other: an address, a store there, and the watchdog over it."""
+
+
+SILENCE_SECONDS = 60
+
+
+def set_rendezvous_address(here: RankInfo) -> None:
+    """Fill in RANK ... MASTER_PORT, which torch reads, when the launcher left them out.
+
+    Raises:
+        UserError: several ranks and no MASTER_ADDR.
+    """
+    environment = os.environ
+    if here.world_size == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    elif "MASTER_ADDR" not in environment and "OMPI_COMM_WORLD_SIZE" in environment:
+        from mpi4py import MPI
+
+        communicator = MPI.COMM_WORLD
+        environment["MASTER_ADDR"] = communicator.bcast(socket.gethostbyname(socket.gethostname()), root=0)
+    elif "MASTER_ADDR" not in environment and integer("SLURM_STEP_NUM_NODES", 0) == 1:
+        environment["MASTER_ADDR"] = "127.0.0.1"
+    if "MASTER_ADDR" not in environment:
+        raise UserError(
+            f"MASTER_ADDR is not set, but this is rank {here.rank} of {here.world_size}; "
+            "export MASTER_ADDR=<name or address of the first host>"
+        )
+    job = environment.get("SLURM_JOB_ID", "0")
+    environment.setdefault("MASTER_PORT", str(20000 + int(job) % 20000) if job != "0" else "29500")
+    environment.update(RANK=str(here.rank), LOCAL_RANK=str(here.local_rank), WORLD_SIZE=str(here.world_size))
+
+
+def rendezvous(here: RankInfo, patience: float, timeout: timedelta) -> Watchdog:
+    """Wait for all ranks at rank 0's store, start the watchdog and give it back, then torch's process group.
+
+    Args:
+        here: this rank's place among several.
+        patience: seconds to wait for the others.
+        timeout: after which torch's collectives give up.
+
+    Raises:
+        UserError: the port is taken.
+        RuntimeError: not all ranks came in time; those that are missing are named.
+    """
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], integer("MASTER_PORT")
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, for all attempts
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    serves = here.rank == 0 and not served
+    try:
+        store = dist.TCPStore(
+            address, port, is_master=serves, timeout=timedelta(seconds=patience), wait_for_workers=False
+        )
+    except dist.DistNetworkError as error:
+        if serves and "EADDRINUSE" in str(error):
+            raise UserError(f"MASTER_PORT {port} is taken on {address}; export another MASTER_PORT") from None
+        raise RuntimeError(f"no answer from rank 0 at {address}:{port} for {patience} s") from None
+    store.set(f"ksub/{attempt}/here/{here.rank}", socket.gethostname())
+    deadline = time.monotonic() + patience
+    keys = [f"ksub/{attempt}/here/{rank}" for rank in range(here.world_size)]
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            raise RuntimeError(f"rank {', '.join(map(str, missing))} did not come to {address}:{port} in {patience} s")
+        time.sleep(0.02)
+    hosts = [host.decode() for host in store.multi_get(keys)]
+    silence = integer("KSUB_SILENCE_SECONDS", SILENCE_SECONDS)
+    connect = connector(address, port, f"ksub/{attempt}", timedelta(seconds=silence))
+    watchdog = Watchdog(here.rank, hosts, connect, patience, silence)
+    backend = "nccl" if has_gpu() else "gloo"
+    group_store = dist.PrefixStore(f"group/{attempt}", store)
+    dist.init_process_group(backend, store=group_store, rank=here.rank, world_size=here.world_size, timeout=timeout)
+    return watchdog
+
 
 TIMEOUT_SECONDS = 600
 BACKEND_GRACE_SECONDS = 30  # torch's own timeout comes later than ours, which names the rank
@@ -37,13 +117,13 @@ def watchdog() -> Watchdog | None:
     return _watchdog
 
 
-def arrive(where: str | None = None) -> None:
+def mark_progress(where: str | None = None) -> None:
     """Tell the watchdog that this rank has come to the next point that all ranks come to."""
     if _watchdog is not None:
-        _watchdog.arrive(where)
+        _watchdog.mark_progress(where)
 
 
-def init_distributed() -> Place:
+def init_distributed() -> RankInfo:
     """Start the process group (nccl on GPUs, gloo otherwise) and the watchdog; safe to call twice.
 
     Raises:
@@ -54,7 +134,7 @@ def init_distributed() -> Place:
     import torch
     import torch.distributed as dist
 
-    here = place()
+    here = rank_info()
     if dist.is_available() and dist.is_initialized():
         return here
     if not has_gpu():
@@ -65,7 +145,7 @@ def init_distributed() -> Place:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))  # noqa: PTH118
     if has_gpu():
         torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
-    set_meeting_point(here)
+    set_rendezvous_address(here)
 
     import deepspeed
     import deepspeed.ops
@@ -79,14 +159,14 @@ def init_distributed() -> Place:
     dist.distributed_c10d.default_pg_timeout = timeout
     if here.world_size > 1:
         _met = True
-        _watchdog = meet(here, patience, timeout)
+        _watchdog = rendezvous(here, patience, timeout)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
     if here.world_size == 1:
         _watchdog = Watchdog(0, [socket.gethostname()])
     return here
 
 
-def _share_cores(here: Place) -> None:
+def _share_cores(here: RankInfo) -> None:
     """Give each rank of this machine its part of the cores, unless OMP_NUM_THREADS says otherwise."""
     import torch
 
@@ -106,7 +186,7 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     import torch
     import torch.distributed as dist
 
-    arrive()
+    mark_progress()
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(tensor)
     return tensor.tolist()
@@ -118,7 +198,7 @@ def broadcast_object(value: Any) -> Any:
         return value
     import torch.distributed as dist
 
-    arrive()
+    mark_progress()
     box = [value if is_main() else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -129,7 +209,7 @@ def broadcast_tensor(tensor: Any) -> None:
     if world_size() > 1:
         import torch.distributed as dist
 
-        arrive()
+        mark_progress()
         dist.broadcast(tensor, src=0)
 
 
@@ -139,13 +219,13 @@ def gather_objects(value: Any) -> list[Any]:
         return [value]
     import torch.distributed as dist
 
-    arrive()
+    mark_progress()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def in_agreement(function: Callable[[], Result]) -> Result:
+def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
     """Call `function` on every rank; when any rank meets a UserError, every rank raises it.
 
     All ranks must call this at the same point. The lowest failing rank's message wins. A full disk, or one that may
@@ -163,11 +243,11 @@ def in_agreement(function: Callable[[], Result]) -> Result:
     problems = gather_objects(problem)
     for failed_rank, text in enumerate(problems):
         if text is not None:
-            all_raise(text if failed_rank == 0 else f"{text} (on rank {failed_rank})")
+            raise_agreed(text if failed_rank == 0 else f"{text} (on rank {failed_rank})")
     return result  # type: ignore[return-value]  # no problem anywhere: function() returned
 
 
-def all_raise(text: str) -> NoReturn:
+def raise_agreed(text: str) -> NoReturn:
     """Raise a UserError that every rank raises at this point; rank 0 alone will print it."""
     error = UserError(text)
     error.agreed = True
@@ -176,7 +256,7 @@ def all_raise(text: str) -> NoReturn:
 
 def on_main(function: Callable[[], Result]) -> Result | None:
     """Call `function` on rank 0 only (None elsewhere); its UserError is raised on every rank."""
-    return in_agreement(lambda: function() if is_main() else None)
+    return raise_on_all_ranks(lambda: function() if is_main() else None)
 
 
 def shutdown() -> None:

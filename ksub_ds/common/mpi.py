@@ -1,6 +1,6 @@
 """Work divided over MPI ranks, or done by this process alone: the same program.
 
-    ranks = Ranks()
+    ranks = MPIComm()
     results = ranks.each("reading", sizes, lambda unit: ...)    # every unit once; all results on all ranks
 
 A rank that meets a UserError tells the others, which stop at the end of the unit they are at; then all
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.place import has_mpi, world_size
+from ksub_ds.common.rank_env import has_mpi, world_size
 
 Result = TypeVar("Result")
 _STOP = 77  # tag of the message "I have failed, stop at your next unit"
@@ -41,14 +41,14 @@ def mpi_communicator() -> Any:
     return MPI.COMM_WORLD
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if not isinstance(error, OSError):
         return str(error)
     reason = error.strerror or " ".join(str(error).split())
     return f"{error.filename}: {reason}; mend it and rerun" if error.filename else f"{reason}; mend it and rerun"
 
 
-class Ranks:
+class MPIComm:
     """The processes of this run.
 
     Attributes:
@@ -78,11 +78,11 @@ class Ranks:
         try:
             result = function()
         except (UserError, OSError) as error:
-            problem = _told(error)
-        self.raise_together(problem)
+            problem = _describe(error)
+        self.raise_on_all(problem)
         return result  # type: ignore[return-value]  # no problem anywhere: function() returned
 
-    def raise_together(self, problem: str | None) -> None:
+    def raise_on_all(self, problem: str | None) -> None:
         """Raise UserError on every rank when any rank has a problem."""
         for failed, text in enumerate(self.gather(problem)):
             if text is not None:
@@ -117,24 +117,24 @@ class Ranks:
         problem = None
         try:
             for unit in self.share(sizes):
-                if self._told_to_stop():
+                if self._stop_requested():
                     break
                 done[unit] = work(unit)
         except (UserError, OSError) as error:
-            problem = _told(error)
-            self._tell_to_stop()
-        self.raise_together(problem)
+            problem = _describe(error)
+            self._request_stop()
+        self.raise_on_all(problem)
         results: dict[int, Result] = {}
         for part in self.gather(done):
             results |= part
         assert len(results) == len(sizes), "units were left out though nobody failed"
         return [results[unit] for unit in range(len(sizes))]
 
-    def _tell_to_stop(self) -> None:
+    def _request_stop(self) -> None:
         others = [other for other in range(self.size) if other != self.rank]
         self._sent = [self._world.isend(None, dest=other, tag=_STOP) for other in others]  # kept until the end
 
-    def _told_to_stop(self) -> bool:
+    def _stop_requested(self) -> bool:
         return self._world is not None and bool(self._world.iprobe(tag=_STOP))
 
     def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:

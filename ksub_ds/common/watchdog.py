@@ -10,6 +10,7 @@ A rank that fails of itself, or whose collective breaks because another has died
 to speak prints the line; every other rank sees it, says nothing, and ends with the same exit code.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,12 +20,140 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from ksub_ds.common.failure import Failure, in_one_line, lost_the_other_end
 from ksub_ds.common.logging import format_seconds
-from ksub_ds.common.signs import Signs, collectives_begun, main_thread_place
+
+# Merged docstring, to be folded in:
+# """Why a run ended before its time: what is written to RUN/failure.json, the line that is printed, the exit code."""
+
+# Merged docstring, to be folded in:
+# """The signs of life that ranks leave in the store, as the watchdog of one rank reads them."""
+
+
+EXIT_USER_ERROR, EXIT_FAILED, EXIT_INTERRUPTED = 2, 70, 130
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended a run before its time. RUN/failure.json holds these fields."""
+
+    rank: int
+    host: str
+    step: int | None  # optimizer step under way; None before the first
+    reason: str
+    exit_code: int = EXIT_FAILED
+    restart_may_help: bool = True
+    time: str = dataclasses.field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    def line(self) -> str:
+        """The last line of the run."""
+        if self.exit_code == EXIT_USER_ERROR:
+            return f"error: {self.reason}"
+        if self.exit_code == EXIT_INTERRUPTED:
+            return self.reason
+        at = "" if self.step is None else f" at step {self.step:,}"
+        return f"failed: rank {self.rank} on {self.host}{at}: {self.reason}; the same command continues"
+
+
+def in_one_line(error: BaseException) -> str:
+    """Type and message of an exception, cut where it is long."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def lost_the_other_end(error: BaseException) -> bool:
+    """Whether an exception looks like a collective that lost its other end."""
+    import torch.distributed as dist
+
+    signs = ("gloo", "connection closed", "connection reset", "broken pipe", "timed out", "nccl", "socket")
+    is_network = isinstance(error, (dist.DistError, ConnectionError))
+    return is_network or (isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs))
+
+
+class Heartbeats:
+    """The ranks' signs of life as one rank has seen them, by its own clock."""
+
+    def __init__(self, world_size: int):
+        now = time.monotonic()
+        self._beats = [""] * world_size
+        self._changed = [now] * world_size  # when the rank last gave a sign
+        self._moved = now  # when any main thread last came on
+        self._places: list[list[Any]] = [[-1, False, "start", ""]] * world_size  # position, waits, where, frame
+
+    def read(self, store: Any) -> None:
+        """Take in every rank's newest sign."""
+        keys = [f"beat/{rank}" for rank in range(len(self._beats))]
+        if not store.check(keys):
+            return  # some have not begun
+        now = time.monotonic()
+        for rank, beat in enumerate(store.multi_get(keys)):
+            text = beat.decode()
+            if text != self._beats[rank] or text == "done":
+                self._beats[rank], self._changed[rank] = text, now
+            if text != "done":
+                place = json.loads(text)[1:]
+                if place[0] != self._places[rank][0]:
+                    self._moved = now
+                self._places[rank] = place
+
+    def silent(self, seconds: float) -> list[int]:
+        """Ranks that have given no sign for so long."""
+        now = time.monotonic()
+        return [rank for rank, changed in enumerate(self._changed) if now - changed > seconds]
+
+    def all_done(self) -> bool:
+        """Whether every rank is through."""
+        return all(beat == "done" for beat in self._beats)
+
+    def standing(self) -> float:
+        """Seconds since any main thread came on."""
+        return time.monotonic() - self._moved
+
+    def anyone_waits(self) -> bool:
+        """Whether any rank is in a collective."""
+        return any(place[1] for place in self._places)
+
+    def hanging(self) -> tuple[int, str, str] | None:
+        """(rank, where, frame) of the one that has come least far and is in no collective; None when all wait."""
+        least = min(place[0] for place in self._places)
+        behind = [rank for rank, place in enumerate(self._places) if place[0] == least]
+        idle = [rank for rank in behind if not self._places[rank][1]]
+        if not idle and len(behind) == len(self._places):
+            return None
+        rank = (idle or behind)[0]
+        return rank, self._places[rank][2], self._places[rank][3]
+
+
+def main_thread_place() -> tuple[bool, str]:
+    """Whether the main thread waits in a collective, and the innermost line of Python that it is in."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return False, "nothing"
+    name = frame.f_code.co_filename
+    # NCCL's collectives return at once; who waits for them waits where a number is read (common/distributed.py).
+    waits = "/torch/distributed/" in name or "/deepspeed/" in name or name == distributed_file()
+    return waits, f"{frame.f_code.co_name} ({Path(name).name}:{frame.f_lineno})"
+
+
+def distributed_file() -> str:
+    """The file of common/distributed.py, which imports this one."""
+    return str(Path(__file__).with_name("distributed.py"))
+
+
+def collectives_begun() -> int:
+    """How many collectives this rank has called, DeepSpeed's among them; torch counts them for every group."""
+    from torch.distributed import distributed_c10d
+
+    total = 0
+    for group in list(distributed_c10d._world.pg_map):
+        with contextlib.suppress(RuntimeError):  # a backend that does not count
+            total += group._get_sequence_number_for_group()
+    return total
+
 
 BEAT_SECONDS = 0.25  # between two signs of life; more in runs of more than 125 ranks
 DEAD_SECONDS = 1.5  # a rank whose collective broke takes peers for dead that are silent this long
@@ -68,7 +197,7 @@ class Watchdog:
                 self._threads.append(threading.Thread(target=target, name="watchdog", daemon=True))
                 self._threads[-1].start()
 
-    def arrive(self, where: str | None = None) -> None:
+    def mark_progress(self, where: str | None = None) -> None:
         """The main thread has come to the next point that all ranks come to, in the same order."""
         self._position += 1
         self._where = where or self._where
@@ -82,7 +211,7 @@ class Watchdog:
             return
         try:
             self._store.set(f"beat/{self.rank}", "done")
-            seen, deadline = Signs(self.world_size), time.monotonic() + PARTING_SECONDS
+            seen, deadline = Heartbeats(self.world_size), time.monotonic() + PARTING_SECONDS
             while self.rank == 0 and not seen.all_done() and time.monotonic() < deadline:
                 seen.read(self._store)
                 time.sleep(0.02)
@@ -98,7 +227,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Give signs of life, look for a failure, and on rank 0 look at the others' signs."""
-        seen = Signs(self.world_size)
+        seen = Heartbeats(self.world_size)
         count = 0
         while not self._stopped.wait(self._interval):
             count += 1
@@ -124,7 +253,7 @@ class Watchdog:
                 how = "its process or host is gone" if line_is_dead else f"no answer for {self._silence:.0f} s"
                 self._end_alone(how)
 
-    def _judge(self, seen: "Signs") -> Failure | None:
+    def _judge(self, seen: "Heartbeats") -> Failure | None:
         """A rank that is lost or hangs, from the signs of life that rank 0 sees."""
         silent = seen.silent(self._silence)
         if silent:
@@ -233,7 +362,7 @@ class Watchdog:
         if self._store is None:
             return None
         try:
-            seen, deadline = Signs(self.world_size), time.monotonic() + 2 * DEAD_SECONDS
+            seen, deadline = Heartbeats(self.world_size), time.monotonic() + 2 * DEAD_SECONDS
             while time.monotonic() < deadline:
                 if self._failure_is_known():
                     self._obey(self._store)

@@ -11,9 +11,145 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ksub_ds.corpus.masking import MaskingRule, mask_tokens, sequence_keys
-from ksub_ds.corpus.sampling import Sampler
-from ksub_ds.corpus.shards import ShardDataset
+from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.masking import MaskingRule, derive_key, mask_tokens, mix64, sequence_keys
+from ksub_ds.corpus.shards.dataset import ShardDataset
+
+# Merged docstring, to be folded in:
+# """Which sequence stands where: a pure function of (seed, step), with language smoothing.
+#
+# Position g = step x global batch size + i counts draws since the beginning of training; the epoch is g // epoch_size
+# and the draw g % epoch_size. A keyed permutation sends the draw to a slot; slots belong to languages;
+# each language deals its own sequences like a deck of cards, reshuffled when it runs out. So any step
+# is computed directly (resuming costs nothing), the number of ranks plays no role, and nothing is stored.
+#
+# Language smoothing (Conneau & Lample 2019, section 3.1): language l gets a share proportional to
+# n_l ** alpha. alpha = 1 is the paper's: every sequence exactly once an epoch. With alpha < 1
+# small languages are repeated evenly (no sequence a second time more often than another) and large
+# ones continue in the next epoch where they stopped.
+# """
+
+
+_ROUNDS = 8
+_BLOCK = 1 << 15  # draws computed at once; only speed depends on it
+
+
+def permute(values: np.ndarray, size: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """A keyed permutation of range(size), elementwise and without storing it.
+
+    A Feistel network on Z_a x Z_b with a * b >= size, a and b near its root (Black & Rogaway 2002,
+    "Ciphers with arbitrary finite domains", method 3): results outside the range are sent through again.
+
+    Args:
+        values: (n,) integers, each in [0, its size).
+        size: (n,) sizes.
+        keys: (n,) uint64; equal keys and sizes give the same permutation.
+    """
+    values, size = values.astype(np.int64), size.astype(np.int64)
+    a = np.ceil(np.sqrt(size)).astype(np.int64)
+    b = -(-size // a)
+    result = np.empty_like(values)
+    todo = np.arange(len(values))
+    while todo.size:
+        left, right = np.divmod(values, b)
+        for turn in range(_ROUNDS):
+            salt = keys + np.uint64(turn << 32)
+            if turn % 2 == 0:
+                left = (left + _noise(right, salt)) % a
+            else:
+                right = (right + _noise(left, salt)) % b
+        values = left * b + right
+        inside = values < size
+        result[todo[inside]] = values[inside]
+        outside = ~inside
+        todo, values, size, keys = todo[outside], values[outside], size[outside], keys[outside]
+        a, b = a[outside], b[outside]
+    return result
+
+
+def _noise(values: np.ndarray, salt: np.ndarray) -> np.ndarray:
+    mixed = mix64(mix64(values.astype(np.uint64) + salt))
+    return (mixed >> np.uint64(24)).astype(np.int64)  # 40 bits: the sum stays far from overflow
+
+
+def language_quotas(counts: np.ndarray, alpha: float) -> np.ndarray:
+    """How many of an epoch's sum(counts) draws each language gets; largest remainders, at least one each."""
+    weights = counts.astype(np.float64) ** alpha
+    exact = weights / weights.sum() * counts.sum()
+    quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
+    while quotas.sum() > counts.sum():  # the floor of one pushed the sum over
+        quotas[np.argmax(quotas - exact * (quotas > 1))] -= 1
+    order = np.argsort(-(exact - np.floor(exact)), kind="stable")
+    missing = int(counts.sum() - quotas.sum())
+    quotas[order[:missing]] += 1
+    return quotas
+
+
+class Sampler:
+    """The order of sequences.
+
+    Args:
+        counts: sequences of each language; languages are taken in sorted order.
+        alpha: smoothing exponent, in (0, 1]; 1 = proportional to size.
+        seed: the recipe's seed.
+
+    Raises:
+        UserError: no sequences, or alpha out of range.
+    """
+
+    def __init__(self, counts: dict[str, int], alpha: float, seed: int):
+        if not 0 < alpha <= 1:
+            raise UserError(f"alpha: {alpha} is not in (0, 1]; 1 samples languages in proportion to their size")
+        self.languages = sorted(language for language, count in counts.items() if count > 0)
+        if not self.languages:
+            raise UserError("the training data holds no sequences; prepare shards with more text")
+        self._counts = np.array([counts[language] for language in self.languages], dtype=np.int64)
+        self._quotas = self._counts.copy() if alpha == 1 else language_quotas(self._counts, alpha)
+        self._offsets = np.cumsum(self._counts) - self._counts
+        self._slots = np.cumsum(self._quotas)
+        self.epoch_size = int(self._quotas.sum())
+        self._seed = seed
+        self._language_keys = np.array(
+            [derive_key(seed, 2, *language.encode()) for language in self.languages], dtype=np.uint64
+        )
+        self._block: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.int64))
+
+    def draws(self, step: int, global_batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The global batch of one optimizer step.
+
+        Returns:
+            (epoch, draw index in the epoch, sequence index over the concatenated sorted languages), each
+            (global_batch_size,) int64. A batch may cross the edge of an epoch.
+        """
+        position = step * global_batch_size + np.arange(global_batch_size, dtype=np.int64)
+        epoch, draw = np.divmod(position, self.epoch_size)
+        first, last = int(position[0]) // _BLOCK, int(position[-1]) // _BLOCK
+        if first == last:
+            return epoch, draw, self._sequences(first)[position - first * _BLOCK]
+        blocks = np.concatenate([self._sequences(block) for block in range(first, last + 1)])
+        return epoch, draw, blocks[position - first * _BLOCK]
+
+    def _sequences(self, block: int) -> np.ndarray:
+        """Sequence indices of the draws of one block, counted from the beginning of training."""
+        number, sequences = self._block
+        if number != block:
+            position = block * _BLOCK + np.arange(_BLOCK, dtype=np.int64)
+            sequences = self._compute(*np.divmod(position, self.epoch_size))
+            self._block = block, sequences
+        return sequences
+
+    def _compute(self, epoch: np.ndarray, draw: np.ndarray) -> np.ndarray:
+        first = int(epoch[0])
+        epoch_keys = [derive_key(self._seed, 1, number) for number in range(first, int(epoch[-1]) + 1)]
+        keys = np.array(epoch_keys, dtype=np.uint64)[epoch - first]
+        slot = permute(draw, np.full_like(draw, self.epoch_size), keys)
+        language = np.searchsorted(self._slots, slot, side="right")
+        quota, count = self._quotas[language], self._counts[language]
+        card = epoch * quota + slot - (self._slots[language] - quota)  # cards this language has dealt before
+        deck, place = np.divmod(card, count)
+        keys = mix64(self._language_keys[language] + deck.astype(np.uint64))
+        return self._offsets[language] + permute(place, count, keys)
+
 
 Batch = dict[str, np.ndarray]
 _HELD_OUT_EPOCH = 2**62  # an epoch no training run reaches: held-out masks are never training masks

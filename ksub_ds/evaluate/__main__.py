@@ -60,8 +60,8 @@ def parse_settings(arguments: Sequence[str]) -> Any:
     Raises:
         UserError: no NAME, one that is not there, or wrong options.
     """
-    from ksub_ds.evaluate.plans import KINDS
-    from ksub_ds.evaluate.status import StatusSettings
+    from ksub_ds.evaluate.queue.status import StatusSettings
+    from ksub_ds.evaluate.registry import KINDS
     from ksub_ds.evaluate.watch import WatchSettings
 
     kinds = {name: kind for name, (kind, _) in KINDS.items()} | {"watch": WatchSettings, "status": StatusSettings}
@@ -72,8 +72,8 @@ def parse_settings(arguments: Sequence[str]) -> Any:
 
 
 def _work(arguments: Sequence[str]) -> None:
-    from ksub_ds.evaluate.drain import drain
-    from ksub_ds.evaluate.plans import make_plans
+    from ksub_ds.evaluate.queue.worker import drain
+    from ksub_ds.evaluate.registry import make_plans
 
     settings = parse_settings(arguments)
     _use_own_gpu()
@@ -101,7 +101,7 @@ def _watch(arguments: Sequence[str]) -> None:
 
 
 def _status(arguments: Sequence[str]) -> None:
-    from ksub_ds.evaluate.status import status
+    from ksub_ds.evaluate.queue.status import status
 
     print(status(parse_settings(arguments)))
 

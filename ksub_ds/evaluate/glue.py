@@ -16,14 +16,14 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.evaluate import metrics, tables
-from ksub_ds.evaluate.classifier import fingerprint, load_trained
-from ksub_ds.evaluate.evaluation import EvaluationPlan
-from ksub_ds.evaluate.queue import Job
-from ksub_ds.evaluate.rows import Rows
-from ksub_ds.evaluate.scoring import predict
-from ksub_ds.evaluate.tasks import GLUE_TASKS, MNLI_MATCHED_ROWS
-from ksub_ds.evaluate.training import TrainingJob, train_classifier
+from ksub_ds.evaluate.benchmark import EvaluationPlan
+from ksub_ds.evaluate.data import metrics, tables
+from ksub_ds.evaluate.data.rows import Rows
+from ksub_ds.evaluate.data.tasks import GLUE_TASKS, MNLI_MATCHED_ROWS
+from ksub_ds.evaluate.finetune.classifier import fingerprint, load_trained
+from ksub_ds.evaluate.finetune.job import TrainingJob, train_classifier
+from ksub_ds.evaluate.finetune.scoring import predict
+from ksub_ds.evaluate.queue.queue import Job
 
 
 class GluePlan(EvaluationPlan):

@@ -26,14 +26,14 @@ def _exit_with(parent: int) -> None:
 def main(task: Path, parent: int) -> int:
     """Do this rank's part of the job; rank 0 writes result.json beside the task."""
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
-    from ksub_ds.evaluate.plans import plan_from_json
+    from ksub_ds.evaluate.registry import plan_from_json
 
     try:
         values = read_json(task)
         distributed.init_distributed()
         if not distributed.is_main():
             get_logger().setLevel(logging.ERROR)
-        plan = distributed.in_agreement(lambda: plan_from_json(values))
+        plan = distributed.raise_on_all_ranks(lambda: plan_from_json(values))
         result = plan.train(plan.queue.jobs[values["job"]], lambda: None, several_ranks=True)
         if distributed.is_main():
             write_json(task.with_name("result.json"), result)

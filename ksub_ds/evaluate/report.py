@@ -12,10 +12,10 @@ import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
-from ksub_ds.evaluate import published, tables
-from ksub_ds.evaluate.metrics import exchange_test, paired_test
-from ksub_ds.evaluate.tables import Format, short_name, signed
-from ksub_ds.evaluate.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
+from ksub_ds.evaluate.data import paper_results, tables
+from ksub_ds.evaluate.data.metrics import exchange_test, paired_test
+from ksub_ds.evaluate.data.tables import Format, short_name, signed
+from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
 
 
 def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | None = None) -> str:
@@ -89,7 +89,7 @@ def _makes_a_table(result: Any) -> bool:
     try:
         if result["task"] == "glue":
             return bool(tables.glue_table([result], "markdown"))
-        return result["setting"] in published.XNLI and bool(tables.xnli_table([result], "markdown"))
+        return result["setting"] in paper_results.XNLI and bool(tables.xnli_table([result], "markdown"))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return False
 
@@ -110,7 +110,7 @@ def _against_paper(group: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for result in group:
         kind = result["model"].get("kind")
-        theirs = published.XNLI[result["setting"]].get(kind)
+        theirs = paper_results.XNLI[result["setting"]].get(kind)
         if theirs is None:
             continue
         whole = set(result["test"]) == set(LANGUAGES)  # an average over fewer languages compares with nothing
@@ -176,7 +176,7 @@ def _paired(ours: dict[str, Any], theirs: dict[str, Any], languages: list[str]) 
 def _glue_differences(group: list[dict[str, Any]], baseline: dict[str, Any] | None) -> list[list[str]]:
     rows = []
     for result in group:
-        paper = published.glue_row(result["model"].get("kind", ""), result["model"].get("num_tables"))
+        paper = paper_results.glue_row(result["model"].get("kind", ""), result["model"].get("num_tables"))
         if paper is not None:
             name, theirs = paper
             cells = [_gap(result, task, theirs[task] / 100) for task in GLUE_TASKS]

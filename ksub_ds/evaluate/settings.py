@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
-from ksub_ds.evaluate.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
+from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
 
 XNLI_EPOCHS, GLUE_EPOCHS = {CROSS_LINGUAL: 10, TRANSLATE_TRAIN_ALL: 5}, 10
 GlueTaskName = Literal["sst2", "mnli", "qnli", "qqp", "rte", "mrpc", "cola", "stsb"]

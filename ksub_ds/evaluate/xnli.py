@@ -15,15 +15,15 @@ from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.evaluate import metrics, tables
-from ksub_ds.evaluate.classifier import load_trained
-from ksub_ds.evaluate.evaluation import EvaluationPlan
-from ksub_ds.evaluate.queue import Job
-from ksub_ds.evaluate.rows import Rows
-from ksub_ds.evaluate.scoring import predict
-from ksub_ds.evaluate.tasks import CROSS_LINGUAL, NLI_LABELS, XNLI_COLUMNS
-from ksub_ds.evaluate.training import TrainingJob, train_classifier
-from ksub_ds.pretrain.prepare import set_attention
+from ksub_ds.evaluate.benchmark import EvaluationPlan
+from ksub_ds.evaluate.data import metrics, tables
+from ksub_ds.evaluate.data.rows import Rows
+from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, NLI_LABELS, XNLI_COLUMNS
+from ksub_ds.evaluate.finetune.classifier import load_trained
+from ksub_ds.evaluate.finetune.job import TrainingJob, train_classifier
+from ksub_ds.evaluate.finetune.scoring import predict
+from ksub_ds.evaluate.queue.queue import Job
+from ksub_ds.pretrain.builders import set_attention
 
 
 class XnliPlan(EvaluationPlan):

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
-from ksub_ds.model.compress import open_model
-from ksub_ds.model.convert import embedding_matrix
+from ksub_ds.model.loading import open_model
 from ksub_ds.model.masked_lm import SubMaskedLM
+from ksub_ds.model.replacement import embedding_matrix
 
 BLOCK_NUMBERS = 2**24  # teacher's logits held at a time
 

@@ -26,9 +26,8 @@ from collections.abc import Sequence
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.failure import EXIT_INTERRUPTED, EXIT_USER_ERROR, Failure
 from ksub_ds.common.options import parse
-from ksub_ds.common.watchdog import Watchdog
+from ksub_ds.common.watchdog import EXIT_INTERRUPTED, EXIT_USER_ERROR, Failure, Watchdog
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

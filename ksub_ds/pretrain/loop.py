@@ -25,13 +25,13 @@ from ksub_ds.pretrain.engine import (
     set_learning_rate,
     update_was_skipped,
 )
-from ksub_ds.pretrain.evaluation import evaluate, to_tensors
-from ksub_ds.pretrain.feed import BatchFeed, StepBatches
+from ksub_ds.pretrain.heldout_eval import evaluate, to_tensors
+from ksub_ds.pretrain.metrics import Recorder
+from ksub_ds.pretrain.preemption import StopRequest
+from ksub_ds.pretrain.prefetch import BatchFeed, StepBatches
 from ksub_ds.pretrain.recipe import Recipe, learning_rate
-from ksub_ds.pretrain.recorder import Recorder
 from ksub_ds.pretrain.run_folder import RunFolder
 from ksub_ds.pretrain.saving import CheckpointWriter
-from ksub_ds.pretrain.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def train_step(training: Training, batches: StepBatches, steps_done: int) -> Ste
 
     recipe, engine, step = training.recipe, training.engine, steps_done + 1
     distributed.watchdog().step = step
-    distributed.arrive(f"step {step}")
+    distributed.mark_progress(f"step {step}")
     device = distributed.device()
     masked, tokens = distributed.all_reduce_sum([batches.masked_tokens, batches.tokens])
     masked = max(masked, 1.0)
@@ -125,13 +125,13 @@ def train_step(training: Training, batches: StepBatches, steps_done: int) -> Ste
         [local_loss, float(stop_wanted), float(training.recorder.problem is not None or training.writer.has_failed())]
     )
     if problems:
-        distributed.in_agreement(training.recorder.check)
+        distributed.raise_on_all_ranks(training.recorder.check)
         training.writer.finish()
     if not math.isfinite(total_loss):
         _refuse(training, step, "the loss", _ranks_where(not math.isfinite(local_loss)))
     accuracy = masked_accuracy(engine, tensors) if step % recipe.log_every_steps == 0 else None
 
-    distributed.arrive(f"the update of step {step}")
+    distributed.mark_progress(f"the update of step {step}")
     gradient_norm = reduced_gradient_norm(engine)
     if gradient_norm is not None and not math.isfinite(gradient_norm):
         _refuse(training, step, "the gradient", [])
@@ -197,7 +197,7 @@ def evaluation_is_missing(recipe: Recipe, folder: RunFolder, step: int) -> bool:
 
 def _evaluate(training: Training, step: int) -> None:
     if training.held_out is not None:
-        distributed.arrive(f"the evaluation after step {step}")
+        distributed.mark_progress(f"the evaluation after step {step}")
         scores = evaluate(training.engine.module, training.held_out, training.languages)
         training.recorder.evaluation(step, scores)
 
@@ -214,7 +214,7 @@ def _refuse(training: Training, step: int, what: str, ranks: list[int]) -> NoRet
         checkpoint.newest_complete(training.folder.checkpoints, quiet=True) if distributed.is_main() else None
     )
     good = f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet"
-    distributed.all_raise(
+    distributed.raise_agreed(
         f"step {step}: {what} is not finite{where}; stopped before the update; {good}. "
         "Try a lower --peak-lr, a --gradient-clipping of 1.0 or --precision fp32 in a new --out"
     )

@@ -8,16 +8,16 @@ from pathlib import Path
 from ksub_ds.common import distributed
 from ksub_ds.common.logging import add_log_file, get_logger
 from ksub_ds.corpus.batches import HeldOutBatches, TrainingBatches
-from ksub_ds.pretrain import checkpoint, prepare
+from ksub_ds.pretrain import builders, checkpoint
 from ksub_ds.pretrain.checkpoint import TrainerState
-from ksub_ds.pretrain.feed import BatchFeed
 from ksub_ds.pretrain.loop import Training, evaluation_is_missing, train
+from ksub_ds.pretrain.metrics import Recorder
+from ksub_ds.pretrain.preemption import StopRequest
+from ksub_ds.pretrain.prefetch import BatchFeed
 from ksub_ds.pretrain.recipe import Recipe, accumulation_steps, resolve
-from ksub_ds.pretrain.recorder import Recorder
 from ksub_ds.pretrain.run_folder import RunFolder
 from ksub_ds.pretrain.saving import CheckpointWriter
 from ksub_ds.pretrain.sources import Sources, load_sources, verify_shards
-from ksub_ds.pretrain.stopping import StopRequest
 from ksub_ds.pretrain.warm_start import keep_copy
 
 
@@ -31,7 +31,7 @@ def run(recipe: Recipe) -> int:
         distributed.init_distributed()
     folder = RunFolder(recipe.out)
     before = distributed.broadcast_object(distributed.on_main(folder.micro_batch_size))
-    recipe = distributed.in_agreement(lambda: _settle(recipe, before))
+    recipe = distributed.raise_on_all_ranks(lambda: _settle(recipe, before))
     distributed.init_distributed()
     if not distributed.is_main():
         get_logger().setLevel(logging.ERROR)
@@ -39,7 +39,7 @@ def run(recipe: Recipe) -> int:
     distributed.on_main(folder.lock)
     distributed.watchdog().on_failure = folder.record_failure
     try:
-        sources = distributed.in_agreement(lambda: load_sources(recipe))
+        sources = distributed.raise_on_all_ranks(lambda: load_sources(recipe))
         verify_shards(sources.dataset)
         distributed.on_main(lambda: folder.claim(sources.identity(recipe), sources.table, sources.tokenizer))
         if recipe.warm_start is not None:
@@ -61,28 +61,30 @@ def _settle(recipe: Recipe, before: int | None) -> Recipe:
     settled = resolve(recipe, world_size, distributed.has_gpu())
     if recipe.micro_batch_size is None and before and settled.global_batch_size % (before * world_size) == 0:
         settled = dataclasses.replace(settled, micro_batch_size=before)
-    prepare.check_mechanics(settled)
+    builders.check_mechanics(settled)
     return settled
 
 
 def _train(recipe: Recipe, folder: RunFolder, sources: Sources) -> int:
     rank, world_size, log = distributed.rank(), distributed.world_size(), get_logger()
     start, state = _start_state(recipe, folder, sources)
-    evaluated = not prepare.held_out_languages(sources.dataset) or not evaluation_is_missing(recipe, folder, state.step)
+    evaluated = not builders.held_out_languages(sources.dataset) or not evaluation_is_missing(
+        recipe, folder, state.step
+    )
     if state.step >= recipe.max_steps and evaluated:
         log.info(f"{folder.path}: step {state.step:,} of {recipe.max_steps:,} is done; nothing left to train")
         return 0
 
-    teacher = distributed.in_agreement(lambda: prepare.build_teacher(recipe, sources))
-    model = distributed.in_agreement(lambda: prepare.build_model(recipe, sources))
-    engine = distributed.in_agreement(lambda: prepare.build_engine(recipe, model, folder))
+    teacher = distributed.raise_on_all_ranks(lambda: builders.build_teacher(recipe, sources))
+    model = distributed.raise_on_all_ranks(lambda: builders.build_model(recipe, sources))
+    engine = distributed.raise_on_all_ranks(lambda: builders.build_engine(recipe, model, folder))
     if start is not None:
         checkpoint.load(engine, start, state)
         log.info(f"continuing from {start}")
     batches = TrainingBatches(
         sources.dataset, recipe.global_batch_size, recipe.alpha, recipe.seed, recipe.mlm_probability
     )
-    languages = prepare.held_out_languages(sources.dataset)
+    languages = builders.held_out_languages(sources.dataset)
     held_out = None
     if languages:  # batches as small as the training's: evaluation must not need more memory
         held_out = HeldOutBatches(
@@ -97,8 +99,8 @@ def _train(recipe: Recipe, folder: RunFolder, sources: Sources) -> int:
         StopRequest(folder.stop, recipe.max_hours) as stop,
         CheckpointWriter(engine, folder.checkpoints, recipe.keep_last) as writer,
     ):
-        prepare.describe_start(recipe, sources, engine, feed.take(state.step))
-        with distributed.in_agreement(
+        builders.describe_start(recipe, sources, engine, feed.take(state.step))
+        with distributed.raise_on_all_ranks(
             lambda: Recorder(folder, engine.monitor, state.step, recipe.max_steps)
         ) as recorder:
             training = Training(recipe, folder, engine, feed, held_out, languages, recorder, writer, stop, teacher)

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.failure import Failure
 from ksub_ds.common.files import atomic_folder, atomic_path, read_json, write_json
-from ksub_ds.pretrain.recipe_file import changed_keys, read_recipe
+from ksub_ds.common.watchdog import Failure
+from ksub_ds.pretrain.recipe import changed_keys, read_recipe
 
 
 class RunFolder:

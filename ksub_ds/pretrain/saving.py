@@ -35,7 +35,7 @@ class CheckpointWriter:
         Raises:
             UserError: on every rank, when the one before could not be written.
         """
-        distributed.arrive(f"saving step {state.step}")
+        distributed.mark_progress(f"saving step {state.step}")
         self.finish()
         state = dataclasses.replace(
             state, adam_step=adam_step(self._engine), loss_scaler=loss_scaler_state(self._engine)

@@ -9,10 +9,9 @@ from ksub_ds.codes.positional import plain_codes
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.shards import ShardDataset
-from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
-from ksub_ds.pretrain.recipe import Recipe
-from ksub_ds.pretrain.recipe_file import to_json
+from ksub_ds.corpus.shards.dataset import ShardDataset
+from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
+from ksub_ds.pretrain.recipe import Recipe, to_json
 from ksub_ds.pretrain.warm_start import check_same_tokens, fingerprint, read_codes
 
 
@@ -71,7 +70,7 @@ def verify_shards(dataset: ShardDataset) -> None:
     paths = dataset.paths()
     for start in range(0, len(paths), distributed.world_size()):
         mine = paths[start + distributed.rank() :][:1]
-        distributed.in_agreement(partial(_verify_all, dataset, mine))
+        distributed.raise_on_all_ranks(partial(_verify_all, dataset, mine))
 
 
 def _verify_all(dataset: ShardDataset, paths: list[Path]) -> None:
@@ -126,7 +125,7 @@ def _check_width(recipe: Recipe, table: CodeTable) -> None:
 def _check_length(recipe: Recipe, sources: Sources) -> None:
     """Rows are no longer than the model's positions."""
     if recipe.warm_start is not None:
-        from ksub_ds.model.compress import open_config
+        from ksub_ds.model.loading import open_config
 
         config = open_config(recipe.warm_start)
     else:

@@ -13,8 +13,8 @@ from typing import Any
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, sha256_file
-from ksub_ds.corpus.shards import ShardDataset
-from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
+from ksub_ds.corpus.shards.dataset import ShardDataset
+from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -86,7 +86,7 @@ def open_warm_start(folder: Path) -> Any:
     Raises:
         UserError: it cannot be read.
     """
-    from ksub_ds.model.compress import open_model
+    from ksub_ds.model.loading import open_model
 
     model_files(folder)
     return open_model(folder).float().train()

@@ -16,7 +16,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
-from ksub_ds.common.mpi import Ranks
+from ksub_ds.common.mpi import MPIComm
 from ksub_ds.vectors.sources import Description, load_vectors
 
 
@@ -73,7 +73,7 @@ def _build(settings: ClusterVectors) -> CodeTable:
     from ksub_ds.codes.clustering import clustered_codes
 
     sizes = _table_sizes(settings)
-    ranks = Ranks()
+    ranks = MPIComm()
     vectors, description = ranks.on_main(lambda: _load(settings))
     special_ids: tuple[int, ...] = ()
     if settings.reserve_special_tokens:

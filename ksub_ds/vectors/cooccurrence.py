@@ -26,9 +26,9 @@ import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress, get_logger
-from ksub_ds.corpus.frequency import token_frequency
 from ksub_ds.corpus.masking import derive_key, mix64
-from ksub_ds.corpus.shards import ShardDataset
+from ksub_ds.corpus.shards.dataset import ShardDataset
+from ksub_ds.corpus.statistics import token_frequency
 
 BLOCK_TOKENS = 1 << 20  # tokens counted at once; 200 MB at a window of 5
 UNSEEN_STEP = (

@@ -93,7 +93,7 @@ def read_tokens(path: Path) -> list[str]:
 
 
 def _check_new(tokens: list[str], tokenizer: Path, table: CodeTable) -> None:
-    from ksub_ds.corpus.tokenizer import load_tokenizer
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     if loaded.vocab_size != table.num_tokens:

@@ -16,7 +16,7 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_bytes
 from ksub_ds.common.logging import get_logger
-from ksub_ds.corpus.tokenizer import Tokenizer, load_tokenizer
+from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.vectors.matrix import read_matrix
 
 
@@ -91,13 +91,13 @@ def _read_folder(path: Path, tokenizer: str | Path | None, seed: int) -> tuple[n
     if (path / "manifest.json").is_file():
         return *_shards(path, tokenizer, seed), path / "tokenizer"
     if (path / "recipe.json").is_file():
-        from ksub_ds.vectors.run import run_vectors
+        from ksub_ds.vectors.trained import run_vectors
 
         matrix, checkpoint = run_vectors(path)
         return matrix, f"embeddings of run {name}, {checkpoint}", path / "tokenizer"
     if (path / "config.json").is_file():
         from ksub_ds.vectors.hf_folder import folder_vectors
-        from ksub_ds.vectors.run import export_vectors, is_export
+        from ksub_ds.vectors.trained import export_vectors, is_export
 
         matrix = export_vectors(path) if is_export(path) else folder_vectors(path)
         return matrix, f"input embeddings of model {name}", path
@@ -108,7 +108,7 @@ def _read_folder(path: Path, tokenizer: str | Path | None, seed: int) -> tuple[n
 
 
 def _shards(path: Path, tokenizer: str | Path | None, seed: int) -> tuple[np.ndarray, str]:
-    from ksub_ds.corpus.shards import ShardDataset
+    from ksub_ds.corpus.shards.dataset import ShardDataset
     from ksub_ds.vectors.cooccurrence import Cooccurrence, shard_vectors
 
     dataset = ShardDataset.open(path)

@@ -17,8 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from ksub_ds.analysis import measure as measure_module
 from ksub_ds.analysis.analyze import names_of
 from ksub_ds.analysis.encoders import open_encoder
-from ksub_ds.analysis.explorer import script_json
-from ksub_ds.analysis.figures import STYLE
+from ksub_ds.analysis.figures import STYLE, script_json
 from ksub_ds.analysis.sample import sample_text
 from ksub_ds.cli import main
 from ksub_ds.codes.positional import positional_codes
@@ -62,8 +61,8 @@ def test_what_was_measured_is_written_down(numbers, sub_model):
 
 def test_numbers_equal_those_of_the_states(brute_force, numbers, plain_model, tiny_text):
     """transformers alone, document by document, then all pairs."""
-    from ksub_ds.corpus.documents import DocumentReader
-    from ksub_ds.corpus.text import find_text
+    from ksub_ds.corpus.text.reader import DocumentReader
+    from ksub_ds.corpus.text.sources import find_text
 
     model, wrapped = AutoModel.from_pretrained(plain_model).eval(), AutoTokenizer.from_pretrained(plain_model)
     types, states = [], []

@@ -15,8 +15,7 @@ from ksub_ds.analysis.run_report import write_report
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
-from ksub_ds.pretrain.recipe import Recipe
-from ksub_ds.pretrain.recipe_file import to_json
+from ksub_ds.pretrain.recipe import Recipe, to_json
 
 HOSTILE = "<script>alert(1)</script>"
 NAME = '"><img src=http:x onerror=alert(2)>&'

@@ -146,7 +146,7 @@ class Cluster:
         """No process of a run on any host: workers, guardians, launchers."""
 
         def left() -> list[Any]:
-            kinds = (("ksub_ds.pretrain", f"--out {name} "), ("ksub_ds.cluster.rank",), ("deepspeed",), ("pdsh",))
+            kinds = (("ksub_ds.pretrain", f"--out {name} "), ("ksub_ds.cluster.worker",), ("deepspeed",), ("pdsh",))
             return [
                 (h.name, kind, h.processes(*kind)) for h in self.hosts.hosts for kind in kinds if h.processes(*kind)
             ]
@@ -197,7 +197,7 @@ def weights(run: Path, step: int = STEPS) -> dict[str, Any]:
 def cluster(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The hosts; no other set of hosts is up on this machine at the same time."""
     from ksub_ds import positional_codes
-    from ksub_ds.corpus.shards import ShardDataset
+    from ksub_ds.corpus.shards.dataset import ShardDataset
 
     folder = tmp_path_factory.mktemp("cluster")
     (folder / "shards").symlink_to(tiny_shards)

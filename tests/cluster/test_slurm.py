@@ -155,7 +155,7 @@ def xnli(tmp_path: Path) -> Path:
 def model(tiny_tokenizer: Path, tmp_path: Path) -> Path:
     """A model of two layers with untrained weights, and its tokenizer."""
     from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, positional_codes
-    from ksub_ds.corpus.tokenizer import load_tokenizer
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_tokenizer)
     config = KSubRobertaConfig.tiny(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.mpi import Ranks
+from ksub_ds.common.mpi import MPIComm
 
 PROGRAM = """
 import sys, time
 import numpy as np
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.mpi import Ranks
+from ksub_ds.common.mpi import MPIComm
 
-ranks = Ranks()
+ranks = MPIComm()
 me, size = ranks.rank, ranks.size
 with ranks.together():
     assert ranks.gather(me) == list(range(size))
@@ -58,7 +58,7 @@ with ranks.together():
 
 
 def test_alone() -> None:
-    ranks = Ranks()
+    ranks = MPIComm()
     assert (ranks.rank, ranks.size, ranks.is_main) == (0, 1, True)
     assert ranks.share([3, 1, 2]) == [0, 1, 2]
     assert ranks.each([3, 1, 2], lambda unit: unit * unit) == [0, 1, 4]

@@ -6,7 +6,7 @@ import threading
 import time
 
 from ksub_ds.common import distributed
-from ksub_ds.common.signs import main_thread_place
+from ksub_ds.common.watchdog import main_thread_place
 
 
 class Queued:

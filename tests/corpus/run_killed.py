@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import XLMRobertaTokenizer  # noqa: F401 - what takes seconds is done before the forks
 
-from ksub_ds.common.mpi import Ranks
-from ksub_ds.corpus import crawl, paragraphs
-from ksub_ds.corpus.crawl_settings import ShardCC
+from ksub_ds.common.mpi import MPIComm
+from ksub_ds.corpus.commoncrawl import dedup, pipeline
+from ksub_ds.corpus.commoncrawl.config import ShardCC
 
 
 def in_a_fork(function: Callable[[], Any]) -> int:
@@ -60,11 +60,11 @@ def main() -> None:
             sequence_length=64,
             min_length=200,
         )
-        crawl.shard_cc(settings, Ranks())
+        pipeline.shard_cc(settings, MPIComm())
 
-    identifier = crawl.load_identifier()
-    paragraphs.normalise(["warm"])
-    crawl.load_identifier = lambda *options: identifier
+    identifier = pipeline.load_identifier()
+    dedup.normalise(["warm"])
+    pipeline.load_identifier = lambda *options: identifier
     assert in_a_fork(lambda: run("whole")) == 0
     for number, point in enumerate(options["points"]):
         status = in_a_fork(lambda: run(str(number), point))  # noqa: B023 - called at once

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ksub_ds.corpus.batches import HeldOutBatches, TrainingBatches
 from ksub_ds.corpus.masking import IGNORE
-from ksub_ds.corpus.shards import ShardDataset
+from ksub_ds.corpus.shards.dataset import ShardDataset
 
 
 @pytest.fixture(scope="module")

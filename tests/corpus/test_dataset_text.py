@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus import dataset_text
-from ksub_ds.corpus.dataset_text import KNOWN, Dataset, DatasetSource
-from ksub_ds.corpus.documents import DocumentReader
-from ksub_ds.corpus.text import find_text
-from ksub_ds.corpus.text_shards import ShardText, shard_text
+from ksub_ds.corpus.text import hub
+from ksub_ds.corpus.text.hub import KNOWN, Dataset, DatasetSource
+from ksub_ds.corpus.text.pipeline import ShardText, shard_text
+from ksub_ds.corpus.text.reader import DocumentReader
+from ksub_ds.corpus.text.sources import find_text
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_rows_of_books_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(KNOWN, "bookcorpus", Dataset(str(tmp_path / "books"), joined=KNOWN["bookcorpus"].joined))
     texts = list(DatasetSource("bookcorpus", "en").texts())
     assert "\n".join(texts).split("\n") == rows
-    assert all(len(text) >= dataset_text.JOINED_CHARACTERS - 1 for text in texts[:-1])
+    assert all(len(text) >= hub.JOINED_CHARACTERS - 1 for text in texts[:-1])
     assert len(texts) == 4
 
 

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksub_ds.common.mpi import Ranks
-from ksub_ds.corpus import dedup
-from ksub_ds.corpus.dedup import Deduplication, hash_files
-from ksub_ds.corpus.paragraphs import hash_paragraphs, normalise
+from ksub_ds.common.mpi import MPIComm
+from ksub_ds.corpus.commoncrawl import dedup
+from ksub_ds.corpus.commoncrawl.dedup import Deduplication, hash_files, hash_paragraphs, normalise
 
 
 def plain_rule(paragraph: str) -> bytes:
@@ -60,7 +59,7 @@ def masks_of(
         paths.append(folder / f"{number}.hashes")
         np.array(values, dtype=np.uint64).tofile(paths[-1])
     hashes = hash_files(paths, [len(values) for values in files], block)
-    stage = Deduplication(folder / "work", hashes, mode, Ranks(), block, part)
+    stage = Deduplication(folder / "work", hashes, mode, MPIComm(), block, part)
     stage.run()
     assert not (folder / "work" / "spill").exists()
     return [[bool(bit) for mask in stage.masks(each) for bit in mask] for each in hashes]

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ksub_ds.corpus import crawl_pages, shards
-from ksub_ds.corpus.crawl_input import describe
-from ksub_ds.corpus.crawl_pages import Selection, select_file
-from ksub_ds.corpus.langid import LANGUAGES, load_identifier
-from ksub_ds.corpus.perplexity import load_buckets
-from ksub_ds.corpus.wet import Limits
+from ksub_ds.corpus.commoncrawl import filter
+from ksub_ds.corpus.commoncrawl.filter import Selection, select_file
+from ksub_ds.corpus.commoncrawl.inputs import describe
+from ksub_ds.corpus.commoncrawl.langid import LANGUAGES, load_identifier
+from ksub_ds.corpus.commoncrawl.perplexity import load_buckets
+from ksub_ds.corpus.commoncrawl.wet import Limits
+from ksub_ds.corpus.shards import dataset
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("wet_files", Path(__file__).with_name("wet_files.py"))
@@ -71,25 +72,25 @@ def test_a_batch_counts_urls_and_pages(tmp_path: Path, monkeypatch: pytest.Monke
     pages = [wet_files.record(number, "a", url="u" * 50_000 if number < 40 else "u") for number in range(100)]
     path.write_bytes(wet_files.member(*pages))
     batches = []
-    select_batch = crawl_pages.select_batch
+    select_batch = filter.select_batch
 
     def watched(batch: list[Any], *rest: Any) -> list[Any]:
         batches.append(len(batch))
         return select_batch(batch, *rest)
 
-    monkeypatch.setattr(crawl_pages, "select_batch", watched)
-    monkeypatch.setattr(crawl_pages, "BATCH_CHARACTERS", 10_000)
+    monkeypatch.setattr(filter, "select_batch", watched)
+    monkeypatch.setattr(filter, "BATCH_CHARACTERS", 10_000)
     selection = Selection(load_identifier(threshold=0), load_buckets(None), LANGUAGES, ("all",), 1)
     file = describe(path, path.name)
-    select_file(file, crawl_pages.content_hash(file), None, selection, tmp_path / "documents")
+    select_file(file, filter.content_hash(file), None, selection, tmp_path / "documents")
     assert batches[:40] == [1] * 40 and sum(batches) == 100 and max(batches) == 20
 
 
 def test_files_of_long_rows_hold_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "TOKENS_PER_FILE", 200)
+    monkeypatch.setattr(dataset, "TOKENS_PER_FILE", 200)
     (tmp_path / "en").mkdir()
     for length, sizes in ((64, [3, 3, 1]), (300, [1] * 7), (8, [7])):
-        writer = shards.ShardWriter(tmp_path / "en", "en", "train", length)
+        writer = dataset.ShardWriter(tmp_path / "en", "en", "train", length)
         writer.write(np.zeros((7, length), dtype=np.int32))
         writer.close()
         assert [file["sequences"] for file in writer.files] == sizes

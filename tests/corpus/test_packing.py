@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksub_ds.corpus.packing import Packer, Packing
+from ksub_ds.corpus.shards.packing import Packer, Packing
 
 BOS, PAD, EOS = 0, 1, 2
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus import perplexity
-from ksub_ds.corpus.perplexity import Buckets, load_buckets, normalise
+from ksub_ds.corpus.commoncrawl import perplexity
+from ksub_ds.corpus.commoncrawl.perplexity import Buckets, load_buckets, normalise
 
 # A trigram model in log10: n-gram -> (probability, back-off). `▁the ▁river` and `▁old ▁house ▁falls` are known.
 NGRAMS: dict[tuple[str, ...], tuple[float, float]] = {

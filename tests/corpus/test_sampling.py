@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus import sampling
-from ksub_ds.corpus.sampling import Sampler, language_quotas, permute
+from ksub_ds.corpus import batches
+from ksub_ds.corpus.batches import Sampler, language_quotas, permute
 
 counts_of_languages = st.dictionaries(st.sampled_from(["ar", "en", "sw", "zh"]), st.integers(1, 60), min_size=1)
 
@@ -18,7 +18,7 @@ counts_of_languages = st.dictionaries(st.sampled_from(["ar", "en", "sw", "zh"]),
 def small_blocks() -> Iterator[None]:
     """Tests look at few draws; computing 32,768 at a time would be most of their time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "_BLOCK", 256)
+        patch.setattr(batches, "_BLOCK", 256)
         yield
 
 
@@ -75,7 +75,7 @@ def test_a_step_is_a_function_of_its_number(counts: dict[str, int], alpha: float
 
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stream(Sampler({"en": 50, "sw": 9}, 0.5, 1), 16, 20)
-    monkeypatch.setattr(sampling, "_BLOCK", 8)
+    monkeypatch.setattr(batches, "_BLOCK", 8)
     assert (stream(Sampler({"en": 50, "sw": 9}, 0.5, 1), 16, 20) == whole).all()
 
 

@@ -19,16 +19,16 @@ import pytest
 import transformers  # noqa: F401 - loaded once here, else by a process for each run
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.mpi import Ranks
-from ksub_ds.corpus import crawl, crawl_pages, crawl_tokens
-from ksub_ds.corpus.crawl import dry_run, shard_cc
-from ksub_ds.corpus.crawl_report import exit_line
-from ksub_ds.corpus.crawl_settings import ShardCC
-from ksub_ds.corpus.langid import load_identifier
-from ksub_ds.corpus.paragraphs import normalise
-from ksub_ds.corpus.shards import ShardDataset
+from ksub_ds.common.mpi import MPIComm
+from ksub_ds.corpus.commoncrawl import filter, pipeline, tokenize
+from ksub_ds.corpus.commoncrawl.config import ShardCC
+from ksub_ds.corpus.commoncrawl.dedup import normalise
+from ksub_ds.corpus.commoncrawl.langid import load_identifier
+from ksub_ds.corpus.commoncrawl.output import exit_line
+from ksub_ds.corpus.commoncrawl.pipeline import dry_run, shard_cc
+from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.statistics import corpus_table
-from ksub_ds.corpus.tokenizer import load_tokenizer
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "preprocessing" / "shard_cc.py"
@@ -75,14 +75,14 @@ def cached_identifier(*options: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crawl_pages, "BATCH_CHARACTERS", 4000)
-    monkeypatch.setattr(crawl_tokens, "TOKENS_HELD", 900)
-    monkeypatch.setattr(crawl, "load_identifier", cached_identifier)
+    monkeypatch.setattr(filter, "BATCH_CHARACTERS", 4000)
+    monkeypatch.setattr(tokenize, "TOKENS_HELD", 900)
+    monkeypatch.setattr(pipeline, "load_identifier", cached_identifier)
 
 
 def run(folder: Path, tokenizer: Path, out: Path, **changes: Any) -> dict[str, Any]:
     options = {"input": (folder,), "sequence_length": 64, "validation_fraction": 0.1, "min_length": 200} | changes
-    return shard_cc(ShardCC(tokenizer=tokenizer, out=out, **options), Ranks())
+    return shard_cc(ShardCC(tokenizer=tokenizer, out=out, **options), MPIComm())
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -186,7 +186,7 @@ def test_a_rerun_does_what_is_missing(
     for path in (out / "en" / "train-00000.arrow", text_out / "el_all_0001.json.gz", out / "report.json"):
         path.write_bytes(path.read_bytes()[:100])
         with monkeypatch.context() as patch:
-            patch.setattr(crawl_pages, "hash_paragraphs", None)
+            patch.setattr(filter, "hash_paragraphs", None)
             assert run(wet_folder, tiny_tokenizer, out, **options) == first
         assert content(tmp_path) == before
     # Another setting of a late stage leaves the early ones alone; a language that is gone takes its shards along.
@@ -378,7 +378,7 @@ def test_mistakes_are_named(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Pa
 
 def test_a_dry_run_estimates_and_writes_nothing(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     settings = ShardCC(tiny_tokenizer, tmp_path / "out", (wet_folder,), text_out=tmp_path / "text", min_length=200)
-    text = dry_run(settings, Ranks())
+    text = dry_run(settings, MPIComm())
     assert "sample: 105 pages" in text and "disk: about" in text and "tokenise" in text and "text (gzip)" in text
     assert not list(tmp_path.iterdir())
 
@@ -392,7 +392,7 @@ def test_the_sample(ksub_data: Path, tmp_path: Path) -> None:
         truth[entry["url"]] = entry["language"]
     inputs = tuple(folder / f"CC-SAMPLE-0000{number}.warc.wet.gz" for number in (3, 5))
     tokenizer = ksub_data / "tokenizer" / "sentencepiece.bpe.model"
-    report = shard_cc(ShardCC(tokenizer, tmp_path / "out", inputs, text_out=tmp_path / "text"), Ranks())
+    report = shard_cc(ShardCC(tokenizer, tmp_path / "out", inputs, text_out=tmp_path / "text"), MPIComm())
     assert report["stages"]["read"]["-"]["documents_in"] == 3006
     # As a set of strings and Python's gzip count them.
     assert (report["paragraphs_in"], report["paragraphs_out"]) == (87541, 78632)

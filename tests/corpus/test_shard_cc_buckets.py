@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ksub_ds.common.mpi import Ranks
-from ksub_ds.corpus import crawl_pages
-from ksub_ds.corpus.crawl import shard_cc
-from ksub_ds.corpus.crawl_settings import ShardCC
+from ksub_ds.common.mpi import MPIComm
+from ksub_ds.corpus.commoncrawl import filter
+from ksub_ds.corpus.commoncrawl.config import ShardCC
+from ksub_ds.corpus.commoncrawl.pipeline import shard_cc
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("wet_files", Path(__file__).with_name("wet_files.py"))
@@ -137,8 +137,8 @@ def test_buckets_of_a_run_and_of_one_with_other_models(
         tiny_tokenizer, out, (tmp_path / "in",), text_out=text_out, keep_work=True, min_length=100, sequence_length=64,
         lm_models=second, keep_buckets=("middle",),
     )  # fmt: skip
-    monkeypatch.setattr(crawl_pages, "hash_paragraphs", None)
-    report = shard_cc(settings, Ranks())
+    monkeypatch.setattr(filter, "hash_paragraphs", None)
+    report = shard_cc(settings, MPIComm())
     assert written(text_out) == expected[second]
     assert all(before[stage] == stamps(stage) for stage in kept_stages)
     assert all(before[stage] != stamps(stage) for stage in redone)

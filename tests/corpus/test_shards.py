@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus import shards
-from ksub_ds.corpus.shards import ShardDataset, ShardWriter, dataset_fingerprint
+from ksub_ds.corpus.shards import dataset as shards
+from ksub_ds.corpus.shards.dataset import ShardDataset, dataset_fingerprint
+from ksub_ds.corpus.shards.writer import ShardWriter
 
 
 @pytest.fixture()

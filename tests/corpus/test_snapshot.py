@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus import snapshot as snapshot_module
-from ksub_ds.corpus.download import Patience
-from ksub_ds.corpus.snapshot import fetch_snapshot
+from ksub_ds.corpus.commoncrawl import inputs as snapshot_module
+from ksub_ds.corpus.commoncrawl.download import Patience
+from ksub_ds.corpus.commoncrawl.inputs import fetch_snapshot
 
 LISTING = "crawl-data/CC-MAIN-2019-09/wet.paths.gz"
 IMPATIENT = Patience(timeout=0.4, first_pause=0.01, longest_pause=0.05, attempts=4, first_attempts=2)

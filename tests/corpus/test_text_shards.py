@@ -21,14 +21,15 @@ import pytest
 from ksub_ds import cli
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import LEFTOVER, atomic_folder
-from ksub_ds.corpus import documents, language_shards, text_shards
-from ksub_ds.corpus.documents import DocumentReader
-from ksub_ds.corpus.shard_folder import locked
-from ksub_ds.corpus.shards import ShardDataset
+from ksub_ds.corpus.shards import writer
+from ksub_ds.corpus.shards.dataset import ShardDataset
+from ksub_ds.corpus.shards.folder import locked
 from ksub_ds.corpus.statistics import corpus_statistics, corpus_table
-from ksub_ds.corpus.text import find_text
-from ksub_ds.corpus.text_shards import ShardText, shard_text
-from ksub_ds.corpus.tokenizer import load_tokenizer
+from ksub_ds.corpus.text import pipeline, reader
+from ksub_ds.corpus.text.pipeline import ShardText, shard_text
+from ksub_ds.corpus.text.reader import DocumentReader
+from ksub_ds.corpus.text.sources import find_text
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "preprocessing" / "shard_text.py"
@@ -76,7 +77,7 @@ def test_every_document_is_in_one_split(tiny_text: Path, tiny_tokenizer: Path, t
 def test_workers_do_not_show(
     tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(language_shards, "BATCH_CHARACTERS", 3000)  # many batches
+    monkeypatch.setattr(writer, "BATCH_CHARACTERS", 3000)  # many batches
     for workers in (1, 2):
         shard_text(ShardText(tiny_text, tiny_tokenizer, tmp_path / str(workers), sequence_length=64, workers=workers))
     assert same_folder(tmp_path / "1", tmp_path / "2")
@@ -143,8 +144,8 @@ def hostile_files(folder: Path, outside: Path) -> None:
 def test_hostile_text_is_skipped_and_counted(
     tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(documents, "LONGEST_LINE", 200_000)
-    monkeypatch.setattr(documents, "INFLATION_FREE", 1_000_000)
+    monkeypatch.setattr(reader, "LONGEST_LINE", 200_000)
+    monkeypatch.setattr(reader, "INFLATION_FREE", 1_000_000)
     (tmp_path / "in" / "en").mkdir(parents=True)
     (tmp_path / "outside").mkdir()
     hostile_files(tmp_path / "in" / "en", tmp_path / "outside")
@@ -250,9 +251,9 @@ def test_a_rerun_does_only_what_is_missing(
         (folder / path.name).write_bytes(path.read_bytes())
     settings = ShardText(folder, tiny_tokenizer, tmp_path / "out", sequence_length=64, workers=1)
     done: list[str] = []
-    real = text_shards.shard_language
+    real = pipeline.shard_language
     monkeypatch.setattr(
-        text_shards, "shard_language", lambda out, language, *rest: (done.append(language), real(out, language, *rest))
+        pipeline, "shard_language", lambda out, language, *rest: (done.append(language), real(out, language, *rest))
     )
 
     first = shard_text(settings)
@@ -388,7 +389,7 @@ def test_what_a_killed_run_left_is_no_language(tiny_text: Path, tiny_tokenizer: 
         pass
     shutil.rmtree(tmp_path / "out" / "x")
     (tmp_path / "out" / "en").rename(left)
-    assert text_shards.build_manifest(tmp_path / "out")["languages"].keys() == whole["languages"].keys() - {"en"}
+    assert pipeline.build_manifest(tmp_path / "out")["languages"].keys() == whole["languages"].keys() - {"en"}
     assert shard_text(settings) == whole and not left.exists()
 
 
@@ -399,8 +400,8 @@ def test_a_parquet_bomb_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "en.parquet"
     text = np.random.default_rng(0).integers(97, 123, 300_000).astype(np.uint8).tobytes().decode()
     parquet.write_table(pyarrow.table({"text": [text[:200_000] + "a" * 500_000] * 20}), path)  # stored once
-    monkeypatch.setattr(documents, "INFLATION_FREE", 100_000)
-    monkeypatch.setattr(documents, "INFLATION_LIMIT", 2)
+    monkeypatch.setattr(reader, "INFLATION_FREE", 100_000)
+    monkeypatch.setattr(reader, "INFLATION_LIMIT", 2)
     skipped: Counter[str] = Counter()
     assert list(DocumentReader(find_text(tmp_path, ("en",))["en"].sources, skipped)) == []
     assert skipped["inflates_too_much"] == 1

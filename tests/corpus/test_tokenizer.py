@@ -15,10 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus import long_words, unigram, xlmr_tokenizer
-from ksub_ds.corpus import tokenizer as tokenizer_module
-from ksub_ds.corpus.tokenizer import load_tokenizer
-from ksub_ds.corpus.unigram import UnigramSegmenter
+from ksub_ds.corpus.tokenizers import loading as tokenizer_module
+from ksub_ds.corpus.tokenizers import long_words, unigram, xlmr
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+from ksub_ds.corpus.tokenizers.unigram import UnigramSegmenter
 
 SPECIAL_TEXT = "a </s> b<mask> <s> <pad> <unk>"
 
@@ -92,7 +92,7 @@ def test_steps_of_bounded_memory_change_no_id(tokenizer: Any, reference: Any, te
         for name, value in {"LONGEST_VECTORISED_WORD": 25, "LONG_STEP": 20, "LONG_OVERLAP": 20}.items():
             patch.setattr(unigram, name, value)
         for name, value in {"LONG_WORD": 24, "BYTES_AT_ONCE": 40, "CACHED_BYTES": 50, "CACHED_WORDS": 20}.items():
-            patch.setattr(xlmr_tokenizer, name, value)
+            patch.setattr(xlmr, name, value)
         patch.setattr(long_words, "STEP", 20)
         assert tokenizer.encode_batch([text + " a " + text, "", text])[0].tolist() == expected
         assert tokenizer._cached_bytes < 2000

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksub_ds.corpus import gzip_members
-from ksub_ds.corpus.wet import Fault, Limits, Other, Page, read_wet
+from ksub_ds.corpus.commoncrawl import wet
+from ksub_ds.corpus.commoncrawl.wet import Fault, Limits, Other, Page, read_wet
 
 spec = importlib.util.spec_from_file_location("wet_files", Path(__file__).with_name("wet_files.py"))
 assert spec is not None and spec.loader is not None
@@ -125,7 +125,7 @@ def test_a_file_has_a_budget(tmp_path: Path) -> None:
 def test_no_page_comes_out_before_its_checksum(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the checksum falls on the pieces in which a member is taken."""
     whole = member(record(0, random.Random(0).randbytes(3000).hex()))  # longer than what the header is looked for in
-    monkeypatch.setattr(gzip_members, "_PIECE", len(whole) - cut)
+    monkeypatch.setattr(wet, "_PIECE", len(whole) - cut)
     assert read(tmp_path / "file", whole + B) == (["0", "1"], [])
     pages, faults = read(tmp_path / "file", flipped(whole, len(whole) - 6) + B)
     assert pages == ["1"] and "incorrect data check" in faults[0][1]
@@ -164,7 +164,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
         stream.write(A + b"".join(long_line) + packer.flush())
         stream.write(gzip.compress(b"".join(record(n, b"b" * (1 << 21)) for n in range(10, 20)), 1))
     code = (
-        "import sys; from pathlib import Path; from ksub_ds.corpus.wet import read_wet\n"
+        "import sys; from pathlib import Path; from ksub_ds.corpus.commoncrawl.wet import read_wet\n"
         "print(sum(1 for _ in read_wet(Path(sys.argv[1])))); print(open('/proc/self/status').read())"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)

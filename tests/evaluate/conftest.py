@@ -53,7 +53,7 @@ def tiny_model(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -
     import torch
 
     from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, positional_codes
-    from ksub_ds.corpus.tokenizer import load_tokenizer
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_tokenizer)
     torch.manual_seed(0)

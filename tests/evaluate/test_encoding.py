@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksub_ds.evaluate.batching import scoring_batches, training_batches
-from ksub_ds.evaluate.encoding import HuggingFacePairs, XlmrPairs, encode, load_encoder
-from ksub_ds.evaluate.rows import Rows
+from ksub_ds.evaluate.data.rows import Rows
+from ksub_ds.evaluate.finetune.encoding import HuggingFacePairs, XlmrPairs, encode, load_encoder
+from ksub_ds.evaluate.finetune.scoring import scoring_batches, training_batches
 
 TEXT = ["the old house falls", "a bird", "", "river stone green walks sings falls under over near slowly today " * 4]
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.evaluate.claims import ClaimLost
-from ksub_ds.evaluate.classifier import check_fit, describe, load_classifier, open_encoder
-from ksub_ds.evaluate.encoding import Encoded, encode, load_encoder
-from ksub_ds.evaluate.finetune import FineTuning, _learning_rate, finetune
-from ksub_ds.evaluate.rows import Source
-from ksub_ds.evaluate.scoring import predict
-from ksub_ds.evaluate.tasks import XNLI_COLUMNS
+from ksub_ds.evaluate.data.rows import Source
+from ksub_ds.evaluate.data.tasks import XNLI_COLUMNS
+from ksub_ds.evaluate.finetune.classifier import check_fit, describe, load_classifier, open_encoder
+from ksub_ds.evaluate.finetune.encoding import Encoded, encode, load_encoder
+from ksub_ds.evaluate.finetune.loop import FineTuning, _learning_rate, finetune
+from ksub_ds.evaluate.finetune.scoring import predict
+from ksub_ds.evaluate.queue.queue import ClaimLost
 
 
 def encoded(model: Path, data: Path, split: str, language: str = "en") -> Encoded:
@@ -50,7 +50,7 @@ def test_a_continued_run_has_the_same_bits(tiny_model: Path, tiny_xnli: Path, tm
 
         return model, finetune(model, train, settings, validate, work, "same", check)
 
-    from ksub_ds.evaluate import finetune as module
+    from ksub_ds.evaluate.finetune import loop as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CLAIM_CHECK_STEPS", 1)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ksub_ds.evaluate import metrics
+from ksub_ds.evaluate.data import metrics
 from ksub_ds.evaluate.glue import score
 
 

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.evaluate import claims as claims_module
-from ksub_ds.evaluate import queue as module
-from ksub_ds.evaluate.claims import Claim, ClaimLost
-from ksub_ds.evaluate.drain import Plan, drain
-from ksub_ds.evaluate.queue import Job, Queue
+from ksub_ds.evaluate.queue import queue as claims_module
+from ksub_ds.evaluate.queue import queue as module
+from ksub_ds.evaluate.queue.queue import Claim, ClaimLost, Job, Queue
+from ksub_ds.evaluate.queue.worker import Plan, drain
 
 JOBS = [
     Job("train", (), "train", {}),

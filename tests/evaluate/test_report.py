@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.evaluate import published
+from ksub_ds.evaluate.data import paper_results
+from ksub_ds.evaluate.data.tables import render
+from ksub_ds.evaluate.data.tasks import LANGUAGES
 from ksub_ds.evaluate.report import load, report
-from ksub_ds.evaluate.tables import render
-from ksub_ds.evaluate.tasks import LANGUAGES
 from ksub_ds.evaluate.xnli import join
 
 ROWS = 400
@@ -102,9 +102,9 @@ def test_cells_are_escaped() -> None:
     assert '"a|b\n_&%",1' in render("t", ["m", "n"], [row], "csv")
 
 
-@pytest.mark.parametrize("setting", list(published.XNLI))
+@pytest.mark.parametrize("setting", list(paper_results.XNLI))
 def test_published_averages_are_the_means_of_their_rows(setting: str) -> None:
     """Guards the table against slips: the paper's averages are means, within its rounding."""
-    for row in published.XNLI[setting].values():
+    for row in paper_results.XNLI[setting].values():
         values: list[Any] = [row[language] for language in LANGUAGES]
         assert row["average"] == pytest.approx(float(np.mean(values)), abs=0.11)

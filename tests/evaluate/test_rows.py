@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.evaluate.rows import Columns, Source
-from ksub_ds.evaluate.tasks import GLUE_TASKS, NLI_LABELS, XNLI_COLUMNS
+from ksub_ds.evaluate.data.rows import Columns, Source
+from ksub_ds.evaluate.data.tasks import GLUE_TASKS, NLI_LABELS, XNLI_COLUMNS
 
 GOOD = {"premise": "a bird sings", "hypothesis": "it is loud", "label": 1}
 
@@ -76,7 +76,7 @@ def test_empty_damaged_and_absent_files(tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksub_ds.evaluate.rows.INFLATION_FREE", 100_000)
+    monkeypatch.setattr("ksub_ds.evaluate.data.rows.INFLATION_FREE", 100_000)
     bomb = source(tmp_path, [" " * 50_000] * 100, "test.jsonl.gz")
     with pytest.raises(UserError, match="inflates to more than"):
         bomb.read("en", "test", XNLI_COLUMNS)
@@ -109,10 +109,10 @@ def test_parquet_bombs_and_bad_text(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert path.stat().st_size < 10_000
     assert len(Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)) == 100
     with monkeypatch.context() as patch:
-        patch.setattr("ksub_ds.evaluate.rows.INFLATION_FREE", 100_000)
+        patch.setattr("ksub_ds.evaluate.data.rows.INFLATION_FREE", 100_000)
         with pytest.raises(UserError, match="inflates to more than"):
             Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)
-    monkeypatch.setattr("ksub_ds.evaluate.rows.LONGEST_LINE", 1_000)
+    monkeypatch.setattr("ksub_ds.evaluate.data.rows.LONGEST_LINE", 1_000)
     with pytest.raises(UserError, match="line 1: premise has 50,000 characters"):
         Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS, limit=1)
     text = pyarrow.array([b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())

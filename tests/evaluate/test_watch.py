@@ -11,7 +11,7 @@ import pytest
 
 from ksub_ds.cli import main
 from ksub_ds.evaluate import watch as module
-from ksub_ds.evaluate.curve import Curve
+from ksub_ds.evaluate.watch import Curve
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import pytest
 
 from ksub_ds import positional_codes
 from ksub_ds.cli import main
-from ksub_ds.corpus.tokenizer import load_tokenizer
-from ksub_ds.evaluate.tasks import LANGUAGES
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+from ksub_ds.evaluate.data.tasks import LANGUAGES
 from ksub_ds.model.presets import fresh_masked_lm, preset_config
 
 ROOT = Path(__file__).resolve().parents[2]

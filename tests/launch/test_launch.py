@@ -12,10 +12,10 @@ import pytest
 
 from ksub_ds.cluster import hostfile, inspection, launchers, remote
 from ksub_ds.cluster.attempt import Outcome, Rank
-from ksub_ds.cluster.errand import LAUNCH_ID, Errand, travelling_environment, write_environment_file
+from ksub_ds.cluster.cleanup import of_launch
+from ksub_ds.cluster.exit_status import judge
+from ksub_ds.cluster.launch_spec import LAUNCH_ID, Errand, travelling_environment, write_environment_file
 from ksub_ds.cluster.options import split_arguments
-from ksub_ds.cluster.sweep import of_launch
-from ksub_ds.cluster.verdict import judge
 from ksub_ds.common.errors import UserError
 
 
@@ -101,7 +101,7 @@ def test_verdicts(tmp_path: Path) -> None:
 
 def guardian(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     word = Errand("the-launch", str(folder), {}, list(arguments)).pack()
-    command = [sys.executable, "-m", "ksub_ds.cluster.rank", word]
+    command = [sys.executable, "-m", "ksub_ds.cluster.worker", word]
     changed = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=changed, text=True)
 
@@ -141,7 +141,7 @@ def test_the_sweep_ends_its_own_launch_only() -> None:
     changed = os.environ | {LAUNCH_ID: "mine"}
     sleepers = [subprocess.Popen(["sleep", "60"], env=changed | {LAUNCH_ID: name}) for name in ("mine", "other")]
     try:
-        command = [sys.executable, "-m", "ksub_ds.cluster.sweep", "mine", "0"]
+        command = [sys.executable, "-m", "ksub_ds.cluster.cleanup", "mine", "0"]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
         assert sleepers[0].wait(timeout=10) == -9 and sleepers[1].poll() is None
     finally:

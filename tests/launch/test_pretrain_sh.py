@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ksub_ds.cluster.errand import Errand
+from ksub_ds.cluster.launch_spec import Errand
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "pretrain.sh"
@@ -94,7 +94,7 @@ def test_options_are_divided_and_never_reparsed(tmp_path: Path) -> None:
     words = ["--out", "a run; $(touch hacked) 'x' \"y\" *", "--max-steps=3"]
     launcher, _, errand = passed(tmp_path, "--hostfile", EXAMPLE, *words, "--master_port=1234", "--bind_cores_to_rank")
     assert errand.arguments == words and errand.folder == str(tmp_path)
-    assert launcher[-3:] == ["--no_local_rank", "--module", "ksub_ds.cluster.rank"]
+    assert launcher[-3:] == ["--no_local_rank", "--module", "ksub_ds.cluster.worker"]
     for name, value in (("--master_port", "1234"), ("--master_addr", "127.0.0.1")):
         assert launcher[launcher.index(name) + 1] == value
     assert {"--no_ssh_check", "--bind_cores_to_rank"} <= set(launcher)
@@ -116,7 +116,7 @@ def test_outer_ranks_are_cleared(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def codes(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ksub_ds import positional_codes
-    from ksub_ds.corpus.shards import ShardDataset
+    from ksub_ds.corpus.shards.dataset import ShardDataset
 
     path = tmp_path_factory.mktemp("launch") / "codes.safetensors"
     positional_codes(ShardDataset.open(tiny_shards).manifest["tokenizer"]["vocab_size"], 3).save(path)

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from ksub_ds import CodeTable, clustered_codes, compress, plain_codes, positional_codes, replace_embeddings
 from ksub_ds.common.errors import UserError
-from ksub_ds.model.compress import compress_with_report, open_model
-from ksub_ds.model.convert import embedding_matrix
-from ksub_ds.model.fitting import fit_tables
+from ksub_ds.convert.compress import compress_with_report
+from ksub_ds.convert.fitting import fit_tables
+from ksub_ds.model.loading import open_model
+from ksub_ds.model.replacement import embedding_matrix
 
 SIZE = {"vocab_size": 200, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 

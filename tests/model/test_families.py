@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from ksub_ds import CodeTable, positional_codes, replace_embeddings
-from ksub_ds.model.convert import to_plain
 from ksub_ds.model.embedding import SubEmbedding
+from ksub_ds.model.replacement import to_plain
 
 SIZE = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 FAMILIES = {

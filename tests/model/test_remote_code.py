@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, compress, positional_codes
-from ksub_ds.model.remote_code import FILE, write_remote_code
+from ksub_ds.convert.remote_code import FILE, write_remote_code
 
 LOAD = """
 import json, sys

@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, positional_codes
 from ksub_ds.cli import main
-from ksub_ds.pretrain.export import export_run
+from ksub_ds.convert.export import export_run
 
 SENTENCES = ["The bird sings near the river.", "A small house"]
 
@@ -25,7 +25,7 @@ def library() -> Any:
 @pytest.fixture(scope="module")
 def exported(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`ksub export` of a masked language model with random weights."""
-    from ksub_ds.corpus.tokenizer import load_tokenizer
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_tokenizer)
     torch.manual_seed(0)

@@ -91,7 +91,7 @@ def state_bytes(run: Path, step: int) -> tuple[bytes, bytes]:
 def bench(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A folder for runs, with codes that fit the shards."""
     from ksub_ds import positional_codes
-    from ksub_ds.corpus.shards import ShardDataset
+    from ksub_ds.corpus.shards.dataset import ShardDataset
 
     folder = tmp_path_factory.mktemp("runs")
     vocab_size = ShardDataset.open(tiny_shards).manifest["tokenizer"]["vocab_size"]
@@ -104,7 +104,7 @@ def bench(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def bpe_shards(tiny_text: Path, tiny_bpe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards by a byte-level BPE tokenizer (roberta-base's kind), with a code file of its vocabulary beside them."""
     from ksub_ds import positional_codes
-    from ksub_ds.corpus.text_shards import ShardText, shard_text
+    from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 
     out = tmp_path_factory.mktemp("bpe") / "shards"
     manifest = shard_text(ShardText(tiny_text, tiny_bpe, out, sequence_length=64, validation_fraction=0.1, workers=1))

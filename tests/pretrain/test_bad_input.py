@@ -46,7 +46,7 @@ def refused(bench: Bench) -> dict[str, Outcome]:
 
 def other_tokenizer(bench: Bench, folder: Path) -> None:
     """Put another tokenizer into a folder of shards: the same file with one merge of pieces changed."""
-    from ksub_ds.corpus.tokenizer import load_tokenizer
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     model = folder / "sentencepiece.bpe.model"
     proto = __import__("sentencepiece.sentencepiece_model_pb2", fromlist=["ModelProto"]).ModelProto()

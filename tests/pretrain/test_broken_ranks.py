@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from ksub_ds.common.failure import EXIT_FAILED, EXIT_USER_ERROR
-from ksub_ds.common.signs import Signs
+from ksub_ds.common.watchdog import EXIT_FAILED, EXIT_USER_ERROR, Heartbeats
 
 from .conftest import HERE, Bench, environment
 
@@ -92,7 +91,7 @@ class Store:
 
     def __init__(self, ranks: int):
         self.store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, timeout=timedelta(seconds=5))
-        self.signs = Signs(ranks)
+        self.signs = Heartbeats(ranks)
 
     def beat(self, rank: int, count: int, position: int, waits: bool = False) -> None:
         self.store.set(f"beat/{rank}", json.dumps([count, position, waits, f"step {position}", "wait (c10d.py:1)"]))

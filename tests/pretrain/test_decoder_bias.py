@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.pretrain.prepare import build_model
+from ksub_ds.pretrain.builders import build_model
 from ksub_ds.pretrain.recipe import Recipe, resolve
 from ksub_ds.pretrain.sources import Sources, load_sources
 

@@ -28,7 +28,7 @@ def taught(bench: Bench, tiny_tokenizer: Path) -> dict[str, Outcome]:
     import torch
 
     from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, plain_codes
-    from ksub_ds.corpus.tokenizer import load_tokenizer
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_tokenizer)
     teacher, small = bench.folder / "teacher", bench.folder / "student"

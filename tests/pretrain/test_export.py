@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.pretrain.export import compare_with_reload, export_run, load_model
+from ksub_ds.convert.export import compare_with_reload, export_run
+from ksub_ds.pretrain.open_run import load_model
 from ksub_ds.pretrain.run_folder import RunFolder
 
 from .conftest import Bench, Outcome, environment, losses

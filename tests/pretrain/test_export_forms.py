@@ -11,8 +11,8 @@ import pytest
 
 from ksub_ds.cli import main
 from ksub_ds.common.errors import UserError
-from ksub_ds.pretrain.export import export_run
-from ksub_ds.pretrain.onnx_form import NEEDS
+from ksub_ds.convert.export import export_run
+from ksub_ds.convert.onnx import NEEDS
 from ksub_ds.pretrain.recipe import Recipe, resolve
 from ksub_ds.pretrain.warm_start import read_codes
 
@@ -42,7 +42,7 @@ def plain(bench: Bench, tiny_tokenizer: Path) -> Path:
     import torch
 
     from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, plain_codes
-    from ksub_ds.corpus.tokenizer import load_tokenizer
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_tokenizer)
     torch.manual_seed(0)

@@ -14,11 +14,14 @@ from ksub_ds.pretrain.engine import AUTO, compose_config, read_mechanics, size_b
 from ksub_ds.pretrain.recipe import (
     Recipe,
     accumulation_steps,
+    changed_keys,
     find_deepspeed_config,
+    from_json,
     learning_rate,
+    read_recipe,
     resolve,
+    to_json,
 )
-from ksub_ds.pretrain.recipe_file import changed_keys, from_json, read_recipe, to_json
 from ksub_ds.pretrain.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]

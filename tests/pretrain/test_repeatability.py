@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ksub_ds.corpus.batches import TrainingBatches
-from ksub_ds.corpus.shards import ShardDataset
-from ksub_ds.pretrain.feed import BatchFeed
+from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.pretrain.loop import dropout_seed
+from ksub_ds.pretrain.prefetch import BatchFeed
 
 from .conftest import STEPS, Bench, Outcome, losses, metrics, state_bytes
 

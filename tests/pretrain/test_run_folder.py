@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ksub_ds.cluster import restart
+from ksub_ds.cluster import launch
 from ksub_ds.common.errors import UserError
 from ksub_ds.pretrain import run_folder
 from ksub_ds.pretrain.run_folder import RunFolder
@@ -43,8 +43,8 @@ def test_a_restart_waits_for_the_folder(tmp_path: Path, monkeypatch: pytest.Monk
             (tmp_path / "run" / ".lock").touch()
 
     with monkeypatch.context() as patch:
-        patch.setattr(restart.fcntl, "flock", as_on_nfs)
-        patch.setattr(restart.time, "sleep", release)
+        patch.setattr(launch.fcntl, "flock", as_on_nfs)
+        patch.setattr(launch.time, "sleep", release)
         (tmp_path / "run" / "recipe.json").touch()  # a run: the lock's file stays
-        restart.wait_for_lock(tmp_path / "run")
+        launch.wait_for_lock(tmp_path / "run")
     assert len(waits) == 3

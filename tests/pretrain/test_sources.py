@@ -7,7 +7,7 @@ import pytest
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.text_shards import ShardText, shard_text
+from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.modeling import KSubRobertaForMaskedLM
 from ksub_ds.pretrain.__main__ import main

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ksub_ds.pretrain.stopping import EXIT_REQUEUE, StopRequest
+from ksub_ds.pretrain.preemption import EXIT_REQUEUE, StopRequest
 
 from .conftest import Bench, losses
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.pretrain.prepare import build_model
-from ksub_ds.pretrain.recipe import Recipe, resolve
-from ksub_ds.pretrain.recipe_file import changed_keys, to_json
+from ksub_ds.pretrain.builders import build_model
+from ksub_ds.pretrain.recipe import Recipe, changed_keys, resolve, to_json
 from ksub_ds.pretrain.sources import load_sources
 
 from .conftest import Bench

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ksub_ds.pretrain.export import export_run
+from ksub_ds.convert.export import export_run
 
 from .conftest import STEPS, Bench, Outcome, losses, metrics
 

@@ -15,7 +15,7 @@ from ksub_ds.cli import main
 from ksub_ds.codes.inspection import code_neighbours, describe
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.corpus.tokenizer import load_tokenizer
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.frequency import token_frequency
-from ksub_ds.corpus.shards import ShardDataset
+from ksub_ds.corpus.shards.dataset import ShardDataset
+from ksub_ds.corpus.statistics import token_frequency
 from ksub_ds.vectors import cooccurrence
 from ksub_ds.vectors.cooccurrence import Cooccurrence, count_pairs, factorise, most_frequent, positive_pmi
 from ksub_ds.vectors.sources import load_vectors

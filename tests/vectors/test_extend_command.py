@@ -72,7 +72,7 @@ def test_mistakes_are_one_line(folder, capsys, content, more, message):
 
 
 def test_a_token_of_the_tokenizer_is_refused(folder, tiny_tokenizer, capsys):
-    from ksub_ds.corpus.tokenizer import load_tokenizer
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     loaded = load_tokenizer(tiny_tokenizer)
     positional_codes(loaded.vocab_size, 3).save("codes.safetensors")

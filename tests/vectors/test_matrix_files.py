@@ -105,7 +105,7 @@ def test_what_is_no_matrix_of_numbers_is_refused(tmp_path, array, words):
 
 
 def test_the_tokenizer_must_have_as_many_tokens(tmp_path, tiny_tokenizer):
-    from ksub_ds.corpus.tokenizer import load_tokenizer
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_tokenizer)
     np.save(tmp_path / "right.npy", np.zeros((tokenizer.vocab_size, 2)))

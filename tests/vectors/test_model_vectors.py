@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ksub_ds.codes.positional import plain_codes, positional_codes
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
-from ksub_ds.corpus.tokenizer import load_tokenizer
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.modeling import KSubRobertaForMaskedLM, KSubRobertaForSequenceClassification
 from ksub_ds.pretrain.checkpoint import FILES, FORMAT

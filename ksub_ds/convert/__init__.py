@@ -1,0 +1,1 @@
+"""Models into other forms: exported, compressed, one-file code, ONNX."""

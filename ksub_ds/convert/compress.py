@@ -1,0 +1,307 @@
+"""From a trained model's folder to a small one: `ksub compress`.
+
+    ksub compress plain_model --num-tables 3 --table-size 128 --out small_model
+
+SMALL_MODEL holds the weights, the codes (also as codes.safetensors), the tokenizer and compression.json. Next:
+`ksub pretrain --warm-start small_model`, with or without `--distill-from plain_model`.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from transformers import PreTrainedModel
+
+from ksub_ds.codes.table import CodeTable
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import atomic_folder, write_json
+from ksub_ds.common.logging import get_logger
+from ksub_ds.convert.fitting import Mixing, fit_tables
+from ksub_ds.model.base import SubEmbeddingModel
+from ksub_ds.model.loading import open_model
+from ksub_ds.model.replacement import embedding_matrix, replace_embeddings
+
+# Merged docstring, to be folded in:
+# """Compress a trained model: its embedding becomes tables fitted to it, at both ends; all other weights stay.
+#
+#     from ksub_ds import clustered_codes, compress
+#     small = compress("folder", clustered_codes(vectors, num_tables=3, table_size=128))
+#
+# The result is a start for continued pretraining or distillation: 384 rows cannot hold what 30,000 did, and the layers
+# above have to learn to read what is left.
+# """
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What compression did, in numbers.
+
+    Attributes:
+        error: squared distance of old and new embeddings, relative to that of one mean vector for all.
+        cosine: mean cosine between old and new embeddings.
+        embedding_parameters, total_parameters: before and after; the tables are what is trained.
+        mixing_numbers: fixed numbers of the d x d matrix that stays with the tables; 0 if there is none.
+        loss: of the callback, before and after.
+    """
+
+    num_tokens: int
+    table_sizes: tuple[int, ...]
+    mixing: str
+    error: float
+    cosine: float
+    embedding_parameters: tuple[int, int]
+    mixing_numbers: int
+    total_parameters: tuple[int, int]
+    loss: tuple[float, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        (old, new), (all_old, all_new) = self.embedding_parameters, self.total_parameters
+        fixed = f" and {self.mixing_numbers:,} fixed numbers (the {self.mixing} matrix)" if self.mixing_numbers else ""
+        lines = [
+            f"embedding parameters   {old:,} -> {new:,}{fixed}",
+            f"all parameters         {all_old:,} -> {all_new:,}",
+            f"embedding error        {self.error:.4f} of the variance is lost; mean cosine {self.cosine:.4f}",
+        ]
+        if self.loss is not None:
+            lines.append(f"masked-token loss      {self.loss[0]:.4f} -> {self.loss[1]:.4f} nats")
+        return lines
+
+
+def compress(
+    model_or_name: PreTrainedModel | str | Path,
+    table: CodeTable,
+    mixing: Mixing = "linear",
+    weights: np.ndarray | None = None,
+) -> SubEmbeddingModel:
+    """A trained model over sub-embeddings whose tables are fitted to its embedding by least squares (fitting.py).
+
+    Args:
+        model_or_name: a model, a folder in HuggingFace's form, or a name in the local cache or on the Hub; the
+            families of `replace_embeddings`, or one of ours (a plain one, K = 1, too). Folders are read from
+            safetensors only.
+        table: codes of its tokens.
+        mixing: whether a d x d matrix may stand beside the tables: "linear", "orthogonal" or "none".
+        weights: (N,) how much each token counts, for example its frequency. [1]
+
+    Raises:
+        ValueError: as `replace_embeddings` and `fit_tables`; a decoder that is not tied; nothing to read there.
+    """
+    return compress_with_report(model_or_name, table, mixing, weights)[0]
+
+
+def compress_with_report(
+    model_or_name: PreTrainedModel | str | Path,
+    table: CodeTable,
+    mixing: Mixing = "linear",
+    weights: np.ndarray | None = None,
+    loss: Callable[[PreTrainedModel], float] | None = None,
+) -> tuple[SubEmbeddingModel, CompressionReport]:
+    """`compress`, and what it did.
+
+    Args:
+        loss: measured on the model before and after, for example its masked-token loss on some text.
+    """
+    model = model_or_name if isinstance(model_or_name, PreTrainedModel) else open_model(model_or_name)
+    vectors = embedding_matrix(model).float().cpu().numpy()[: table.num_tokens]
+    fit = fit_tables(vectors, table, mixing, weights)
+    small = replace_embeddings(model, table, mixing=fit.mixing is not None)
+    layer = small.get_input_embeddings()
+    with torch.no_grad():
+        for k, (ours, fitted) in enumerate(zip(layer.tables, fit.tables, strict=True)):
+            used = torch.from_numpy(np.unique(table.codes[:, k]))
+            ours += torch.from_numpy(fitted)[used].mean(dim=0)  # rows for tokens that join later: near the others
+            ours[used] = torch.from_numpy(fitted).to(ours)[used]
+        if layer.mixing is not None:
+            layer.mixing.copy_(torch.as_tensor(fit.mixing))
+    dense = layer.dense_weight().detach().float().cpu().numpy()
+    report = CompressionReport(
+        table.num_tokens,
+        table.table_sizes,
+        "none" if fit.mixing is None else mixing,
+        fit.error,
+        _mean_cosine(vectors, dense),
+        (
+            sum(each.numel() for each in model.get_input_embeddings().parameters()),
+            table.num_parameters(vectors.shape[1]),
+        ),
+        0 if fit.mixing is None else fit.mixing.size,
+        (model.num_parameters(), small.num_parameters()),
+        None if loss is None else (loss(model), loss(small)),
+    )
+    return small, report
+
+
+def _mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return float(((first * second).sum(axis=1) / np.maximum(norms, 1e-30)).mean())
+
+
+# How sentence-transformers puts an encoder to use; small JSON files that stay true for the compressed one.
+SENTENCE_FILES = (
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("1_Pooling/config.json", "2_Normalize/config.json"),
+)
+
+
+@dataclass(frozen=True)
+class CompressModel:
+    """Put k small tables in the place of a trained model's embedding, fitted to it by least squares."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Model folder (or Hub name): BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT, ModernBERT, or an export of
+    `ksub pretrain --plain`."""
+    out: Path
+    """Folder to write."""
+    num_tables: int = 3
+    """K, how many tables replace the embedding."""
+    table_size: int = 128
+    """M, the rows of every table."""
+    codes: Path | None = None
+    """Code file to use. [codes by clustering the model's own embedding, K tables of M rows]"""
+    mixing: Literal["linear", "orthogonal", "none"] = "linear"
+    """A fixed d x d matrix beside the tables: any, a rotation, or none."""
+    data: Path | None = None
+    """Shards folder made with the model's tokenizer: the masked-token loss on its held-out part, before and after."""
+    sequences: int = 64
+    """Held-out sequences per language for that loss."""
+    seed: int = 0
+    """Of the clustering."""
+
+
+def compress_model(settings: CompressModel) -> Path:
+    """Compress a model and write its folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the model cannot be read or compressed, codes or data do not fit it, or a folder is in the way.
+    """
+    from ksub_ds.convert.compress import compress_with_report
+    from ksub_ds.model.loading import open_model
+    from ksub_ds.model.replacement import embedding_matrix
+
+    out, log = settings.out, get_logger()
+    if out.exists() and not (out / "compression.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is not a compressed model and not empty; choose another folder")
+    if settings.sequences < 1:
+        raise UserError(f"--sequences {settings.sequences}: must be at least 1")
+    model = open_model(settings.model)
+    tokenizer = _tokenizer(settings.model)
+    loss = _masked_loss(settings, model, tokenizer) if settings.data is not None else None
+    try:
+        vectors = embedding_matrix(model)
+        if tokenizer is not None and len(tokenizer) < len(vectors):
+            log.info(f"{settings.model}: {len(vectors) - len(tokenizer):,} rows beyond the tokenizer's left out")
+            vectors = vectors[: len(tokenizer)]
+        table = _codes(settings, vectors.float().cpu().numpy())
+        small, report = compress_with_report(model, table, settings.mixing, loss=loss)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{settings.model}: {error}") from error
+    with atomic_folder(out) as temporary:
+        small.save_pretrained(temporary)
+        table.save(temporary / "codes.safetensors")
+        _save_tokenizer(Path(settings.model), tokenizer, temporary)
+        copy_sentence_files(Path(settings.model), temporary)
+        source = {"model": settings.model, "codes_sha256": table.sha256}
+        write_json(temporary / "compression.json", source | report.to_json())
+    for line in report.lines():
+        log.info(line)
+    log.info(f"{out}: written. Next: ksub pretrain --warm-start {out}")
+    return out
+
+
+def _tokenizer(name: str) -> Any:
+    """The tokenizer that lies with the model; None, with a line of warning, if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds here
+        reason = str(error).strip().split("\n")[0][:160]
+        get_logger().warning(f"{name}: no tokenizer that transformers opens ({reason}); the new folder has none")
+        return None
+
+
+def _save_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:
+    """As this project writes it, if it knows the kind: a SentencePiece model stays beside it. Else as transformers."""
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+
+    if tokenizer is None:
+        return
+    if source.is_dir():
+        try:
+            load_tokenizer(source).save(target)
+            return
+        except UserError:
+            pass  # a tokenizer without a mask token, say
+    tokenizer.save_pretrained(target)
+
+
+def _codes(settings: CompressModel, vectors: Any) -> CodeTable:
+    if settings.codes is None:
+        from ksub_ds.codes.clustering import clustered_codes
+
+        table = clustered_codes(vectors, settings.num_tables, settings.table_size, seed=settings.seed)
+        table.metadata["vectors"] = f"input embeddings of model {Path(settings.model).name}"
+        return table
+    table = CodeTable.load(settings.codes)
+    if table.num_tokens != len(vectors):
+        raise UserError(
+            f"--codes {settings.codes}: codes of {table.num_tokens:,} tokens, the model has {len(vectors):,}"
+        )
+    return table
+
+
+def _masked_loss(settings: CompressModel, model: Any, tokenizer: Any) -> Callable[[Any], float]:
+    """Mean loss over the masked tokens of the held-out part, as a function of a model."""
+    from ksub_ds.corpus.batches import HeldOutBatches
+    from ksub_ds.corpus.shards.dataset import ShardDataset
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+
+    assert settings.data is not None
+    if not type(model).__name__.endswith("ForMaskedLM"):
+        raise UserError(f"--data: {settings.model} is a {type(model).__name__}, which predicts no masked tokens")
+    dataset = ShardDataset.open(settings.data)
+    if Path(settings.model).is_dir():
+        dataset.check_tokenizer(load_tokenizer(settings.model).fingerprint, settings.model)
+    elif tokenizer is not None and len(tokenizer) != dataset.manifest["tokenizer"]["vocab_size"]:
+        raise UserError(f"--data {settings.data}: made with another tokenizer than that of {settings.model}")
+    batches = HeldOutBatches(dataset, settings.sequences, mlm_probability=0.15, batch_size=8)
+    if not len(batches):
+        raise UserError(f"--data {settings.data}: has no held-out part; make it with --validation-fraction 0.01")
+
+    def measure(model: Any) -> float:
+        import torch
+
+        total = count = 0.0
+        with torch.no_grad():
+            for _, batch in batches:
+                tensors = {key: torch.from_numpy(array) for key, array in batch.items()}
+                labelled = float((tensors["labels"] != -100).sum())
+                if labelled:
+                    total += float(model(**tensors).loss) * labelled
+                    count += labelled
+        return total / count
+
+    return measure
+
+
+def copy_sentence_files(source: Path, target: Path) -> None:
+    """Copy what makes a folder one of sentence-transformers, if it is there."""
+    for name in SENTENCE_FILES:
+        if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)

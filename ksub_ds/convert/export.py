@@ -1,0 +1,126 @@
+"""From a run folder to a HuggingFace folder that others can use, checked before it is published.
+
+    ksub export RUN --out DIR                  opens after `import ksub_ds`
+    ksub export RUN --out DIR --remote-code    opens without it, by trust_remote_code=True
+    ksub export RUN --out DIR --dense          a plain XLM-R or RoBERTa: any tool opens it, with its N x d matrix
+
+The model is built anew from the recipe and the codes, filled with the fp32 master weights of a checkpoint, saved to a
+temporary folder, loaded back by transformers' Auto class, and both must give the same logits and loss. A folder of
+one of our models (of `ksub compress`, or an earlier export) can stand for RUN.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import atomic_folder
+from ksub_ds.common.logging import get_logger
+from ksub_ds.convert.source import Source, auto_class, head_of, open_source
+
+TOLERANCE = 1e-5  # the reloaded model makes the same numbers; this leaves room for another order of sums
+DENSE_TOLERANCE = 1e-4  # N x d products instead of table scores: another order of many sums
+
+Form = Literal["ksub", "remote-code", "dense"]
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    step: int | None = None,
+    form: Form = "ksub",
+    onnx: bool = False,
+    licence: str | None = None,
+) -> Path:
+    """Write the model of a run as a HuggingFace folder: config, weights with codes, tokenizer, model card.
+
+    Args:
+        run: the run folder, or a folder of one of our models.
+        out: the folder to make; an earlier export there is replaced.
+        step: which checkpoint; default the newest whole one.
+        form: whether the folder needs ksub_ds, brings its code along, or is a plain transformers model.
+        onnx: write model.onnx beside the weights, compared with onnxruntime.
+        licence: of the weights, for the model card.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: not a run folder, no (such) whole checkpoint, a folder in the way, or the reloaded model differs.
+    """
+    out = Path(out)
+    if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is not an export and not empty; choose another folder")
+    source = open_source(run, step)
+    if out.exists() and Path(run).resolve() == out.resolve():
+        raise UserError(f"--out {out}: is the model itself; choose another folder")
+    try:
+        with atomic_folder(out) as temporary:
+            difference = _write(source, temporary, form, licence)
+            if onnx:
+                from ksub_ds.convert.onnx import write_onnx
+
+                error = write_onnx(temporary)
+                get_logger().info(f"model.onnx: run by onnxruntime and compared (largest difference {error:.1e})")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+    get_logger().info(f"{out}: {source.name}, reloaded and compared (largest difference {difference:.1e})")
+    return out
+
+
+def _write(source: Source, folder: Path, form: Form, licence: str | None) -> float:
+    """Fill a folder; the largest difference between the model and its reloaded copy."""
+    from ksub_ds.convert.compress import copy_sentence_files
+    from ksub_ds.convert.model_card import write_model_card
+    from ksub_ds.convert.remote_code import write_remote_code
+
+    saved = _plain(source) if form == "dense" else source.model
+    saved.save_pretrained(folder)
+    if source.tokenizer is not None:
+        source.tokenizer.save(folder)
+    difference = compare_with_reload(source.model, folder, source.tokenizer)
+    tolerance = DENSE_TOLERANCE if form == "dense" else TOLERANCE
+    if not difference <= tolerance:
+        raise UserError(f"{source.name}: the exported model differs from it by {difference:g}; not published")
+    if form == "remote-code":
+        write_remote_code(folder, source.model)
+    if source.folder is not None:
+        copy_sentence_files(source.folder, folder)
+    write_model_card(folder, source, form, licence)
+    return difference
+
+
+def _plain(source: Source) -> Any:
+    """The plain transformers model: XLM-R's class for a SentencePiece tokenizer in XLM-R's layout, else RoBERTa's."""
+    from transformers import XLMRobertaForMaskedLM
+
+    from ksub_ds.corpus.tokenizers.xlmr import XlmrTokenizer
+    from ksub_ds.model.modeling import KSubRobertaForMaskedLM
+    from ksub_ds.model.replacement import to_plain
+
+    is_xlmr = isinstance(source.tokenizer, XlmrTokenizer) and isinstance(source.model, KSubRobertaForMaskedLM)
+    try:
+        return to_plain(source.model, XLMRobertaForMaskedLM if is_xlmr else None)
+    except ValueError as error:
+        raise UserError(f"--dense: {error}") from error
+
+
+def compare_with_reload(model: Any, saved: Path, tokenizer: Any) -> float:
+    """Largest difference between the model and its saved copy, on a few random rows: logits, loss or states."""
+    import torch
+
+    head = head_of(type(model).__name__)
+    copy = auto_class(saved).from_pretrained(saved).eval()
+    num_tokens = model.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    input_ids_BT = torch.randint(num_tokens, (2, 16), generator=generator)
+    if tokenizer is not None:
+        input_ids_BT[:, 0], input_ids_BT[:, -1] = tokenizer.bos_id, tokenizer.eos_id
+    labels_BT = torch.randint(num_tokens, (2, 16), generator=generator)
+    differences = []
+    with torch.no_grad():
+        for arguments in ({}, {"labels": labels_BT}) if head == "ForMaskedLM" else ({},):
+            ours, theirs = (each(input_ids_BT, **arguments) for each in (model, copy))
+            key = "loss" if arguments else "logits" if head else "last_hidden_state"
+            differences.append((ours[key] - theirs[key]).abs().max().item())
+    # max() passes over a NaN that is not first; a NaN must not look like agreement
+    return max(differences) if all(value == value for value in differences) else float("nan")

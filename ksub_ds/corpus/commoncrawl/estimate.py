@@ -1,0 +1,138 @@
+"""What a run would take, from a sample of its input: time by stage, and disk. Nothing is written."""
+
+import gzip
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.logging import format_seconds
+from ksub_ds.corpus.commoncrawl.dedup import Mode, hash_paragraphs, judge, mask
+from ksub_ds.corpus.commoncrawl.documents import Document
+from ksub_ds.corpus.commoncrawl.filter import Counts, Selection, keep_paragraphs, select_batch
+from ksub_ds.corpus.commoncrawl.inputs import WetFile
+from ksub_ds.corpus.commoncrawl.wet import Page, read_wet
+from ksub_ds.corpus.tokenizers.loading import Tokenizer
+
+SAMPLE_BYTES = 6_000_000  # of text, from so many places of the input:
+PLACES = 3
+
+
+def estimate(
+    files: Sequence[WetFile],
+    total_bytes: int,
+    selection: Selection,
+    tokenizer: Tokenizer,
+    mode: Mode,
+    num_ranks: int,
+    with_text: bool,
+    out: Path,
+) -> str:
+    """The estimate as text.
+
+    Args:
+        files: what the sample may be taken from.
+        total_bytes: of the whole input, as it lies on the disk.
+        with_text: whether CCNet's JSON lines are wanted too.
+        out: where the run would write; for the free space.
+
+    Raises:
+        UserError: no page in the sample.
+    """
+    import pyarrow as pa
+
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, function: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = function()
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+        return result
+
+    hash_paragraphs(["warm"])
+    tokenizer.encode_batch(["warm"])
+    selection.identifier.identify(["warm"])
+    seconds.clear()
+    pages, taken = timed("read twice", lambda: _sample(files))
+    if not pages:
+        raise UserError("--dry-run: the sample holds no page; look at the input, or run without --dry-run")
+    seconds["read twice"] *= 2
+    lines = [line for page in pages for line in page.text.split("\n")]
+    documents = [document for page in pages if (document := keep_paragraphs(page, None)) is not None]
+    if mode != "off":
+        hashes = timed("hash and deduplicate", lambda: hash_paragraphs(lines))
+        documents = timed("hash and deduplicate", lambda: _deduplicated(pages, hashes, mode))
+    counts: Counts = {}
+    kept = timed("identify and filter", lambda: select_batch(documents, selection, counts))
+    texts = [document.text for document in kept]
+    tokens = sum(map(len, timed("tokenise", lambda: tokenizer.encode_batch(texts))))
+    raw = "\n".join(texts).encode()
+    stored = len(timed("store", lambda: pa.Codec("zstd", compression_level=1).compress(raw, asbytes=True)))
+
+    factor = total_bytes / max(taken, 1)
+    work = {"hashes": 16 * len(lines) if mode != "off" else 0, "documents": stored, "tokens": 4 * tokens}
+    disk = {**{f"work: {name}": size for name, size in work.items()}, "shards": 4.02 * tokens}
+    if with_text:
+        disk["text (gzip)"] = len(timed("write text", lambda: gzip.compress(raw, 6, mtime=0)))
+    free = shutil.disk_usage(_existing(out)).free
+    need = sum(disk.values()) * factor
+    report = [
+        f"sample: {len(pages):,} pages, {sum(len(page.text) for page in pages) / 1e6:.1f} M characters, "
+        f"from {taken / 1e6:.2f} of {total_bytes / 1e6:,.1f} MB",
+        f"kept: about {len(kept) * factor:,.0f} of {len(pages) * factor:,.0f} pages, "
+        f"{tokens * factor / 1e6:,.2f} M tokens (fewer when paragraphs repeat further apart than in the sample)",
+        f"time on {num_ranks} rank{'s' * (num_ranks > 1)}: about "
+        f"{format_seconds(sum(seconds.values()) * factor / num_ranks)}",
+        *(f"  {name:<24}{format_seconds(value * factor / num_ranks):>12}" for name, value in seconds.items()),
+        f"disk: about {_size(need)} at the most; {_size(free)} are free" + (" - NOT ENOUGH" if need > free else ""),
+        *(f"  {name:<24}{_size(value * factor):>12}" for name, value in disk.items()),
+    ]
+    return "\n".join(report)
+
+
+def _sample(files: Sequence[WetFile]) -> tuple[list[Page], int]:
+    """Pages from the beginnings of some files, and how many bytes on the disk they stand for."""
+    chosen = [files[len(files) * place // PLACES] for place in range(PLACES)] if len(files) >= PLACES else list(files)
+    pages, taken = [], 0
+    for file in chosen:
+        size, last = 0, None
+        for item in read_wet(file.path):
+            if isinstance(item, Page) and item.text:
+                pages.append(item)
+                size += len(item.text.encode())
+                last = item.offset
+            if size > SAMPLE_BYTES // len(chosen):
+                # One single member has no offsets inside: take it that text shrinks to a third.
+                taken += last or size // 3
+                break
+        else:
+            taken += file.size
+    return pages, taken
+
+
+def _deduplicated(pages: list[Page], hashes: np.ndarray, mode: Mode) -> list[Document]:
+    bits = judge(np.unique(hashes), mode)
+    kept = mask(hashes, bits, mode)
+    ends = np.cumsum([page.text.count("\n") + 1 for page in pages])
+    parts = np.split(kept, ends[:-1])
+    found = (keep_paragraphs(page, part.tobytes()) for page, part in zip(pages, parts, strict=True))
+    return [document for document in found if document is not None]
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.1f} {unit}" if unit != "B" else f"{count:,.0f} B"
+        count /= 1000
+    return f"{count:,.1f} TB"

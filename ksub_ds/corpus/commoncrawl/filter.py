@@ -1,0 +1,212 @@
+"""Two stages over a WET file: reading it for its paragraphs' hashes, and again for the pages that are kept.
+
+Reading twice costs less than storing what was read: inflating and checking a page takes a hundredth of
+tokenising it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import atomic_path, sha256_file
+from ksub_ds.corpus.commoncrawl.dedup import hash_paragraphs
+from ksub_ds.corpus.commoncrawl.documents import Document, DocumentWriter
+from ksub_ds.corpus.commoncrawl.inputs import WetFile
+from ksub_ds.corpus.commoncrawl.langid import OTHER, LanguageIdentifier
+from ksub_ds.corpus.commoncrawl.perplexity import Buckets
+from ksub_ds.corpus.commoncrawl.wet import Fault, Page, read_wet
+
+BATCH_CHARACTERS = 1 << 20  # of text and URLs held at a time
+PARAGRAPHS_AT_ONCE = 1 << 18  # hashed: a page can have four million
+PAGE_CHARACTERS = 500  # what a page takes besides: a batch must not hold a million pages of a letter
+UNKNOWN = "-"  # stands for the language before it is identified
+
+Counts = dict[str, dict[str, list[int]]]
+"""Stage -> language -> documents in, bytes in, documents out, bytes out."""
+
+
+def count(counts: Counts, stage: str, language: str, size_in: int, size_out: int | None) -> None:
+    """Add a document to a stage's counts; `size_out` is None when the stage drops it. Sizes are UTF-8 bytes."""
+    row = counts.setdefault(stage, {}).setdefault(language, [0, 0, 0, 0])
+    row[0] += 1
+    row[1] += size_in
+    if size_out is not None:
+        row[2] += 1
+        row[3] += size_out
+
+
+def read_file(file: WetFile, hashes: Path | None, quarantine: Path) -> dict[str, Any]:
+    """The first reading: write the hashes of all paragraphs (uint64, in order) and a line for each fault.
+
+    Args:
+        hashes: None when no paragraph is to be hashed.
+        quarantine: {"file", "offset", "reason", ...} a line.
+
+    Returns:
+        "counts", "faults", "other" (records that are no pages), "paragraphs", and the sha256 of file and hashes.
+    """
+    counts: Counts = {}
+    tally = {"faults": 0, "other": 0, "paragraphs": 0}
+    digest = hashlib.sha256()
+    with ExitStack() as stack:
+        faults = stack.enter_context(open(stack.enter_context(atomic_path(quarantine)), "w", encoding="utf-8"))
+        stream = stack.enter_context(open(stack.enter_context(atomic_path(hashes)), "wb")) if hashes else None
+        waiting: list[str] = []
+        size = 0
+        for page in _pages(file, counts, tally, faults):
+            waiting += page.text.split("\n")
+            size += len(page.text)
+            if size >= BATCH_CHARACTERS:
+                _write_hashes(waiting, stream, digest, tally)
+                waiting, size = [], 0
+        _write_hashes(waiting, stream, digest, tally)
+    return {"counts": counts, **tally, "sha256": content_hash(file), "hashes": digest.hexdigest()}
+
+
+def content_hash(file: WetFile) -> str:
+    """sha256 of a file, empty when it cannot be read."""
+    try:
+        return sha256_file(file.path)
+    except OSError:
+        return ""
+
+
+def _write_hashes(paragraphs: list[str], stream: IO[bytes] | None, digest: Any, tally: dict[str, int]) -> None:
+    tally["paragraphs"] += len(paragraphs)
+    if stream is None:
+        return
+    for first in range(0, len(paragraphs), PARAGRAPHS_AT_ONCE):
+        block = hash_paragraphs(paragraphs[first : first + PARAGRAPHS_AT_ONCE]).tobytes()
+        digest.update(block)
+        stream.write(block)
+
+
+def _pages(file: WetFile, counts: Counts, tally: dict[str, int], faults: IO[str] | None) -> Iterator[Page]:
+    """The pages with text; the rest is counted, and faults written."""
+    for item in read_wet(file.path):
+        if isinstance(item, Page):
+            size = len(item.text.encode())
+            count(counts, "read", UNKNOWN, size, size if size else None)
+            if size:
+                yield item
+        elif isinstance(item, Fault):
+            tally["faults"] += 1
+            if faults is not None:
+                entry: dict[str, Any] = {"file": file.name, "offset": item.offset, "reason": item.reason}
+                if item.inflated:
+                    entry["inflated_offset"] = item.inflated
+                if item.url:
+                    entry["url"] = item.url
+                faults.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        else:
+            tally["other"] += 1
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What decides which pages stay.
+
+    Attributes:
+        languages: the ones to keep.
+        keep_buckets: of head, middle, tail, all.
+        min_length: characters a page needs after deduplication.
+    """
+
+    identifier: LanguageIdentifier
+    buckets: Buckets
+    languages: tuple[str, ...]
+    keep_buckets: tuple[str, ...]
+    min_length: int
+
+
+def select_file(
+    file: WetFile, sha256: str, masks: Iterator[np.ndarray] | None, selection: Selection, out: Path
+) -> dict[str, Any]:
+    """The second reading: drop the paragraphs that are not kept, then pages by language, bucket and length.
+
+    Args:
+        sha256: of the file when it was read first.
+        masks: which paragraphs are kept, block by block; None for all.
+        out: the documents, see crawl_documents.
+
+    Returns:
+        "counts", and "paragraphs" that are kept.
+
+    Raises:
+        UserError: the file has changed since the first reading.
+    """
+    if content_hash(file) != sha256:
+        raise UserError(f"{file.path}: was changed while this run read it; run again when it stays")
+    counts: Counts = {}
+    answers, paragraphs = None if masks is None else _Answers(masks), 0
+    with DocumentWriter(out) as writer:
+        batch: list[Document] = []
+        size = 0
+        for page in _pages(file, {}, {"faults": 0, "other": 0}, None):
+            document = keep_paragraphs(page, None if answers is None else answers.take(page.text.count("\n") + 1))
+            before = len(page.text.encode())
+            count(counts, "dedup", UNKNOWN, before, None if document is None else document.size)
+            if document is None:
+                continue
+            paragraphs += len(document.line_ids)
+            batch.append(document)
+            size += len(document.text) + len(page.url) + PAGE_CHARACTERS
+            if size >= BATCH_CHARACTERS:
+                writer.write(select_batch(batch, selection, counts))
+                batch, size = [], 0
+        writer.write(select_batch(batch, selection, counts))
+    return {"counts": counts, "paragraphs": paragraphs}
+
+
+class _Answers:
+    """The masks of a file's blocks as one stream of bytes, 0 or 1 a paragraph."""
+
+    def __init__(self, masks: Iterator[np.ndarray]):
+        self._masks, self._bits = masks, b""
+
+    def take(self, number: int) -> bytes:
+        while len(self._bits) < number:
+            self._bits += next(self._masks).tobytes()
+        taken, self._bits = self._bits[:number], self._bits[number:]
+        return taken
+
+
+def keep_paragraphs(page: Page, answers: bytes | None) -> Document | None:
+    """What is left of a page, or None; `answers` is a byte a line, None keeps all."""
+    lines = page.text.split("\n")
+    line_ids = list(range(len(lines)) if answers is None else compress(range(len(lines)), answers))
+    if not line_ids:
+        return None
+    text = page.text if len(line_ids) == len(lines) else "\n".join([lines[number] for number in line_ids])
+    return Document(page, lines[0], len(lines), line_ids, text, len(text.encode()))
+
+
+def select_batch(batch: list[Document], selection: Selection, counts: Counts) -> list[Document]:
+    """The documents of a batch that stay, with their language and bucket filled in."""
+    chosen = []
+    answers = selection.identifier.identify([document.text for document in batch]) if batch else []
+    for document, (language, score) in zip(batch, answers, strict=True):
+        wanted = language != OTHER and language in selection.languages
+        size = document.size
+        count(counts, "language", language, size, size if wanted else None)
+        if not wanted:
+            continue
+        document.language, document.language_score = language, score
+        document.bucket, document.perplexity = selection.buckets.bucket(language, document.text)
+        wanted = document.bucket in selection.keep_buckets
+        count(counts, "quality", language, size, size if wanted else None)
+        if not wanted:
+            continue
+        wanted = len(document.text) >= selection.min_length
+        count(counts, "length", language, size, size if wanted else None)
+        if wanted:
+            chosen.append(document)
+    return chosen

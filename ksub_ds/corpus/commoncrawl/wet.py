@@ -1,0 +1,377 @@
+"""Reading Common Crawl's WET files, whatever is wrong with them.
+
+A WET file is a chain of gzip members, one WARC record in each; a record is a header, a blank line and
+the text of one page. Readers in use accept a cut file as if it were whole, lose everything after a
+flipped bit, and inflate what they are given. This one
+
+    checks    every member's checksum before its record is given out, and every record's Content-Length;
+    bounds    what a header, a record and a file may inflate to, and never holds more than one record;
+    goes on   after damage with the next gzip member that starts a record, and after a bad record with
+              the next record of the same member (files that are one single member are read too).
+
+What cannot be read comes out as a `Fault`: where, and why.
+"""
+
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+# Merged docstring, to be folded in:
+# """Gzip members of a file, inflated as far as asked for, within bounds.
+#
+# A file of many members can be damaged in one of them: `Compressed.find_member` finds the next that holds
+# what is looked for. Everything inflated or looked at is paid from the file's budget, so that no file,
+# whatever it holds, takes more than its share of time.
+# """
+
+
+MAGIC = b"\x1f\x8b\x08"
+_PIECE = 1 << 15  # compressed bytes handed to zlib at a time
+_WINDOW = 1 << 20  # compressed bytes read from the disk at a time
+_OUTPUT = 1 << 18  # inflated bytes taken from zlib at a time
+_LOOK = 1 << 10  # what one look at a possible member costs of the budget
+
+
+class Damaged(Exception):
+    """The member cannot be inflated to its end."""
+
+
+class TooMuch(Exception):
+    """The file's budget is spent."""
+
+
+class Compressed:
+    """The file as it lies on the disk, by offset; counts what is spent on inflating it."""
+
+    def __init__(self, stream: BinaryIO, budget: int):
+        self._descriptor = stream.fileno()
+        self._start, self._window = 0, b""
+        self._budget = budget
+
+    def at(self, offset: int) -> memoryview:
+        """_PIECE bytes from `offset` on, fewer at the end of the file."""
+        place = offset - self._start
+        if not 0 <= place <= len(self._window) - _PIECE:
+            self._start, self._window, place = offset, os.pread(self._descriptor, _WINDOW, offset), 0
+        return memoryview(self._window)[place : place + _PIECE]
+
+    def spend(self, count: int) -> None:
+        self._budget -= count
+        if self._budget < 0:
+            raise TooMuch
+
+    def find_member(self, offset: int, start: bytes) -> int:
+        """Where the next gzip member whose content begins with `start` lies, from `offset` on; else the file's end."""
+        while len(piece := bytes(self.at(offset))) >= len(MAGIC):
+            place = piece.find(MAGIC)
+            if place < 0:
+                offset += len(piece) - len(MAGIC) + 1
+                continue
+            offset += place
+            try:
+                self.spend(_LOOK)
+                if zlib.decompressobj(31).decompress(self.at(offset), len(start)) == start:
+                    return offset
+            except zlib.error:
+                pass  # the magic bytes alone: no member begins here
+            offset += 1
+        return offset + len(piece)
+
+
+class Member:
+    """One gzip member, or a whole plain file, inflated as far as asked for.
+
+    Attributes:
+        data: inflated bytes not dropped yet.
+        dropped: inflated bytes dropped before them.
+        position: offset in the file of the first byte not taken yet.
+        ended: whether it is inflated to its end, checksum and length verified.
+    """
+
+    def __init__(self, source: Compressed, offset: int, plain: bool):
+        self.offset = self.position = offset
+        self.data, self.dropped, self.ended = bytearray(), 0, False
+        self.plain = plain
+        self._source = source
+        self._inflate = zlib.decompressobj(31)
+
+    def pull(self) -> None:
+        """Inflate a little more."""
+        piece = self._source.at(self.position)
+        if self.plain:
+            output, used = bytes(piece), len(piece)
+            self.ended = not used
+        else:
+            try:
+                output = self._inflate.decompress(piece, _OUTPUT)
+            except zlib.error as error:
+                raise Damaged(f"damaged gzip member ({error})") from None
+            self.ended = self._inflate.eof
+            used = len(piece) - len(self._inflate.unused_data if self.ended else self._inflate.unconsumed_tail)
+            if not piece and not output and not self.ended:
+                raise Damaged("gzip member is cut off by the end of the file")
+        self._source.spend(max(used, len(output)))
+        self.position += used
+        self.data += output
+
+    def fill(self, size: int) -> bool:
+        """Have `size` bytes in `data`; False when the member ends before."""
+        while len(self.data) < size and not self.ended:
+            self.pull()
+        return len(self.data) >= size
+
+    def drop(self, count: int) -> None:
+        del self.data[:count]
+        self.dropped += count
+
+
+_RECORD = b"WARC/1."
+_LENGTH = re.compile(rb"[0-9]{1,18}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one file may ask of us; all but `records` and `faults` in bytes.
+
+    Attributes:
+        record: text of a page. Common Crawl cuts pages at 1 MiB (5 MiB since 2024) of HTML, most of which is no
+            text; tokenising a page of one endless word takes 60 times its size in memory.
+        header: header of a record.
+        header_lines: lines of it.
+        skip: how far to inflate in search of the next record of a member.
+        file: inflated bytes of a whole file; real ones inflate to less than 1 GiB.
+        records: records of a file; real ones hold 40,000.
+        faults: after so many the rest of the file is left.
+    """
+
+    record: int = 4 << 20
+    header: int = 64 << 10
+    header_lines: int = 200
+    skip: int = 2 << 30
+    file: int = 8 << 30
+    records: int = 2_000_000
+    faults: int = 100_000
+
+
+class Page(NamedTuple):
+    """One page. `text` has no NUL, no byte-order mark in front, and "\\n" at the ends of its lines."""
+
+    offset: int
+    url: str
+    date: str
+    digest: str
+    text: str
+
+
+class Fault(NamedTuple):
+    """Something that could not be read.
+
+    Attributes:
+        offset: first byte of its gzip member in the file.
+        inflated: where it lies in the inflated member.
+        url: the page's, if that was readable.
+    """
+
+    offset: int
+    reason: str
+    inflated: int = 0
+    url: str = ""
+
+
+class Other(NamedTuple):
+    """A record that is no page, such as the warcinfo at the head of a file."""
+
+    offset: int
+
+
+def read_wet(path: Path, limits: Limits | None = None) -> Iterator[Page | Fault | Other]:
+    """Everything in one WET file, in order.
+
+    Args:
+        path: a .gz file, or a plain one that starts with "WARC/".
+        limits: the caps; smaller ones are for tests.
+    """
+    limits = limits or Limits()
+    try:
+        with open(path, "rb") as stream:
+            yield from _capped(_read_file(Compressed(stream, limits.file), limits), limits)
+    except OSError as error:
+        yield Fault(0, f"cannot be read: {error.strerror}")
+
+
+def _capped(found: Iterator[Page | Fault | Other], limits: Limits) -> Iterator[Page | Fault | Other]:
+    faults = 0
+    for records, item in enumerate(found, start=1):
+        yield item
+        faults += isinstance(item, Fault)
+        if faults >= limits.faults or records >= limits.records:
+            what = f"{faults:,} faults" if faults >= limits.faults else f"{records:,} records"
+            yield Fault(item.offset, f"the rest of the file is left: {what} so far")
+            return
+
+
+def _read_file(source: Compressed, limits: Limits) -> Iterator[Page | Fault | Other]:
+    seen: set[bytes] = set()
+    head = bytes(source.at(0)[: len(_RECORD)])
+    if not head:
+        yield Fault(0, "the file is empty")
+        return
+    plain = head.startswith(b"WARC/")
+    offset = 0
+    try:
+        while source.at(offset):
+            if not plain and source.at(offset)[: len(MAGIC)] != MAGIC:
+                yield Fault(offset, "no gzip member starts here" if offset else "is neither gzip nor WARC")
+                offset = source.find_member(offset + 1, _RECORD)
+                continue
+            member = Member(source, offset, plain)
+            try:
+                yield from _Records(member, limits, seen)
+                offset = member.position
+            except Damaged as error:
+                yield Fault(offset, str(error))
+                offset = source.find_member(offset + 1, _RECORD)
+    except TooMuch:
+        yield Fault(offset, f"the rest of the file is left: it inflates to more than {limits.file:,} bytes")
+
+
+class _Records:
+    """Iterates over the records of a member."""
+
+    def __init__(self, member: Member, limits: Limits, seen: set[bytes]):
+        self._member, self._limits, self._seen = member, limits, seen
+
+    def __iter__(self) -> Iterator[Page | Fault | Other]:
+        member = self._member
+        while self._skip_line_ends():
+            item = self._record()
+            if isinstance(item, str):  # a fault of the record's form: where it ends is not known
+                yield self._fault(item)
+                if not self._find_record():
+                    # No record within reach: the member is given up, the file is not.
+                    raise Damaged(f"no further record within {self._limits.skip:,} bytes of this member")
+            else:
+                yield item
+        assert member.ended, "a member is left only at its end"
+
+    def _skip_line_ends(self) -> bool:
+        """Go to the next record; False at the end of the member."""
+        while self._member.fill(1):
+            data = self._member.data
+            count = len(data) - len(data.lstrip(b"\r\n"))
+            if not count:
+                return True
+            self._member.drop(count)
+        return False
+
+    def _fault(self, reason: str, url: str = "") -> Fault:
+        offset, inflated = self._member.offset, self._member.dropped
+        return Fault(inflated, reason, 0, url) if self._member.plain else Fault(offset, reason, inflated, url)
+
+    def _find_record(self) -> bool:
+        """Drop everything up to the next line that starts a record, or to the end of the member."""
+        mark = b"\n" + _RECORD
+        begin, skipped = 1, 0
+        while True:
+            place = self._member.data.find(mark, begin)
+            if place >= 0:
+                self._member.drop(place + 1)
+                return True
+            if self._member.ended:
+                self._member.drop(len(self._member.data))
+                return True
+            if skipped > self._limits.skip:
+                return False
+            rest = max(len(self._member.data) - len(mark), 0)
+            self._member.drop(rest)
+            skipped += rest
+            begin = 0
+            self._member.pull()
+
+    def _record(self) -> Page | Fault | Other | str:
+        """The record at the front, taken; or why it has no proper form, left where it is."""
+        member, limits = self._member, self._limits
+        member.fill(len(_RECORD))
+        if not member.data.startswith(_RECORD):
+            return "no WARC record starts here"
+        found = self._header()
+        if isinstance(found, str):
+            return found
+        fields, begin = found
+        text_length = fields.get(b"content-length", b"")
+        if not _LENGTH.fullmatch(text_length):
+            return "has no Content-Length" if not text_length else "Content-Length is not a number"
+        length = int(text_length)
+        if length > limits.record:
+            return f"Content-Length is {length:,}, more than the {limits.record:,} bytes a record may have"
+        end = begin + length
+        if not member.fill(end):
+            return f"Content-Length is {length:,}, but only {len(member.data) - begin:,} bytes follow"
+        # Pull as far as the member's checksum, when this is its only record.
+        member.fill(end + 5)
+        if not b"\r\n\r\n".startswith(member.data[end : end + 4]) and member.data[end : end + 2] != b"\n\n":
+            return f"Content-Length is {length:,}, but the record goes on after that"
+        item = self._page(fields, bytes(member.data[begin:end]))
+        member.drop(min(end + 4, len(member.data)))
+        return item
+
+    def _header(self) -> tuple[dict[bytes, bytes], int] | str:
+        """The fields by lower-case name and the header's length, or what is wrong with it."""
+        member, limits = self._member, self._limits
+        size = 1 << 11
+        while True:
+            whole = not member.fill(size)
+            end, mark = member.data.find(b"\r\n\r\n", 0, limits.header), 4
+            if end < 0:
+                end, mark = member.data.find(b"\n\n", 0, limits.header), 2
+            if end >= 0:
+                break
+            if whole:
+                return "header without an end"
+            if len(member.data) >= limits.header:
+                return f"header of more than {limits.header:,} bytes"
+            size = min(4 * size, limits.header)
+        lines = bytes(member.data[:end]).split(b"\n")
+        if len(lines) > limits.header_lines:
+            return f"header of {len(lines):,} lines"
+        fields: dict[bytes, bytes] = {}
+        for line in lines[1:]:
+            name, colon, value = line.partition(b":")
+            name, value = name.strip().lower(), value.strip()
+            if not colon:
+                return "header line without a colon"
+            if fields.setdefault(name, value) != value and name == b"content-length":
+                return "two different Content-Length"
+        return fields, end + mark
+
+    def _page(self, fields: dict[bytes, bytes], content: bytes) -> Page | Fault | Other:
+        url = fields.get(b"warc-target-uri", b"").strip(b"<>").decode("utf-8", "replace")
+        kind = fields.get(b"warc-type", b"")
+        if not kind:
+            return self._fault("has no WARC-Type", url)
+        if b"warc-record-id" in fields:
+            identity = hashlib.blake2b(fields[b"warc-record-id"], digest_size=8).digest()
+            if identity in self._seen:
+                return self._fault("duplicate WARC-Record-ID", url)
+            self._seen.add(identity)
+        offset = self._member.dropped if self._member.plain else self._member.offset
+        if kind.lower() != b"conversion":
+            return Other(offset)
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            bad = content[error.start : error.start + 2]
+            what = " (half a surrogate pair)" if bad[:1] == b"\xed" and bad[1:] >= b"\xa0" else ""
+            return self._fault(f"not UTF-8 at byte {error.start:,} of the text{what}", url)
+        if "\0" in text:
+            return self._fault("NUL character in the text", url)
+        text = text.removeprefix("\ufeff").replace("\r\n", "\n").strip("\n")
+        date, digest = (
+            fields.get(name, b"").decode("utf-8", "replace") for name in (b"warc-date", b"warc-block-digest")
+        )
+        return Page(offset, url, date, digest, text)

@@ -1,0 +1,1 @@
+"""Token shards: the files, the folder that holds them, writing and reading."""

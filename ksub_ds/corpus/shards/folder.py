@@ -1,0 +1,107 @@
+"""The folder that token shards are written to: made, held by one run, claimed for one set of settings.
+
+OUT/settings.json   format, sequence length, tokenizer: what every language in the folder shares
+OUT/tokenizer/      a copy of the tokenizer
+OUT/manifest.json   last, when every language is there
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import LEFTOVER, atomic_folder, read_json, sha256_file, write_json
+from ksub_ds.corpus.shards.dataset import FORMAT_VERSION, dataset_fingerprint
+from ksub_ds.corpus.tokenizers.loading import Tokenizer
+
+
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """Make the folder of an option, or raise UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{option} {folder}: cannot be made a folder ({error.strerror}); choose another place"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {folder}: cannot be written to; choose another place")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with open(folder / ".lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--out {folder}: another run is writing shards there; wait for it") from error
+        yield
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left under temporary names."""
+    for path in folder.iterdir():
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> None:
+    """Write settings.json, or check that an earlier run wrote the same.
+
+    Raises:
+        UserError: the folder holds shards of another sequence length or tokenizer.
+    """
+    path = folder / "settings.json"
+    tokenizer_facts = {
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        **{key: getattr(tokenizer, key) for key in ("bos_id", "eos_id", "pad_id", "unk_id", "mask_id")},
+        "special_ids": list(tokenizer.special_ids),
+    }
+    wanted = {"format": FORMAT_VERSION, "sequence_length": sequence_length, "tokenizer": tokenizer_facts}
+    if path.exists():
+        existing = read_json(path)
+        for key, value in wanted.items():
+            if existing.get(key) != value:
+                before, now = (
+                    (str(entry.get("fingerprint"))[:16] if isinstance(entry, dict) else entry)
+                    for entry in (existing.get(key), value)
+                )
+                raise UserError(
+                    f"{path}: {key} is {before}, this run has {now}; choose another --out, or remove this one"
+                )
+    elif parts(folder):
+        raise UserError(f"{folder}: holds shards but no settings.json; choose another --out, or remove this one")
+    write_json(path, wanted)
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write the copy of the tokenizer, unless it is there."""
+    if not (folder / "tokenizer").is_dir():
+        with atomic_folder(folder / "tokenizer") as temporary:
+            tokenizer.save(temporary)
+
+
+def is_whole(path: Path, sha256: str) -> bool:
+    """Whether a file is there with this content."""
+    return path.is_file() and sha256_file(path) == sha256
+
+
+def parts(folder: Path) -> list[Path]:
+    """The part.json of every language that is published; what has a temporary name is not."""
+    return sorted(path for path in folder.glob("*/part.json") if not path.parent.name.startswith("."))
+
+
+def build_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of every language published in the folder, by this run or an earlier one."""
+    languages = {path.parent.name: read_json(path) for path in parts(folder)}
+    manifest = {**read_json(folder / "settings.json"), "languages": languages}
+    return {**manifest, "fingerprint": dataset_fingerprint(manifest)}

@@ -1,0 +1,92 @@
+"""One language: documents in, a folder of shards out."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksub_ds.common.files import atomic_path, sha256_file
+from ksub_ds.corpus.shards.dataset import SPLITS
+from ksub_ds.corpus.shards.packing import Packer, Packing
+
+ROWS_PER_FILE = 1 << 16
+TOKENS_PER_FILE = 1 << 25  # 128 MiB, what a writer holds in memory: longer rows are fewer
+
+
+class LanguageWriter:
+    """Packs the encoded documents of one language and writes them, each split to files of its own.
+
+    Args:
+        folder: where the files go.
+        language: their name in the manifest.
+        packing: the form of a row.
+    """
+
+    def __init__(self, folder: Path, language: str, packing: Packing):
+        self._writers = {split: ShardWriter(folder, language, split, packing.sequence_length) for split in SPLITS}
+        self._packers = {split: Packer(packing) for split in SPLITS}
+        self.counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "sequences": 0} for split in SPLITS}
+
+    def add(self, split: str, documents: list[np.ndarray], num_bytes: int) -> None:
+        """Add documents (int32 ids, none empty) to a split; `num_bytes` is the size of their text."""
+        self._writers[split].write(self._packers[split].add(documents))
+        count = self.counts[split]
+        count["documents"] += len(documents)
+        count["tokens"] += sum(map(len, documents))
+        count["bytes"] += num_bytes
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; the counts and files for part.json."""
+        for split in SPLITS:
+            self._writers[split].write(self._packers[split].finish())
+            self._writers[split].close()
+            self.counts[split]["sequences"] = sum(file["sequences"] for file in self._writers[split].files)
+        return {**self.counts, "files": [file for split in SPLITS for file in self._writers[split].files]}
+
+
+def split_of(raw: bytes, fraction: float) -> str:
+    """The split of a document, by its content: equal documents always fall on the same side."""
+    digest = hashlib.blake2b(raw.strip(), digest_size=8).digest()
+    return SPLITS[int.from_bytes(digest, "big") < fraction * 2**64]
+
+
+class ShardWriter:
+    """Writes the rows of one language and split into numbered files of bounded size."""
+
+    def __init__(self, folder: Path, language: str, split: str, sequence_length: int):
+        self._folder, self._language, self._split = folder, language, split
+        self._sequence_length = sequence_length
+        self._rows_per_file = min(ROWS_PER_FILE, max(1, TOKENS_PER_FILE // sequence_length))
+        self._rows = np.empty((self._rows_per_file, sequence_length), dtype=np.int32)  # memory when it is filled
+        self._buffered = 0
+        self.files: list[dict[str, Any]] = []  # the manifest's entries
+
+    def write(self, rows: np.ndarray) -> None:
+        """Add (n, T) int32 rows."""
+        while len(rows):
+            taken = rows[: self._rows_per_file - self._buffered]
+            self._rows[self._buffered : self._buffered + len(taken)] = taken
+            self._buffered += len(taken)
+            rows = rows[len(taken) :]
+            if self._buffered == self._rows_per_file:
+                self._flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._buffered:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        flat = pa.array(self._rows[: self._buffered].reshape(-1), type=pa.int32())
+        column = pa.FixedSizeListArray.from_arrays(flat, self._sequence_length)
+        batch = pa.RecordBatch.from_arrays([column], names=["input_ids"])
+        name = f"{self._split}-{len(self.files):05d}.arrow"
+        with atomic_path(self._folder / name) as temporary:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
+                stream.write_batch(batch)
+            digest = sha256_file(temporary)
+        self.files.append({"path": f"{self._language}/{name}", "sha256": digest, "sequences": self._buffered})
+        self._buffered = 0

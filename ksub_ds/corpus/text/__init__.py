@@ -1,0 +1,1 @@
+"""Text files and hub data sets in, token shards out."""

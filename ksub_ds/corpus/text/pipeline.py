@@ -1,0 +1,239 @@
+"""From a folder of text to a folder of token shards; what preprocessing/shard_text.py runs.
+
+Language by language: read, tokenise, split off the held-out part, pack, write `SHARDS/<lang>/` under
+a temporary name, rename. Last comes the manifest. A run that is killed leaves only whole languages,
+and the same command again does the missing ones. The result depends on text, tokenizer and settings
+alone: not on the number of processes, nor on the day.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import atomic_folder, read_json, write_json
+from ksub_ds.common.logging import Progress, get_logger
+from ksub_ds.corpus.shards.dataset import LANGUAGE_CODE, MANIFEST, SPLITS
+from ksub_ds.corpus.shards.folder import (
+    build_manifest,
+    claim_folder,
+    is_whole,
+    locked,
+    make_folder,
+    remove_leftovers,
+    save_tokenizer,
+)
+from ksub_ds.corpus.shards.packing import Packing
+from ksub_ds.corpus.shards.writer import LanguageWriter, split_of
+from ksub_ds.corpus.text.hub import DatasetSource
+from ksub_ds.corpus.text.reader import DocumentReader
+from ksub_ds.corpus.text.sources import LanguageText, find_text
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+from ksub_ds.corpus.tokenizers.parallel import ParallelEncoder
+
+SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
+
+
+@dataclass
+class ShardText:
+    """Turn a folder of text into token shards for pretraining. The same command again does what is missing."""
+
+    input: Path | None = None
+    """Folder of <lang>.jsonl[.gz], <lang>.txt[.gz] (blank lines part documents), <lang>.parquet or <lang>/."""
+    tokenizer: Path = tyro.MISSING
+    """A SentencePiece .model in XLM-R's layout, or the folder of a HuggingFace tokenizer."""
+    out: Path = tyro.MISSING
+    """Folder to write the shards to."""
+    sequence_length: int = 512
+    """Tokens a row, <s> and </s> included."""
+    validation_fraction: float = 0.01
+    """Share of the documents held out for evaluation, chosen by a hash of their text."""
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Processes that tokenise. [one per core]"""
+    languages: tuple[str, ...] = ()
+    """Only these languages of --input. [all that are there]"""
+    datasets: tuple[str, ...] = ()
+    """Streamed from the hub: wikipedia, bookcorpus, NAME or NAME:CONFIG (column "text"); NAME may be a local folder."""
+    datasets_language: str = "en"
+    """Language of --datasets; wikipedia comes in that edition."""
+
+
+def shard_text(settings: ShardText) -> dict[str, Any]:
+    """Shard the text and return the manifest.
+
+    Raises:
+        UserError: a setting out of range, no text, or shards made with other settings in the way.
+    """
+    _check(settings)
+    text = find_text(settings.input, settings.languages) if settings.input else {}
+    if settings.datasets:
+        streamed = [DatasetSource(name, settings.datasets_language) for name in settings.datasets]
+        text.setdefault(settings.datasets_language, LanguageText([], Counter())).sources.extend(streamed)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    make_folder(settings.out)
+    with locked(settings.out):
+        remove_leftovers(settings.out)
+        claim_folder(settings.out, settings.sequence_length, tokenizer)
+        save_tokenizer(settings.out, tokenizer)
+        todo = {}
+        for language, sources in text.items():
+            recipe = _recipe_of(settings, sources)
+            if not _is_done(settings.out, language, recipe):
+                todo[language] = recipe
+        if todo:  # until all is done there is no manifest, so nobody trains on half of it
+            (settings.out / MANIFEST).unlink(missing_ok=True)
+            total = sum(text[language].size() for language in todo)
+            packing = Packing(settings.sequence_length, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+            with (
+                Progress(total // 1000 or None, "kB of text", "sharding") as progress,
+                ParallelEncoder(tokenizer, settings.workers) as encoder,
+            ):
+                for language, recipe in todo.items():
+                    shard_language(settings.out, language, text[language], recipe, packing, encoder, progress)
+        manifest = build_manifest(settings.out)
+        if not any(entry["files"] for entry in manifest["languages"].values()):
+            given = settings.input or " ".join(settings.datasets)
+            raise UserError(f"{given}: no readable document in any language (see the counts above)")
+        write_json(settings.out / MANIFEST, manifest)
+    _report(manifest, sorted(todo))
+    return manifest
+
+
+def _check(settings: ShardText) -> None:
+    if not SHORTEST_SEQUENCE <= settings.sequence_length <= LONGEST_SEQUENCE:
+        raise UserError(
+            f"--sequence-length {settings.sequence_length}: must lie in {SHORTEST_SEQUENCE}..{LONGEST_SEQUENCE}"
+        )
+    if not 0 <= settings.validation_fraction < 1:
+        raise UserError(
+            f"--validation-fraction {settings.validation_fraction}: must lie in [0, 1); the default is 0.01"
+        )
+    if settings.workers < 1:
+        raise UserError(f"--workers {settings.workers}: must be at least 1")
+    for option, languages in (("languages", settings.languages), ("datasets-language", (settings.datasets_language,))):
+        for language in languages:
+            if not LANGUAGE_CODE.fullmatch(language):
+                raise UserError(f"--{option} {language}: is not a language code such as en or zh-Hant")
+    if settings.input is None:
+        if not settings.datasets:
+            raise UserError("--input FOLDER or --datasets NAME...: one of them is needed")
+        return
+    inside = settings.out.resolve()
+    if inside == settings.input.resolve() or inside.is_relative_to(settings.input.resolve()):
+        raise UserError(f"--out {settings.out}: lies in the input folder; write the shards somewhere else")
+
+
+def _recipe_of(settings: ShardText, text: LanguageText) -> dict[str, Any]:
+    """What, beside settings.json, decides a language's shards."""
+    return {"validation_fraction": settings.validation_fraction, "text": text.fingerprint()}
+
+
+def _is_done(folder: Path, language: str, recipe: dict[str, Any]) -> bool:
+    """Whether a language's shards are there, whole, and made from this text."""
+    path = folder / language / "part.json"
+    if not path.is_file():
+        return False
+    try:
+        part = read_json(path)
+        if part["recipe"] != recipe:
+            get_logger().info(f"{language}: text or --validation-fraction changed, doing it again")
+            return False
+        damaged = [f["path"] for f in part["files"] if not is_whole(folder / f["path"], f["sha256"])]
+    except (UserError, KeyError, TypeError):
+        damaged = [f"{language}/part.json"]
+    if damaged:
+        get_logger().info(f"{damaged[0]}: missing or damaged, doing {language} again")
+    return not damaged
+
+
+def _report(manifest: dict[str, Any], done: list[str]) -> None:
+    log = get_logger()
+    languages = manifest["languages"]
+    unread = [language for language, entry in languages.items() if not entry["files"]]
+    if unread:
+        log.info(f"warning: no readable document in {', '.join(unread)}")
+    bare = [
+        language
+        for language, entry in languages.items()
+        if language not in unread and not entry["validation"]["sequences"]
+    ]
+    if bare:
+        log.info(
+            f"warning: no held-out rows in {', '.join(bare)}: too few documents for --validation-fraction; "
+            "no evaluation there"
+        )
+    sequences = sum(entry["train"]["sequences"] for entry in languages.values())
+    tokens = sum(entry[split]["tokens"] for entry in languages.values() for split in SPLITS)
+    log.info(
+        f"{len(languages)} languages ({len(done)} made now), {sequences:,} training sequences, {tokens:,} tokens, "
+        f"fingerprint {manifest['fingerprint'][:16]}"
+    )
+
+
+def shard_language(
+    out: Path,
+    language: str,
+    text: LanguageText,
+    recipe: dict[str, Any],
+    packing: Packing,
+    encoder: ParallelEncoder,
+    progress: Progress,
+) -> None:
+    """Read, tokenise, pack and write one language; publish `out`/<lang>/ when it is whole.
+
+    Args:
+        out: the shards folder.
+        text: the language's sources; its `skipped` counts are added to.
+        recipe: what decides the result, kept in part.json; "validation_fraction" is read from it.
+        progress: in kB of text as it lies on the disk.
+    """
+    reader = DocumentReader(text.sources, text.skipped)
+    shown = 0
+    with atomic_folder(out / language) as folder:
+        writer = LanguageWriter(folder, language, packing)
+        for texts, encoded in encoder.encode(_batches(reader)):
+            parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+            sizes = dict.fromkeys(SPLITS, 0)
+            for document, ids in zip(texts, encoded, strict=True):
+                if not len(ids):
+                    text.skipped["no_token"] += 1
+                    continue
+                raw = document.encode()
+                split = split_of(raw, recipe["validation_fraction"])
+                parts[split].append(ids)
+                sizes[split] += len(raw)
+            for split in SPLITS:
+                writer.add(split, parts[split], sizes[split])
+            done = reader.bytes_read // 1000
+            progress.advance(done - shown, language=language, tokens=f"{writer.counts['train']['tokens']:,}")
+            shown = done
+        part = writer.finish()
+        skipped = dict(sorted((+text.skipped).items()))
+        files = part.pop("files")
+        write_json(folder / "part.json", {"recipe": recipe, **part, "skipped": skipped, "files": files})
+    progress.advance(max(text.size() // 1000 - shown, 0), language=language)
+    if skipped:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
+        get_logger().info(f"{language}: skipped documents or files: {reasons}")
+
+
+BATCH_CHARACTERS = 1 << 20  # of text per batch: a second or less of tokenising
+
+
+def _batches(reader: DocumentReader) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in reader:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

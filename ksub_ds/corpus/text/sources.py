@@ -1,0 +1,126 @@
+"""Finding the text of each language below a folder.
+
+    <lang>.jsonl[.gz]  <lang>.json[.gz]  <lang>.txt[.gz]  <lang>.parquet
+    <lang>/...                                           any of these, under any name
+
+and, beside files, what `datasets` opens by name (dataset_text.py). documents.py reads what is found.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import sha256_file
+from ksub_ds.common.logging import get_logger
+from ksub_ds.corpus.shards.dataset import LANGUAGE_CODE
+from ksub_ds.corpus.text.hub import DatasetSource
+
+SUFFIXES = (".jsonl", ".json", ".txt")
+PARQUET = ".parquet"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text file and its name below the input folder."""
+
+    path: Path
+    name: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the content; of a file that cannot be read, which the reader counts, nothing."""
+        try:
+            return sha256_file(self.path)
+        except OSError:
+            return ""
+
+    @property
+    def size(self) -> int:
+        """Bytes as they lie on the disk."""
+        return self.path.stat().st_size
+
+
+@dataclass
+class LanguageText:
+    """The sources of one language, and how many files and documents were skipped, by reason."""
+
+    sources: list[Source | DatasetSource]
+    skipped: Counter[str]
+
+    def fingerprint(self) -> str:
+        """sha256 over the names and contents of all sources."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            digest.update(f"{source.name}\0{source.digest}\n".encode())
+        return digest.hexdigest()
+
+    def size(self) -> int:
+        """Bytes of all sources as they lie on the disk; of a dataset, of its text."""
+        return sum(source.size for source in self.sources)
+
+
+def find_text(folder: Path, languages: tuple[str, ...] = (), flag: str = "--input") -> dict[str, LanguageText]:
+    """The text of each language below a folder, sorted.
+
+    Args:
+        folder: where the text lies.
+        languages: take these only; empty = all.
+        flag: the option that names the folder, for errors.
+
+    Raises:
+        UserError: no folder, no language, or one of `languages` is not there.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{flag} {folder}: is not a folder; give the folder that holds <lang>.jsonl, <lang>.txt or <lang>/"
+        )
+    found: dict[str, LanguageText] = {}
+    others: list[str] = []
+    root = folder.resolve()
+    for entry in sorted(folder.iterdir()):
+        language = entry.name.split(".")[0]
+        wanted = LANGUAGE_CODE.fullmatch(language) and (entry.is_dir() or _is_text_name(entry.name))
+        if not wanted or (entry.is_dir() and "." in entry.name):
+            if not entry.name.startswith("."):
+                get_logger().info(f"{entry}: left out, its name is not <lang>.jsonl, <lang>.txt or <lang>/")
+            continue
+        if languages and language not in languages:
+            others.append(language)
+            continue
+        text = found.setdefault(language, LanguageText([], Counter()))
+        for path in _files_below(entry, text.skipped):
+            if not path.resolve().is_relative_to(root):
+                text.skipped["link_out_of_the_folder"] += 1
+            elif not path.is_file():
+                text.skipped["not_a_regular_file"] += 1
+            else:
+                text.sources.append(Source(path, path.relative_to(folder).as_posix()))
+    if not found and not others:
+        raise UserError(
+            f"{flag} {folder}: holds no language; name the files <lang>.jsonl[.gz], <lang>.txt[.gz] or <lang>/"
+        )
+    missing = sorted(set(languages) - set(found))
+    if missing:
+        there = ", ".join(sorted({*found, *others}))
+        raise UserError(f"--languages {missing[0]}: {folder} holds no such language, only {there}")
+    return found
+
+
+def _is_text_name(name: str) -> bool:
+    return name.removesuffix(".gz").endswith(SUFFIXES) or name.endswith(PARQUET)
+
+
+def _files_below(entry: Path, skipped: Counter[str]) -> list[Path]:
+    if not entry.is_dir():
+        return [entry]
+    if entry.is_symlink():
+        skipped["linked_folder"] += 1
+        return []
+    paths = []
+    for parent, folders, names in os.walk(entry):
+        skipped["linked_folder"] += sum((Path(parent) / name).is_symlink() for name in folders)
+        paths += [Path(parent) / name for name in names if _is_text_name(name)]
+    return sorted(paths)

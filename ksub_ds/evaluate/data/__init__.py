@@ -1,0 +1,1 @@
+"""Labelled data and scores: rows, tasks, metrics, tables and the paper's results."""

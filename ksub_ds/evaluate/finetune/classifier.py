@@ -1,0 +1,227 @@
+"""Opening any HuggingFace encoder with a fresh classification head, and saying what it is.
+
+Ours and others' alike go by the Auto classes; only safetensors are read.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import sha256_file
+from ksub_ds.corpus.tokenizers.xlmr import MODEL_NAME
+from ksub_ds.evaluate.data.hub import require_on_hub
+from ksub_ds.evaluate.finetune.encoding import PairEncoder, load_encoder
+
+HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
+FRESH_HEADS = ("classifier", "score", "pre_classifier", "classification_head")  # those that no pretraining trains
+TOKENIZER_FILES = ("tokenizer.json", MODEL_NAME, "vocab.txt", "vocab.json")
+
+
+def load_classifier(path: str, num_labels: int, seed: int, body: str | None = None) -> Any:
+    """A sequence classification model in fp32: the weights of `path`, a head drawn from the seed.
+
+    A head that is in the folder already, of an earlier fine-tuning, is drawn anew like any other.
+
+    Args:
+        path: a model folder, or a name on the hub.
+        num_labels: classes; 1 for regression.
+        body: take the weights below the head from this folder instead (the MNLI checkpoint, for RTE and others).
+
+    Raises:
+        UserError: not a model transformers can open, or one whose weights are not those of its encoder.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    model, trained = _load(path, num_labels)
+    if trained:
+        _draw_head(model)
+    if body is not None:
+        donor, _ = _load(body, None)
+        theirs, ours = donor.base_model.state_dict(), model.base_model.state_dict()
+        if {key: value.shape for key, value in theirs.items()} != {key: value.shape for key, value in ours.items()}:
+            raise UserError(f"{body}: is no fine-tuned form of {path}: their weights have other names or shapes")
+        model.base_model.load_state_dict(theirs)
+    return model.train()
+
+
+def load_trained(path: str | Path) -> Any:
+    """A fine-tuned model, head and all, ready to score.
+
+    Raises:
+        UserError: as `load_classifier`, and for a folder without a trained head.
+    """
+    return _load(str(path), None)[0].eval()
+
+
+def find_model(path: str) -> None:
+    """Refuse at once what is no model: transformers asks an unreachable hub again and again, and names no fix.
+
+    Raises:
+        UserError: neither a folder with safetensors nor a name in the cache or on the hub.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
+            raise UserError(
+                f"{path}: holds pickled weights only (*.bin), which are never loaded; where you trust them, open the "
+                "model in transformers and save it anew: save_pretrained writes safetensors"
+            )
+        return
+    if path.count("/") > 1 or path.startswith((".", "/")) or folder.exists():
+        raise UserError(f"{path}: is not a model folder; give one (ksub export), or a name such as xlm-roberta-base")
+    require_on_hub(path, path, "model", "config.json")
+
+
+def _draw_head(model: Any) -> None:
+    """New values for the linear layers of the head, as transformers draws them."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if name.split(".")[0] in FRESH_HEADS and isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _load(path: str, num_labels: int | None) -> tuple[Any, bool]:
+    """The model, and whether the folder had a trained head; without `num_labels` it must have one."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
+
+    find_model(path)
+    settings = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    with _quiet_transformers():
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **settings
+            )
+        except Exception as error:  # the library raises many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: transformers cannot open this model ({reason})") from error
+    missing = sorted(key for key in info["missing_keys"] if not set(key.split(".")) & set(HEADS))
+    if missing:
+        raise UserError(f"{path}: {len(missing)} weights are absent, for example {missing[0]!r}; the folder is damaged")
+    reshaped = {key for key, *_ in info["mismatched_keys"]}  # a head for other classes
+    unfit = sorted(key for key in reshaped if key.split(".")[0] not in FRESH_HEADS)
+    if unfit:
+        raise UserError(f"{path}: {unfit[0]!r} is not of the shape that config.json tells; the folder is damaged")
+    trained = not any(key.split(".")[0] in FRESH_HEADS for key in set(info["missing_keys"]) - reshaped)
+    if num_labels is None and not trained:
+        raise UserError(f"{path}: has no trained classification head; give a fine-tuned checkpoint")
+    return model, trained
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """A new head is what we ask for: no report of it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def open_encoder(model: str, tokenizer: str | None) -> PairEncoder:
+    """The tokenizer given, or the model folder's own.
+
+    Raises:
+        UserError: there is no such model or tokenizer; the model's folder holds none, and none is given.
+    """
+    find_model(model)
+    folder = Path(model)
+    if tokenizer is None and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{model}: holds no tokenizer; give --tokenizer FOLDER or a SentencePiece .model")
+    if tokenizer is not None and not Path(tokenizer).exists():
+        require_on_hub(f"--tokenizer {tokenizer}", tokenizer, "model", "tokenizer_config.json")
+    return load_encoder(tokenizer or model)
+
+
+def check_fit(model: str, encoder: PairEncoder, max_length: int) -> None:
+    """Refuse a tokenizer with more tokens than the model, and rows longer than its positions.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    config = _config(model)
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and encoder.vocab_size > vocabulary:
+        raise UserError(
+            f"--tokenizer: has {encoder.vocab_size:,} tokens, but {model} only {vocabulary:,}; give the model's own"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+    if positions is not None and max_length > positions - offset:
+        raise UserError(f"--max-length {max_length}: {model} has positions for {positions - offset} tokens")
+
+
+def describe(model: str) -> dict[str, Any]:
+    """What the results say of a model: path, fingerprint of its files, architecture, kind of embedding.
+
+    Kind is "plain" (one row a token), "positional" (Algorithm 1) or "clustered" (other codes).
+    """
+    config = _config(model)
+    about: dict[str, Any] = {
+        "path": str(model),
+        "fingerprint": fingerprint(model, config),
+        "architecture": config.model_type,
+        "num_tokens": getattr(config, "vocab_size", None),
+        "kind": "plain",
+    }
+    for key in ("num_hidden_layers", "hidden_size"):
+        about[key] = getattr(config, key, None)
+    sizes = getattr(config, "table_sizes", None)
+    if sizes is not None:
+        about |= {"num_tables": len(sizes), "table_sizes": list(sizes)}
+        about["kind"] = "plain" if len(sizes) == 1 else _kind_of_codes(Path(model), list(sizes))
+    return about
+
+
+def _kind_of_codes(folder: Path, sizes: list[int]) -> str:
+    """Whether the codes among the weights are the digits of the token id."""
+    import numpy as np
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as stream:
+            for key in stream.keys():  # noqa: SIM118 - not a dict
+                if key.endswith("_embeddings.codes"):
+                    codes = stream.get_tensor(key)
+                    ids, digits = np.arange(len(codes)), []
+                    for size in sizes:
+                        digits.append(ids % size)
+                        ids = ids // size
+                    return "positional" if (np.stack(digits, axis=1) == codes).all() else "clustered"
+    return "unknown"
+
+
+def fingerprint(model: str, config: Any = None) -> str:
+    """sha256 over configuration and weights of a folder; of a hub model its commit."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"commit {getattr(config or _config(model), '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except Exception as error:  # the library raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--model {model}: transformers finds no model there ({reason})") from error

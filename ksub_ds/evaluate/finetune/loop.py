@@ -1,0 +1,200 @@
+"""Fine-tuning one classifier: read `finetune` first. The same call again continues, to the last bit.
+
+The order of the batches is a function of (seed, epoch) and dropout of (seed, step, rank): another number of ranks
+draws other dropout, as another seed would. Weights, moments and the scores of the epochs so far are saved together.
+The epoch that scores best on validation is kept.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksub_ds.common import distributed
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.logging import Progress, get_logger
+from ksub_ds.evaluate.finetune import state
+from ksub_ds.evaluate.finetune.encoding import Encoded
+from ksub_ds.evaluate.finetune.scoring import batches_per_epoch, to_device, training_batches
+from ksub_ds.evaluate.finetune.train_step import RankUpdates, SingleUpdates, Updates, make_classifier_module
+
+CLAIM_CHECK_STEPS = 20
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How one classifier is trained."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    regression: bool = False
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.01
+    gradient_clipping: float = 1.0
+    precision: str = "fp32"
+    save_every_steps: int = 500
+
+
+@dataclass
+class Outcome:
+    """What a fine-tuning gave.
+
+    Attributes:
+        epochs: the validation scores after each epoch, as `validate` gave them, with "epoch" and "loss".
+        best_epoch: the first with the highest "score"; its weights are in the model now.
+    """
+
+    epochs: list[dict[str, Any]]
+    best_epoch: int
+
+
+def finetune(
+    model: Any,
+    train: Encoded,
+    settings: FineTuning,
+    validate: Callable[[Any], dict[str, Any]],
+    work: Path,
+    identity: str,
+    check: Callable[[], None] = lambda: None,
+    several_ranks: bool = False,
+) -> Outcome:
+    """Train a classifier and leave the best epoch's weights in it.
+
+    Args:
+        model: on its device; its initial weights are those of a fresh start.
+        validate: model -> scores of an epoch; "score" is what the best one is chosen by.
+        work: folder for the state between two tries.
+        identity: what the state must belong to (model and data).
+        check: called every few steps; may raise to give up.
+        several_ranks: this process is one rank of a group that trains together; all call this.
+
+    Raises:
+        UserError: a loss that is not finite, a batch that the ranks cannot share.
+    """
+    run = _Run(model, train, settings, work, identity, several_ranks)
+    position = run.position
+    with Progress(run.total_steps, "steps", f"fine-tuning {work.name}", done=position.step) as progress:
+        while position.step < run.total_steps:
+            run.train_epoch(progress, check)
+            scores = validate(model) if run.writes else {}
+            scores = distributed.broadcast_object(scores) if several_ranks else scores
+            run.end_epoch(scores)
+            check()
+            run.keep_epoch()
+    if run.writes:
+        state.load_best(work, model)
+    return Outcome(position.epochs, _best(position.epochs) + 1)
+
+
+class _Run:
+    """A fine-tuning on its way: its module and optimizer, its state on disk, and how far it is."""
+
+    def __init__(
+        self, model: Any, train: Encoded, settings: FineTuning, work: Path, identity: str, several_ranks: bool
+    ):
+        self.model, self.train, self.settings, self.work = model, train, settings, work
+        self.several_ranks = several_ranks
+        self.steps_an_epoch = batches_per_epoch(len(train), settings.batch_size)
+        self.total_steps = settings.epochs * self.steps_an_epoch
+        module = make_classifier_module(model, settings.regression, settings.precision)
+        self.updates, self.rank, self.world_size = _updates(module, settings, several_ranks)
+        self.writes = self.rank == 0
+        decisive = {key: value for key, value in asdict(settings).items() if key != "save_every_steps"}
+        stamp = f"{identity}\0{json.dumps(decisive)}\0{len(train)}"
+        self.stamp = hashlib.sha256(stamp.encode()).hexdigest()
+        self.position = state.load_state(work, self.updates, self.stamp)
+
+    def train_epoch(self, progress: Progress, check: Callable[[], None]) -> None:
+        """The updates that are left of the epoch that runs."""
+        position, settings = self.position, self.settings
+        epoch, first = divmod(position.step, self.steps_an_epoch)
+        self.model.train()
+        for rows in training_batches(self.train.lengths(), settings.batch_size, settings.seed, epoch)[first:]:
+            position.loss_sum += self.update(rows)
+            position.step += 1
+            if not math.isfinite(position.loss_sum):
+                raise UserError(
+                    f"{self.work.name}: the loss is not finite at step {position.step}; try a lower learning rate"
+                )
+            if position.step % CLAIM_CHECK_STEPS == 0:
+                check()
+            done = position.step % self.steps_an_epoch or self.steps_an_epoch
+            progress.advance(epoch=epoch + 1, loss=f"{position.loss_sum / done:.4f}")
+            if self.writes and position.step % settings.save_every_steps == 0 and done != self.steps_an_epoch:
+                state.save_state(self.work, self.updates, position, self.stamp)
+
+    def update(self, rows: np.ndarray) -> float:
+        """One update by a batch; returns its mean loss."""
+        import torch
+
+        settings, device = self.settings, next(self.model.parameters()).device
+        batch, labels_B, weight = _share(self.train, rows, self.rank, self.world_size, settings.regression)
+        torch.manual_seed(_dropout_seed(settings.seed, self.position.step, self.rank))
+        inputs = to_device(batch, device)
+        loss, _ = self.updates.forward(labels_B=torch.from_numpy(labels_B).to(device), **inputs)
+        rate = _learning_rate(settings, self.position.step, self.total_steps)
+        self.updates.apply(loss * (weight / len(rows)), rate)
+        value: float = loss.item() * weight / len(rows)
+        return distributed.all_reduce_sum([value])[0] if self.several_ranks else value
+
+    def end_epoch(self, scores: dict[str, Any]) -> None:
+        """Note the scores of the epoch that is through."""
+        position = self.position
+        epoch = len(position.epochs) + 1
+        position.epochs.append({"epoch": epoch, "loss": position.loss_sum / self.steps_an_epoch, **scores})
+        position.loss_sum = 0.0
+        get_logger().info(f"{self.work.name}: epoch {epoch}: validation {scores['score']:.4f}")
+
+    def keep_epoch(self) -> None:
+        """Save the state, and the weights if no epoch before was as good."""
+        if not self.writes:
+            return
+        if _best(self.position.epochs) == len(self.position.epochs) - 1:
+            state.save_best(self.work, self.model)
+        state.save_state(self.work, self.updates, self.position, self.stamp)
+
+
+def _updates(module: Any, settings: FineTuning, several_ranks: bool) -> tuple[Updates, int, int]:
+    chosen = (module, settings.learning_rate, settings.weight_decay, settings.gradient_clipping)
+    if not several_ranks:
+        return SingleUpdates(*chosen), 0, 1
+    world_size = distributed.world_size()
+    if settings.batch_size % world_size:
+        raise UserError(f"--ranks-per-job {world_size}: does not divide the batch size {settings.batch_size}")
+    return RankUpdates(*chosen, settings.batch_size), distributed.rank(), world_size
+
+
+def _share(
+    train: Encoded, rows: np.ndarray, rank: int, world_size: int, regression: bool
+) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
+    """This rank's rows of a batch; a rank without any computes on one row that counts nothing."""
+    own = rows[rank::world_size]
+    weight = 1.0 if len(own) else 0.0
+    own = own if len(own) else rows[:1]
+    labels = train.labels[own].astype(np.float32 if regression else np.int64)
+    return train.batch(own), labels, weight
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    digest = hashlib.blake2b(f"fine-tuning/{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _learning_rate(settings: FineTuning, steps_done: int, total: int) -> float:
+    """Linear warm-up over a part of the steps, then linearly down to 0 (Table 6)."""
+    warmup = math.ceil(settings.warmup_ratio * total)
+    if steps_done < warmup:
+        return settings.learning_rate * (steps_done + 1) / warmup
+    return settings.learning_rate * (total - steps_done) / max(1, total - warmup)
+
+
+def _best(epochs: list[dict[str, Any]]) -> int:
+    """Index of the first epoch with the highest score."""
+    return max(range(len(epochs)), key=lambda index: (epochs[index]["score"], -index))

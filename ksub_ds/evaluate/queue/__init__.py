@@ -1,0 +1,1 @@
+"""A queue of jobs in a shared folder, its workers and its status."""

@@ -1,0 +1,68 @@
+"""Embeddings that one of our own models learnt: a run folder's newest whole checkpoint, or an exported folder.
+
+A plain model (K = 1) gives its one table; of a sub-embedding model the rows are composed from codes and tables.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from ksub_ds.codes.table import CodeTable
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import read_json
+from ksub_ds.pretrain.open_run import newest_checkpoint
+from ksub_ds.vectors.hf_folder import in_folder, weight_files
+from ksub_ds.vectors.matrix import TensorFiles, check_matrix
+
+LAYERS = ("word_embeddings.", "tok_embeddings.")
+
+
+def run_vectors(run: Path) -> tuple[np.ndarray, str]:
+    """(N, d) embeddings of a run's newest whole checkpoint, and the checkpoint's name.
+
+    Raises:
+        UserError: not a run folder, no whole checkpoint, or one of other codes than the run's.
+    """
+    folder, checkpoint = newest_checkpoint(run)
+    table = CodeTable.load(folder.codes)
+    if table.sha256 != read_json(checkpoint / "trainer.json").get("codes_sha256"):
+        raise UserError(f"{checkpoint}: was trained with other codes than {folder.codes}")
+    files = TensorFiles([checkpoint / "model.safetensors"])
+    return check_matrix(_compose(files, table.codes, str(checkpoint)), str(checkpoint)), checkpoint.name
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds one of our models in HuggingFace's form."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else None
+    return isinstance(config, dict) and str(config.get("model_type")).startswith("ksub_")
+
+
+def export_vectors(folder: Path) -> np.ndarray:
+    """(N, d) embeddings of an exported model.
+
+    Raises:
+        UserError: no weights, or no codes and tables among them.
+    """
+    files = weight_files(in_folder(folder), str(folder), lambda key: any(layer in key for layer in LAYERS))
+    codes = [name for name in files.shapes if name.endswith(tuple(layer + "codes" for layer in LAYERS))]
+    if not codes:
+        raise UserError(f"{folder}: no codes among the weights; export the run again")
+    return check_matrix(_compose(files, files.read(codes[0]), str(folder)), str(folder))
+
+
+def _compose(files: TensorFiles, codes: np.ndarray, name: str) -> np.ndarray:
+    """Row n is the concatenation over k of row codes[n, k] of table k, through the matrix A if there is one."""
+
+    def find(end: str) -> list[str]:
+        return [key for key in files.shapes if key.endswith(tuple(layer + end for layer in LAYERS))]
+
+    tables = []
+    for k, column in enumerate(codes.T):
+        found = find(f"tables.{k}")
+        if not found or files.shapes[found[0]][0] <= column.max() or column.min() < 0:
+            raise UserError(f"{name}: table {k} is missing, or shorter than the codes that point into it")
+        tables.append(files.read(found[0])[column])
+    rows = np.concatenate(tables, axis=1)
+    mixing = find("mixing")
+    return rows @ files.read(mixing[0]).T if mixing else rows
