@@ -33,17 +33,16 @@ import tyro
 
 from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, positional_codes
 from ksub_ds.common import distributed
-from ksub_ds.pretrain.checkpoint import TrainerState
+from ksub_ds.pretrain.checkpoint import CheckpointWriter, TrainerState
 from ksub_ds.pretrain.engine import (
     build_optimizer,
     compose_config,
+    find_deepspeed_config,
     loss_factor,
     read_mechanics,
     size_buckets,
     start_engine,
 )
-from ksub_ds.pretrain.recipe import find_deepspeed_config
-from ksub_ds.pretrain.saving import CheckpointWriter
 
 N = 250_002
 ADAM = (2e-4, (0.9, 0.98), 1e-6, 0.01)

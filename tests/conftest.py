@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from .pretrain.runs import bench, bpe_shards, one_rank  # noqa: F401 - fixtures of several folders
+
 # A shell starts background jobs with SIGINT ignored, and their children inherit it: those who test Ctrl-C would wait.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

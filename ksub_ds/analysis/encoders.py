@@ -88,11 +88,10 @@ def open_encoder(source: str, name: str, tokenizer: Path | None = None, codes: C
 
 
 def _from_run(folder: Path) -> tuple[Any, Tokenizer, str]:
-    from ksub_ds.pretrain.open_run import load_model, newest_checkpoint
+    from ksub_ds.pretrain.open_run import open_run
 
-    run, checkpoint = newest_checkpoint(folder)
-    model, tokenizer = load_model(run, checkpoint)
-    return model.base_model, tokenizer, sha256_file(checkpoint / "model.safetensors")
+    checkpoint = open_run(folder).checkpoint()
+    return checkpoint.load_model().base_model, checkpoint.run.tokenizer, sha256_file(checkpoint.weights)
 
 
 def _from_huggingface(source: str) -> tuple[Any, str]:

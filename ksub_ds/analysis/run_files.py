@@ -11,10 +11,7 @@ from typing import Any
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
-from ksub_ds.common.logging import read_lines
-from ksub_ds.pretrain.checkpoint import checkpoints, step_of
-from ksub_ds.pretrain.recipe import read_recipe
-from ksub_ds.pretrain.run_folder import RunFolder
+from ksub_ds.pretrain.open_run import open_run
 
 LOG_VERSIONS = re.compile(r"^(?P<when>[\d :,-]+?),\d+ (?P<what>python [\d.]+, torch .*)$")
 LOG_RANKS = re.compile(r"^[\d :,-]+ (?P<what>\d+ ranks? \(.*)$")
@@ -68,22 +65,18 @@ def read_run(path: Path) -> RunFiles:
     Raises:
         UserError: not a run folder, or a recipe or codes that cannot be read.
     """
-    folder = RunFolder(path)
-    if not folder.recipe.is_file():
-        raise UserError(f"{path}: no recipe.json there; give the --out folder of `ksub pretrain`")
-    recipe, values = read_recipe(folder.recipe)
-    table = CodeTable.load(folder.codes)
+    run = open_run(path)
     return RunFiles(
         path=Path(path),
-        recipe=values,
-        table=table,
-        metrics=[line for line in read_lines(folder.metrics) if finite(line.get("loss")) is not None],
-        evaluations=[line for line in read_lines(folder.evaluation) if isinstance(line.get("languages"), dict)],
-        parameters=_parameters(recipe.preset, table),
-        commands=_text(folder.command).splitlines(),
-        starts=_starts(_text(folder.log)),
-        checkpoint_steps=[step_of(each) for each in checkpoints(folder.checkpoints)],
-        failure=_object(folder.failure),
+        recipe=run.record,
+        table=run.table,
+        metrics=[line for line in run.metrics if finite(line.get("loss")) is not None],
+        evaluations=[line for line in run.evaluations if isinstance(line.get("languages"), dict)],
+        parameters=_parameters(run.recipe.preset, run.table),
+        commands=_text(run.folder.command).splitlines(),
+        starts=_starts(_text(run.folder.log)),
+        checkpoint_steps=run.checkpoint_steps(),
+        failure=_object(run.folder.failure),
     )
 
 

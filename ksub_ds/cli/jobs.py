@@ -20,7 +20,8 @@ def check_job(settings: Any, arguments: list[str]) -> None:
         settings: of `ksub submit` (cluster/submit.py).
     """
     if settings.job == "pretrain":
-        from ksub_ds.pretrain.recipe import Recipe, find_deepspeed_config, resolve
+        from ksub_ds.pretrain.engine import find_deepspeed_config
+        from ksub_ds.pretrain.recipe import Recipe, resolve
 
         recipe = parse(Recipe, arguments, "ksub pretrain")
         find_deepspeed_config(resolve(recipe, settings.ranks, on_gpu=True).deepspeed)

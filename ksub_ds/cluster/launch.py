@@ -31,6 +31,7 @@ from ksub_ds.cluster.preflight import reachable
 from ksub_ds.cluster.worker import GRACE_SECONDS
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
+from ksub_ds.pretrain.checkpoint import MANIFEST, checkpoints
 
 # Merged docstring, to be folded in:
 # """Between two attempts: which hosts are left, is the run folder free, and where does the run continue."""
@@ -76,9 +77,8 @@ def wait_for_lock(run: Path) -> None:
 
 def last_checkpoint(run: Path) -> str:
     """The newest checkpoint of a run, in words. Damaged ones are passed over when the run continues, not here."""
-    found = [path.parent for path in (run / "checkpoints").glob("global_step*/manifest.json")]
-    steps = {int(number): path for path in found if (number := path.name.removeprefix("global_step")).isdecimal()}
-    return f"last checkpoint: {steps[max(steps)]}" if steps else "there is no checkpoint yet"
+    found = [path for path in checkpoints(run / "checkpoints") if (path / MANIFEST).exists()]
+    return f"last checkpoint: {found[0]}" if found else "there is no checkpoint yet"
 
 
 # What an outer launcher, or DeepSpeed's, has said to this process.

@@ -1,40 +1,41 @@
-"""From a trained model's folder to a small one: `ksub compress`.
+"""Compress a trained model: its embedding becomes tables fitted to it, at both ends; all other weights stay.
 
     ksub compress plain_model --num-tables 3 --table-size 128 --out small_model
 
-SMALL_MODEL holds the weights, the codes (also as codes.safetensors), the tokenizer and compression.json. Next:
-`ksub pretrain --warm-start small_model`, with or without `--distill-from plain_model`.
+    from ksub_ds import clustered_codes, compress
+    small = compress("plain_model", clustered_codes(vectors, num_tables=3, table_size=128))
+
+The result is a start for continued pretraining or distillation: 384 rows cannot hold what 30,000 did, and the layers
+above have to learn to read what is left. small_model holds the weights, the codes (also as codes.safetensors), the
+tokenizer and compression.json. Next: `ksub pretrain --warm-start small_model`, with or without
+`--distill-from plain_model`.
 """
 
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 import tyro
-from transformers import PreTrainedModel
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.convert.fitting import Mixing, fit_tables
-from ksub_ds.model.base import SubEmbeddingModel
-from ksub_ds.model.loading import open_model
-from ksub_ds.model.replacement import embedding_matrix, replace_embeddings
 
-# Merged docstring, to be folded in:
-# """Compress a trained model: its embedding becomes tables fitted to it, at both ends; all other weights stay.
-#
-#     from ksub_ds import clustered_codes, compress
-#     small = compress("folder", clustered_codes(vectors, num_tables=3, table_size=128))
-#
-# The result is a start for continued pretraining or distillation: 384 rows cannot hold what 30,000 did, and the layers
-# above have to learn to read what is left.
-# """
+if TYPE_CHECKING:  # seconds of imports that --help does without
+    from transformers import PreTrainedModel
+
+    from ksub_ds.model.base import SubEmbeddingModel
+
+# How sentence-transformers uses an encoder; small JSON files that stay true for the compressed one.
+SENTENCE_FILES = (
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("1_Pooling/config.json", "2_Normalize/config.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,14 @@ class CompressionReport:
     """What compression did, in numbers.
 
     Attributes:
+        num_tokens: N.
+        table_sizes: M_1 .. M_K.
+        mixing: the matrix beside the tables: "linear", "orthogonal" or "none".
         error: squared distance of old and new embeddings, relative to that of one mean vector for all.
         cosine: mean cosine between old and new embeddings.
-        embedding_parameters, total_parameters: before and after; the tables are what is trained.
+        embedding_parameters: before and after; the tables are what is trained.
         mixing_numbers: fixed numbers of the d x d matrix that stays with the tables; 0 if there is none.
+        total_parameters: of the whole model, before and after.
         loss: of the callback, before and after.
     """
 
@@ -60,11 +65,11 @@ class CompressionReport:
     loss: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the report as plain JSON values."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the report as lines of text."""
         (old, new), (all_old, all_new) = self.embedding_parameters, self.total_parameters
         fixed = f" and {self.mixing_numbers:,} fixed numbers (the {self.mixing} matrix)" if self.mixing_numbers else ""
         lines = [
@@ -78,39 +83,56 @@ class CompressionReport:
 
 
 def compress(
-    model_or_name: PreTrainedModel | str | Path,
+    model_or_name: "PreTrainedModel | str | Path",
     table: CodeTable,
     mixing: Mixing = "linear",
     weights: np.ndarray | None = None,
-) -> SubEmbeddingModel:
-    """A trained model over sub-embeddings whose tables are fitted to its embedding by least squares (fitting.py).
+) -> "SubEmbeddingModel":
+    """Return a trained model over sub-embeddings whose tables are fitted to its embedding by least squares.
 
     Args:
         model_or_name: a model, a folder in HuggingFace's form, or a name in the local cache or on the Hub; the
             families of `replace_embeddings`, or one of ours (a plain one, K = 1, too). Folders are read from
             safetensors only.
         table: codes of its tokens.
-        mixing: whether a d x d matrix may stand beside the tables: "linear", "orthogonal" or "none".
+        mixing: the d x d matrix beside the tables: "linear", "orthogonal" or "none" (fitting.py).
         weights: (N,) how much each token counts, for example its frequency. [1]
 
     Raises:
-        ValueError: as `replace_embeddings` and `fit_tables`; a decoder that is not tied; nothing to read there.
+        ValueError: a model that `replace_embeddings` refuses, codes or weights that `fit_tables` refuses, a decoder
+            that is not tied, or (as UserError) a folder or name that cannot be read.
     """
     return compress_with_report(model_or_name, table, mixing, weights)[0]
 
 
 def compress_with_report(
-    model_or_name: PreTrainedModel | str | Path,
+    model_or_name: "PreTrainedModel | str | Path",
     table: CodeTable,
     mixing: Mixing = "linear",
     weights: np.ndarray | None = None,
-    loss: Callable[[PreTrainedModel], float] | None = None,
-) -> tuple[SubEmbeddingModel, CompressionReport]:
-    """`compress`, and what it did.
+    loss: "Callable[[PreTrainedModel], float] | None" = None,
+) -> "tuple[SubEmbeddingModel, CompressionReport]":
+    """Compress a model and measure what that did.
 
     Args:
+        model_or_name: as for `compress`, like the next three.
+        table: the codes.
+        mixing: the matrix beside the tables.
+        weights: of the tokens.
         loss: measured on the model before and after, for example its masked-token loss on some text.
+
+    Returns:
+        The compressed model, and the report.
+
+    Raises:
+        ValueError: as `compress`.
     """
+    import torch
+    from transformers import PreTrainedModel
+
+    from ksub_ds.model.loading import open_model
+    from ksub_ds.model.replacement import embedding_matrix, replace_embeddings
+
     model = model_or_name if isinstance(model_or_name, PreTrainedModel) else open_model(model_or_name)
     vectors = embedding_matrix(model).float().cpu().numpy()[: table.num_tokens]
     fit = fit_tables(vectors, table, mixing, weights)
@@ -146,11 +168,7 @@ def _mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
     return float(((first * second).sum(axis=1) / np.maximum(norms, 1e-30)).mean())
 
 
-# How sentence-transformers puts an encoder to use; small JSON files that stay true for the compressed one.
-SENTENCE_FILES = (
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-    *("1_Pooling/config.json", "2_Normalize/config.json"),
-)
+# ---------------------------------------------------------------- ksub compress
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,7 @@ class CompressModel:
     """M, the rows of every table."""
     codes: Path | None = None
     """Code file to use. [codes by clustering the model's own embedding, K tables of M rows]"""
-    mixing: Literal["linear", "orthogonal", "none"] = "linear"
+    mixing: Mixing = "linear"
     """A fixed d x d matrix beside the tables: any, a rotation, or none."""
     data: Path | None = None
     """Shards folder made with the model's tokenizer: the masked-token loss on its held-out part, before and after."""
@@ -181,13 +199,15 @@ class CompressModel:
 def compress_model(settings: CompressModel) -> Path:
     """Compress a model and write its folder.
 
+    Args:
+        settings: the options of `ksub compress`.
+
     Returns:
         The folder.
 
     Raises:
         UserError: the model cannot be read or compressed, codes or data do not fit it, or a folder is in the way.
     """
-    from ksub_ds.convert.compress import compress_with_report
     from ksub_ds.model.loading import open_model
     from ksub_ds.model.replacement import embedding_matrix
 
@@ -224,7 +244,7 @@ def compress_model(settings: CompressModel) -> Path:
 
 
 def _tokenizer(name: str) -> Any:
-    """The tokenizer that lies with the model; None, with a line of warning, if there is none."""
+    """Open the tokenizer that lies with the model; without one, log a warning and return None."""
     from transformers import AutoTokenizer
 
     try:
@@ -236,7 +256,7 @@ def _tokenizer(name: str) -> Any:
 
 
 def _save_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:
-    """As this project writes it, if it knows the kind: a SentencePiece model stays beside it. Else as transformers."""
+    """Save a tokenizer: as this project does if it knows the kind, which keeps SentencePiece's model, or by itself."""
     from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     if tokenizer is None:
@@ -266,10 +286,15 @@ def _codes(settings: CompressModel, vectors: Any) -> CodeTable:
 
 
 def _masked_loss(settings: CompressModel, model: Any, tokenizer: Any) -> Callable[[Any], float]:
-    """Mean loss over the masked tokens of the held-out part, as a function of a model."""
+    """Return a function from a model to its mean loss over the masked tokens of the held-out part.
+
+    Raises:
+        UserError: the model predicts no masked tokens, or the shards do not fit it.
+    """
     from ksub_ds.corpus.batches import HeldOutBatches
     from ksub_ds.corpus.shards.dataset import ShardDataset
     from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+    from ksub_ds.pretrain.prefetch import to_tensors
 
     assert settings.data is not None
     if not type(model).__name__.endswith("ForMaskedLM"):
@@ -289,7 +314,7 @@ def _masked_loss(settings: CompressModel, model: Any, tokenizer: Any) -> Callabl
         total = count = 0.0
         with torch.no_grad():
             for _, batch in batches:
-                tensors = {key: torch.from_numpy(array) for key, array in batch.items()}
+                tensors = to_tensors(batch, "cpu")
                 labelled = float((tensors["labels"] != -100).sum())
                 if labelled:
                     total += float(model(**tensors).loss) * labelled
@@ -300,7 +325,7 @@ def _masked_loss(settings: CompressModel, model: Any, tokenizer: Any) -> Callabl
 
 
 def copy_sentence_files(source: Path, target: Path) -> None:
-    """Copy what makes a folder one of sentence-transformers, if it is there."""
+    """Copy the files that make a folder one of sentence-transformers, as far as it has them."""
     for name in SENTENCE_FILES:
         if (source / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)

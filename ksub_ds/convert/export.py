@@ -15,9 +15,13 @@ from typing import Any, Literal
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder
 from ksub_ds.common.logging import get_logger
-from ksub_ds.convert.source import Source, auto_class, head_of, open_source
+from ksub_ds.convert.compress import copy_sentence_files
+from ksub_ds.convert.model_card import write_model_card
+from ksub_ds.convert.onnx import write_onnx
+from ksub_ds.convert.remote_code import write_remote_code
+from ksub_ds.convert.source import ExportSource, auto_class, head_of, open_source
 
-TOLERANCE = 1e-5  # the reloaded model makes the same numbers; this leaves room for another order of sums
+TOLERANCE = 1e-5  # the reloaded model computes the same; only the order of sums may differ
 DENSE_TOLERANCE = 1e-4  # N x d products instead of table scores: another order of many sums
 
 Form = Literal["ksub", "remote-code", "dense"]
@@ -36,8 +40,8 @@ def export_run(
     Args:
         run: the run folder, or a folder of one of our models.
         out: the folder to make; an earlier export there is replaced.
-        step: which checkpoint; default the newest whole one.
-        form: whether the folder needs ksub_ds, brings its code along, or is a plain transformers model.
+        step: which checkpoint. [the newest whole one]
+        form: "ksub" needs ksub_ds, "remote-code" includes its code, "dense" is a plain transformers model.
         onnx: write model.onnx beside the weights, compared with onnxruntime.
         licence: of the weights, for the model card.
 
@@ -57,8 +61,6 @@ def export_run(
         with atomic_folder(out) as temporary:
             difference = _write(source, temporary, form, licence)
             if onnx:
-                from ksub_ds.convert.onnx import write_onnx
-
                 error = write_onnx(temporary)
                 get_logger().info(f"model.onnx: run by onnxruntime and compared (largest difference {error:.1e})")
     except OSError as error:
@@ -67,12 +69,12 @@ def export_run(
     return out
 
 
-def _write(source: Source, folder: Path, form: Form, licence: str | None) -> float:
-    """Fill a folder; the largest difference between the model and its reloaded copy."""
-    from ksub_ds.convert.compress import copy_sentence_files
-    from ksub_ds.convert.model_card import write_model_card
-    from ksub_ds.convert.remote_code import write_remote_code
+def _write(source: ExportSource, folder: Path, form: Form, licence: str | None) -> float:
+    """Fill a folder and return the largest difference between the model and its reloaded copy.
 
+    Raises:
+        UserError: the difference is too large, or the model has no plain form.
+    """
     saved = _plain(source) if form == "dense" else source.model
     saved.save_pretrained(folder)
     if source.tokenizer is not None:
@@ -89,8 +91,12 @@ def _write(source: Source, folder: Path, form: Form, licence: str | None) -> flo
     return difference
 
 
-def _plain(source: Source) -> Any:
-    """The plain transformers model: XLM-R's class for a SentencePiece tokenizer in XLM-R's layout, else RoBERTa's."""
+def _plain(source: ExportSource) -> Any:
+    """Return the plain model: XLM-R's class if the tokenizer is SentencePiece in XLM-R's layout, else the family's.
+
+    Raises:
+        UserError: the model has no plain form.
+    """
     from transformers import XLMRobertaForMaskedLM
 
     from ksub_ds.corpus.tokenizers.xlmr import XlmrTokenizer
@@ -105,7 +111,16 @@ def _plain(source: Source) -> Any:
 
 
 def compare_with_reload(model: Any, saved: Path, tokenizer: Any) -> float:
-    """Largest difference between the model and its saved copy, on a few random rows: logits, loss or states."""
+    """Return the largest difference between a model and its saved copy on a few random rows.
+
+    Args:
+        model: a masked language model (logits and loss are compared), a classifier (logits) or an encoder (states).
+        saved: folder of the copy.
+        tokenizer: its special tokens begin and end the rows; None for rows of any tokens.
+
+    Returns:
+        The difference; NaN if a number is not finite.
+    """
     import torch
 
     head = head_of(type(model).__name__)

@@ -1,17 +1,16 @@
 """README.md of an exported model: what it is, how to open it, its parameters, codes, data, results, citation, licence.
 
-Everything in it is read from the run or the model; what is not known is said not to be.
+Everything in it is read from the run or the model; what is not recorded there, it says so.
 """
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, read_json
-
-if TYPE_CHECKING:
-    from ksub_ds.convert.source import Source
+from ksub_ds.convert.source import ExportSource, head_of
+from ksub_ds.pretrain.open_run import RunCheckpoint
 
 LANGUAGES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 CITATION = """    @misc{k-sub-embedding,
@@ -21,9 +20,15 @@ CITATION = """    @misc{k-sub-embedding,
     }"""
 
 
-def write_model_card(folder: Path, source: "Source", form: str, licence: str | None) -> None:
-    """Write `folder`/README.md."""
-    recipe = read_json(source.run.recipe) if source.run else {}
+def write_model_card(folder: Path, source: ExportSource, form: str, licence: str | None) -> None:
+    """Write `folder`/README.md.
+
+    Args:
+        folder: the exported folder.
+        source: what was exported.
+        form: "ksub", "remote-code" or "dense", as `export_run` takes it.
+        licence: of the weights; None if nobody said.
+    """
     evaluation = _evaluation(source)
     sections = [
         _front_matter(source, licence, sorted(evaluation.get("languages", {}))),
@@ -31,7 +36,7 @@ def write_model_card(folder: Path, source: "Source", form: str, licence: str | N
         "## How to open it\n\n" + _opening(source, form),
         "## Parameters\n\n" + _parameters(source, form),
         "## Codes\n\n" + _codes(source),
-        "## Training\n\n" + _training(source, recipe),
+        "## Training\n\n" + _training(source),
         "## Results\n\n" + _results(source, evaluation),
         "## Citation\n\nThe method is the paper's:\n\n" + CITATION,
         "## Licence\n\n" + _licence(licence),
@@ -40,7 +45,7 @@ def write_model_card(folder: Path, source: "Source", form: str, licence: str | N
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def _front_matter(source: "Source", licence: str | None, languages: list[str]) -> str:
+def _front_matter(source: ExportSource, licence: str | None, languages: list[str]) -> str:
     lines = ["---", "library_name: transformers"]
     if type(source.model).__name__.endswith("ForMaskedLM"):
         lines.append("pipeline_tag: fill-mask")
@@ -53,7 +58,7 @@ def _front_matter(source: "Source", licence: str | None, languages: list[str]) -
     return "\n".join([*lines, "---"])
 
 
-def _summary(source: "Source") -> str:
+def _summary(source: ExportSource) -> str:
     table = source.model.code_table()
     if table.num_tables == 1:
         return f"A model with a plain embedding of {table.num_tokens:,} tokens, the baseline of sub-embeddings."
@@ -63,9 +68,7 @@ def _summary(source: "Source") -> str:
     )
 
 
-def _opening(source: "Source", form: str) -> str:
-    from ksub_ds.convert.source import head_of
-
+def _opening(source: ExportSource, form: str) -> str:
     door = f"AutoModel{head_of(type(source.model).__name__)}"
     first = ["import ksub_ds"] if form == "ksub" else []
     more = ", trust_remote_code=True" if form == "remote-code" else ""
@@ -83,7 +86,7 @@ def _opening(source: "Source", form: str) -> str:
     return words[form] + "\n\n" + "\n".join(f"    {line}" for line in code)
 
 
-def _parameters(source: "Source", form: str) -> str:
+def _parameters(source: ExportSource, form: str) -> str:
     layer, total = source.model.get_input_embeddings(), source.model.num_parameters()
     plain = layer.num_embeddings * layer.embedding_dim
     ours = sum(each.numel() for each in layer.parameters())
@@ -101,36 +104,38 @@ def _parameters(source: "Source", form: str) -> str:
     return text + ("\n\nThis folder holds the plain form." if form == "dense" else "")
 
 
-def _codes(source: "Source") -> str:
+def _codes(source: ExportSource) -> str:
     table = source.model.code_table()
     lines = [
         f"- tokens: {table.num_tokens:,}; table sizes: {' '.join(map(str, table.table_sizes))}",
         f"- sha256 of the codes: `{table.sha256}`",
     ]
-    if source.run is not None:
-        from ksub_ds.codes.table import CodeTable
-
-        stored = CodeTable.load(source.run.codes).metadata
+    if source.checkpoint is not None:
+        stored = source.checkpoint.run.table.metadata
         lines += [
             f"- {key.replace('_', ' ')}: {stored[key]}" for key in ("algorithm", "vectors", "seed") if key in stored
         ]
     return "\n".join(lines)
 
 
-def _training(source: "Source", recipe: dict[str, Any]) -> str:
-    if source.run is None or source.step is None:
-        compressed = source.folder / "compression.json" if source.folder else None
-        if compressed is not None and compressed.is_file():
-            report = read_json(compressed)
-            return (
-                f"Compressed from `{report['model']}`: tables fitted to its embedding by least squares "
-                f"({100 * report['error']:.1f} % of the variance is lost). No training after that is recorded here."
-            )
-        return "Not recorded in this folder."
-    state = read_json(source.run.checkpoints / f"global_step{source.step}" / "trainer.json")
+def _training(source: ExportSource) -> str:
+    if source.checkpoint is not None:
+        return _run_training(source.checkpoint)
+    compressed = source.folder / "compression.json" if source.folder else None
+    if compressed is not None and compressed.is_file():
+        report = read_json(compressed)
+        return (
+            f"Compressed from `{report['model']}`: tables fitted to its embedding by least squares "
+            f"({100 * report['error']:.1f} % of the variance is lost). No training after that is recorded here."
+        )
+    return "Not recorded in this folder."
+
+
+def _run_training(checkpoint: RunCheckpoint) -> str:
+    recipe = checkpoint.run.record
     lines = [
-        f"- {source.step:,} of {recipe['max_steps']:,} steps of {recipe['global_batch_size']:,} sequences of "
-        f"{recipe['sequence_length']:,} tokens: {state['tokens']:,} tokens",
+        f"- {checkpoint.step:,} of {recipe['max_steps']:,} steps of {recipe['global_batch_size']:,} sequences of "
+        f"{recipe['sequence_length']:,} tokens: {checkpoint.state.tokens:,} tokens",
         f"- masked language modelling, {100 * recipe['mlm_probability']:g} % of the tokens; {recipe['precision']}; "
         f"seed {recipe['seed']}",
         f"- AdamW, peak learning rate {recipe['peak_lr']:g}, {recipe['warmup_steps']:,} steps of warm-up",
@@ -144,22 +149,15 @@ def _training(source: "Source", recipe: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _evaluation(source: "Source") -> dict[str, Any]:
-    """The newest held-out measure up to the exported step; empty if there is none."""
-    if source.run is None or source.step is None or not source.run.evaluation.is_file():
+def _evaluation(source: ExportSource) -> dict[str, Any]:
+    """Return the newest evaluation on held-out text up to the exported step; empty if there is none."""
+    if source.checkpoint is None:
         return {}
-    found: dict[str, Any] = {}
-    for line in source.run.evaluation.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue  # the line a kill cut short
-        if values.get("step", source.step + 1) <= source.step:
-            found = values
-    return found
+    step = source.checkpoint.step
+    return next((line for line in reversed(source.checkpoint.run.evaluations) if line["step"] <= step), {})
 
 
-def _results(source: "Source", evaluation: dict[str, Any]) -> str:
+def _results(source: ExportSource, evaluation: dict[str, Any]) -> str:
     parts = []
     if evaluation:
         rows = [("all", evaluation), *sorted(evaluation["languages"].items())]
@@ -175,13 +173,13 @@ def _results(source: "Source", evaluation: dict[str, Any]) -> str:
     return "\n\n".join(parts) or "None recorded."
 
 
-def _result_files(source: "Source") -> list[Path]:
-    """results.json files of evaluations that were written into the run folder."""
-    return sorted(source.run.path.glob("*/results.json")) if source.run else []
+def _result_files(source: ExportSource) -> list[Path]:
+    """Return the results.json files of evaluations that were written into the run folder."""
+    return sorted(source.checkpoint.run.folder.path.glob("*/results.json")) if source.checkpoint else []
 
 
 def _task(path: Path) -> str:
-    """One evaluation in a line; an unreadable file is left out."""
+    """Return a line about one evaluation; empty if its file cannot be read."""
     try:
         results = read_json(path)
         return f"- {path.parent.name} ({results['setting']}): average {results['average']:.4g}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.convert.source import auto_class
 
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3  # logits; onnxruntime fuses and reorders
@@ -21,10 +22,13 @@ OPSET = 20
 
 
 def write_onnx(folder: Path) -> float:
-    """Write `folder`/model.onnx: input_ids and attention_mask, any batch and length, to logits (or states).
+    """Write `folder`/model.onnx, from input_ids and attention_mask of any batch and length to logits (or states).
+
+    Args:
+        folder: an exported model.
 
     Returns:
-        The largest difference to PyTorch, at another batch size and length than the export's.
+        The largest difference from PyTorch, at other batch sizes and lengths than the export's.
 
     Raises:
         UserError: a package is missing, torch cannot export the model, or the results differ.
@@ -43,8 +47,6 @@ def write_onnx(folder: Path) -> float:
 
 def _load(folder: Path) -> Any:
     import torch
-
-    from ksub_ds.convert.source import auto_class
 
     class Outputs(torch.nn.Module):
         """The one output as a tensor."""

@@ -7,33 +7,34 @@ from typing import Any
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.pretrain import checkpoint
-from ksub_ds.pretrain.open_run import choose_checkpoint, load_model, open_folder
-from ksub_ds.pretrain.run_folder import RunFolder
+from ksub_ds.pretrain.open_run import RunCheckpoint, open_run
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """What is exported.
 
     Attributes:
         model: a masked language model, or another of our heads, ready to evaluate.
         tokenizer: None if the model has none that can be opened.
         name: for messages and the model card.
-        run: the run it comes from, if it comes from one, and the step of its checkpoint.
+        checkpoint: where it comes from, if it comes from a run.
         folder: the model folder it comes from, if not from a run.
     """
 
     model: Any
     tokenizer: Any
     name: str
-    run: RunFolder | None = None
-    step: int | None = None
+    checkpoint: RunCheckpoint | None = None
     folder: Path | None = None
 
 
-def open_source(run: str | Path, step: int | None = None) -> Source:
-    """What `run` names: a run's checkpoint, or one of our models in a folder.
+def open_source(run: str | Path, step: int | None = None) -> ExportSource:
+    """Open what is to be exported.
+
+    Args:
+        run: a run folder, or a folder of one of our models.
+        step: which checkpoint of the run. [the newest whole one]
 
     Raises:
         UserError: neither, or no (such) whole checkpoint.
@@ -46,14 +47,12 @@ def open_source(run: str | Path, step: int | None = None) -> Source:
         if step is not None:
             raise UserError(f"--step {step}: {run} is a model, not a run; leave it out")
         return _open_folder(path)
-    folder = open_folder(run)
-    chosen = choose_checkpoint(folder, step)
-    model, tokenizer = load_model(folder, chosen)
-    number = checkpoint.step_of(chosen)
-    return Source(model, tokenizer, f"step {number:,} of {folder.path.resolve().name}", folder, number)
+    checkpoint = open_run(run).checkpoint(step)
+    name = f"step {checkpoint.step:,} of {checkpoint.run.folder.path.resolve().name}"
+    return ExportSource(checkpoint.load_model(), checkpoint.run.tokenizer, name, checkpoint)
 
 
-def _open_folder(path: Path) -> Source:
+def _open_folder(path: Path) -> ExportSource:
     from ksub_ds.corpus.tokenizers.loading import load_tokenizer
     from ksub_ds.model.loading import open_model
 
@@ -62,16 +61,16 @@ def _open_folder(path: Path) -> Source:
     except UserError as error:
         get_logger().warning(f"{path}: its tokenizer is left out ({error})")
         tokenizer = None
-    return Source(open_model(path), tokenizer, f"model {path.resolve().name}", folder=path)
+    return ExportSource(open_model(path), tokenizer, f"model {path.resolve().name}", folder=path)
 
 
 def head_of(class_name: str) -> str:
-    """What stands behind the family's name in a model class: "ForMaskedLM", "ForSequenceClassification" or ""."""
+    """Return the end of a model class's name: "ForMaskedLM", "ForSequenceClassification", or "" for a bare encoder."""
     return next((end for end in ("ForMaskedLM", "ForSequenceClassification") if class_name.endswith(end)), "")
 
 
 def auto_class(folder: Path) -> Any:
-    """transformers' Auto class for the model of a folder, which knows ours too."""
+    """Return transformers' Auto class for the model in a folder; our classes are registered with it."""
     import transformers
 
     import ksub_ds  # noqa: F401 - registers our classes with the Auto classes

@@ -9,7 +9,6 @@ for. OUT/curve.jsonl gets one line a checkpoint; OUT/xnli/global_step{N} holds t
 """
 
 import fcntl
-import json
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, write_json
-from ksub_ds.common.logging import MetricsWriter, get_logger
+from ksub_ds.common.logging import MetricsWriter, get_logger, read_lines
 from ksub_ds.evaluate.data.rows import Source
 from ksub_ds.evaluate.settings import positive_rate
 
@@ -49,7 +48,7 @@ class Curve:
             raise UserError(f"--out {out}: another `ksub evaluate watch` is at work there") from error
         path = out / "curve.jsonl"
         self._writer = MetricsWriter(path, resume_step=2**62)  # drops a last line that a kill cut short
-        self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        self.lines = read_lines(path)
 
     def __enter__(self) -> "Curve":
         return self
@@ -141,13 +140,10 @@ def watch(settings: WatchSettings) -> None:
     Raises:
         UserError: no run folder, data that cannot be used, another watcher in OUT.
     """
-    from ksub_ds.pretrain.recipe import read_recipe
-    from ksub_ds.pretrain.run_folder import RunFolder
+    from ksub_ds.pretrain.open_run import open_run
 
-    folder = RunFolder(settings.run)
-    if not folder.recipe.exists():
-        raise UserError(f"--run {settings.run}: no recipe.json there; give the --out folder of `ksub pretrain`")
-    recipe, _ = read_recipe(folder.recipe)
+    run = open_run(settings.run)
+    max_steps = run.recipe.max_steps
     _check(settings)
     if not settings.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -156,16 +152,16 @@ def watch(settings: WatchSettings) -> None:
         curve.agree(_scored_by(settings))
         end_of_patience = time.monotonic() + settings.patience_seconds
         while True:
-            waiting = _score_new(settings, folder, curve)
+            waiting = _score_new(settings, run, curve)
             if settings.once and (not waiting or time.monotonic() > end_of_patience):
                 if waiting:
                     get_logger().warning(f"{', '.join(waiting)}: still half written; the next call scores them")
                 break
-            if not settings.once and recipe.max_steps in curve.steps:
+            if not settings.once and max_steps in curve.steps:
                 break
             time.sleep(min(settings.poll_seconds, 1.0) if settings.once else settings.poll_seconds)
         if not curve.steps:
-            raise UserError(f"{folder.checkpoints}: holds no whole checkpoint yet")
+            raise UserError(f"{run.folder.checkpoints}: holds no whole checkpoint yet")
         print(curve.table())
 
 
@@ -192,12 +188,12 @@ def _scored_by(settings: WatchSettings) -> dict[str, Any]:
     return identity | {key: getattr(settings, key) for key in keys}
 
 
-def _score_new(settings: WatchSettings, folder: Any, curve: Curve) -> list[str]:
+def _score_new(settings: WatchSettings, run: Any, curve: Curve) -> list[str]:
     """Score every whole checkpoint that is not in the curve; names of those that are not whole yet."""
     from ksub_ds.pretrain import checkpoint
 
     waiting = []
-    for path in sorted(checkpoint.checkpoints(folder.checkpoints), key=checkpoint.step_of):
+    for path in reversed(checkpoint.checkpoints(run.folder.checkpoints)):
         if checkpoint.step_of(path) in curve.steps:
             continue
         copy = _take(path, settings.out / "checkpoint")
@@ -206,7 +202,7 @@ def _score_new(settings: WatchSettings, folder: Any, curve: Curve) -> list[str]:
                 waiting.append(path.name)
             continue
         try:
-            curve.append(_score(settings, folder, copy))
+            curve.append(_score(settings, run, copy))
         finally:
             shutil.rmtree(settings.out / "checkpoint", ignore_errors=True)
     return waiting
@@ -227,35 +223,34 @@ def _take(path: Path, into: Path) -> Path | None:
                 shutil.copyfile(source, copy / source.name)
     except FileNotFoundError:
         return None
-    return copy if checkpoint.fault(copy) is None else None
+    return copy if checkpoint.damage(copy) is None else None
 
 
-def _score(settings: WatchSettings, folder: Any, path: Path) -> dict[str, Any]:
+def _score(settings: WatchSettings, run: Any, path: Path) -> dict[str, Any]:
     from ksub_ds.common import distributed
-    from ksub_ds.pretrain import checkpoint
-    from ksub_ds.pretrain.open_run import load_model
+    from ksub_ds.pretrain.open_run import RunCheckpoint
 
-    step = checkpoint.step_of(path)
     get_logger().info(f"scoring {path.name}")
-    model, tokenizer = load_model(folder, path)
-    line: dict[str, Any] = {"step": step, **_masked_accuracy(settings, folder, model.to(distributed.device()))}
+    checkpoint = RunCheckpoint(run, path)
+    model: Any = checkpoint.load_model()
+    scores = _masked_accuracy(settings, run, model.to(distributed.device()))
+    line: dict[str, Any] = {"step": checkpoint.step, **scores}
     if settings.data is not None:
         exported = settings.out / "model"
         with atomic_folder(exported) as temporary:
             model.to("cpu").save_pretrained(temporary)
-            tokenizer.save(temporary)
+            run.tokenizer.save(temporary)
         line["xnli"] = _xnli(settings, exported, settings.out / "xnli" / path.name)
     return line
 
 
-def _masked_accuracy(settings: WatchSettings, folder: Any, model: Any) -> dict[str, Any]:
+def _masked_accuracy(settings: WatchSettings, run: Any, model: Any) -> dict[str, Any]:
     """Loss and masked accuracy on the run's held-out rows, per language; empty where the shards are gone."""
     from ksub_ds.corpus.batches import HeldOutBatches
     from ksub_ds.corpus.shards.dataset import ShardDataset
     from ksub_ds.pretrain.heldout_eval import evaluate
-    from ksub_ds.pretrain.recipe import read_recipe
 
-    recipe, _ = read_recipe(folder.recipe)
+    recipe = run.recipe
     try:
         dataset = ShardDataset.open(recipe.data, verify=False)
     except UserError as error:

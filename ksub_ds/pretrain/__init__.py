@@ -1,1 +1,1 @@
-"""Floor 3: the training run. recipe -> engine -> loop -> checkpoint -> export; start with loop.py."""
+"""The training run: recipe, resolved run, engine, loop, checkpoints, and opening a run. Start with loop.py."""

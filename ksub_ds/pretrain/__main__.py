@@ -1,4 +1,4 @@
-"""Pretrain: what every launcher starts on each rank, and what `ksub pretrain` calls.
+"""Pretrain: the command that every launcher starts on each rank, and that `ksub pretrain` calls.
 
     python -m ksub_ds.pretrain --preset tiny --codes codes.safetensors --data shards --out run --max-steps 40
     launch/pretrain.sh --hostfile launch/hostfile.example --preset tiny ...    (the same, on 2 ranks)
@@ -8,15 +8,15 @@ Exit codes:
     0     the last step was reached, or an (empty) STOP file or --max-hours ended the run in order
     2     the user's mistake, or a run that cannot go on (NaN, full disk): starting again changes nothing
     70    a rank failed, is lost or hangs: the same command may succeed, and continues from the last checkpoint
-    75    stopped for a scheduler, saved: start me again (SIGUSR1, or `echo requeue > RUN/STOP`, or --max-hours where
-          KSUB_REQUEUE=1, as under launch/pretrain.sbatch)
+    75    stopped for a scheduler, saved; asks to be started again (SIGUSR1, or `echo requeue > RUN/STOP`, or
+          --max-hours where KSUB_REQUEUE=1, as under launch/pretrain.sbatch)
     130   Ctrl-C, also before the first step; 143 SIGTERM: saved when training had begun
 
-Of several ranks only one speaks, and its line is the last: `error: ...` with code 2, and with code 70
-`failed: rank 3 on node2 at step 14: REASON; ...`. What ended the run also lies in RUN/failure.json, for launchers that
-mix the codes of their ranks (pdsh gives the largest, mpirun the first): {"rank", "host", "step", "reason",
-"exit_code", "restart_may_help", "time"}; the next start removes it. A rank killed by a signal cannot
-write it; the ranks that miss it do.
+Of several ranks only one prints why the run ended, and its line is the last: `error: ...` with code 2, and with code
+70 `failed: rank 3 on node2 at step 14: REASON; ...`. The same lies in RUN/failure.json, for launchers that mix the
+codes of their ranks (pdsh gives the largest, mpirun the first): {"rank", "host", "step", "reason", "exit_code",
+"restart_may_help", "time"}; the next start removes it. A rank killed by a signal cannot write it; the ranks that miss
+that rank do.
 """
 
 import os
@@ -32,7 +32,7 @@ from ksub_ds.common.watchdog import EXIT_INTERRUPTED, EXIT_USER_ERROR, Failure, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit code."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is ours to tell, without C++ frames
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # we report a lost peer, without C++ frames
     try:
         from ksub_ds.pretrain.recipe import Recipe
 
@@ -52,13 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def end_early(reason: str, exit_code: int, agreed: bool = False) -> int:
-    """Say why the run ends, once for all ranks, and return the exit code. With several ranks it may not return.
+    """Print why the run ends, once for all ranks, and return the exit code. With several ranks it may not return.
 
     Args:
+        reason: for the line.
+        exit_code: of this process.
         agreed: every rank is here for the same reason.
     """
     watchdog = distributed.watchdog()
-    if watchdog is None:  # before the ranks have met: all of them are here, for the same reason
+    if watchdog is None:  # before the rendezvous: all ranks are here, for the same reason
         watchdog = _alone()
         if watchdog.rank > 0:
             return exit_code
@@ -71,7 +73,7 @@ def end_early(reason: str, exit_code: int, agreed: bool = False) -> int:
 
 
 def _alone() -> Watchdog:
-    """Stands in before the ranks have met."""
+    """Return a watchdog for this rank alone, to end the process before the rendezvous."""
     try:
         rank = distributed.rank()
     except UserError:  # the environment names no number

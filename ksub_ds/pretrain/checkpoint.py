@@ -1,4 +1,4 @@
-"""Checkpoints that know nothing of ranks: written on any number of processes and ZeRO stage, read on any other.
+"""Checkpoints that do not depend on ranks: written on any number of processes and ZeRO stage, read on any other.
 
     checkpoints/global_step{N}/
         model.safetensors        fp32 master weights by parameter name (codes are in RUN/codes.safetensors)
@@ -6,32 +6,45 @@
         trainer.json             step, Adam's step, tokens, loss scale, identity of codes and data
         manifest.json            size and sha256 of the three; without it the folder is not a checkpoint
 
-DeepSpeed's own format divides the state over the ranks that wrote it. Here rank 0 gathers the fragments and
-writes each parameter whole (saving.py): at 26M parameters that is 300 MB. This file finds and reads them.
+DeepSpeed's own format divides the state over the ranks that wrote it. Here rank 0 gathers the fragments and writes
+each parameter whole: at 26M parameters that is 300 MB. The training waits only for the copy; a thread of rank 0 writes
+it. A checkpoint counts when its manifest and its name are there, so one that a kill cut short is passed over, and the
+run continues from the one before it.
 """
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import TEMPORARY_SUFFIX, read_json, sha256_file
+from ksub_ds.common.files import TEMPORARY_SUFFIX, atomic_folder, atomic_path, read_json, sha256_file, write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.pretrain.engine_state import (
     MOMENTS,
+    adam_step,
+    collect_masters,
     full_shape,
+    loss_scaler_state,
     make_adam_state,
     publish_masters,
     set_loss_scaler,
     set_master,
 )
 
+if TYPE_CHECKING:  # deepspeed must come after the process group
+    from deepspeed import DeepSpeedEngine
+
 FORMAT = "ksub-checkpoint-1"
-FILES = ("model.safetensors", "optimizer.safetensors", "trainer.json")
+WEIGHTS, MOMENTS_FILE, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "trainer.json", "manifest.json"
+FILES = (WEIGHTS, MOMENTS_FILE, STATE)
+PREFIX = "global_step"
 
 
 @dataclass(frozen=True)
@@ -48,21 +61,32 @@ class TrainerState:
     precision: str = "fp32"
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first, good or not."""
-    found = [path for path in folder.glob("global_step*") if re.fullmatch(r"global_step\d+", path.name)]
-    return sorted(found, key=step_of, reverse=True)
+# ---------------------------------------------------------------- names
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the folder of a step's checkpoint."""
+    return f"{PREFIX}{step}"
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    return int(path.name.removeprefix("global_step"))
+    """Return the step in the name of a checkpoint's folder."""
+    return int(path.name.removeprefix(PREFIX))
 
 
-def fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file must have the size and sha256 of its manifest."""
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders in RUN/checkpoints, newest first, whole or not."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+# ---------------------------------------------------------------- finding and checking
+
+
+def damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None: every file must have the size and sha256 of its manifest."""
     try:
-        manifest = read_json(path / "manifest.json")
+        manifest = read_json(path / MANIFEST)
         files = {name: manifest["files"][name] for name in FILES}
         if manifest["format"] != FORMAT or manifest["step"] != step_of(path):
             return "manifest.json is of another checkpoint"
@@ -82,9 +106,14 @@ def fault(path: Path) -> str | None:
 
 
 def newest_complete(folder: Path, quiet: bool = False) -> Path | None:
-    """The newest checkpoint that is whole; each damaged one is named in one log line and passed over."""
+    """Return the newest whole checkpoint, or None.
+
+    Args:
+        folder: RUN/checkpoints.
+        quiet: do not log a line for each damaged one that is passed over.
+    """
     for path in checkpoints(folder):
-        problem = fault(path)
+        problem = damage(path)
         if problem is None:
             return path
         if not quiet:
@@ -93,12 +122,12 @@ def newest_complete(folder: Path, quiet: bool = False) -> Path | None:
 
 
 def find_start(folder: Path) -> Path | None:
-    """The checkpoint to continue from, None for a fresh start; also clears what a kill left half-written.
+    """Return the checkpoint to continue from, None for a fresh start; also remove what a kill left half-written.
 
     Raises:
         UserError: there are checkpoints, but none is whole.
     """
-    for leftover in sorted(folder.glob(f".global_step*{TEMPORARY_SUFFIX}")) + sorted(folder.glob(".global_step*.old")):
+    for leftover in sorted(folder.glob(f".{PREFIX}*{TEMPORARY_SUFFIX}")) + sorted(folder.glob(f".{PREFIX}*.old")):
         get_logger().warning(f"checkpoint {leftover} was never finished: passed over and removed")
         shutil.rmtree(leftover, ignore_errors=True)
     found = newest_complete(folder)
@@ -107,17 +136,26 @@ def find_start(folder: Path) -> Path | None:
     return found
 
 
-def read_trainer_state(path: Path, now: TrainerState) -> TrainerState:
-    """Read trainer.json and check that the checkpoint belongs to the codes and data of `now`.
+def read_trainer_state(path: Path) -> TrainerState:
+    """Read the trainer.json of a checkpoint.
 
     Raises:
-        UserError: other codes or other data.
+        UserError: it is missing or damaged.
     """
-    values = read_json(path / "trainer.json")
+    values = read_json(path / STATE)
     try:
-        state = TrainerState(**values)
+        return TrainerState(**values)
     except TypeError as error:
-        raise UserError(f"{path / 'trainer.json'}: not a trainer state of this version ({error})") from error
+        raise UserError(f"{path / STATE}: not a trainer state of this version ({error})") from error
+
+
+def read_matching_state(path: Path, now: TrainerState) -> TrainerState:
+    """Read the trainer.json of a checkpoint and check that it belongs to the codes and data of `now`.
+
+    Raises:
+        UserError: other codes or other data, or as `read_trainer_state`.
+    """
+    state = read_trainer_state(path)
     for what, theirs, ours in (
         ("codes", state.codes_sha256, now.codes_sha256),
         ("data", state.data_fingerprint, now.data_fingerprint),
@@ -130,10 +168,13 @@ def read_trainer_state(path: Path, now: TrainerState) -> TrainerState:
     return state
 
 
-def load(engine: Any, path: Path, state: TrainerState) -> None:
+# ---------------------------------------------------------------- loading
+
+
+def load(engine: "DeepSpeedEngine", path: Path, state: TrainerState) -> None:
     """Put a checkpoint into the engine: master weights, moments, Adam's step, loss scale, model weights.
 
-    Every rank calls this; rank 0 reads the files, the others are told.
+    Every rank calls this; rank 0 reads the files and broadcasts them.
 
     Raises:
         UserError: a parameter is missing or has another shape (a checkpoint of another model).
@@ -157,13 +198,17 @@ def load(engine: Any, path: Path, state: TrainerState) -> None:
     engine.global_steps = state.step
 
 
-def _open_tensors(engine: Any, path: Path, with_moments: bool) -> Callable[[str], Any]:
-    """Open both files; returns key -> tensor. Checks names and shapes against the model."""
+def _open_tensors(engine: "DeepSpeedEngine", path: Path, with_moments: bool) -> Callable[[str], Any]:
+    """Open both files, check names and shapes against the model, and return a function from key to tensor.
+
+    Raises:
+        UserError: another model's checkpoint.
+    """
     from safetensors import safe_open
 
-    streams = [safe_open(path / "model.safetensors", framework="pt")]
+    streams = [safe_open(path / WEIGHTS, framework="pt")]
     if with_moments:
-        streams.append(safe_open(path / "optimizer.safetensors", framework="pt"))
+        streams.append(safe_open(path / MOMENTS_FILE, framework="pt"))
     home = {key: stream for stream in streams for key in stream.keys()}  # noqa: SIM118 - not a dict
     shapes = {name: list(full_shape(parameter)) for name, parameter in engine.module.named_parameters()}
     stored = {key: streams[0].get_slice(key).get_shape() for key, stream in home.items() if stream is streams[0]}
@@ -174,3 +219,99 @@ def _open_tensors(engine: Any, path: Path, with_moments: bool) -> Callable[[str]
             f"{path}: {name} has shape {stored.get(name)}, the model {shapes.get(name)}; another model's checkpoint"
         )
     return lambda key: home[key].get_tensor(key)
+
+
+# ---------------------------------------------------------------- writing
+
+
+class CheckpointWriter:
+    """Saves the state of an engine in a folder, and keeps the last `keep_last` checkpoints there.
+
+    Every rank has one and calls the same methods; the thread is rank 0's.
+    """
+
+    def __init__(self, engine: "DeepSpeedEngine", folder: Path, keep_last: int):
+        self._engine, self._folder, self._keep_last = engine, folder, keep_last
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: TrainerState) -> None:
+        """Copy the state of the engine and begin to write it as `global_step{state.step}`.
+
+        Raises:
+            UserError: on every rank, when the previous checkpoint could not be written.
+        """
+        distributed.mark_progress(f"saving step {state.step}")
+        self.finish()
+        state = dataclasses.replace(
+            state, adam_step=adam_step(self._engine), loss_scaler=loss_scaler_state(self._engine)
+        )
+        tensors = collect_masters(self._engine)
+        if distributed.is_main():
+            self._pending = self._thread.submit(self._write_or_explain, tensors, state)
+
+    def has_failed(self) -> bool:
+        """Return whether writing on this rank has failed; `finish` raises the error."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk. A collective.
+
+        Raises:
+            UserError: on every rank, when the disk is full or refuses; the earlier checkpoints are untouched.
+        """
+        distributed.on_main(self._wait)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write_or_explain(self, tensors: dict[str, Any], state: TrainerState) -> None:
+        """Write the checkpoint, point LATEST to it, then remove the oldest beyond `keep_last`.
+
+        Raises:
+            UserError: the disk is full or refuses.
+        """
+        from safetensors import SafetensorError
+
+        target = self._folder / checkpoint_name(state.step)
+        try:
+            _write(target, tensors, state)
+            # LATEST is for people; `find_start` looks at the checkpoints themselves, since the newest may be damaged.
+            with atomic_path(self._folder.parent / "LATEST") as temporary:
+                temporary.write_text(target.name + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            good = newest_complete(self._folder, quiet=True)
+            rest = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
+            reason = str(error).removeprefix("Error while serializing: ")
+            raise UserError(
+                f"{target}: cannot be written ({reason}); free some space and run the same command again; {rest}"
+            ) from error
+        # Newer checkpoints than this one were damaged and passed over: they must not count among those kept.
+        for path in [path for path in checkpoints(self._folder) if step_of(path) <= state.step][self._keep_last :]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._thread.shutdown(wait=True)  # before the run folder is unlocked; `finish` has raised the errors
+
+
+def _write(target: Path, tensors: dict[str, Any], state: TrainerState) -> None:
+    """Write the files of a checkpoint, the manifest last, and give the folder its name."""
+    from safetensors.torch import save_file
+
+    with atomic_folder(target) as temporary:
+        moments = {key: tensor for key, tensor in tensors.items() if key.startswith(MOMENTS)}
+        weights = {key: tensor for key, tensor in tensors.items() if key not in moments}
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(moments, temporary / MOMENTS_FILE, metadata={"format": "pt"})
+        write_json(temporary / STATE, dataclasses.asdict(state))
+        files = {name: _size_and_sha256(temporary / name) for name in FILES}
+        write_json(temporary / MANIFEST, {"format": FORMAT, "step": state.step, "files": files})
+
+
+def _size_and_sha256(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}

@@ -1,22 +1,27 @@
 """DeepSpeed: its configuration from the recipe and a ds_configs file, its engine, its optimizer.
 
-One owner per setting. A ds_configs file says how state and messages are divided (ZeRO, buckets,
+One owner per setting. A ds_configs file sets how state and messages are divided (ZeRO, buckets,
 monitors); batch, learning rate, clipping and precision come from the recipe, and a file that names
-them is refused. The only home of `import deepspeed` beside common/distributed.
+them is refused.
 """
 
 import contextlib
 import difflib
 import io
 import logging
+import re
+import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 
-# What a ds_configs file may not say, and who does.
+if TYPE_CHECKING:  # deepspeed must come after the process group
+    from deepspeed import DeepSpeedEngine
+
+# Keys that a ds_configs file may not set, and the setting that owns each.
 RECIPE_KEYS = {
     "train_batch_size": "--global-batch-size",
     "train_micro_batch_size_per_gpu": "--micro-batch-size",
@@ -50,8 +55,27 @@ LARGEST_BUCKET = 100_000_000  # 0.4 GB in fp32
 AUTO = "auto"
 
 
+def find_deepspeed_config(name: str) -> Path:
+    """Return the JSON file that --deepspeed names: a path, or a name in ds_configs/.
+
+    ds_configs/ lies in the source tree; an installation has it under sys.prefix/share/ksub_ds.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    places = (Path(__file__).resolve().parents[2] / "ds_configs", Path(sys.prefix) / "share" / "ksub_ds" / "ds_configs")
+    folder = next((place for place in places if place.is_dir()), places[0])
+    if re.fullmatch(r"\w+", name) and (folder / f"{name}.json").is_file():
+        return folder / f"{name}.json"
+    known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none"
+    raise UserError(f"--deepspeed {name}: no such file, and no such name in {folder} (there: {known})")
+
+
 def read_mechanics(path: Path) -> dict[str, Any]:
-    """Read a ds_configs file.
+    """Read and check a ds_configs file.
 
     Raises:
         UserError: not JSON, a key the recipe owns, an unknown key, no ZeRO stage, an offload this program lacks,
@@ -60,6 +84,12 @@ def read_mechanics(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds {type(config).__name__}, not a JSON object of DeepSpeed settings")
+    _check_keys(config, path)
+    _check_zero(config.get("zero_optimization", {}), path)
+    return config
+
+
+def _check_keys(config: dict[str, Any], path: Path) -> None:
     for key in config:
         if key in RECIPE_KEYS:
             raise UserError(f"{path}: key {key!r} belongs to the recipe ({RECIPE_KEYS[key]}); remove it from the file")
@@ -69,20 +99,23 @@ def read_mechanics(path: Path) -> dict[str, Any]:
     for key in OBJECT_KEYS:
         if not isinstance(config.get(key, {}), dict):
             raise UserError(f"{path}: {key} is {config[key]!r}, not a JSON object")
-    if config.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
+
+
+def _check_zero(zero: dict[str, Any], path: Path) -> None:
+    if zero.get("compute_grad_norm", True) is not True:
         raise UserError(
             f"{path}: zero_optimization.compute_grad_norm must be true: a step that is not finite is refused"
         )
-    stage = zero_stage(config)
+    stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
     sized = LEAST_BUCKET_STAGE_3 if stage == 3 else LEAST_BUCKET
-    for key, value in config.get("zero_optimization", {}).items():
+    for key, value in zero.items():
         if value == AUTO and key not in sized:
             names = ", ".join(sized)
             raise UserError(f'{path}: zero_optimization.{key} is "auto"; at stage {stage} only {names} can be')
     for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
-        offload = config.get("zero_optimization", {}).get(key)
+        offload = zero.get(key)
         if offload is None:
             continue
         if stage not in stages:
@@ -91,18 +124,18 @@ def read_mechanics(path: Path) -> dict[str, Any]:
             raise UserError(f'{path}: zero_optimization.{key} must be {{"device": "cpu"}} (no NVMe here)')
         if offload.get("ratio", 1.0) != 1.0:
             raise UserError(f"{path}: zero_optimization.{key}.ratio must be 1.0: all of the state in one place")
-    return config
 
 
 def zero_stage(config: dict[str, Any]) -> Any:
-    """The ZeRO stage of a DeepSpeed configuration."""
+    """Return the ZeRO stage of a DeepSpeed configuration."""
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def size_buckets(mechanics: dict[str, Any], parameters: int) -> dict[str, Any]:
-    """A ds_configs file with each "auto" replaced by a size that follows from the model's.
+    """Replace each "auto" of a ds_configs file by a size that follows from the model's.
 
     Args:
+        mechanics: content of the file; it is not changed.
         parameters: elements of all trainable parameters; buckets are counted in elements too.
     """
     zero = dict(mechanics.get("zero_optimization", {}))
@@ -111,6 +144,19 @@ def size_buckets(mechanics: dict[str, Any], parameters: int) -> dict[str, Any]:
         size = min(parameters, LARGEST_BUCKET, max(least[key], parameters // 5))
         zero[key] = -(-size // 8) * 8  # DeepSpeed wants the parts of messages to begin at even places
     return {**mechanics, "zero_optimization": zero} if zero else mechanics
+
+
+def check_precision(mechanics: dict[str, Any], precision: str) -> None:
+    """Refuse half precision without the ZeRO stages that keep fp32 master weights.
+
+    Raises:
+        UserError: stage 0 and not fp32.
+    """
+    if precision != "fp32" and zero_stage(mechanics) == 0:
+        raise UserError(
+            f"--precision {precision} with ZeRO stage 0 keeps no fp32 master weights this program could save; "
+            "use --deepspeed zero1, or --precision fp32"
+        )
 
 
 def compose_config(
@@ -123,16 +169,17 @@ def compose_config(
     gradient_clipping: float,
     tensorboard: Path | None = None,
 ) -> dict[str, Any]:
-    """The whole DeepSpeed configuration: mechanics of a ds_configs file, the rest from the recipe.
+    """Compose the whole DeepSpeed configuration: the mechanics of a ds_configs file, the rest from the recipe.
 
-    Raises:
-        UserError: half precision without the ZeRO stage that keeps fp32 master weights.
+    Args:
+        mechanics: the file, with the sizes of buckets filled in.
+        micro_batch_size: sequences in one forward pass of one rank.
+        accumulation: micro-batches per rank and optimizer step.
+        world_size: number of ranks.
+        precision: "fp32", "bf16" or "fp16"; see `check_precision`.
+        gradient_clipping: largest gradient norm; 0 clips nothing.
+        tensorboard: folder of the TensorBoard files; None for none.
     """
-    if precision != "fp32" and zero_stage(mechanics) == 0:
-        raise UserError(
-            f"--precision {precision} with ZeRO stage 0 keeps no fp32 master weights this program could save; "
-            "use --deepspeed zero1, or --precision fp32"
-        )
     config = dict(mechanics)
     config |= {
         "train_batch_size": micro_batch_size * accumulation * world_size,
@@ -158,7 +205,7 @@ def compose_config(
 
 
 def build_optimizer(model: Any, peak_lr: float, betas: tuple[float, float], epsilon: float, weight_decay: float) -> Any:
-    """torch's AdamW; weight decay on matrices and tables only, not on biases and LayerNorm (one-dimensional)."""
+    """Build torch's AdamW; weight decay on matrices and tables only, not on biases and LayerNorm (one-dimensional)."""
     import torch
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -169,8 +216,8 @@ def build_optimizer(model: Any, peak_lr: float, betas: tuple[float, float], epsi
     return torch.optim.AdamW(groups, lr=peak_lr, betas=betas, eps=epsilon, fused=True)
 
 
-def start_engine(model: Any, optimizer: Any, config: dict[str, Any]) -> Any:
-    """`deepspeed.initialize`, quietly. Every rank must hold the same model.
+def start_engine(model: Any, optimizer: Any, config: dict[str, Any]) -> "DeepSpeedEngine":
+    """Call `deepspeed.initialize` without its output. Every rank must hold the same model.
 
     Raises:
         UserError: DeepSpeed refuses the configuration.
@@ -190,29 +237,29 @@ def start_engine(model: Any, optimizer: Any, config: dict[str, Any]) -> Any:
         raise UserError(f"DeepSpeed refuses the configuration: {error.title} {where}: {first['msg']}") from error
     except ValueError as error:
         raise UserError(f"DeepSpeed refuses the configuration: {' '.join(str(error).split())[:300]}") from error
-    # Metrics go to the monitor from the recorder; the engine would add its own events at every step.
+    # TrainingMetrics writes to the monitor; the engine would add its own events at every step.
     engine.monitor.enabled = False
     return engine
 
 
-def loss_factor(engine: Any) -> int:
-    """What a rank's loss must be multiplied by for gradients to add up over ranks: stage 3 divides by their number."""
+def loss_factor(engine: "DeepSpeedEngine") -> int:
+    """Return the factor of a rank's loss that makes gradients add up over ranks: stage 3 divides by their number."""
     return engine.dp_world_size if zero_stage(engine.config) == 3 else 1
 
 
-def is_sharded(engine: Any) -> bool:
-    """Whether a forward pass gathers weights from the other ranks, so that all of them must make it."""
+def is_sharded(engine: "DeepSpeedEngine") -> bool:
+    """Return whether a forward pass gathers weights from the other ranks, so that all of them must make it."""
     return zero_stage(engine.config) == 3
 
 
-def set_learning_rate(engine: Any, lr: float) -> None:
+def set_learning_rate(engine: "DeepSpeedEngine", lr: float) -> None:
     """Set the rate of the next update."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
 
-def reduced_gradient_norm(engine: Any) -> float | None:
-    """Norm of the reduced gradient before the update: without ZeRO, the parameters still hold it; else None."""
+def reduced_gradient_norm(engine: "DeepSpeedEngine") -> float | None:
+    """Return the norm of the reduced gradient before the update; None with ZeRO, which has freed the gradients."""
     import torch
 
     if engine.zero_optimization():
@@ -221,11 +268,11 @@ def reduced_gradient_norm(engine: Any) -> float | None:
     return float(torch.nn.utils.get_total_norm(gradients))
 
 
-def update_was_skipped(engine: Any) -> bool:
-    """Whether the last `engine.step` met a non-finite gradient and left the weights alone."""
+def update_was_skipped(engine: "DeepSpeedEngine") -> bool:
+    """Return whether the last `engine.step` met a non-finite gradient and left the weights alone."""
     return bool(getattr(engine.optimizer, "overflow", False))
 
 
-def loss_scale(engine: Any) -> float | None:
-    """fp16's current loss scale; None in other precisions."""
+def loss_scale(engine: "DeepSpeedEngine") -> float | None:
+    """Return fp16's current loss scale; None in other precisions."""
     return float(engine.optimizer.loss_scaler.cur_scale) if engine.fp16_enabled() else None

@@ -5,22 +5,32 @@ state that belongs to it; DeepSpeed links each parameter to its fragments.
 ZeRO 3 cuts each parameter into equal parts, the last one padded. Without ZeRO the parameters are their own masters.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ksub_ds.common import distributed
 from ksub_ds.pretrain.engine import is_sharded
+
+if TYPE_CHECKING:  # deepspeed must come after the process group
+    from deepspeed import DeepSpeedEngine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def full_shape(parameter: Any) -> Any:
-    """The shape of a parameter, of which ZeRO 3 leaves an empty tensor between uses."""
+    """Return the shape of a whole parameter, of which ZeRO 3 leaves an empty tensor between uses."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def set_master(engine: Any, parameter: Any, key: str, value: Any) -> None:
-    """Overwrite one parameter's master weight or moment; call `publish_masters` when all are set."""
+def set_master(engine: "DeepSpeedEngine", parameter: Any, key: str, value: Any) -> None:
+    """Overwrite one parameter's master weight or moment; call `publish_masters` when all are set.
+
+    Args:
+        engine: the engine that trains it.
+        parameter: of the engine's model.
+        key: "weight", or one of `MOMENTS`.
+        value: the whole tensor, fp32.
+    """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     if hasattr(parameter, "ds_id"):
@@ -34,7 +44,7 @@ def set_master(engine: Any, parameter: Any, key: str, value: Any) -> None:
 
 
 def _set_part(parameter: Any, key: str, value: Any) -> None:
-    """ZeRO 3: overwrite this rank's part. DeepSpeed's own function for whole values forgets the padding."""
+    """Overwrite this rank's part under ZeRO 3; DeepSpeed's own function for whole values ignores the padding."""
     import torch
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
@@ -48,16 +58,16 @@ def _set_part(parameter: Any, key: str, value: Any) -> None:
         safe_set_local_optimizer_state(parameter, part, key)
 
 
-def adam_step(engine: Any) -> int:
-    """Updates Adam has made (0 before the first): one number, the same for every parameter and rank."""
+def adam_step(engine: "DeepSpeedEngine") -> int:
+    """Return how many updates Adam has made (0 before the first), the same for every parameter and rank."""
     for state in engine.basic_optimizer.state.values():
         if "step" in state:
             return int(state["step"])
     return 0
 
 
-def make_adam_state(engine: Any, steps: int) -> None:
-    """Give Adam the state it would have after its first step, to be overwritten: DeepSpeed makes it lazily."""
+def make_adam_state(engine: "DeepSpeedEngine", steps: int) -> None:
+    """Make the state that Adam would have after its first step, to be overwritten: DeepSpeed makes it lazily."""
     import torch
 
     optimizer = engine.basic_optimizer
@@ -70,7 +80,7 @@ def make_adam_state(engine: Any, steps: int) -> None:
     _link_adam_state(engine)
 
 
-def _link_adam_state(engine: Any) -> None:
+def _link_adam_state(engine: "DeepSpeedEngine") -> None:
     """Link each parameter to its slice of Adam's state.
 
     DeepSpeed does this once, after the first group of parameters has made its first step: the other groups
@@ -81,10 +91,13 @@ def _link_adam_state(engine: Any) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def collect_masters(engine: Any) -> dict[str, Any]:
-    """Every weight and moment by file key, whole, fp32, on the CPU of rank 0; empty on the others. A collective.
+def collect_masters(engine: "DeepSpeedEngine") -> dict[str, Any]:
+    """Gather every weight and moment on rank 0. A collective.
 
     Each rank sends rank 0 the fragments that it owns, once: no rank holds more than its own share twice.
+
+    Returns:
+        Whole fp32 tensors on the CPU, by key of the checkpoint's files; empty on other ranks than 0.
     """
     import torch
     import torch.distributed as dist
@@ -93,7 +106,7 @@ def collect_masters(engine: Any) -> dict[str, Any]:
     if adam_step(engine):
         _link_adam_state(engine)
         keys += MOMENTS
-    parts, places = [], []  # flat fragments, and where they belong: (file key, first element, elements)
+    parts, places = [], []  # flat fragments, and where they belong: (key, first element, elements)
     for name, parameter in engine.module.named_parameters():
         for key in keys:
             start, fragment = _own_fragment(engine, parameter, key)
@@ -122,8 +135,8 @@ def collect_masters(engine: Any) -> dict[str, Any]:
     return whole
 
 
-def _own_fragment(engine: Any, parameter: Any, key: str) -> tuple[int, Any]:
-    """(first element, flat fp32 elements) of a parameter's master weight or moment that this rank owns."""
+def _own_fragment(engine: "DeepSpeedEngine", parameter: Any, key: str) -> tuple[int, Any]:
+    """Return (first element, flat fp32 elements) of a parameter's master weight or moment that this rank owns."""
     import torch
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
@@ -142,7 +155,7 @@ def _own_fragment(engine: Any, parameter: Any, key: str) -> tuple[int, Any]:
     return 0, (parameter.detach() if key == "weight" else engine.optimizer.state[parameter][key]).flatten()
 
 
-def publish_masters(engine: Any) -> None:
+def publish_masters(engine: "DeepSpeedEngine") -> None:
     """Copy the master weights into the (half precision) weights the model computes with, on every rank."""
     optimizer = engine.optimizer
     if is_sharded(engine):
@@ -154,14 +167,14 @@ def publish_masters(engine: Any) -> None:
         optimizer.update_lp_params()
 
 
-def loss_scaler_state(engine: Any) -> dict[str, float] | None:
-    """fp16's dynamic loss scale and its counters; None in other precisions."""
+def loss_scaler_state(engine: "DeepSpeedEngine") -> dict[str, float] | None:
+    """Return fp16's dynamic loss scale and its counters; None in other precisions."""
     if not engine.fp16_enabled():
         return None
     return {key: getattr(engine.optimizer.loss_scaler, key) for key in LOSS_SCALER_KEYS}
 
 
-def set_loss_scaler(engine: Any, state: dict[str, float]) -> None:
-    """Undo `loss_scaler_state`."""
+def set_loss_scaler(engine: "DeepSpeedEngine", state: dict[str, float]) -> None:
+    """Set what `loss_scaler_state` has returned."""
     for key in LOSS_SCALER_KEYS:
         setattr(engine.optimizer.loss_scaler, key, state[key])

@@ -1,17 +1,26 @@
 """Held-out loss and masked accuracy per language, with masks that never change."""
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 from ksub_ds.common import distributed
+from ksub_ds.corpus.batches import Batch
+from ksub_ds.corpus.shards.dataset import ShardDataset
+from ksub_ds.pretrain.prefetch import to_tensors
 
 
-def evaluate(model: Any, held_out: Any, languages: list[str]) -> dict[str, Any]:
+def held_out_languages(dataset: ShardDataset) -> list[str]:
+    """Return the languages that have a held-out part."""
+    return [language for language in dataset.languages if dataset.num_sequences("validation", language) > 0]
+
+
+def evaluate(model: Any, held_out: Iterable[tuple[str, Batch]], languages: list[str]) -> dict[str, Any]:
     """Evaluate on the held-out part; every rank does its share, and all get the whole result.
 
     Args:
         model: a masked language model with `score_masked`.
-        held_out: iterable of (language, batch), the same on every rank.
+        held_out: pairs (language, batch), the same on every rank.
         languages: all languages `held_out` may name.
 
     Returns:
@@ -24,7 +33,7 @@ def evaluate(model: Any, held_out: Any, languages: list[str]) -> dict[str, Any]:
     model.eval()
     batches = iter(held_out)
     while turn := list(itertools.islice(batches, world_size)):
-        # A rank without a batch in the last turn goes along: under ZeRO 3 the others need its shards.
+        # A rank without a batch in the last turn computes one too: under ZeRO 3 the others need its shards.
         language, batch = turn[min(rank, len(turn) - 1)]
         totals = model.score_masked(**to_tensors(batch, distributed.device()))
         if rank < len(turn):
@@ -40,10 +49,3 @@ def evaluate(model: Any, held_out: Any, languages: list[str]) -> dict[str, Any]:
 
 def _scores(loss: float, correct: float, count: float) -> dict[str, float]:
     return {"loss": loss / max(count, 1), "masked_accuracy": correct / max(count, 1), "count": int(count)}
-
-
-def to_tensors(batch: dict[str, Any], device: Any) -> dict[str, Any]:
-    """A batch of numpy arrays as tensors on the device."""
-    import torch
-
-    return {key: torch.from_numpy(array).to(device, non_blocking=True) for key, array in batch.items()}

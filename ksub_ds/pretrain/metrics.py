@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, evaluation.jsonl, TensorBoard, progress lines. Rank 0 only."""
+"""What a run reports while it trains: metrics.jsonl, evaluation.jsonl, TensorBoard, progress lines. Rank 0 only."""
 
 import time
 from types import TracebackType
@@ -10,11 +10,17 @@ from ksub_ds.common.logging import MetricsWriter, Progress, get_logger
 from ksub_ds.pretrain.run_folder import RunFolder
 
 
-class Recorder:
+class TrainingMetrics:
     """Writes one line per optimizer step and one per evaluation.
 
     On ranks other than 0 every method does nothing. A write that fails (a full disk) is kept in
     `problem` for the loop to raise on all ranks together.
+
+    Args:
+        folder: where the files lie.
+        monitor: DeepSpeed's, which writes TensorBoard files.
+        resume_step: step of the checkpoint that training starts from; later lines are dropped.
+        max_steps: the last step of the run.
     """
 
     def __init__(self, folder: RunFolder, monitor: Any, resume_step: int, max_steps: int):
@@ -34,7 +40,14 @@ class Recorder:
         self._clock = time.perf_counter()
 
     def step(self, step: int, loss: float, step_tokens: int, **values: Any) -> None:
-        """Record one optimizer step; values that are None are left out."""
+        """Record one optimizer step.
+
+        Args:
+            step: number of the step, from 1.
+            loss: nats per masked token.
+            step_tokens: input tokens of the step, over all ranks.
+            **values: further values of the line; those that are None are left out.
+        """
         if not self._main:
             return
         seconds = time.perf_counter() - self._clock
@@ -71,11 +84,15 @@ class Recorder:
             )
 
     def check(self) -> None:
-        """Raise what went wrong while writing."""
+        """Raise what went wrong while writing.
+
+        Raises:
+            UserError: the disk is full or refuses.
+        """
         if self.problem:
             raise self.problem
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "TrainingMetrics":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -89,7 +106,7 @@ class Recorder:
 
 
 def _numbers(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """The numbers of a nested line as (path, value)."""
+    """Return the numbers of a nested line as (path, value)."""
     found: list[tuple[str, float]] = []
     for key, value in line.items():
         if isinstance(value, dict):

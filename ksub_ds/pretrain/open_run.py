@@ -1,61 +1,160 @@
-"""Opening a run folder: its recipe, codes, tokenizer and the weights of a checkpoint."""
+"""Open a run folder for reading: recipe, codes, tokenizer, metrics, and the model of a checkpoint.
 
+    run = open_run("run")
+    model = run.checkpoint().load_model()
+
+Each part is read when it is first asked for, and once. Nothing in the folder is changed.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import read_json
+from ksub_ds.common.logging import read_lines
+from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.pretrain import checkpoint
-from ksub_ds.pretrain.recipe import read_recipe
+from ksub_ds.pretrain.checkpoint import TrainerState, read_trainer_state
+from ksub_ds.pretrain.recipe import Recipe, read_recipe
 from ksub_ds.pretrain.run_folder import RunFolder
 
+if TYPE_CHECKING:  # seconds of imports
+    from ksub_ds.model.masked_lm import SubMaskedLM
 
-def newest_checkpoint(run: str | Path) -> tuple[RunFolder, Path]:
-    """The run folder and its newest whole checkpoint.
+
+def open_run(path: str | Path) -> "OpenRun":
+    """Open a run folder.
 
     Raises:
-        UserError: not a run folder, or no whole checkpoint in it.
+        UserError: not a run folder.
     """
-    folder = open_folder(run)
-    return folder, choose_checkpoint(folder, None)
+    folder = RunFolder(Path(path))
+    if not folder.recipe.is_file():
+        raise UserError(f"{path}: no recipe.json there; give the --out folder of `ksub pretrain`")
+    return OpenRun(folder)
 
 
-def open_folder(run: str | Path) -> RunFolder:
-    folder = RunFolder(Path(run))
-    if not folder.recipe.exists():
-        raise UserError(f"{run}: no recipe.json there; give the --out folder of `ksub pretrain`")
-    return folder
+class OpenRun:
+    """What lies in a run folder. Every property raises a UserError when its file cannot be read."""
 
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
 
-def choose_checkpoint(folder: RunFolder, step: int | None) -> Path:
-    if step is not None:
-        path = folder.checkpoints / f"global_step{step}"
-        there = ", ".join(str(checkpoint.step_of(found)) for found in checkpoint.checkpoints(folder.checkpoints))
-        problem = checkpoint.fault(path) if path.exists() else f"there are checkpoints of step {there or '(none)'}"
+    @cached_property
+    def _recipe_file(self) -> tuple[Recipe, dict[str, Any]]:
+        return read_recipe(self.folder.recipe)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self._recipe_file[0]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The whole content of recipe.json: the recipe, and the identity of codes and data."""
+        return self._recipe_file[1]
+
+    @cached_property
+    def table(self) -> CodeTable:
+        """The codes."""
+        return CodeTable.load(self.folder.codes)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the data."""
+        return load_tokenizer(self.folder.tokenizer)
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, one per optimizer step; empty without the file."""
+        return read_lines(self.folder.metrics)
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Lines of evaluation.jsonl, one per evaluation on held-out text; empty without the file."""
+        return read_lines(self.folder.evaluation)
+
+    def checkpoint_steps(self) -> list[int]:
+        """Return the steps of all checkpoints, newest first, whole or not."""
+        return [checkpoint.step_of(path) for path in checkpoint.checkpoints(self.folder.checkpoints)]
+
+    def checkpoint(self, step: int | None = None) -> "RunCheckpoint":
+        """Choose a whole checkpoint.
+
+        Args:
+            step: its step. [the newest whole one]
+
+        Raises:
+            UserError: there is none, or the one of this step is missing or damaged.
+        """
+        if step is None:
+            newest = checkpoint.newest_complete(self.folder.checkpoints)
+            if newest is None:
+                raise UserError(f"{self.folder.checkpoints}: holds no whole checkpoint; train first")
+            return RunCheckpoint(self, newest)
+        path = self.folder.checkpoints / checkpoint.checkpoint_name(step)
+        there = ", ".join(map(str, self.checkpoint_steps()))
+        problem = checkpoint.damage(path) if path.exists() else f"there are checkpoints of step {there or '(none)'}"
         if problem:
             raise UserError(f"--step {step}: {path} cannot be used: {problem}")
-        return path
-    path = checkpoint.newest_complete(folder.checkpoints)
-    if path is None:
-        raise UserError(f"{folder.checkpoints}: holds no whole checkpoint; train first")
-    return path
+        return RunCheckpoint(self, path)
 
 
-def load_model(folder: RunFolder, path: Path) -> tuple[Any, Any]:
-    """The masked language model of a checkpoint, in fp32 and ready to evaluate, and its tokenizer."""
-    from safetensors.torch import load_file
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A checkpoint of a run, whole when it was chosen.
 
-    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
-    from ksub_ds.pretrain.builders import build_for
+    Attributes:
+        run: the run.
+        path: the checkpoint's folder; it may be a copy outside the run.
+    """
 
-    recipe, _ = read_recipe(folder.recipe)
-    table, tokenizer = CodeTable.load(folder.codes), load_tokenizer(folder.tokenizer)
-    if table.sha256 != read_json(path / "trainer.json").get("codes_sha256"):
-        raise UserError(f"{path}: was trained with other codes than {folder.codes}")
-    model = build_for(recipe, table, tokenizer, folder.warm_start)
-    missing, unexpected = model.load_state_dict(load_file(path / "model.safetensors"), strict=False)
-    wrong = [name for name in missing if name in dict(model.named_parameters())] + unexpected
-    if wrong:
-        raise UserError(f"{path}: parameter {wrong[0]} does not fit the model of {folder.recipe}")
-    return model.eval(), tokenizer
+    run: OpenRun
+    path: Path
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return checkpoint.step_of(self.path)
+
+    @property
+    def weights(self) -> Path:
+        """The file of the master weights, by parameter name."""
+        return self.path / checkpoint.WEIGHTS
+
+    @cached_property
+    def state(self) -> TrainerState:
+        """Where the training stood."""
+        return read_trainer_state(self.path)
+
+    def check_codes(self) -> None:
+        """Check that the codes of the run are those that the checkpoint was trained with.
+
+        Raises:
+            UserError: other codes.
+        """
+        if self.run.table.sha256 != self.state.codes_sha256:
+            raise UserError(f"{self.path}: was trained with other codes than {self.run.folder.codes}")
+
+    def load_model(self) -> "SubMaskedLM":
+        """Build the masked language model with these weights, in fp32 and ready to evaluate.
+
+        Raises:
+            UserError: other codes, or weights that do not fit the recipe.
+        """
+        from safetensors.torch import load_file
+
+        from ksub_ds.pretrain.builders import build_network
+        from ksub_ds.pretrain.resolved_run import network_config
+
+        self.check_codes()
+        run = self.run
+        config = network_config(run.recipe, run.table, run.tokenizer, run.folder.warm_start)
+        model = build_network(run.recipe, config, run.table, run.folder.warm_start)
+        missing, unexpected = model.load_state_dict(load_file(self.weights), strict=False)
+        wrong = [name for name in missing if name in dict(model.named_parameters())] + unexpected
+        if wrong:
+            raise UserError(f"{self.path}: parameter {wrong[0]} does not fit the model of {run.folder.recipe}")
+        return model.eval()

@@ -3,7 +3,7 @@
 DeepSpeed's launcher passes signals on to its ranks one after the other, 30 seconds apart, and some not at
 all. So a request on any rank counts, and the loop agrees on it in a reduction it makes anyway.
 
-    KSUB_REQUEUE=1    --max-hours ends with code 75, not 0: whoever set it starts the run again
+    KSUB_REQUEUE=1    --max-hours ends with code 75, not 0, which asks the scheduler to start the run again
 """
 
 import contextlib
@@ -21,7 +21,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Watches for a request to stop while the `with` block runs; a second equal signal ends the process."""
+    """Watches for a request to stop while the `with` block runs; a second equal signal ends the process.
+
+    Args:
+        stop_file: RUN/STOP.
+        max_hours: stop after so many hours; None for no limit.
+    """
 
     def __init__(self, stop_file: Path, max_hours: float | None):
         self._stop_file = stop_file
@@ -32,7 +37,7 @@ class StopRequest:
         self.signal_number: int | None = None
 
     def reason(self) -> str | None:
-        """Why this rank wants to stop, or None. Rank 0 alone looks at the file and the clock."""
+        """Return why this rank wants to stop, or None. Only rank 0 looks at the file and the clock."""
         if self.signal_number is not None:
             return f"{signal.Signals(self.signal_number).name} received"
         if distributed.is_main():
@@ -44,7 +49,7 @@ class StopRequest:
         return None
 
     def exit_code(self) -> int:
-        """What to end with after `reason` has given one, as this rank sees it."""
+        """Return the exit code that belongs to `reason`, as this rank sees it; 0 for a person's STOP or --max-hours."""
         if self.signal_number is not None:
             return EXIT_REQUEUE if self.signal_number == signal.SIGUSR1 else 128 + self.signal_number
         if distributed.is_main():

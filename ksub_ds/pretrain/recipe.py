@@ -1,14 +1,12 @@
-"""The recipe: every setting of a pretraining run, and its presets (the paper's Table 5).
+"""The recipe: every setting of a pretraining run, its presets (the paper's Table 5), and RUN/recipe.json.
 
-A `Recipe` is the command line of `ksub pretrain`. `resolve` fills what was left out from the preset, and
-the result is written to RUN/recipe.json before anything else (recipe_file.py). The recipe owns batch,
+A `Recipe` is the command line of `ksub pretrain`. `resolve` fills in what was left out, and the result is written to
+RUN/recipe.json before anything else; `changed_keys` says what differs when the run continues. The recipe owns batch,
 learning rate, steps, clipping and precision; the files in ds_configs/ own ZeRO and communication, and never these.
 """
 
 import dataclasses
 import math
-import re
-import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,6 @@ import tyro
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
-
-# Merged docstring, to be folded in:
-# """RUN/recipe.json: writing a recipe as JSON, reading it back, and what may change between two starts."""
-
 
 Arg = tyro.conf.arg
 
@@ -127,8 +121,18 @@ class Recipe:
     """Measure masked accuracy every so many steps; metrics.jsonl has every step."""
 
 
-def resolve(recipe: Recipe, world_size: int, on_gpu: bool) -> Recipe:
-    """Fill what was left out and check the whole.
+def resolve(recipe: Recipe, world_size: int, on_gpu: bool, previous_micro_batch_size: int | None = None) -> Recipe:
+    """Fill in what was left out, and check the whole.
+
+    Args:
+        recipe: as given on the command line.
+        world_size: number of ranks.
+        on_gpu: whether the ranks have a GPU each; decides the default precision and micro-batch size.
+        previous_micro_batch_size: of the run that is continued. Dropout differs from micro-batch to micro-batch, so
+            one that was not asked for stays as it was, where the number of ranks allows it.
+
+    Returns:
+        The recipe with no setting left open.
 
     Raises:
         UserError: values that contradict each other, each with the numbers.
@@ -145,9 +149,12 @@ def resolve(recipe: Recipe, world_size: int, on_gpu: bool) -> Recipe:
     _check_values(recipe)
     if recipe.precision == "fp16" and not on_gpu:
         raise UserError("--precision fp16: the CPU cannot train in fp16; use --precision fp32 or bf16")
-    micro = recipe.micro_batch_size or _largest_micro_batch(recipe, world_size, 64 if on_gpu else 8)
+    micro, previous = recipe.micro_batch_size, previous_micro_batch_size
+    if micro is None and previous and recipe.global_batch_size % (previous * world_size) == 0:
+        micro = previous
+    micro = micro or _largest_micro_batch(recipe, world_size, 64 if on_gpu else 8)
     recipe = dataclasses.replace(recipe, micro_batch_size=micro)
-    accumulation_steps(recipe, world_size)
+    divide_batch(recipe, world_size)
     return recipe
 
 
@@ -198,8 +205,31 @@ def _largest_micro_batch(recipe: Recipe, world_size: int, limit: int) -> int:
     return max(size for size in range(1, min(limit, per_rank) + 1) if per_rank % size == 0)
 
 
-def accumulation_steps(recipe: Recipe, world_size: int) -> int:
-    """Micro-batches per rank and optimizer step: micro x accumulation x world = global batch.
+@dataclass(frozen=True)
+class BatchSizes:
+    """How the sequences of one optimizer step are divided: micro x accumulation x world = global.
+
+    Attributes:
+        micro: sequences in one forward pass of one rank.
+        accumulation: micro-batches per rank and optimizer step.
+        world: number of ranks.
+    """
+
+    micro: int
+    accumulation: int
+    world: int
+
+    @property
+    def total(self) -> int:
+        """Sequences per optimizer step over all ranks: the global batch size."""
+        return self.micro * self.accumulation * self.world
+
+    def __str__(self) -> str:
+        return f"micro {self.micro} x accumulation {self.accumulation} x ranks {self.world} = {self.total}"
+
+
+def divide_batch(recipe: Recipe, world_size: int) -> BatchSizes:
+    """Divide the global batch of a resolved recipe over the ranks.
 
     Raises:
         UserError: the sizes do not divide, with the numbers and sizes that would.
@@ -211,76 +241,37 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
             f"--global-batch-size {total} is not a multiple of --micro-batch-size {micro} x {world_size} ranks = "
             f"{micro * world_size}; the nearest that is: {nearest}"
         )
-    return total // (micro * world_size)
+    sizes = BatchSizes(micro, total // (micro * world_size), world_size)
+    assert sizes.total == total
+    return sizes
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Learning rate of optimizer step `step` (counted from 1): linear warm-up to the peak, linear decay.
-
-    The first step trains at peak / warmup and the last one at peak / (decay steps): none is wasted at 0.
-    """
-    warmup, last = recipe.warmup_steps, recipe.max_steps
-    if step <= warmup:
-        return recipe.peak_lr * step / warmup
-    return recipe.peak_lr * (last - step + 1) / (last - warmup + 1)
-
-
-def find_deepspeed_config(name: str) -> Path:
-    """The JSON file that --deepspeed names: a path, or a name in ds_configs/.
-
-    ds_configs/ lies in the source tree; an installation has it under sys.prefix/share/ksub_ds.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    places = (Path(__file__).resolve().parents[2] / "ds_configs", Path(sys.prefix) / "share" / "ksub_ds" / "ds_configs")
-    folder = next((place for place in places if place.is_dir()), places[0])
-    if re.fullmatch(r"\w+", name) and (folder / f"{name}.json").is_file():
-        return folder / f"{name}.json"
-    known = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none"
-    raise UserError(f"--deepspeed {name}: no such file, and no such name in {folder} (there: {known})")
-
-
-# May change between a start and its continuation: they do not touch what is learnt. The codes and the
-# data may move to another folder: their content is compared, not their path.
+# May change between a start and its continuation: they do not affect what is learnt. The codes and the data may move
+# to another folder: their content is compared, not their path.
 FREE_KEYS = (
-    *(
-        "codes",
-        "data",
-        "out",
-        "warm_start",
-        "attention",
-        "deepspeed",
-        "micro_batch_size",
-        "max_hours",
-        "save_every_steps",
-        "keep_last",
-    ),
-    *("eval_every_steps", "eval_sequences", "log_every_steps"),
+    *("codes", "data", "out", "warm_start", "attention", "deepspeed", "micro_batch_size", "max_hours"),
+    *("save_every_steps", "keep_last", "eval_every_steps", "eval_sequences", "log_every_steps"),
 )
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain JSON values."""
+    """Return the recipe as plain JSON values."""
     values = dataclasses.asdict(recipe)
     return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
 def from_json(values: Any, path: Path) -> Recipe:
-    """The recipe of a RUN/recipe.json (unknown keys belong to the run, not to the recipe).
+    """Return the recipe in the content of a RUN/recipe.json. Unknown keys belong to the run and are ignored.
 
     Args:
-        values: what the file holds.
+        values: content of the file.
         path: the file, for the error.
 
     Raises:
-        UserError: not an object, a key is missing, or a value is none the recipe can have.
+        UserError: not an object, a key is missing, or a value does not fit its setting.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{path}: is not a JSON object; the file is damaged, or no recipe of `ksub pretrain`")
+        raise UserError(f"{path}: is not a JSON object; the file is damaged, or not written by `ksub pretrain`")
     hints = get_type_hints(Recipe)
     known: dict[str, Any] = {}
     for field in dataclasses.fields(Recipe):
@@ -299,7 +290,7 @@ def from_json(values: Any, path: Path) -> Recipe:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value can stand for a field of this type; a path is a string, a float may be whole."""
+    """Return whether a JSON value fits a field of this type; a path is a string, a float may be whole."""
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, each) for each in get_args(hint))
     if get_origin(hint) is Literal:
@@ -308,19 +299,29 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe of a RUN/recipe.json, and everything that stands in the file.
+    """Read a RUN/recipe.json.
+
+    Returns:
+        The recipe, and the whole content of the file.
 
     Raises:
-        UserError: the file cannot be read, or as `from_json`.
+        UserError: the file cannot be read, or does not hold a recipe.
     """
     values = read_json(path)
     return from_json(values, path), values
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two recipe.json contents and may not, as `key: old -> new`.
+    """Compare the contents of two recipe.json files.
 
-    A setting that the old file lacks is younger than the run, which went by its default.
+    A setting that the old file lacks is newer than the run, which used its default.
+
+    Args:
+        old: content of the file in the run folder.
+        new: content that the continuation would write.
+
+    Returns:
+        Each difference that is not allowed, as `key: old -> new`.
     """
     fields = dataclasses.fields(Recipe)
     old = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING} | old

@@ -1,4 +1,4 @@
-"""The run folder: what lies where, who may write in it, and whether this is a start or a continuation.
+"""The run folder: its files, its lock, and the check whether a start continues the run that lies there.
 
     RUN/recipe.json          the resolved recipe and the identity of codes and data; written first
         command.txt          every command that started or continued the run
@@ -7,7 +7,7 @@
         tokenizer/           copy of the tokenizer
         metrics.jsonl        one line per optimizer step     evaluation.jsonl   one per evaluation
         train.log            what the terminal showed        tensorboard/
-        checkpoints/global_step{N}/
+        checkpoints/global_step{N}/                          (checkpoint.py)
         LATEST               name of the newest checkpoint, for people: a continuation looks for itself
         STOP                 touch it, and the run saves and ends at the next step (`echo requeue > STOP`: with code 75)
         failure.json         why the last start ended before its time, if it did
@@ -53,20 +53,24 @@ class RunFolder:
         self._made: list[Path] = []  # by `lock`: the file, then folders from the inside out
 
     def lock(self) -> None:
-        """Make the folder and hold it until `unlock` or the end of the process, however it ends.
+        """Make the folder and lock it until `unlock` or the end of the process, however it ends.
 
         Raises:
             UserError: another run holds it, or it cannot be written.
         """
         while (descriptor := self._open_lock()) is None:
-            pass  # a start that was refused has just removed the file
+            pass  # another start, which was refused, has just removed the file
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock = descriptor
         self.failure.unlink(missing_ok=True)
 
     def _open_lock(self) -> int | None:
-        """Descriptor of RUN/.lock, locked; None when the file that was locked is no longer the one there."""
+        """Lock RUN/.lock and return its descriptor; None when the file has been replaced meanwhile.
+
+        Raises:
+            UserError: as `lock`.
+        """
         path = self.path / ".lock"
         try:
             folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
@@ -97,7 +101,7 @@ class RunFolder:
         return None
 
     def unlock(self) -> None:
-        """Let the folder go. Before there was a run in it, nothing that `lock` made stays behind."""
+        """Release the folder. If there is no run in it yet, remove all that `lock` made."""
         if self._lock is not None:
             if not self.recipe.exists():
                 with contextlib.suppress(OSError):  # not empty: somebody else's
@@ -107,15 +111,16 @@ class RunFolder:
             self._lock = None
 
     def claim(self, identity: dict[str, Any], table: Any, tokenizer: Any) -> None:
-        """Start here, or continue: write recipe.json unless the one that is there says something else.
+        """Start or continue the run here: write recipe.json and copies of codes and tokenizer.
 
         Args:
             identity: the resolved recipe as JSON values, with the fingerprints of codes and data.
-            table, tokenizer: copied, so that the run folder alone can be exported.
+            table: the codes, copied so that the run folder alone can be exported.
+            tokenizer: copied too.
 
         Raises:
-            UserError: another recipe stands there (each changed key is named) or a damaged one, or the folder
-                is not a run.
+            UserError: the folder holds a run of another recipe (each changed key is named), a damaged recipe, or
+                files that are not a run's.
         """
         if self.recipe.exists():
             _, before = read_recipe(self.recipe)
@@ -132,7 +137,7 @@ class RunFolder:
                 f"--out {self.path}: holds {foreign[0]!r} but no recipe.json: not a run folder; choose another"
             )
         write_json(self.recipe, identity)
-        self.honour_stop()  # one that is left from before is not meant for this start
+        self.clear_stop_file()  # one that an earlier start left is not meant for this one
         old = self.command.read_text(encoding="utf-8") if self.command.exists() else ""
         with atomic_path(self.command) as temporary:
             line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n"
@@ -144,7 +149,7 @@ class RunFolder:
                 tokenizer.save(temporary)
 
     def micro_batch_size(self) -> int | None:
-        """The micro-batch size of the run that lies here, if one does."""
+        """Return the micro-batch size of the run that lies here; None without one."""
         try:
             value = read_json(self.recipe).get("micro_batch_size")
         except (UserError, AttributeError):  # nothing there, or damaged: `claim` will say so
@@ -152,14 +157,14 @@ class RunFolder:
         return value if isinstance(value, int) and value > 0 else None
 
     def record_failure(self, failure: Failure) -> None:
-        """Write failure.json and the last line of train.log; whatever goes wrong here is not the news."""
+        """Write failure.json and the last line of train.log; errors here are ignored, so as not to hide the failure."""
         with contextlib.suppress(OSError, UserError):
             if self.recipe.exists() and not self.failure.exists():
                 write_json(self.failure, dataclasses.asdict(failure))
                 with open(self.log, "a", encoding="utf-8") as stream:
                     stream.write(f"{failure.time} {failure.line()}\n")
 
-    def honour_stop(self) -> None:
-        """Remove the STOP file: it has been obeyed."""
+    def clear_stop_file(self) -> None:
+        """Remove the STOP file: it has been obeyed, or is left from an earlier start."""
         with contextlib.suppress(OSError):
             self.stop.unlink(missing_ok=True)

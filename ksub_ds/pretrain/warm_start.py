@@ -1,7 +1,7 @@
 """Starting from the weights of a model instead of fresh ones: `ksub pretrain --warm-start DIR`.
 
 DIR is a folder of one of our masked language models, from `ksub compress` or `ksub export`. It gives the network, the
-codes and the weights; the optimizer, the schedule and the data begin anew. The run keeps a copy, so that the run
+codes and the weights; the optimizer, the schedule and the data start afresh. The run keeps a copy, so that the run
 folder alone can be continued and exported.
 """
 
@@ -18,7 +18,7 @@ from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 
 
 def model_files(folder: Path) -> list[Path]:
-    """config.json and the weights of a model folder.
+    """Return the paths of config.json and the weights of a model folder.
 
     Raises:
         UserError: not a masked language model over sub-embeddings.
@@ -42,16 +42,16 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """One sha256 of the content of all model files."""
+    """Return one sha256 of the content of all model files."""
     files = [f"{path.name} {sha256_file(path)}" for path in model_files(folder)]
     return hashlib.sha256("\n".join(files).encode()).hexdigest()
 
 
 def read_codes(folder: Path) -> CodeTable:
-    """The codes among the weights.
+    """Read the codes among the weights.
 
     Raises:
-        UserError: absent or damaged.
+        UserError: they are absent or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -81,7 +81,7 @@ def keep_copy(source: Path, target: Path) -> None:
 
 
 def open_warm_start(folder: Path) -> Any:
-    """The model, with its weights, in fp32.
+    """Open the model, with its weights, in fp32.
 
     Raises:
         UserError: it cannot be read.
@@ -93,15 +93,21 @@ def open_warm_start(folder: Path) -> Any:
 
 
 def check_same_tokens(flag: str, model: Path, tokenizer: Tokenizer, dataset: ShardDataset) -> None:
-    """A model whose folder holds a tokenizer must have that of the data.
+    """Check that a model whose folder holds a tokenizer has that of the data.
+
+    Args:
+        flag: the option that names the model, for the error.
+        model: its folder.
+        tokenizer: of the data.
+        dataset: the shards.
 
     Raises:
-        UserError: another one.
+        UserError: another tokenizer.
     """
     try:
         theirs = load_tokenizer(model)
     except UserError:
-        return  # none there, or none of a kind known here: the number of tokens is checked elsewhere
+        return  # none there, or of an unknown kind: the number of tokens is checked elsewhere
     if theirs.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{flag} {model}: has another tokenizer than the data (fingerprint {theirs.fingerprint[:12]}..., the "

@@ -1,16 +1,15 @@
-"""Embeddings that one of our own models learnt: a run folder's newest whole checkpoint, or an exported folder.
+"""Read the embeddings of one of our own models, from a run's newest whole checkpoint or an exported folder.
 
-A plain model (K = 1) gives its one table; of a sub-embedding model the rows are composed from codes and tables.
+A plain model (K = 1) has them as its one table; in a sub-embedding model they are composed from codes and tables.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
-from ksub_ds.pretrain.open_run import newest_checkpoint
+from ksub_ds.pretrain.open_run import open_run
 from ksub_ds.vectors.hf_folder import in_folder, weight_files
 from ksub_ds.vectors.matrix import TensorFiles, check_matrix
 
@@ -18,28 +17,33 @@ LAYERS = ("word_embeddings.", "tok_embeddings.")
 
 
 def run_vectors(run: Path) -> tuple[np.ndarray, str]:
-    """(N, d) embeddings of a run's newest whole checkpoint, and the checkpoint's name.
+    """Read the embeddings of a run's newest whole checkpoint.
+
+    Returns:
+        (N, d) float32, and the name of the checkpoint.
 
     Raises:
         UserError: not a run folder, no whole checkpoint, or one of other codes than the run's.
     """
-    folder, checkpoint = newest_checkpoint(run)
-    table = CodeTable.load(folder.codes)
-    if table.sha256 != read_json(checkpoint / "trainer.json").get("codes_sha256"):
-        raise UserError(f"{checkpoint}: was trained with other codes than {folder.codes}")
-    files = TensorFiles([checkpoint / "model.safetensors"])
-    return check_matrix(_compose(files, table.codes, str(checkpoint)), str(checkpoint)), checkpoint.name
+    checkpoint = open_run(run).checkpoint()
+    checkpoint.check_codes()
+    name = str(checkpoint.path)
+    matrix = _compose(TensorFiles([checkpoint.weights]), checkpoint.run.table.codes, name)
+    return check_matrix(matrix, name), checkpoint.path.name
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder holds one of our models in HuggingFace's form."""
+    """Return whether a folder holds one of our models in HuggingFace's form."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else None
     return isinstance(config, dict) and str(config.get("model_type")).startswith("ksub_")
 
 
 def export_vectors(folder: Path) -> np.ndarray:
-    """(N, d) embeddings of an exported model.
+    """Read the embeddings of an exported model.
+
+    Returns:
+        (N, d) float32.
 
     Raises:
         UserError: no weights, or no codes and tables among them.
@@ -52,7 +56,11 @@ def export_vectors(folder: Path) -> np.ndarray:
 
 
 def _compose(files: TensorFiles, codes: np.ndarray, name: str) -> np.ndarray:
-    """Row n is the concatenation over k of row codes[n, k] of table k, through the matrix A if there is one."""
+    """Compose embeddings: row n joins row codes[n, k] of every table k, through the matrix A if there is one.
+
+    Raises:
+        UserError: a table is missing, or shorter than the codes that point into it.
+    """
 
     def find(end: str) -> list[str]:
         return [key for key in files.shapes if key.endswith(tuple(layer + end for layer in LAYERS))]

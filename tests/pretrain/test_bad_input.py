@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Bench, Outcome, environment
+from .runs import Bench, Outcome, environment
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ksub_ds.common.watchdog import EXIT_FAILED, EXIT_USER_ERROR, Heartbeats
 
-from .conftest import HERE, Bench, environment
+from .runs import HERE, Bench, environment
 
 pytestmark = pytest.mark.timeout(300)
 WATCH = {"KSUB_TIMEOUT_SECONDS": "150", "TORCH_CPP_LOG_LEVEL": "ERROR"}

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from ksub_ds.cli import main
 
-from .conftest import Bench, Outcome, losses, metrics, state_bytes
+from .runs import Bench, Outcome, losses, metrics, state_bytes
 
 pytestmark = pytest.mark.timeout(600)
 LAST, MIDDLE = 6, 3

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import environment
+from .runs import environment
 
 
 def interrupt_in_reading(fifo: Path, module: str, *arguments: Any) -> tuple[int, str]:

@@ -9,10 +9,9 @@ import pytest
 
 from ksub_ds.corpus.batches import TrainingBatches
 from ksub_ds.corpus.shards.dataset import ShardDataset
-from ksub_ds.pretrain.loop import dropout_seed
-from ksub_ds.pretrain.prefetch import BatchFeed
+from ksub_ds.pretrain.prefetch import BatchPrefetcher
 
-from .conftest import STEPS, Bench, Outcome, losses, metrics, state_bytes
+from .runs import STEPS, Bench, Outcome, losses, metrics, state_bytes
 
 pytestmark = pytest.mark.timeout(300)
 FP32_SUMS = 2e-5  # relative: another order of summation, over 20 steps of training
@@ -104,15 +103,9 @@ def test_ranks_share_one_order_of_samples_and_masks(tiny_shards: Path, micro: in
     for step in (0, 7):
         parts = {}
         for rank in range(world):
-            with BatchFeed(batches, micro, 8 // (micro * world), rank, world) as feed:
-                share = feed.take(step)
+            with BatchPrefetcher(batches, micro, 8 // (micro * world), rank, world) as prefetcher:
+                share = prefetcher.take(step)
             parts |= dict(zip(share.indices, share.micro_batches, strict=True))
         whole = batches.batch(step, 0, 8)
         for key in ("input_ids", "labels"):
             np.testing.assert_array_equal(np.concatenate([parts[index][key] for index in sorted(parts)]), whole[key])
-
-
-def test_dropout_seeds_differ_everywhere() -> None:
-    seeds = {dropout_seed(seed, step, index) for seed in range(5) for step in range(50) for index in range(20)}
-    assert len(seeds) == 5 * 50 * 20
-    assert all(0 <= seed < 2**63 for seed in seeds)

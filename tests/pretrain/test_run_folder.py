@@ -23,6 +23,26 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         RunFolder(tmp_path / "run").lock()
 
 
+def test_a_run_folder_without_a_run_is_not_left(tmp_path: Path) -> None:
+    """The lock goes with the folders that it made; a second one who waited for it takes a new file."""
+    (tmp_path / "mine").mkdir()
+    folder = RunFolder(tmp_path / "mine" / "new" / "run")
+    folder.lock()
+    second = RunFolder(folder.path)
+    with pytest.raises(UserError, match="in use by process"):
+        second.lock()
+    folder.unlock()
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"] and not list((tmp_path / "mine").iterdir())
+    second.lock()
+    (folder.path / "logs").mkdir()  # not the lock's
+    second.unlock()
+    assert [path.name for path in folder.path.iterdir()] == ["logs"]
+    folder.lock()
+    folder.recipe.write_text("{}")
+    folder.unlock()
+    assert {path.name for path in folder.path.iterdir()} == {".lock", "logs", "recipe.json"}
+
+
 def test_a_restart_waits_for_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on NFS, where an exclusive lock needs a file that is open for writing."""
     lock = fcntl.flock

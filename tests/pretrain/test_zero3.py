@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from ksub_ds.convert.export import export_run
 
-from .conftest import STEPS, Bench, Outcome, losses, metrics
+from .runs import STEPS, Bench, Outcome, losses, metrics
 
 pytestmark = pytest.mark.timeout(300)
 FP32_SUMS = 2e-5  # as in test_repeatability

@@ -20,8 +20,10 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.evaluate.finetune import state
 from ksub_ds.evaluate.finetune.encoding import Encoded
-from ksub_ds.evaluate.finetune.scoring import batches_per_epoch, to_device, training_batches
+from ksub_ds.evaluate.finetune.scoring import batches_per_epoch, training_batches
 from ksub_ds.evaluate.finetune.train_step import RankUpdates, SingleUpdates, Updates, make_classifier_module
+from ksub_ds.pretrain.prefetch import to_tensors
+from ksub_ds.pretrain.schedule import dropout_seed, learning_rate
 
 CLAIM_CHECK_STEPS = 20
 
@@ -136,8 +138,8 @@ class _Run:
 
         settings, device = self.settings, next(self.model.parameters()).device
         batch, labels_B, weight = _share(self.train, rows, self.rank, self.world_size, settings.regression)
-        torch.manual_seed(_dropout_seed(settings.seed, self.position.step, self.rank))
-        inputs = to_device(batch, device)
+        torch.manual_seed(dropout_seed("fine-tuning", settings.seed, self.position.step, self.rank))
+        inputs = to_tensors(batch, device)
         loss, _ = self.updates.forward(labels_B=torch.from_numpy(labels_B).to(device), **inputs)
         rate = _learning_rate(settings, self.position.step, self.total_steps)
         self.updates.apply(loss * (weight / len(rows)), rate)
@@ -182,17 +184,12 @@ def _share(
     return train.batch(own), labels, weight
 
 
-def _dropout_seed(seed: int, step: int, rank: int) -> int:
-    digest = hashlib.blake2b(f"fine-tuning/{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def _learning_rate(settings: FineTuning, steps_done: int, total: int) -> float:
     """Linear warm-up over a part of the steps, then linearly down to 0 (Table 6)."""
     warmup = math.ceil(settings.warmup_ratio * total)
-    if steps_done < warmup:
-        return settings.learning_rate * (steps_done + 1) / warmup
-    return settings.learning_rate * (total - steps_done) / max(1, total - warmup)
+    return learning_rate(
+        steps_done + 1, peak=settings.learning_rate, warmup_steps=warmup, max_steps=total, decay_from=warmup + 1
+    )
 
 
 def _best(epochs: list[dict[str, Any]]) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ksub_ds.common.logging import Progress
 from ksub_ds.evaluate.finetune.encoding import Encoded
+from ksub_ds.pretrain.prefetch import to_tensors
 
 # Merged docstring, to be folded in:
 # """Which rows make a batch: rows of about one length together, so that next to nothing is padded.
@@ -58,13 +59,6 @@ def scoring_batches(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
 TOKENS_ON_CPU, TOKENS_ON_GPU = 4_096, 65_536  # a batch; on a CPU its states should stay in the cache
 
 
-def to_device(batch: dict[str, np.ndarray], device: Any) -> dict[str, Any]:
-    """A batch of arrays as tensors."""
-    import torch
-
-    return {key: torch.from_numpy(array).to(device, non_blocking=True) for key, array in batch.items()}
-
-
 def predict(
     model: Any,
     encoded: Encoded,
@@ -89,7 +83,7 @@ def predict(
     progress = Progress(len(encoded), "rows", what) if what else None
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for rows in scoring_batches(encoded.lengths(), tokens):
-            part = model(**to_device(encoded.batch(rows), device)).logits.float().cpu().numpy()
+            part = model(**to_tensors(encoded.batch(rows), device)).logits.float().cpu().numpy()
             if logits is None:
                 logits = np.empty((len(encoded), part.shape[1]), np.float32)
             logits[rows] = part

@@ -10,10 +10,9 @@ import pytest
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.pretrain import checkpoint
-from ksub_ds.pretrain.checkpoint import TrainerState
-from ksub_ds.pretrain.saving import CheckpointWriter
+from ksub_ds.pretrain.checkpoint import CheckpointWriter, TrainerState
 
-from .conftest import STEPS, Bench, Outcome, losses, state_bytes
+from .runs import STEPS, Bench, Outcome, losses, state_bytes
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -72,11 +71,11 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
 def test_other_codes_and_data_are_refused(some: Path) -> None:
     values = json.loads((some / "global_step20" / "trainer.json").read_text())
     now = TrainerState(codes_sha256=values["codes_sha256"], data_fingerprint=values["data_fingerprint"])
-    assert checkpoint.read_trainer_state(some / "global_step20", now).step == STEPS
+    assert checkpoint.read_matching_state(some / "global_step20", now).step == STEPS
     with pytest.raises(UserError, match="other codes"):
-        checkpoint.read_trainer_state(some / "global_step20", TrainerState(data_fingerprint=now.data_fingerprint))
+        checkpoint.read_matching_state(some / "global_step20", TrainerState(data_fingerprint=now.data_fingerprint))
     with pytest.raises(UserError, match="other data"):
-        checkpoint.read_trainer_state(some / "global_step20", TrainerState(codes_sha256=now.codes_sha256))
+        checkpoint.read_matching_state(some / "global_step20", TrainerState(codes_sha256=now.codes_sha256))
 
 
 def test_keep_last(bench: Bench, one_rank: dict[str, Outcome]) -> None:

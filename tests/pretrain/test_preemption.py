@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from ksub_ds.pretrain.checkpoint import step_of
 from ksub_ds.pretrain.preemption import EXIT_REQUEUE, StopRequest
 
-from .conftest import Bench, losses
+from .runs import Bench, losses
 
 pytestmark = pytest.mark.timeout(300)
 LONG = {"max_steps": 5000, "save_every_steps": 5000, "eval_every": 0}
@@ -24,7 +25,7 @@ def wait_for_step(process: Any, run: Path, step: int) -> None:
 
 
 def latest(run: Path) -> int:
-    return int((run / "LATEST").read_text().strip().removeprefix("global_step"))
+    return step_of(Path((run / "LATEST").read_text().strip()))
 
 
 def test_signal_then_stop_file(bench: Bench) -> None:

@@ -16,7 +16,7 @@ from ksub_ds.convert.onnx import NEEDS
 from ksub_ds.pretrain.recipe import Recipe, resolve
 from ksub_ds.pretrain.warm_start import read_codes
 
-from .conftest import Bench, Outcome, environment
+from ..pretrain.runs import Bench, Outcome, environment
 
 pytestmark = pytest.mark.timeout(300)
 LOGITS = """

@@ -9,10 +9,9 @@ import pytest
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.convert.export import compare_with_reload, export_run
-from ksub_ds.pretrain.open_run import load_model
-from ksub_ds.pretrain.run_folder import RunFolder
+from ksub_ds.pretrain.open_run import open_run
 
-from .conftest import Bench, Outcome, environment, losses
+from ..pretrain.runs import Bench, Outcome, environment, losses
 
 pytestmark = pytest.mark.timeout(300)
 SCORE = """
@@ -30,9 +29,9 @@ print(json.dumps([loss, model.num_parameters(), tokenizer.mask_token_id]))
 def test_exported_model_in_a_new_process(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:
     import torch
 
-    folder = RunFolder(bench.folder / "reference")
-    out = export_run(folder.path, tmp_path / "model", step=15)
-    model, tokenizer = load_model(folder, folder.checkpoints / "global_step15")
+    run = open_run(bench.folder / "reference")
+    out = export_run(run.folder.path, tmp_path / "model", step=15)
+    model, tokenizer = run.checkpoint(15).load_model(), run.tokenizer
     ids = torch.arange(5, 37).reshape(2, 16)
     with torch.no_grad():
         expected = model(ids, labels=ids.flip(1)).loss.item()
@@ -43,8 +42,8 @@ def test_exported_model_in_a_new_process(bench: Bench, one_rank: dict[str, Outco
     assert (parameters, mask_id) == (sum(each.numel() for each in model.parameters()), tokenizer.mask_id)
     assert not list(tmp_path.glob(".*"))
 
-    export_run(folder.path, out)  # over an earlier export: step 20 now
-    newest, _ = load_model(folder, folder.checkpoints / "global_step20")
+    export_run(run.folder.path, out)  # over an earlier export: step 20 now
+    newest = run.checkpoint().load_model()
     assert compare_with_reload(newest, out, tokenizer) < 1e-6
     assert compare_with_reload(model, out, tokenizer) > 1e-4
 

@@ -12,18 +12,22 @@ from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.modeling import KSubRobertaForMaskedLM
 from ksub_ds.pretrain.__main__ import main
 from ksub_ds.pretrain.recipe import Recipe
-from ksub_ds.pretrain.sources import load_sources
+from ksub_ds.pretrain.resolved_run import ResolvedRun, open_sources, resolve_settings
 
-from .conftest import Bench
+from .runs import Bench
+
+
+def opened(recipe: Recipe) -> ResolvedRun:
+    return open_sources(resolve_settings(recipe))
 
 
 def test_more_tables_than_columns(bench: Bench, tmp_path: Path) -> None:
-    num_tokens = load_sources(Recipe("tiny", bench.data, tmp_path / "run", bench.codes)).table.num_tokens
+    num_tokens = opened(Recipe("tiny", bench.data, tmp_path / "run", bench.codes)).table.num_tokens
     for num_tables in (128, 129):
         positional_codes(num_tokens, num_tables).save(tmp_path / f"{num_tables}.safetensors")
-    assert load_sources(Recipe("tiny", bench.data, tmp_path / "run", tmp_path / "128.safetensors"))
+    assert opened(Recipe("tiny", bench.data, tmp_path / "run", tmp_path / "128.safetensors"))
     with pytest.raises(UserError, match=r"129\.safetensors: K = 129 tables, .* d = 128") as caught:
-        load_sources(Recipe("tiny", bench.data, tmp_path / "run", tmp_path / "129.safetensors"))
+        opened(Recipe("tiny", bench.data, tmp_path / "run", tmp_path / "129.safetensors"))
     assert "\n" not in str(caught.value)
 
 
@@ -41,11 +45,11 @@ def test_rows_longer_than_the_positions_leave_no_recipe(bench: Bench, tmp_path: 
     model = KSubRobertaForMaskedLM(config, table)
     model.save_pretrained(tmp_path / "model")
     recipe = Recipe("tiny", long, tmp_path / "run", warm_start=tmp_path / "model")
-    assert load_sources(recipe).warm_start_sha256, "its positions count, not the preset's"
+    assert opened(recipe).warm_start_sha256, "its positions count, not the preset's"
     model.config.max_position_embeddings = 600
     model.config.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="rows of 1024 tokens, but the model has positions for 598"):
-        load_sources(recipe)
+        opened(recipe)
 
 
 def test_shards_without_a_row_to_train_on(bench: Bench, tmp_path: Path) -> None:
@@ -54,4 +58,4 @@ def test_shards_without_a_row_to_train_on(bench: Bench, tmp_path: Path) -> None:
     (text / "en.txt").write_text("one two three\n\n")
     shard_text(ShardText(text, bench.data / "tokenizer", held_out, sequence_length=64, validation_fraction=0.999))
     with pytest.raises(UserError, match=r"--data .*held-out: holds no sequences to train on"):
-        load_sources(Recipe("tiny", held_out, tmp_path / "run", bench.codes))
+        opened(Recipe("tiny", held_out, tmp_path / "run", bench.codes))
