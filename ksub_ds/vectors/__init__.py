@@ -1,1 +1,1 @@
-"""Floor 3: where the vectors to cluster come from. The codes room itself takes only a matrix."""
+"""Where the vectors to cluster come from; ksub_ds.codes itself takes only a matrix."""

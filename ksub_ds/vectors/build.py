@@ -1,4 +1,4 @@
-"""From a source of vectors to a code file: `ksub codes cluster` and preprocessing/build_codes.py.
+"""Make a code file from a source of vectors: `ksub codes cluster` and preprocessing/build_codes.py.
 
 Under mpirun rank 0 reads the vectors and writes the file; the clustering divides its groups over the ranks.
 """
@@ -22,7 +22,7 @@ from ksub_ds.vectors.sources import Description, load_vectors
 
 @dataclass
 class ClusterVectors:
-    """Make codes by Algorithm 2: hierarchical balanced k-means of one vector a token, so that like tokens share codes.
+    """Make codes by Algorithm 2: hierarchical balanced k-means of a vector per token; similar tokens share codes.
 
     Under `mpirun -n P` the work is divided over P processes; the codes are the same bit for bit.
     """
@@ -56,12 +56,16 @@ class ClusterVectors:
 def build_codes(settings: ClusterVectors) -> CodeTable:
     """Cluster and write the code file; every rank returns the table.
 
+    Args:
+        settings: the options of `ksub codes cluster`.
+
     Raises:
-        UserError: naming the setting or the file at fault. On ranks other than 0: SystemExit(2), rank 0 tells it.
+        UserError: on rank 0, naming the setting or the file at fault.
+        SystemExit: on the other ranks then, with code 2; rank 0 reports the error.
     """
     try:
         if not distributed.is_main():
-            get_logger().setLevel(logging.ERROR)  # rank 0 tells it all
+            get_logger().setLevel(logging.ERROR)  # rank 0 reports for all
         return _build(settings)
     except UserError:
         if distributed.is_main():
@@ -111,7 +115,7 @@ def _measure_and_save(
 
 
 def _load(settings: ClusterVectors) -> tuple[np.ndarray, Description]:
-    if settings.out.is_dir():  # said now, not after minutes of clustering
+    if settings.out.is_dir():  # refused now, not after minutes of clustering
         raise UserError(f"--out {settings.out}: is a folder; name a file, such as {settings.out / 'codes.safetensors'}")
     return load_vectors(settings.embeddings, settings.tokenizer, settings.seed)
 
@@ -140,5 +144,10 @@ def _table_sizes(settings: ClusterVectors) -> tuple[int, ...]:
 
 
 def report(table: CodeTable, out: Path) -> str:
-    """The one line that ends the command."""
+    """Return the line that ends the command.
+
+    Args:
+        table: the codes.
+        out: their file.
+    """
     return f"{out}: {table.num_tokens:,} tokens, tables of {' '.join(map(str, table.table_sizes))} rows"

@@ -1,7 +1,7 @@
 """Vectors of tokens from running text alone: co-occurrence, positive PMI, randomised SVD.
 
-No pretrained model is needed: the shards that a model will be trained on also say which tokens keep the same
-company. The recipe is the classical one (Levy, Goldberg & Dagan 2015): counts within a window, each pair
+No pretrained model is needed: the shards that a model will be trained on also show which tokens occur in the same
+contexts. The recipe is the classical one (Levy, Goldberg & Dagan 2015): counts within a window, each pair
 weighted by 1 / distance; positive pointwise mutual information with the context distribution raised to 0.75;
 Pantel & Lin's (2002) discount, which shrinks the association of rare tokens; the best rank-p factors U S V,
 and rows U sqrt(S).
@@ -9,7 +9,7 @@ and rows U sqrt(S).
 Special tokens are not counted and no window reaches across one, so a window stays in its document. Contexts are
 the most frequent tokens only.
 
-A token without a single positive association (it never occurs, or occurs once beside nothing common) says nothing
+A token without a positive association (it never occurs, or occurs once beside nothing common) gives no information
 about where it belongs. It gets the vector of a seen token drawn by a hash of (seed, id), plus a short step of its
 own, +-1 per dimension from the same hash. So unseen tokens are spread like the seen ones: a balanced clustering
 then divides the *seen* tokens among all clusters. At one common point (their mean, say) they would fill whole
@@ -58,7 +58,14 @@ class Cooccurrence:
 
 
 def shard_vectors(dataset: ShardDataset, settings: Cooccurrence) -> np.ndarray:
-    """(N, p) float32 vectors from the training part of a shards folder.
+    """Make vectors from the training part of a shards folder.
+
+    Args:
+        dataset: the shards.
+        settings: of the recipe above.
+
+    Returns:
+        (N, p) float32.
 
     Raises:
         UserError: the shards hold no text to count.
@@ -68,16 +75,16 @@ def shard_vectors(dataset: ShardDataset, settings: Cooccurrence) -> np.ndarray:
     blocks = list(_row_ranges(dataset, settings.max_tokens))
     with Progress(2 * len(blocks), "blocks", "counting co-occurrence") as progress:
 
-        def read() -> Iterator[np.ndarray]:
+        def rows() -> Iterator[np.ndarray]:
             for language, indices in blocks:
                 yield dataset.gather("train", indices, language)
                 progress.advance()
 
-        frequency = token_frequency(read(), tokenizer["vocab_size"], special)
+        frequency = token_frequency(rows(), tokenizer["vocab_size"], special)
         if np.count_nonzero(frequency) < 2:
             raise UserError(f"{dataset.folder}: holds fewer than two different tokens; give shards with more text")
         contexts = most_frequent(frequency, settings.contexts)
-        counts = count_pairs(read(), len(frequency), special, contexts, settings.window)
+        counts = count_pairs(rows(), len(frequency), special, contexts, settings.window)
     get_logger().info(
         f"co-occurrence: {int(frequency.sum()):,} tokens, {np.count_nonzero(frequency):,} of {len(frequency):,} "
         f"seen, {counts.nnz:,} pairs with {len(contexts):,} contexts"
@@ -86,7 +93,7 @@ def shard_vectors(dataset: ShardDataset, settings: Cooccurrence) -> np.ndarray:
 
 
 def _row_ranges(dataset: ShardDataset, max_tokens: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(language, row numbers) of each block; all rows, or every n-th where there is more text than `max_tokens`."""
+    """Yield (language, row numbers) of each block: all rows, or every n-th if there is more text than `max_tokens`."""
     total = sum(dataset.num_sequences("train", language) for language in dataset.languages)
     share = min(1.0, max_tokens / max(1, total * dataset.sequence_length))
     rows_per_block = max(1, BLOCK_TOKENS // dataset.sequence_length)
@@ -99,7 +106,7 @@ def _row_ranges(dataset: ShardDataset, max_tokens: int) -> Iterator[tuple[str, n
 
 
 def most_frequent(frequency: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the `count` most frequent tokens that occur at all, ascending; ties go to the lower id."""
+    """Return the ids of the `count` most frequent tokens that occur at all, ascending; ties go to the lower id."""
     order = np.argsort(-frequency, kind="stable")[:count]
     return np.sort(order[frequency[order] > 0])
 
@@ -107,9 +114,19 @@ def most_frequent(frequency: np.ndarray, count: int) -> np.ndarray:
 def count_pairs(
     blocks: Iterable[np.ndarray], num_tokens: int, special_ids: tuple[int, ...], contexts: np.ndarray, window: int
 ) -> Any:
-    """Weighted counts of (token, context) pairs within the window, both ways, as an (N, C) CSR matrix.
+    """Count (token, context) pairs within the window, in both directions, each weighted by 1 / distance.
 
-    Blocks are summed pairwise like a binary counter: each entry is copied log(blocks) times, not once a block.
+    Blocks are summed pairwise like a binary counter: each entry is copied log(blocks) times, not once per block.
+
+    Args:
+        blocks: (B, T) token ids each.
+        num_tokens: N.
+        special_ids: tokens that no window reaches across.
+        contexts: (C,) ids of the contexts.
+        window: how far to each side a context may stand.
+
+    Returns:
+        (N, C) CSR matrix, float32.
     """
     column = np.full(num_tokens, -1, dtype=np.int32)
     column[contexts] = np.arange(len(contexts), dtype=np.int32)
@@ -152,10 +169,17 @@ def _count_block(ids: np.ndarray, column: np.ndarray, is_special: np.ndarray, nu
 
 
 def positive_pmi(counts: Any, smoothing: float) -> Any:
-    """max(0, PMI) with smoothed contexts and discounted rare pairs; overwrites the values of the CSR matrix.
+    """Replace counts by max(0, PMI) with smoothed contexts and discounted rare pairs.
 
     PMI(t, c) = log(n_tc n / (n_t n_c^a)), where n = sum of n_c^a. Discount (Pantel & Lin 2002):
     n_tc / (n_tc + 1) x min(n_t, n_c) / (min(n_t, n_c) + 1).
+
+    Args:
+        counts: (N, C) CSR matrix; its values are overwritten.
+        smoothing: the exponent a.
+
+    Returns:
+        `counts`, without its zeros.
     """
     of_token = np.asarray(counts.sum(axis=1, dtype=np.float64)).reshape(-1)
     of_context = np.asarray(counts.sum(axis=0, dtype=np.float64)).reshape(-1)
@@ -177,24 +201,42 @@ def positive_pmi(counts: Any, smoothing: float) -> Any:
 
 
 def factorise(matrix: Any, dimensions: int, seed: int) -> np.ndarray:
-    """(N, p) rows U sqrt(S) of the best rank-p approximation of a sparse (N, C) matrix; empty rows as above."""
+    """Factorise a sparse (N, C) matrix: its best rank-p approximation is U S V.
+
+    Args:
+        matrix: CSR.
+        dimensions: p, if the matrix has as many rows and columns.
+        seed: of the randomised SVD, and of the rows that are empty.
+
+    Returns:
+        (N, p) float32, the rows U sqrt(S); empty rows are filled by `place_unseen`.
+
+    Raises:
+        UserError: all rows are empty.
+    """
     from sklearn.utils.extmath import randomized_svd
 
     seen = np.flatnonzero(np.diff(matrix.indptr))
     if not len(seen):
         raise UserError("no two tokens stand together more often than by chance; give shards with more text")
     dense = matrix[seen]
-    rank = min(dimensions, *dense.shape)
-    get_logger().info(f"co-occurrence: singular vectors of {dense.shape[0]:,} x {dense.shape[1]:,}, rank {rank}")
-    left, singular, _ = randomized_svd(dense, rank, n_oversamples=16, n_iter=3, random_state=seed)
-    vectors = np.empty((matrix.shape[0], rank), dtype=np.float32)
+    width = min(dimensions, *dense.shape)
+    get_logger().info(f"co-occurrence: singular vectors of {dense.shape[0]:,} x {dense.shape[1]:,}, rank {width}")
+    left, singular, _ = randomized_svd(dense, width, n_oversamples=16, n_iter=3, random_state=seed)
+    vectors = np.empty((matrix.shape[0], width), dtype=np.float32)
     vectors[seen] = left * np.sqrt(singular)
     place_unseen(vectors, seen, seed)
     return vectors
 
 
 def place_unseen(vectors: np.ndarray, seen: np.ndarray, seed: int) -> None:
-    """Fill the rows not in `seen`: a seen row, and a short step away from it, both keyed by (seed, id)."""
+    """Fill each row that is not in `seen` with a seen row and a short step away from it, both keyed by (seed, id).
+
+    Args:
+        vectors: (N, p), changed in place.
+        seen: ids of the rows that are filled.
+        seed: of the draws.
+    """
     num_tokens, width = vectors.shape
     unseen = np.setdiff1d(np.arange(num_tokens), seen)
     spread = np.sqrt(np.square(vectors[seen] - vectors[seen].mean(axis=0)).sum(axis=1).mean())

@@ -1,4 +1,4 @@
-"""New tokens for an old code file: `ksub codes extend`.
+"""Add new tokens to a code file: `ksub codes extend`.
 
     ksub codes extend codes.safetensors --tokens new_tokens.txt --out bigger.safetensors
 
@@ -23,7 +23,7 @@ LARGEST_FILE = 2**26  # bytes of tokens: more is another kind of file
 
 @dataclass(frozen=True)
 class ExtendCodes:
-    """Give new tokens unused codes, after the old tokens, whose codes stay."""
+    """Give unused codes to new tokens, whose ids follow the old ones; the codes of the old tokens stay."""
 
     codes: Annotated[Path, tyro.conf.Positional]
     """The code file to extend."""
@@ -41,6 +41,12 @@ class ExtendCodes:
 
 def extend_code_file(settings: ExtendCodes) -> CodeTable:
     """Write the extended code file.
+
+    Args:
+        settings: the options of `ksub codes extend`.
+
+    Returns:
+        The extended table.
 
     Raises:
         UserError: a file cannot be used, a token is there twice, or there are too few unused codes (with the count).
@@ -64,10 +70,10 @@ def extend_code_file(settings: ExtendCodes) -> CodeTable:
 
 
 def read_tokens(path: Path) -> list[str]:
-    """The tokens of a file, one a line.
+    """Read the tokens of a file, one per line.
 
     Raises:
-        UserError: not such a file, no tokens in it, an empty line, or a token twice.
+        UserError: the file cannot be read, or holds no token, an empty line or a token twice.
     """
     try:
         if path.stat().st_size > LARGEST_FILE:

@@ -1,4 +1,4 @@
-"""Input embeddings of a HuggingFace model by folder or name, read from safetensors without building the model."""
+"""Read the input embeddings of a HuggingFace model by folder or name, from safetensors, without building the model."""
 
 import os
 import re
@@ -24,7 +24,10 @@ Fetch = Callable[[str], Path | None]
 
 
 def folder_vectors(folder: Path) -> np.ndarray:
-    """(N, p) input embeddings of a model folder.
+    """Read the input embeddings of a model folder.
+
+    Returns:
+        (N, p) float32.
 
     Raises:
         UserError: no safetensors weights, or no embedding among them.
@@ -33,7 +36,7 @@ def folder_vectors(folder: Path) -> np.ndarray:
 
 
 def in_folder(folder: Path) -> Fetch:
-    """Files of a folder by name, None where there is no such file."""
+    """Return a function that finds a file of a folder by name, or gives None."""
 
     def fetch(name: str) -> Path | None:
         path = folder / name
@@ -43,10 +46,15 @@ def in_folder(folder: Path) -> Fetch:
 
 
 def weight_files(fetch: Fetch, name: str, wanted: Callable[[str], bool]) -> TensorFiles:
-    """The safetensors files of a model that hold the tensors `wanted` says yes to: all of a model of one file.
+    """Open the safetensors files of a model that hold certain tensors.
+
+    Args:
+        fetch: finds a file of the model by name.
+        name: of the model, for errors.
+        wanted: whether a tensor of this name is needed; not asked for a model of one file.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no such files.
     """
     index = fetch(INDEX)
     if index is not None:
@@ -82,14 +90,17 @@ def _embedding(fetch: Fetch, name: str) -> np.ndarray:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a string may be a model's name on the HuggingFace Hub, such as FacebookAI/xlm-roberta-base."""
+    """Return whether a string may be a model's name on the HuggingFace Hub, such as FacebookAI/xlm-roberta-base."""
     return bool(_HUB_NAME.fullmatch(name)) and Path(name).suffix not in (".npy", ".safetensors", ".bin", ".pt")
 
 
 def hub_vectors(name: str) -> tuple[np.ndarray, Path | None]:
-    """(N, p) input embeddings of a model by its Hub name, and the folder of its tokenizer files, if it has any.
+    """Read the input embeddings of a model by its Hub name.
 
     The local cache is asked first, the network only for what is not there, and never under HF_HUB_OFFLINE=1.
+
+    Returns:
+        (N, p) float32, and the folder of its tokenizer files, if it has any.
 
     Raises:
         UserError: no such model, no network, or no safetensors weights.

@@ -1,4 +1,4 @@
-"""Numbers from files: a .npy or .safetensors matrix, and tensors by name from one or more safetensors files.
+"""Read numbers from files: a .npy or .safetensors matrix, and tensors by name from safetensors files.
 
 Nothing is unpickled: .npy files with objects and .bin or .pt checkpoints are refused.
 """
@@ -48,7 +48,7 @@ class TensorFiles:
         self.shapes = {name: tuple(home.get_slice(name).get_shape()) for name, home in self._home.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor; floating point as float32."""
+        """Read a tensor; floating point as float32."""
         tensor = self._home[name].get_tensor(name)
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
@@ -75,7 +75,10 @@ class TensorFiles:
 
 
 def read_matrix(path: Path) -> np.ndarray:
-    """(N, p) float32 from a .npy or .safetensors file.
+    """Read a matrix from a .npy or .safetensors file.
+
+    Returns:
+        (N, p) float32, all finite.
 
     Raises:
         UserError: pickled objects, a damaged file, wrong shape or type, NaN or infinity (naming the row).
@@ -100,7 +103,11 @@ def read_matrix(path: Path) -> np.ndarray:
 
 
 def check_matrix(matrix: np.ndarray, name: str) -> np.ndarray:
-    """The matrix as C-ordered float32.
+    """Check a matrix and return it as C-ordered float32.
+
+    Args:
+        matrix: (N, p) numbers of any kind.
+        name: where it comes from, for errors.
 
     Raises:
         UserError: not (N, p) numbers, or a row that is not finite.

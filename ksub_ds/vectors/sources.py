@@ -1,4 +1,4 @@
-"""One door to all sources of vectors: what `--embeddings X` may be.
+"""Read the vectors to cluster from whatever `--embeddings X` names.
 
 X                                         the vectors
 a .npy or .safetensors file               the matrix in it (of a model file: its input embedding)
@@ -25,9 +25,9 @@ class Description:
     """What a matrix of vectors is.
 
     Attributes:
-        source: in words, for people.
+        source: where it comes from, as text.
         sha256: of the vectors.
-        tokenizer: whose ids the rows are; None when nobody said.
+        tokenizer: its ids are the row numbers; None if it is not known.
     """
 
     source: str
@@ -35,7 +35,7 @@ class Description:
     tokenizer: Tokenizer | None
 
     def metadata(self) -> dict[str, str]:
-        """For the code file."""
+        """Return the description as metadata of a code file."""
         found = {"vectors": self.source, "vectors_sha256": self.sha256}
         if self.tokenizer is not None:
             found["tokenizer_fingerprint"] = self.tokenizer.fingerprint
@@ -45,15 +45,15 @@ class Description:
 def load_vectors(
     source: str | Path, tokenizer: str | Path | None = None, seed: int = 0
 ) -> tuple[np.ndarray, Description]:
-    """Vectors to cluster, one a token.
+    """Read the vectors to cluster, one per token.
 
     Args:
         source: X of the table above.
-        tokenizer: SentencePiece .model or HuggingFace folder; default the one that lies with the source, if any.
+        tokenizer: SentencePiece .model or HuggingFace folder. [the one that lies with the source, if any]
         seed: of the co-occurrence vectors.
 
     Returns:
-        (N, p) float32, all finite, and what they are.
+        (N, p) float32, all finite, and their description.
 
     Raises:
         UserError: the source cannot be read, or its rows are not the tokenizer's tokens.
@@ -72,7 +72,11 @@ def load_vectors(
 
 
 def _read(source: str | Path, tokenizer: str | Path | None, seed: int) -> tuple[np.ndarray, str, Path | None]:
-    """Matrix, words for it, and the tokenizer that lies beside it."""
+    """Return the matrix, its source as text, and the tokenizer that lies beside it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     path = Path(source)
     if path.is_file():
         return read_matrix(path), f"matrix {path.name}", None
@@ -126,5 +130,5 @@ def _open_tokenizer(source: str | Path, given: str | Path | None, beside: Path |
     try:
         return load_tokenizer(beside)
     except UserError as error:
-        get_logger().warning(f"warning: {source} has no tokenizer of use here ({error}); the codes will not name one")
+        get_logger().warning(f"warning: {source} has no usable tokenizer ({error}); the codes will not name one")
         return None
