@@ -173,7 +173,7 @@ def _mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class CompressModel:
-    """Put k small tables in the place of a trained model's embedding, fitted to it by least squares."""
+    """Replace a trained model's embedding by K small tables, fitted to it by least squares."""
 
     model: Annotated[str, tyro.conf.Positional]
     """Model folder (or Hub name): BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT, ModernBERT, or an export of
@@ -187,13 +187,13 @@ class CompressModel:
     codes: Path | None = None
     """Code file to use. [codes by clustering the model's own embedding, K tables of M rows]"""
     mixing: Mixing = "linear"
-    """A fixed d x d matrix beside the tables: any, a rotation, or none."""
+    """The fixed d x d matrix beside the tables: any matrix, a rotation, or none."""
     data: Path | None = None
     """Shards folder made with the model's tokenizer: the masked-token loss on its held-out part, before and after."""
     sequences: int = 64
     """Held-out sequences per language for that loss."""
     seed: int = 0
-    """Of the clustering."""
+    """Seed of the clustering."""
 
 
 def compress_model(settings: CompressModel) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.pretrain.open_run import RunCheckpoint, open_run
+from ksub_ds.pretrain.open_run import RunCheckpoint, is_run, open_run
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def open_source(run: str | Path, step: int | None = None) -> ExportSource:
     """
     path = Path(run)
     config = path / "config.json"
-    if not (path / "recipe.json").exists() and config.is_file():
+    if not is_run(path) and config.is_file():
         if not str(read_json(config).get("model_type", "")).startswith("ksub_"):
             raise UserError(f"{run}: is not a model over sub-embeddings; `ksub compress` makes one of it")
         if step is not None:

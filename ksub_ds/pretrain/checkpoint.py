@@ -49,10 +49,21 @@ PREFIX = "global_step"
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where a run stands: everything beside weights and moments. Data, masks and dropout follow from `step`."""
+    """The state of a training beside weights and moments. Data, masks and dropout follow from `step`.
 
-    step: int = 0  # optimizer steps done, those that fp16 skipped included
-    tokens: int = 0  # input tokens seen, padding not counted
+    Attributes:
+        step: optimizer steps done, those that fp16 skipped included.
+        tokens: input tokens seen, padding not counted.
+        adam_step: updates Adam has made.
+        loss_scaler: fp16's loss scale and its counters; None in other precisions.
+        codes_sha256: identity of the codes.
+        data_fingerprint: identity of the shards.
+        world_size: ranks that wrote it; for people.
+        precision: of the run.
+    """
+
+    step: int = 0
+    tokens: int = 0
     adam_step: int = 0
     loss_scaler: dict[str, float] | None = None
     codes_sha256: str = ""

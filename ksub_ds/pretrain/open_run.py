@@ -24,20 +24,31 @@ if TYPE_CHECKING:  # seconds of imports
     from ksub_ds.model.masked_lm import SubMaskedLM
 
 
+def is_run(path: Path) -> bool:
+    """Return whether a folder is the run folder of a `ksub pretrain`."""
+    return RunFolder(path).recipe.is_file()
+
+
 def open_run(path: str | Path) -> "OpenRun":
-    """Open a run folder.
+    """Open a run folder for reading.
+
+    Args:
+        path: the --out folder of `ksub pretrain`.
 
     Raises:
         UserError: not a run folder.
     """
-    folder = RunFolder(Path(path))
-    if not folder.recipe.is_file():
+    if not is_run(Path(path)):
         raise UserError(f"{path}: no recipe.json there; give the --out folder of `ksub pretrain`")
-    return OpenRun(folder)
+    return OpenRun(RunFolder(Path(path)))
 
 
 class OpenRun:
-    """What lies in a run folder. Every property raises a UserError when its file cannot be read."""
+    """A run folder, open for reading. A property raises a UserError if its file cannot be read.
+
+    Args:
+        folder: names the files.
+    """
 
     def __init__(self, folder: RunFolder):
         self.folder = folder

@@ -19,7 +19,7 @@ from ksub_ds.common.files import read_json
 
 Arg = tyro.conf.arg
 
-# Table 5 of the paper. The others are for experiments, tests and the demo: own schedules, the same shape.
+# The first two are Table 5 of the paper; the others, with schedules of their own, are for experiments and tests.
 PRESETS: dict[str, dict[str, Any]] = {
     "roberta_medium": {"max_steps": 250_000, "global_batch_size": 128, "peak_lr": 2e-4, "warmup_fraction": 0.096},
     "xlmr_medium": {"max_steps": 250_000, "global_batch_size": 256, "peak_lr": 2e-4, "warmup_fraction": 0.096},
@@ -31,18 +31,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Pretrain a masked language model. The same command again continues the run."""
+    """Pretrain a masked language model. Running the same command again continues the run."""
 
-    # ---- what ----
+    # ---- model and data ----
     preset: Literal["roberta_medium", "xlmr_medium", "small", "small_modernbert", "tiny"]
     """Model size and schedule: Table 5 of the paper; `small` (6 layers, d = 384) for experiments without a GPU, and
-    `small_modernbert`, which needs fewer steps; `tiny` (2 layers, d = 128) for a first look."""
+    `small_modernbert`, which needs fewer steps; `tiny` (2 layers, d = 128) for a first try."""
     data: Path
     """Folder of token shards, from preprocessing/shard_text.py."""
     out: Path
-    """Run folder: recipe, metrics, checkpoints. Made when it is not there."""
+    """Run folder: recipe, metrics, checkpoints. Created if it does not exist."""
     codes: Path | None = None
-    """Code file, from `ksub codes`: the sub-embedding model. Either this or --plain."""
+    """Code file, from `ksub codes`: trains the sub-embedding model. Give either this or --plain."""
     plain: bool = False
     """Plain embedding (K = 1), the baseline: no code file, N from the tokenizer of the data."""
     warm_start: Path | None = None
@@ -54,16 +54,16 @@ class Recipe:
     """Share of the divergence from the teacher in the loss; the labels have the rest. [0.5 with --distill-from]"""
 
     decoder_bias: Literal["zero", "frequency"] = "zero"
-    """Start of the decoder's bias: zero as the paper, or each token's log frequency in the data. The bias moves by
-    the learning rate a step, so from zero it takes thousands of steps to learn what counting tells at once. (A model
-    of --warm-start has its own.)"""
+    """Initial bias of the decoder: zero as in the paper, or each token's log frequency in the data. The bias moves by
+    the learning rate in a step, so from zero it takes thousands of steps to learn what counting gives at once. (A
+    model of --warm-start has its own.)"""
 
-    # ---- how long ----
+    # ---- length ----
     max_steps: int | None = None
     """Optimizer steps. [preset: 250000; the small ones 10000, tiny 1000]"""
     max_hours: float | None = None
-    """Save and stop after this many hours; the same command again continues (launch/pretrain.sbatch: by itself).
-    [no limit]"""
+    """Save and stop after this many hours; the same command continues (launch/pretrain.sbatch runs it again by
+    itself). [no limit]"""
 
     # ---- optimizer (AdamW, linear warm-up and decay) ----
     global_batch_size: int | None = None
@@ -84,17 +84,17 @@ class Recipe:
     adam_epsilon: float = 1e-6
     """AdamW's epsilon."""
     gradient_clipping: float = 0.0
-    """Largest gradient norm; 0 clips nothing, as the paper."""
+    """Largest gradient norm; 0 clips nothing, as in the paper."""
 
     dropout: float | None = None
     """Of hidden states and attention while this run trains; the exported configuration keeps the model's own, for
-    fine-tuning. 0 saves time and suits a run that sees its data about once. [the model's: 0.1, as the paper]"""
+    fine-tuning. 0 saves time and suits a run that sees its data about once. [the model's: 0.1, as in the paper]"""
 
     # ---- data ----
     mlm_probability: float = 0.15
-    """Part of the tokens to predict (80 % masked, 10 % random, 10 % kept)."""
+    """Share of the tokens to predict (80 % masked, 10 % random, 10 % kept)."""
     alpha: float = 1.0
-    """Language smoothing: a language is drawn in proportion to (its sequences)^alpha; 1 as the paper."""
+    """Language smoothing: a language is drawn in proportion to (its sequences)^alpha; 1 as in the paper."""
     seed: int = 0
     """The one seed: weights, order of the data, masks and dropout all follow from it."""
 
@@ -107,18 +107,18 @@ class Recipe:
     deepspeed: str = "zero1"
     """DeepSpeed's mechanics: a JSON file, or a name in ds_configs/ (zero0, zero1, zero2, zero3, zero3_offload)."""
 
-    # ---- saving, evaluating, telling ----
+    # ---- saving, evaluating, logging ----
     save_every_steps: int = 1_000
-    """Write a checkpoint every so many steps (and always at the end)."""
+    """Write a checkpoint every this many steps (and always at the end)."""
     keep_last: int = 3
     """Keep this many checkpoints."""
     eval_every_steps: Annotated[int, Arg(name="eval-every")] = 1_000
-    """Evaluate on the held-out part at step 0, every so many steps and at the end; 0 never. A run shorter
+    """Evaluate on the held-out part at step 0, every this many steps and at the end; 0 for never. A run shorter
     than this is not evaluated."""
     eval_sequences: int = 64
     """Held-out sequences per language in one evaluation."""
     log_every_steps: int = 10
-    """Measure masked accuracy every so many steps; metrics.jsonl has every step."""
+    """Measure masked accuracy every this many steps; metrics.jsonl has a line for every step."""
 
 
 def resolve(recipe: Recipe, world_size: int, on_gpu: bool, previous_micro_batch_size: int | None = None) -> Recipe:

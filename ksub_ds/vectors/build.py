@@ -42,13 +42,13 @@ class ClusterVectors:
     last_level: Literal["matched", "random"] = "matched"
     """Last codes in a leaf: matched to one codebook of residuals, or at random as in the paper."""
     align: bool = True
-    """Number the clusters of all groups alike, so that equal codes mean like directions."""
+    """Number the clusters of all groups alike, so that equal codes mean similar directions."""
     unbalanced: bool = False
-    """The paper's naive k-means; the last table grows to the largest leaf."""
+    """Use the paper's naive k-means; the last table grows to the largest leaf."""
     reserve_special_tokens: bool = False
     """Give <s>, </s>, <pad>, <unk>, <mask> rows of their own in every table."""
     seed: int = 0
-    """Of the first centroids, of random last codes, and of co-occurrence vectors."""
+    """Seed of the first centroids, of random last codes, and of co-occurrence vectors."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that cluster groups. [one per core]"""
 

@@ -28,11 +28,12 @@ class ExtendCodes:
     codes: Annotated[Path, tyro.conf.Positional]
     """The code file to extend."""
     tokens: Path
-    """New tokens, UTF-8, one a line, as the enlarged vocabulary will spell them."""
+    """New tokens, UTF-8, one per line, as the enlarged vocabulary will spell them."""
     out: Path
     """The code file to write."""
     vectors: Path | None = None
-    """.npy or .safetensors matrix, one row a new token: each goes to the nearest leaf with room. Needs --embeddings."""
+    """.npy or .safetensors matrix, one row per new token: each goes to the nearest leaf with free codes. Needs
+    --embeddings."""
     embeddings: str | None = None
     """Vectors of the old tokens, from the same source: a matrix, model folder or run, as for `ksub codes cluster`."""
     tokenizer: Path | None = None
@@ -78,7 +79,7 @@ def read_tokens(path: Path) -> list[str]:
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise UserError(
-                f"--tokens {path}: {path.stat().st_size:,} bytes is no list of tokens; give one token a line"
+                f"--tokens {path}: {path.stat().st_size:,} bytes is no list of tokens; give one token per line"
             )
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
@@ -87,11 +88,11 @@ def read_tokens(path: Path) -> list[str]:
         raise UserError(f"--tokens {path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     tokens = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
     if not tokens:
-        raise UserError(f"--tokens {path}: holds no token; give one a line")
+        raise UserError(f"--tokens {path}: holds no token; give one per line")
     seen: dict[str, int] = {}
     for number, token in enumerate(tokens, start=1):
         if not token:
-            raise UserError(f"--tokens {path}: line {number} is empty; give one token a line")
+            raise UserError(f"--tokens {path}: line {number} is empty; give one token per line")
         if token in seen:
             raise UserError(f"--tokens {path}: line {number} repeats {token!r} of line {seen[token]}")
         seen[token] = number

@@ -115,7 +115,7 @@ def check_matrix(matrix: np.ndarray, name: str) -> np.ndarray:
     if not isinstance(matrix, np.ndarray):
         raise UserError(f"{name}: holds several arrays; save the matrix alone: np.save(path, matrix)")
     if matrix.ndim != 2 or 0 in matrix.shape:
-        raise UserError(f"{name}: has shape {matrix.shape}; one row a token is needed, (N, p)")
+        raise UserError(f"{name}: has shape {matrix.shape}; one row per token is needed, (N, p)")
     if not (np.issubdtype(matrix.dtype, np.floating) or np.issubdtype(matrix.dtype, np.integer)):
         raise UserError(f"{name}: holds {matrix.dtype}; real numbers are needed")
     with np.errstate(over="ignore"):

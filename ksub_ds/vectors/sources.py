@@ -17,6 +17,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_bytes
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
+from ksub_ds.pretrain.open_run import is_run
 from ksub_ds.vectors.matrix import read_matrix
 
 
@@ -94,7 +95,7 @@ def _read_folder(path: Path, tokenizer: str | Path | None, seed: int) -> tuple[n
     name = path.resolve().name
     if (path / "manifest.json").is_file():
         return *_shards(path, tokenizer, seed), path / "tokenizer"
-    if (path / "recipe.json").is_file():
+    if is_run(path):
         from ksub_ds.vectors.trained import run_vectors
 
         matrix, checkpoint = run_vectors(path)
