@@ -1,6 +1,6 @@
 """README.md of an exported model: what it is, how to open it, its parameters, codes, data, results, citation, licence.
 
-Everything in it is read from the run or the model; what is not recorded there, it says so.
+Everything in it is read from the run or the model; it says what is not recorded there.
 """
 
 import json
@@ -27,7 +27,7 @@ def write_model_card(folder: Path, source: ExportSource, form: str, licence: str
         folder: the exported folder.
         source: what was exported.
         form: "ksub", "remote-code" or "dense", as `export_run` takes it.
-        licence: of the weights; None if nobody said.
+        licence: of the weights; None if it is not stated.
     """
     evaluation = _evaluation(source)
     sections = [
@@ -69,13 +69,13 @@ def _summary(source: ExportSource) -> str:
 
 
 def _opening(source: ExportSource, form: str) -> str:
-    door = f"AutoModel{head_of(type(source.model).__name__)}"
+    auto_model = f"AutoModel{head_of(type(source.model).__name__)}"
     first = ["import ksub_ds"] if form == "ksub" else []
     more = ", trust_remote_code=True" if form == "remote-code" else ""
     code = [
         *first,
-        f"from transformers import {door}, AutoTokenizer",
-        f'model = {door}.from_pretrained("FOLDER"{more})',
+        f"from transformers import {auto_model}, AutoTokenizer",
+        f'model = {auto_model}.from_pretrained("FOLDER"{more})',
         f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{more})',
     ]
     words = {

@@ -22,13 +22,13 @@ def test_damaged_checkpoints_are_passed_over(bench: Bench, continued: dict[str, 
     assert continued["damaged"] == [0]
     run = bench.folder / "damaged"
     log = (run / "train.log").read_text()
-    for name, fault in (
+    for name, problem in (
         ("global_step30", "manifest.json is of another checkpoint"),
         ("global_step20", "optimizer.safetensors has"),
         ("global_step15", "model.safetensors does not match its sha256"),
         (".global_step25.123.partial", "never finished"),
     ):
-        lines = [line for line in log.splitlines() if f"{name} " in line and fault in line]
+        lines = [line for line in log.splitlines() if f"{name} " in line and problem in line]
         assert len(lines) == 1, (name, log)
     assert "continuing from" in log and "global_step10\n" in log
     assert losses(run) == losses(bench.folder / "reference")
@@ -44,7 +44,7 @@ def some(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", [*checkpoint.FILES, "manifest.json"])
 @pytest.mark.parametrize("how", ["missing", "empty", "short", "flipped"])
-def test_any_fault_is_seen(some: Path, name: str, how: str) -> None:
+def test_any_damage_is_seen(some: Path, name: str, how: str) -> None:
     path = some / "global_step20" / name
     data = path.read_bytes()
     if how == "missing":
@@ -53,7 +53,7 @@ def test_any_fault_is_seen(some: Path, name: str, how: str) -> None:
         middle = data.index(b'"sha256"') + 15 if name == "manifest.json" else len(data) // 2
         flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         path.write_bytes({"empty": b"", "short": data[: len(data) // 2], "flipped": flipped}[how])
-    assert checkpoint.fault(some / "global_step20") is not None
+    assert checkpoint.damage(some / "global_step20") is not None
     assert checkpoint.newest_complete(some) == some / "global_step15"
 
 
