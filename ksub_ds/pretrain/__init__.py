@@ -1,1 +1,1 @@
-"""The training run: recipe, resolved run, engine, loop, checkpoints, and opening a run. Start with loop.py."""
+"""The training run: recipe, DeepSpeed engine, loop, checkpoints. Start reading with loop.py."""

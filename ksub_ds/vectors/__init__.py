@@ -1,1 +1,1 @@
-"""Where the vectors to cluster come from; ksub_ds.codes itself takes only a matrix."""
+"""The vectors that clustering starts from: matrix files, model folders, runs, co-occurrence in token shards."""
