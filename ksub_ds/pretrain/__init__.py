@@ -1,1 +1,1 @@
-"""Floor 3: the training run. recipe -> engine -> loop -> checkpoint -> export; start with loop.py."""
+"""The training run: recipe, DeepSpeed engine, loop, checkpoints. Start reading with loop.py."""

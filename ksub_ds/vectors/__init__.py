@@ -1,1 +1,1 @@
-"""Floor 3: where the vectors to cluster come from. The codes room itself takes only a matrix."""
+"""The vectors that clustering starts from: matrix files, model folders, runs, co-occurrence in token shards."""
