@@ -120,7 +120,7 @@ def test_iterating_with_balanced_sizes_beats_balancing_once():
 
 
 def test_against_k_means_constrained():
-    """Its inertia from the same first centroids, recorded from k-means-constrained 0.9.1 (it needs another protobuf)."""
+    """Its inertia from these first centroids, recorded from version 0.9.1, which needs another protobuf than ours."""
     vectors = mixture(600, 12, 6)
     start = np.stack([vectors[first::12].mean(axis=0) for first in range(12)])
     found = balanced_kmeans(vectors, 12, initial=start, iterations=50)
