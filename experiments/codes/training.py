@@ -201,7 +201,7 @@ def encode(model: Any, input_ids_BT: Tensor, labels_BT: Tensor, precision: str) 
 
 @torch.no_grad()
 def evaluate(model: Any, material: Material, rule: MaskingRule, precision: str) -> dict[str, float]:
-    """Measure mean loss and accuracy on masked tokens of the held-out rows, from dense logits; the masks never change."""
+    """Measure mean loss and accuracy on masked tokens of the held-out rows, from dense logits; the masks are fixed."""
     rows = material.rows("validation")
     weight_Nd, bias_N = model.get_input_embeddings().dense_weight(), model.lm_head.bias
     model.eval()
