@@ -54,7 +54,7 @@ class Options:
     json: Path | None = None
     """Write the numbers here too."""
     tree_in_this_process: bool = False
-    """(internal) measure the tree and its peak memory in this process."""
+    """(internal) Measure the tree and its peak memory in this process."""
 
 
 def mixture(count: int, width: int = D, components: int = 1000, seed: int = 0) -> np.ndarray:
@@ -91,7 +91,7 @@ class Oracle:
         return kept | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
     def solve(self, task: str, **arrays: np.ndarray) -> dict[str, Any]:
-        """Run a task of clustering_oracle.py: its results by name."""
+        """Run a task of clustering_oracle.py; return its results by name."""
         script = Path(__file__).with_name("clustering_oracle.py")
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "input.npz"), Path(folder, "output.npz")
@@ -102,7 +102,7 @@ class Oracle:
 
 
 def assignment(options: Options, oracle: Oracle) -> dict:
-    """One assignment, against OR-tools' min-cost flow."""
+    """Measure one assignment against OR-tools' min-cost flow."""
     import faiss
 
     vectors = mixture(SMALL_N)
@@ -143,7 +143,7 @@ def assignment(options: Options, oracle: Oracle) -> dict:
 
 
 def kmeans(oracle: Oracle) -> dict:
-    """The whole k-means from the same first centroids, one thread."""
+    """Measure the whole k-means from the same first centroids, on one thread."""
     vectors = mixture(SMALL_N)
     with one_thread():
         start = free_kmeans(vectors, M, seed=0).centroids
@@ -202,7 +202,7 @@ class PeakMemory(threading.Thread):
 
 
 def tree() -> dict:
-    """The whole of Algorithm 2 at XLM-R's size; run in a fresh process, for its peak memory."""
+    """Measure all of Algorithm 2 at XLM-R's size; runs in a fresh process, for its peak memory."""
     import faiss
 
     vectors = mixture(N)

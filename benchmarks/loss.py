@@ -39,11 +39,11 @@ class Options:
     json: Path | None = None
     """Write the numbers here too."""
     memory_of: str | None = None
-    """(internal) measure the peak memory of one variant in this process."""
+    """(internal) Measure the peak memory of one variant in this process."""
 
 
 def leaf_codes(num_tokens: int = N, leaves: tuple[int, int] = (128, 128), rows: int = 128, seed: int = 0) -> CodeTable:
-    """The shape of balanced clustered codes: equal leaves, distinct random last codes, tokens shuffled."""
+    """Make codes of the shape of balanced clustered ones: equal leaves, distinct random last codes, tokens shuffled."""
     generator = np.random.default_rng(seed)
     count = leaves[0] * leaves[1]
     leaf, place = np.arange(num_tokens) % count, np.arange(num_tokens) // count
@@ -57,7 +57,7 @@ def positional(num_tokens: int) -> CodeTable:
 
 
 def clustered(num_tokens: int) -> CodeTable:
-    """Leaves of XLM-R's shape (128 x 128 of 128 rows for 250,002 tokens): an eighth of the code space is in use."""
+    """Make codes with leaves of XLM-R's shape (128 x 128 of 128 rows for N = 250,002): an eighth of the space is used."""
     size = 2 * round((8 * num_tokens) ** (1 / 3) / 2 + 1)
     return leaf_codes(num_tokens, (size, size), size)
 
@@ -78,7 +78,7 @@ def problem(options: Options) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def step_of(name: str, options: Options) -> Callable[[], None]:
-    """One forward and backward of a variant, gradients cleared."""
+    """Return a function that does one forward and backward of a variant, with gradients cleared first."""
     hidden, labels = problem(options)
     if name in OURS:
         make, with_bias, _ = OURS[name]
@@ -148,13 +148,13 @@ def measure_time_and_memory(options: Options) -> list[dict]:
 
 
 def measure_error(table: CodeTable, rows: int, dim: int, with_bias: bool, scale: float, gap: float = 0.0) -> dict:
-    """Loss and gradient error of ours and of dense float32 against dense float64."""
+    """Measure loss and gradient error of ours and of dense float32 against dense float64."""
     generator = torch.Generator().manual_seed(1)
     layer = SubEmbedding(table, dim)
     for weights in layer.parameters():
         weights.data = torch.randn(weights.shape, generator=generator) / dim**0.5
     hidden = torch.randn(rows, dim, generator=generator) * scale
-    if gap:  # one row of each table towers over the others, and no token has all of them
+    if gap:  # one row of each table has by far the largest score, and no token has all of them
         for weights in layer.parameters():
             weights.data[-1] = 1.0
         hidden = hidden * 0.1 + gap / (dim // table.num_tables * (table.num_tables - 1))
@@ -201,7 +201,7 @@ def measure_error(table: CodeTable, rows: int, dim: int, with_bias: bool, scale:
 
 
 def error_cases() -> dict[str, Callable[[], dict]]:
-    """Full size, then the hard places at a smaller one."""
+    """List the cases: full size, then the difficult ones at a smaller size."""
 
     def without_a_common_maximum(size: int = 21) -> CodeTable:
         codes = np.stack(np.unravel_index(np.arange(size**3), (size,) * 3), axis=1)
