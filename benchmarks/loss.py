@@ -57,7 +57,7 @@ def positional(num_tokens: int) -> CodeTable:
 
 
 def clustered(num_tokens: int) -> CodeTable:
-    """Make codes with leaves of XLM-R's shape (128 x 128 of 128 rows for N = 250,002): an eighth of the space is used."""
+    """Make codes with leaves of XLM-R's shape (128 x 128 of 128 rows at N = 250,002), an eighth of them in use."""
     size = 2 * round((8 * num_tokens) ** (1 / 3) / 2 + 1)
     return leaf_codes(num_tokens, (size, size), size)
 
