@@ -11,19 +11,22 @@ Vectors are made here: an anisotropic mixture of 1,000 components of Zipf weight
     tree         250,002 -> 128 -> 128 -> distinct codes, all cores, against FAISS's own k-means of the
                  first level alone (25 iterations over all points, sizes free)
 
-The references need `pip install --no-deps k-means-constrained ortools` (OR-tools' declared protobuf is older than
-ours, yet works); without them their parts are skipped.
+k-means-constrained and OR-tools run in an environment of their own (OR-tools would bring an older protobuf than the
+project has): --oracle names its folder, where it is made once. Where pip cannot get them, their parts are skipped.
 """
 
 import contextlib
-import importlib.util
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+import venv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import measuring
 import numpy as np
@@ -36,6 +39,8 @@ from ksub_ds.codes.clustering import clustered_codes
 
 N, D, M = 250_002, 768, 128
 SMALL_N = 20_000
+ORACLE = "k-means-constrained==0.9.1"  # OR-tools comes with it
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ksub_ds"
 
 
 @dataclass
@@ -44,10 +49,12 @@ class Options:
     """Which tables to measure."""
     repeats: int = 3
     """Interleaved rounds of the assignment; the best counts."""
+    oracle: Path = CACHE / ORACLE
+    """Folder of the environment with k-means-constrained and OR-tools; made when it is not there."""
     json: Path | None = None
     """Write the numbers here too."""
     tree_in_this_process: bool = False
-    """(internal) measure the tree and its peak memory in this process."""
+    """(internal) Measure the tree and its peak memory in this process."""
 
 
 def mixture(count: int, width: int = D, components: int = 1000, seed: int = 0) -> np.ndarray:
@@ -65,18 +72,52 @@ def mixture(count: int, width: int = D, components: int = 1000, seed: int = 0) -
     return vectors
 
 
-def assignment(options: Options) -> dict:
-    """One assignment, against OR-tools' min-cost flow."""
+class Oracle:
+    """k-means-constrained and OR-tools in an environment of their own, called as processes."""
+
+    def __init__(self, folder: Path):
+        self.python = folder / "bin" / "python"
+        if not self.python.exists():
+            print(f"making {folder} for {ORACLE}", file=sys.stderr)
+            venv.create(folder, with_pip=True)
+        # pip finds in a second that there is nothing to do, and completes what was interrupted
+        command = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", ORACLE]
+        self.is_there = subprocess.run(command, env=self.environment(), check=False).returncode == 0
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """One thread, and no path to the project's packages."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+        return kept | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+    def solve(self, task: str, **arrays: np.ndarray) -> dict[str, Any]:
+        """Run a task of clustering_oracle.py; return its results by name."""
+        script = Path(__file__).with_name("clustering_oracle.py")
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder, "input.npz"), Path(folder, "output.npz")
+            np.savez(source, **arrays)
+            subprocess.run([self.python, script, task, source, target], env=self.environment(), check=True)
+            with np.load(target, allow_pickle=False) as found:
+                return {name: found[name] if found[name].ndim else found[name].item() for name in found}
+
+
+def assignment(options: Options, oracle: Oracle) -> dict:
+    """Measure one assignment against OR-tools' min-cost flow."""
     import faiss
 
     vectors = mixture(SMALL_N)
+    seconds = {"ours": float("inf"), "OR-tools": float("inf")}
     with one_thread():
         centroids = free_kmeans(vectors, M, seed=0).centroids
         costs = faiss.pairwise_distances(vectors, centroids)
-        seconds = measuring.interleaved(
-            {"ours": lambda: balanced_assignment(costs), "OR-tools": lambda: min_cost_flow(costs)}, options.repeats
-        )
-        labels = {"ours": balanced_assignment(costs)[0], "OR-tools": min_cost_flow(costs)}
+        for _ in range(options.repeats):
+            turn = measuring.interleaved({"ours": lambda: balanced_assignment(costs)}, repeats=1)
+            peer = oracle.solve("assignment", costs=costs)
+            seconds = {
+                "ours": min(seconds["ours"], turn["ours"]),
+                "OR-tools": min(seconds["OR-tools"], peer["seconds"]),
+            }
+        labels = {"ours": balanced_assignment(costs)[0], "OR-tools": peer["labels"]}
     cost = {name: float(costs[np.arange(SMALL_N), chosen].sum(dtype=np.float64)) for name, chosen in labels.items()}
     row = {
         "seconds": seconds,
@@ -101,57 +142,31 @@ def assignment(options: Options) -> dict:
     return row
 
 
-def min_cost_flow(costs: np.ndarray) -> np.ndarray:
-    """The labels by OR-tools, as k-means-constrained calls it: costs as integers of ample range."""
-    from ortools.graph.python import min_cost_flow as library
-
-    count, clusters = costs.shape
-    floor, extra = divmod(count, clusters)
-    flow = library.SimpleMinCostFlow()
-    points, nodes, sink = np.arange(count), count + np.arange(clusters), count + clusters
-    unit = (costs.astype(np.float64) * (1e7 / np.abs(costs).max())).astype(np.int64)
-    arcs = flow.add_arcs_with_capacity_and_unit_cost(
-        np.repeat(points, clusters), np.tile(nodes, count), np.ones(costs.size, np.int64), unit.ravel()
-    )
-    ones = np.ones(clusters, np.int64)
-    flow.add_arcs_with_capacity_and_unit_cost(nodes, np.full(clusters, sink), ones, 0 * ones)
-    supplies = np.concatenate([np.ones(count), np.full(clusters, -floor), [-extra]]).astype(np.int64)
-    flow.set_nodes_supplies(np.arange(count + clusters + 1), supplies)
-    assert flow.solve() == flow.OPTIMAL
-    return flow.flows(arcs).reshape(count, clusters).argmax(axis=1)
-
-
-def kmeans() -> dict:
-    """The whole k-means from the same first centroids, one thread."""
-    from k_means_constrained import KMeansConstrained
-
+def kmeans(oracle: Oracle) -> dict:
+    """Measure the whole k-means from the same first centroids, on one thread."""
     vectors = mixture(SMALL_N)
-    floor, ceiling = SMALL_N // M, -(-SMALL_N // M)
     with one_thread():
         start = free_kmeans(vectors, M, seed=0).centroids
         begin = time.perf_counter()
         ours = balanced_kmeans(vectors, M, initial=start)
-        middle = time.perf_counter()
-        peer = KMeansConstrained(
-            M, size_min=floor, size_max=ceiling, init=start, n_init=1, max_iter=15, n_jobs=1, random_state=0
-        ).fit(vectors)
-        end = time.perf_counter()
+        seconds = time.perf_counter() - begin
+    peer = oracle.solve("kmeans", vectors=vectors, start=start)
     sizes = np.bincount(ours.labels, minlength=M)
     row = {
-        "seconds": {"ours": middle - begin, "k-means-constrained": end - middle},
-        "inertia": {"ours": ours.inertia, "k-means-constrained": float(peer.inertia_)},
-        "times_faster": (end - middle) / (middle - begin),
-        "inertia_ratio": ours.inertia / float(peer.inertia_),
+        "seconds": {"ours": seconds, "k-means-constrained": peer["seconds"]},
+        "inertia": {"ours": ours.inertia, "k-means-constrained": peer["inertia"]},
+        "times_faster": peer["seconds"] / seconds,
+        "inertia_ratio": ours.inertia / peer["inertia"],
         "sizes": [int(sizes.min()), int(sizes.max())],
     }
     measuring.print_table(
         f"Balanced k-means, {SMALL_N:,} x {D} -> {M}, same first centroids, at most 15 iterations",
         ["", "s", "inertia", "x faster", "inertia ratio"],
         [
-            ["k-means-constrained", f"{end - middle:.1f}", f"{peer.inertia_:.1f}", "", ""],
+            ["k-means-constrained", f"{peer['seconds']:.1f}", f"{peer['inertia']:.1f}", "", ""],
             [
                 "ours",
-                f"{middle - begin:.1f}",
+                f"{seconds:.1f}",
                 f"{ours.inertia:.1f}",
                 f"{row['times_faster']:.1f} " + measuring.verdict(row["times_faster"], 5),
                 f"{row['inertia_ratio']:.5f} " + measuring.verdict(row["inertia_ratio"], 1.003, at_least=False),
@@ -187,7 +202,7 @@ class PeakMemory(threading.Thread):
 
 
 def tree() -> dict:
-    """The whole of Algorithm 2 at XLM-R's size; run in a fresh process, for its peak memory."""
+    """Measure all of Algorithm 2 at XLM-R's size; runs in a fresh process, for its peak memory."""
     import faiss
 
     vectors = mixture(N)
@@ -234,14 +249,15 @@ def main() -> None:
         return
     print(measuring.machine(), file=sys.stderr)
     parts, result = set(options.parts), {}
-    for part, library in (("assignment", "ortools"), ("kmeans", "k_means_constrained")):
-        if part in parts and importlib.util.find_spec(library) is None:
-            print(f"{part}: skipped, {library} is not installed (pip install --no-deps k-means-constrained ortools)")
-            parts.remove(part)
+    if parts & {"assignment", "kmeans"}:
+        oracle = Oracle(options.oracle)
+        if not oracle.is_there:
+            print(f"assignment and kmeans: skipped, pip cannot install {ORACLE} in {options.oracle} (see above)")
+            parts -= {"assignment", "kmeans"}
     if "assignment" in parts:
-        result["assignment"] = assignment(options)
+        result["assignment"] = assignment(options, oracle)
     if "kmeans" in parts:
-        result["kmeans"] = kmeans()
+        result["kmeans"] = kmeans(oracle)
     if "tree" in parts:
         result["tree"] = measuring.in_fresh_process(__file__, "--tree-in-this-process")
         report_tree(result["tree"])

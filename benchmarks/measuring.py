@@ -20,7 +20,7 @@ TURN_SECONDS = 0.5
 
 
 def machine() -> dict[str, Any]:
-    """Where and when: processor, cores, versions, date."""
+    """Describe the machine and the day: processor, cores, versions, date."""
     import torch
 
     model = next(
@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
 
 
 def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each function: the best call of `repeats` rounds; every round gives each its turn.
+    """Time each function: the best call of `repeats` rounds in seconds; in every round each has a turn.
 
     A turn lasts at least TURN_SECONDS: a call of milliseconds alone, after a long one of another
     variant, would only measure how that one left the caches.
@@ -61,7 +61,7 @@ def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dic
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes by which the resident set peaks above its size before the call. Use a fresh process."""
+    """Measure by how many bytes the resident set peaks above its size before the call. Use a fresh process."""
     gc.collect()
     before = _resident()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -95,7 +95,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
 
 def verdict(value: float, bound: float, at_least: bool = True) -> str:
-    """'ok' or 'MISSED' with the bound, for the last column of a table."""
+    """Return 'ok' or 'MISSED' with the bound, for the last column of a table."""
     met = value >= bound if at_least else value <= bound
     return f"{'ok' if met else 'MISSED'} ({'>=' if at_least else '<='} {bound:g})"
 

@@ -1,4 +1,4 @@
-"""The API pages, from the docstrings, by pdoc.
+"""Write the API pages from the docstrings, with pdoc.
 
     python docs/build_api.py --out build/docs        (what `make docs` runs)
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def documented_modules() -> list[str]:
-    """All modules of the package but the ones that are only run (`__main__`)."""
+    """List all modules of the package except those that are only run (`__main__`)."""
     import ksub_ds
 
     found = pkgutil.walk_packages(ksub_ds.__path__, "ksub_ds.")
@@ -23,7 +23,7 @@ def documented_modules() -> list[str]:
 
 
 def resolve_public_names() -> None:
-    """`ksub_ds` imports its names when they are first used; pdoc looks for what is there already."""
+    """Import the names of `ksub_ds` now: they are imported when first used, and pdoc only sees what is there."""
     import ksub_ds
 
     for name in ksub_ds.__all__:
@@ -31,12 +31,12 @@ def resolve_public_names() -> None:
 
 
 def build(out: Path, names: list[str]) -> None:
-    """Write the pages of some modules into `out`, emptied first."""
+    """Write the pages of some modules into `out`, which is emptied first."""
     import pdoc
 
     resolve_public_names()
     for name in names:
-        importlib.import_module(name)  # a module that cannot be imported ends this here, with its name
+        importlib.import_module(name)  # fail here, with its name, if a module cannot be imported
     pdoc.render.configure(docformat="google", show_source=False, footer_text="ksub_ds")
     shutil.rmtree(out, ignore_errors=True)
     with warnings.catch_warnings():
@@ -47,7 +47,7 @@ def build(out: Path, names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the API pages.")
-    parser.add_argument("--out", type=Path, default=Path("build/docs"), help="folder, made afresh")
+    parser.add_argument("--out", type=Path, default=Path("build/docs"), help="folder, emptied first")
     options = parser.parse_args()
     try:
         names = documented_modules()

@@ -1,4 +1,4 @@
-"""The tree keeps its shape: imports go strictly down, none goes in a circle, heavy packages have one home each.
+"""The shape of the tree: imports go strictly down, none go in a circle, heavy packages have one home each.
 
 The layers are those of the table in docs/architecture.md, which these tests read.
 """
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Which packages the scripts stand on.
+# Which packages the scripts may import.
 SCRIPTS_MAY_IMPORT = {"preprocessing": {"common", "codes", "corpus", "vectors"}, "launch": set()}
 
 # Heavy packages and the only places under ksub_ds/, preprocessing/ and launch/ that may import them.
@@ -144,6 +144,25 @@ def test_no_folder_is_crowded() -> None:
         assert len(names) <= MOST_MODULES, f"{folder} holds {len(names)} modules"
 
 
+def test_tests_lie_in_the_folders_of_what_they_test() -> None:
+    tests = ROOT / "tests"
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    assert {Path("codes"), Path("model"), Path("docs")} <= folders, "the search finds nothing"
+    for folder in folders:
+        assert (ROOT / "ksub_ds" / folder).is_dir() or (ROOT / folder).is_dir(), f"tests/{folder} tests no folder"
+
+
+def test_the_class_names_are_unique() -> None:
+    """A class named twice makes every search for it ambiguous; names with a leading underscore are a module's own."""
+    homes: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(name)
+    assert len(homes) > 50, "the search finds nothing"
+    assert not {name: places for name, places in homes.items() if len(places) > 1}
+
+
 def test_circles_are_found() -> None:
     """Guards the tests above against a search that finds nothing."""
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == ["a", "b", "c"]
@@ -164,7 +183,7 @@ def test_heavy_packages_have_one_home(package: str) -> None:
     assert not faults, f"{package} belongs to {HOMES[package]}: {faults}"
 
 
-def test_no_module_for_odds_and_ends() -> None:
+def test_no_module_is_named_for_odds_and_ends() -> None:
     for name in modules():
         assert not re.search(r"utils?\b|helpers?\b|manager", name), name
 

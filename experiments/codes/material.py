@@ -1,7 +1,7 @@
-"""What all configurations learn from: rows over a small vocabulary, vectors of it, codes from the vectors.
+"""The data of all configurations: rows over a small vocabulary, vectors of its tokens, codes from the vectors.
 
 The vocabulary is cut to its most frequent tokens, the rest becomes `<unk>`, which is neither predicted nor counted.
-All files lie in OUT/material and are made once.
+All files are written to OUT/material, once.
 """
 
 from dataclasses import dataclass
@@ -41,28 +41,28 @@ BLOCK_ROWS = 1 << 13
 
 @dataclass(frozen=True)
 class Material:
-    """Paths of what `prepare` made."""
+    """The files that `prepare` made."""
 
     folder: Path
 
     def rows(self, split: str) -> np.ndarray:
-        """(n, T) int32 rows of the small vocabulary, memory-mapped."""
+        """Map the rows of a split, (n, T) int32 ids of the small vocabulary."""
         return np.load(self.folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
 
     def vectors(self) -> np.ndarray:
-        """(N, p) co-occurrence vectors."""
+        """Load the co-occurrence vectors, (N, p)."""
         return np.load(self.folder / "vectors.npy", allow_pickle=False)
 
     def codes(self, name: str) -> CodeTable:
-        """The codes of a kind: plain, positional or one of CLUSTERINGS."""
+        """Load the codes of a kind: plain, positional or one of CLUSTERINGS."""
         return CodeTable.load(self.folder / f"{name}.safetensors")
 
 
 def open_shards(data: Path, tokenizer: Path | None, out: Path) -> ShardDataset:
-    """The shards themselves, or shards made of a folder of text.
+    """Open a shards folder, or make shards of a folder of text and open them.
 
     Raises:
-        UserError: text without a tokenizer, or shards of another one.
+        UserError: text without a tokenizer, or shards made with another one.
     """
     if (data / MANIFEST).is_file():
         dataset = ShardDataset.open(data)
@@ -72,13 +72,13 @@ def open_shards(data: Path, tokenizer: Path | None, out: Path) -> ShardDataset:
             dataset.check_tokenizer(load_tokenizer(tokenizer).fingerprint, str(tokenizer))
         return dataset
     if tokenizer is None:
-        raise UserError(f"--data {data}: holds no {MANIFEST}, so it is text; give --tokenizer PATH too")
+        raise UserError(f"--data {data}: has no {MANIFEST}, so it must be text; give --tokenizer PATH too")
     shard_text(ShardText(data, tokenizer, out / "shards", SEQUENCE_LENGTH, validation_fraction=0.02))
     return ShardDataset.open(out / "shards", verify=False)
 
 
 def prepare(dataset: ShardDataset, out: Path, num_tokens: int, table_size: int, seed: int) -> Material:
-    """Make rows, vectors and codes, or find them made.
+    """Make rows, vectors and codes, unless they are there already.
 
     Args:
         num_tokens: N of the small vocabulary, special tokens included.
@@ -86,7 +86,7 @@ def prepare(dataset: ShardDataset, out: Path, num_tokens: int, table_size: int, 
         seed: of vectors and clusterings.
 
     Raises:
-        UserError: OUT holds the material of other settings, or there is too little text.
+        UserError: OUT has the material of other settings, or there is too little text.
     """
     material = Material(out / "material")
     settings = {
@@ -97,7 +97,7 @@ def prepare(dataset: ShardDataset, out: Path, num_tokens: int, table_size: int, 
     }
     path = material.folder / "settings.json"
     if path.exists() and read_json(path) != settings:
-        raise UserError(f"--out {out}: holds an experiment with other settings ({path}); give another folder")
+        raise UserError(f"--out {out}: has an experiment with other settings ({path}); give another folder")
     write_json(path, settings)
     if not (material.folder / "validation.npy").exists():
         _make_rows(dataset, material, num_tokens)
@@ -118,7 +118,7 @@ def _make_rows(dataset: ShardDataset, material: Material, num_tokens: int) -> No
     kept = most_frequent(frequency, num_tokens - len(SPECIAL))
     if len(kept) + len(SPECIAL) < num_tokens:
         raise UserError(
-            f"--num-tokens {num_tokens}: the text holds {len(kept)} different tokens; give at most "
+            f"--num-tokens {num_tokens}: the text has {len(kept)} different tokens; give at most "
             f"{len(kept) + len(SPECIAL)}"
         )
     small = np.full(tokenizer["vocab_size"], UNK, dtype=np.int32)
@@ -151,7 +151,7 @@ def _vectors(rows: np.ndarray, num_tokens: int, seed: int) -> np.ndarray:
 def _make_codes(name: str, material: Material, num_tokens: int, table_size: int, seed: int) -> CodeTable:
     if name == "plain":
         return plain_codes(num_tokens)
-    if name == "positional":  # Algorithm 1's digits in the base of the clustered tables: as many parameters
+    if name == "positional":  # Algorithm 1's digits in the base of the clustered tables, for as many parameters
         digits = np.arange(num_tokens)[:, None] // table_size ** np.arange(3) % table_size
         return CodeTable(digits, (table_size,) * 3, {"algorithm": "positional"})
     return clustered_codes(material.vectors(), 3, table_size, seed=seed, **CLUSTERINGS[name])  # type: ignore[arg-type]

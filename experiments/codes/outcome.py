@@ -1,11 +1,11 @@
-"""Results of all configurations as one JSON file, a Markdown table and a plot."""
+"""The results of all configurations as a JSON file, a Markdown table and a plot."""
 
 from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.files import atomic_path, write_json
 
-# Okabe & Ito's colours, told apart by every kind of colour vision; markers and dashes say it a second time.
+# Okabe and Ito's colours, which people with any kind of colour vision can distinguish; markers and dashes help too.
 STYLES = (
     ("#000000", "o", "-"),
     ("#D55E00", "s", "-"),
@@ -21,7 +21,7 @@ def write_outcome(out: Path, results: list[dict[str, Any]]) -> str:
     """Write results.json, table.md and loss.png; return the table.
 
     Args:
-        results: one a configuration and seed, in the order of the configurations.
+        results: one per configuration and seed, in the order of the configurations.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -35,7 +35,7 @@ def write_outcome(out: Path, results: list[dict[str, Any]]) -> str:
 
 
 def markdown(groups: dict[str, list[dict[str, Any]]]) -> str:
-    """The table: mean over seeds, with the range when there are several."""
+    """Format the table: the mean over seeds, with the range when there are several."""
     lines = [
         "| configuration | embedding parameters | held-out loss | accuracy | best loss | seeds | seconds |",
         "|---|---|---|---|---|---|---|",
@@ -53,19 +53,19 @@ def markdown(groups: dict[str, list[dict[str, Any]]]) -> str:
     lines += [
         "",
         f"{first['settings']['steps']:,} steps, {first['tokens_seen']:,} tokens, {first['held_out'][-1]['count']:,} "
-        "masked tokens of held-out text. Loss in nats a masked token; [least, greatest] over seeds.",
+        "masked tokens of held-out text. Loss in nats per masked token; [least, greatest] over seeds.",
     ]
     return "\n".join(lines)
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean, and the range of several values."""
+    """Format the mean, with the range of several values."""
     mean = f"{sum(values) / len(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
 def plot(path: Path, groups: dict[str, list[dict[str, Any]]]) -> None:
-    """Held-out loss over steps, one line a configuration (mean over seeds, range shaded)."""
+    """Plot held-out loss against steps, one line per configuration (mean over seeds, range shaded)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -81,7 +81,7 @@ def plot(path: Path, groups: dict[str, list[dict[str, Any]]]) -> None:
             low, high = ([function(values) for values in zip(*curves, strict=True)] for function in (min, max))
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("held-out loss, nats a masked token")
+    axes.set_ylabel("held-out loss, nats per masked token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
     with atomic_path(path) as temporary:

@@ -4,12 +4,12 @@
     python experiments/codes/run.py --data text --tokenizer sentencepiece.bpe.model --out codes-experiment --seeds 3
 
 Four layers of width 192 over rows of 128 tokens, the 32,000 most frequent tokens of the vocabulary, K = 3 tables of
-40 rows. Vectors to cluster come from co-occurrence in the same rows. Two controls start from these vectors, so that
-what clustering knows of the text is also known to a plain embedding.
+40 rows. The vectors that are clustered come from co-occurrence in the same rows. Two controls start from these vectors,
+so that a plain embedding also has what clustering knows of the text.
 
-Two configurations train at a time, each on one core. One that is done is not trained again: the same command goes on
-where it was stopped, and more --seeds add to what is there. OUT/results/ holds a JSON file each; OUT/results.json,
-OUT/table.md and OUT/loss.png are made of them at the end.
+Two configurations train at a time, each on one core. Finished ones are not trained again: the same command continues
+where it was stopped, and more --seeds add to the results. OUT/results/ has a JSON file for each; OUT/results.json,
+OUT/table.md and OUT/loss.png are made from them at the end.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from ksub_ds.common.logging import format_seconds, get_logger
 
 @dataclass(frozen=True)
 class Configuration:
-    """A model of the comparison."""
+    """One model of the comparison."""
 
     name: str
     codes: str
@@ -50,15 +50,15 @@ CONFIGURATIONS = (
 
 
 def result_path(out: Path, configuration: Configuration, seed: int) -> Path:
-    """The JSON file of one configuration and seed."""
+    """Name the JSON file of one configuration and seed."""
     return out / "results" / f"{configuration.name.replace(', ', '-').replace(' ', '-')}-seed{seed}.json"
 
 
 def is_done(path: Path, training: Training) -> bool:
-    """Whether a result is there.
+    """Return whether a result is there.
 
     Raises:
-        UserError: it is there, with other settings.
+        UserError: it is there with other settings.
     """
     if not path.exists():
         return False
@@ -68,7 +68,7 @@ def is_done(path: Path, training: Training) -> bool:
 
 
 def experiment(options: argparse.Namespace) -> None:
-    """Prepare, train what is missing, write the outcome."""
+    """Prepare the data, train what is missing, write the outcome."""
     training = Training(options.steps, options.batch_size, options.peak_lr, options.precision, options.decoder_bias)
     chosen = [each for each in CONFIGURATIONS if not options.only or each.name in options.only]
     todo = []
@@ -97,17 +97,17 @@ def experiment(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parse and run; a user's mistake is one line and exit code 2."""
+    """Parse the options and run; a user's mistake is one line and exit code 2."""
     names = [each.name for each in CONFIGURATIONS]
     parser = argparse.ArgumentParser(description="Pretrain one small model with plain, positional and clustered codes.")
     parser.add_argument("--data", type=Path, required=True, help="a shards folder, or a folder of <lang>.jsonl[.gz]")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece .model or folder; needed for text")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything")
-    parser.add_argument("--steps", type=int, default=800, help="[800: 2 to 4 minutes a configuration]")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows a step [8: 1,024 tokens]")
+    parser.add_argument("--steps", type=int, default=800, help="[800: 2 to 4 minutes per configuration]")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per step [8: 1,024 tokens]")
     parser.add_argument("--peak-lr", type=float, default=1e-3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder")
-    parser.add_argument("--decoder-bias", choices=("zero", "frequency"), default="zero", help="where it begins")
+    parser.add_argument("--decoder-bias", choices=("zero", "frequency"), default="zero", help="its initial values")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. SEEDS - 1 of weights, rows and masks")
     parser.add_argument("--num-tokens", type=int, default=32_000, help="N of the small vocabulary")
     parser.add_argument("--table-size", type=int, default=40, help="M of each of the three tables")

@@ -1,8 +1,8 @@
 """One configuration: a small masked language model, trained for a number of steps, measured on held-out rows.
 
-A plain PyTorch loop over the project's own model, masking and sampling, on one thread (or a GPU, where there is
-one). All configurations see the same rows, masks, learning rates and steps; encoder weights start alike for equal
-seeds. The held-out measure takes dense logits, the same way for all.
+A plain PyTorch loop over the project's own model, masking and sampling, on one thread (or a GPU, if there is
+one). All configurations see the same rows, masks, learning rates and steps; encoder weights start equal for equal
+seeds. The held-out measure uses dense logits for all of them.
 """
 
 import time
@@ -39,10 +39,10 @@ class Training:
     """The budget, equal for all configurations."""
 
     steps: int
-    batch_size: int  # rows a step
+    batch_size: int  # rows per step
     peak_lr: float
     precision: str  # of the encoder: fp32 or bf16
-    decoder_bias: str = "zero"  # where it begins: zero, or the tokens' log frequency
+    decoder_bias: str = "zero"  # its initial values: zero, or the tokens' log frequency
     warmup: float = 0.1  # part of the steps
     mlm_probability: float = 0.15
     weight_decay: float = 0.01
@@ -116,7 +116,7 @@ def train(folder: Path, result: Path, name: str, codes: str, initialise: bool, t
 def build_model(
     material: Material, codes: str, initialise: bool, training: Training, length: int, seed: int
 ) -> KSubRobertaForMaskedLM:
-    """The model over the codes; the encoder's initial weights depend on the seed alone."""
+    """Build the model over the codes; the encoder's initial weights depend only on the seed."""
     table = material.codes(codes)
     config = KSubRobertaConfig(
         vocab_size=table.num_tokens,
@@ -135,7 +135,9 @@ def build_model(
     model = KSubRobertaForMaskedLM(config, table)
     generator = torch.Generator()
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and ".tables." not in name:  # the tables differ in number: draw the others apart
+        if (
+            parameter.dim() == 2 and ".tables." not in name
+        ):  # models differ in their tables: draw the other weights by name
             generator.manual_seed(seed << 32 | zlib.crc32(name.encode()))
             torch.nn.init.normal_(parameter, std=INITIAL_STD, generator=generator)
     if initialise:
@@ -145,14 +147,14 @@ def build_model(
 
 @torch.no_grad()
 def start_bias(model: Any, rows: np.ndarray) -> None:
-    """Begin as a unigram model: from zero, the bias moves by the learning rate a step."""
+    """Start as a unigram model: from zero, the bias would move by the learning rate per step."""
     count = token_frequency([rows], model.config.vocab_size, SPECIAL) + 0.5
     model.lm_head.bias.copy_(torch.from_numpy(np.log(count / count.max())))
 
 
 @torch.no_grad()
 def start_from_vectors(layer: SubEmbedding, vectors_Np: Tensor) -> None:
-    """Set the tables so that the layer comes as near the vectors as its codes allow.
+    """Set the tables so that the layer's embeddings are as close to the vectors as its codes allow.
 
     The vectors are centred and projected on their d principal directions. Direction j belongs to table j mod K, so
     that each table sees strong and weak ones. The least-squares table is then the mean over the tokens that share
@@ -172,7 +174,7 @@ def start_from_vectors(layer: SubEmbedding, vectors_Np: Tensor) -> None:
 
 
 def make_optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
-    """AdamW, no decay on vectors (biases, layer norms)."""
+    """Make AdamW without decay on vectors (biases, layer norms)."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -180,13 +182,13 @@ def make_optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Op
 
 
 def learning_rate(step: int, training: Training) -> float:
-    """Linear warm-up, then linearly down to zero."""
+    """Warm up linearly, then decay linearly to zero."""
     warmup = max(1, round(training.warmup * training.steps))
     return training.peak_lr * min((step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup))
 
 
 def encode(model: Any, input_ids_BT: Tensor, labels_BT: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """Decoder inputs (P, d) in fp32 at the P labelled positions, and their labels (P,).
+    """Return decoder inputs (P, d) in fp32 at the P labelled positions, and their labels (P,).
 
     Only the encoder computes in bf16: the softmax over N tokens stays in fp32 for plain and coded models alike.
     """
@@ -199,7 +201,7 @@ def encode(model: Any, input_ids_BT: Tensor, labels_BT: Tensor, precision: str) 
 
 @torch.no_grad()
 def evaluate(model: Any, material: Material, rule: MaskingRule, precision: str) -> dict[str, float]:
-    """Mean loss and accuracy over the masked tokens of the held-out rows, from dense logits; always the same masks."""
+    """Measure mean loss and accuracy on masked tokens of the held-out rows, from dense logits; the masks are fixed."""
     rows = material.rows("validation")
     weight_Nd, bias_N = model.get_input_embeddings().dense_weight(), model.lm_head.bias
     model.eval()

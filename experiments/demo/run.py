@@ -1,11 +1,11 @@
 """The whole pipeline, small, on the CPU: text -> shards -> codes -> pretraining -> export -> a filled mask, a report.
 
     python experiments/demo/run.py                                     (what `make demo` runs)
-    python experiments/demo/run.py --data FOLDER --tokenizer FILE      the same on text of yours
+    python experiments/demo/run.py --data FOLDER --tokenizer FILE      the same on your own text
 
-Every step is a command that a user would type, printed before it runs. All results lie under --out (demo/),
-which is made afresh each time. The demo fails unless the run resumes where it stopped and the held-out
-loss falls by at least one nat.
+Every step is a command that a user would type, printed before it runs. All results are written to --out (demo/), which
+is emptied first. The demo fails unless the run resumes where it stopped and the held-out loss falls by at least one
+nat.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from summary import check_and_report, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKER = "demo.json"  # says that a folder is a demo's and may be made afresh
-STOP_AFTER = 0.4  # part of the steps after which the run is interrupted
+MARKER = "demo.json"  # marks a folder as the demo's own, which may be emptied
+STOP_AFTER = 0.4  # the fraction of the steps after which the run is interrupted
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ GIVEN_TEXT = Size(max_steps=600, global_batch_size=16, sequence_length=128, peak
 
 
 def headline(number: int, text: str) -> None:
-    """A rule and the step's name."""
+    """Print a rule with the step's name."""
     print(f"\n── {number}. {text} ".ljust(100, "─"), flush=True)
 
 
 def prepare_environment(out: Path) -> None:
-    """Of this process and every command: this Python first on the PATH, the CPU, caches under `out`."""
+    """Set the environment of every command: this Python first on the PATH, the CPU, caches under `out`."""
     cache = out / ".cache"
     os.environ |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -71,10 +71,10 @@ def start(*command: str | Path) -> subprocess.Popen[bytes]:
 
 
 def run_command(*command: str | Path) -> None:
-    """Print a command and run it to its end.
+    """Print a command and run it to completion.
 
     Raises:
-        UserError: it failed; it has said why itself.
+        UserError: it failed; its own message says why.
     """
     code = start(*command).wait()
     if code:
@@ -82,7 +82,7 @@ def run_command(*command: str | Path) -> None:
 
 
 def make_afresh(out: Path) -> None:
-    """Empty a former demo's folder; leave any other folder alone."""
+    """Empty the folder of an earlier demo; refuse any other folder that is not empty."""
     if out.exists() and any(out.iterdir()):
         if not (out / MARKER).is_file():
             raise UserError(f"{out}: not empty and not made by the demo; give another folder by --out")
@@ -117,13 +117,13 @@ def look_inside(out: Path, data: Path) -> None:
 
 
 def last_step(run: Path) -> int:
-    """The last optimizer step in RUN/metrics.jsonl, 0 without any."""
+    """Read the last optimizer step from RUN/metrics.jsonl; 0 if there is none."""
     lines = read_lines(ROOT / run / "metrics.jsonl")
     return int(lines[-1]["step"]) if lines else 0
 
 
 def demo(out: Path, data: Path | None, tokenizer: Path | None) -> None:
-    """All steps, in order."""
+    """Run all steps, in order."""
     started = time.monotonic()
     make_afresh(out)
     prepare_environment(out)
@@ -167,7 +167,7 @@ def demo(out: Path, data: Path | None, tokenizer: Path | None) -> None:
     ]
     stopped_at = stop_in_the_middle(command, run, round(STOP_AFTER * size.max_steps))
 
-    headline(5, f"the same command again: it goes on after step {stopped_at}")
+    headline(5, f"the same command again: it resumes after step {stopped_at}")
     run_command(*command)
 
     headline(6, "export, and masks filled by AutoModelForMaskedLM in a new process")
@@ -175,7 +175,7 @@ def demo(out: Path, data: Path | None, tokenizer: Path | None) -> None:
     run_command("ksub", "export", run, "--out", model)
     run_command("python", "experiments/demo/fill_mask.py", "--model", model)
 
-    headline(7, "figures of what it has learnt, and the report of the run")
+    headline(7, "figures of what it has learned, and the report of the run")
     look_inside(out, data)
 
     headline(8, "summary")
@@ -190,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train, resume, export and query a small model.")
     parser.add_argument("--data", type=Path, help="folder of <lang>.jsonl.gz [the demo's own corpus]")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece .model or folder [trained on the text]")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything; made afresh")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything; emptied first")
     options = parser.parse_args()
     given = [path.resolve() if path else None for path in (options.data, options.tokenizer)]
     try:

@@ -1,4 +1,4 @@
-"""What the demo's run shows: the checks it must pass, the loss curve and the numbers."""
+"""The outcome of the demo's run: the checks it must pass, the loss curve and the numbers."""
 
 import json
 import statistics
@@ -15,7 +15,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def read_lines(path: Path) -> Lines:
-    """The objects of a JSON-lines file, without a last line that is still being written."""
+    """Read the objects of a JSON-lines file, without a last line that is still being written."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
@@ -23,7 +23,7 @@ def read_lines(path: Path) -> Lines:
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
-    """The values as a line of bars, averaged down to at most `width` of them."""
+    """Draw the values as a line of bars, averaged down to at most `width` of them."""
     size = -(-len(values) // width)
     means = [statistics.fmean(values[i : i + size]) for i in range(0, len(values), size)]
     low, high = min(means), max(means)
@@ -32,7 +32,7 @@ def sparkline(values: list[float], width: int = 60) -> str:
 
 
 def draw_loss(path: Path, metrics: Lines, evaluations: Lines, stopped_at: int) -> None:
-    """Training and held-out loss against the step, with the interruption marked."""
+    """Plot training and held-out loss against the step, with the interruption marked."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -53,12 +53,12 @@ def check_and_report(out: Path, max_steps: int, stopped_at: int) -> None:
     """Check the run, draw loss.png, print the summary.
 
     Raises:
-        UserError: a step is missing or doubled, or the held-out loss fell by less than NATS_TO_FALL.
+        UserError: a step is missing or stands twice, or the held-out loss fell by less than NATS_TO_FALL.
     """
     metrics = read_lines(out / "run" / "metrics.jsonl")
     evaluations = read_lines(out / "run" / "evaluation.jsonl")
     if [line["step"] for line in metrics] != list(range(1, max_steps + 1)):
-        raise UserError(f"{out}/run/metrics.jsonl: does not hold each of the steps 1 to {max_steps} once")
+        raise UserError(f"{out}/run/metrics.jsonl: must have each of the steps 1 to {max_steps} exactly once")
     draw_loss(out / "loss.png", metrics, evaluations, stopped_at)
 
     table = CodeTable.load(out / "codes.safetensors")
@@ -73,4 +73,4 @@ def check_and_report(out: Path, max_steps: int, stopped_at: int) -> None:
     print(f"  embedding         {plain:,} -> {small:,} parameters (N = {table.num_tokens:,}, d = {width})")
     print(f"  speed             {speed:,.0f} tokens/s")
     if fall < NATS_TO_FALL:
-        raise UserError(f"held-out loss fell by {fall:.2f} nats only, not {NATS_TO_FALL}; see {out}/loss.png")
+        raise UserError(f"held-out loss fell by only {fall:.2f} nats, not {NATS_TO_FALL}; see {out}/loss.png")

@@ -1,13 +1,13 @@
-"""A small SentencePiece vocabulary in XLM-R's layout, trained on a folder of `<lang>.jsonl.gz`.
+"""Train a small SentencePiece vocabulary in XLM-R's layout on a folder of `<lang>.jsonl.gz`.
 
     python experiments/demo/tokenizer.py --input demo/text --out demo/tokenizer/sentencepiece.bpe.model
 
 XLM-R's layout is SentencePiece's default (<unk> <s> </s> first): the model id of a piece is its id plus one,
 and <pad> and <mask> are added around it, so N is the number of pieces plus two.
 
-SentencePiece orders pieces by their score. Here they are put in the order of the languages that use them most,
-the frequent ones first: the high digit of an id, and so the last of its positional codes, then tells the
-language. Codes that mean nothing learn too, but the few minutes of a demo are too short for them.
+SentencePiece orders pieces by their score. Here they are ordered by the language that uses them most, frequent ones
+first: the high digit of an id, and so the last of its positional codes, then identifies the language. Models with
+meaningless codes learn too, but the few minutes of a demo are too short for that.
 """
 
 import argparse
@@ -28,17 +28,17 @@ NUM_CONTROL_PIECES = 3  # <unk> <s> </s>, always first
 
 
 def texts(path: Path, documents_per_language: int) -> Iterator[str]:
-    """The first documents of one language."""
+    """Read the first documents of one language."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in itertools.islice(lines, documents_per_language):
             yield json.loads(line)["text"]
 
 
 def training_sentences(folder: Path, documents_per_language: int) -> Iterator[str]:
-    """The documents of every language, each followed by its words, one by one.
+    """Give the documents of every language, each followed by its words, one by one.
 
-    SentencePiece takes as candidates only strings that are seen with more than one continuation. In a small
-    corpus some words are always followed by a space; standing alone gives them a second one.
+    SentencePiece considers only strings that it sees with more than one continuation. In a small corpus some words are
+    always followed by a space; standing alone gives them a second continuation.
     """
     for path in sorted(folder.glob("*.jsonl.gz")):
         for text in texts(path, documents_per_language):
@@ -47,7 +47,7 @@ def training_sentences(folder: Path, documents_per_language: int) -> Iterator[st
 
 
 def train(folder: Path, pieces: int, documents_per_language: int) -> bytes:
-    """A unigram model of at most `pieces` pieces, the same on every machine."""
+    """Train a unigram model of at most `pieces` pieces, the same on every machine."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=training_sentences(folder, documents_per_language),
@@ -64,7 +64,7 @@ def train(folder: Path, pieces: int, documents_per_language: int) -> bytes:
 
 
 def order_by_language(model: bytes, folder: Path, documents_per_language: int) -> bytes:
-    """The same vocabulary with its pieces in the order of language and frequency; segmentation stays as it is."""
+    """Reorder the pieces by language and frequency; segmentation does not change."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     uses: dict[int, Counter[str]] = defaultdict(Counter)  # piece id -> language -> how often
     for path in sorted(folder.glob("*.jsonl.gz")):

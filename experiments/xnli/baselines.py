@@ -1,7 +1,7 @@
-"""What needs no language model: logistic regression on words, for the table's first rows.
+"""Baselines without a language model: logistic regression on words, for the table's first rows.
 
-Fine-tuning learns from pairs; these see how much of the answer stands in the hypothesis alone (Gururangan et al.
-2018), and how much in four numbers that compare the two sentences.
+They show how much of the answer is in the hypothesis alone (Gururangan et al. 2018), and how much in four numbers that
+compare the two sentences.
 """
 
 import re
@@ -19,7 +19,7 @@ WORD = re.compile(r"\w+")
 
 
 def overlap(rows: Rows) -> np.ndarray:
-    """(n, 4): part of the hypothesis' words in the premise, their Jaccard index, how many are new, relative length."""
+    """Compare sentences, (n, 4): share of the hypothesis in the premise, Jaccard index, new words, relative length."""
     features = []
     for premise, hypothesis in zip(rows.first, rows.second or [], strict=True):
         given, claimed = set(WORD.findall(premise.lower())), set(WORD.findall(hypothesis.lower()))
@@ -36,7 +36,7 @@ def overlap(rows: Rows) -> np.ndarray:
 
 
 def logistic_regression(data: str) -> dict[str, Any]:
-    """Accuracy on English test of both, trained on English train."""
+    """Train both baselines on English train; return their accuracy on English test."""
     train, test = (Source(data).read("en", split, XNLI_COLUMNS) for split in ("train", "test"))
     words = CountVectorizer()
     words_train, words_test = words.fit_transform(train.second), words.transform(test.second)

@@ -1,12 +1,12 @@
-"""Do small models learn XNLI? Plain, positional and clustered models pretrained and fine-tuned on a CPU.
+"""Do small models learn XNLI? Pretrain plain, positional and clustered models on a CPU and fine-tune them.
 
     python experiments/xnli/run.py --text text --data xnli --tokenizer sentencepiece.bpe.model --out xnli-experiment
 
 The vocabulary is cut to the pieces that the text uses most (vocabulary.py); models have 6 layers of width 384 (10.6M
-parameters), ModernBERT's or RoBERTa's (--preset). Each step is a command of the project, and what is done is not done
-again: the same command goes on where it was stopped. OUT/results.json and OUT/table.md are written anew after every
-model, so what is there can be read at any time. The fine-tuning's learning rate is not Table 6's: a model that has
-read little must still learn much from the pairs.
+parameters), ModernBERT's or RoBERTa's (--preset). Each step is a command of the project, and finished steps are not
+repeated: the same command continues where it was stopped. OUT/results.json and OUT/table.md are rewritten after every
+model, so they can be read at any time. The fine-tuning's learning rate is not Table 6's: a model that has
+read little must learn much from the pairs.
 """
 
 import argparse
@@ -32,7 +32,7 @@ KINDS = ("clustered", "plain", "positional")
 
 
 class Steps:
-    """Runs commands once each, and keeps how long they took; several threads may ask for different ones."""
+    """Commands that run once each, and how long they took; several threads may run different ones."""
 
     def __init__(self, out: Path):
         self._path, self._lock = out / "seconds.json", threading.Lock()
@@ -48,19 +48,21 @@ class Steps:
         start = time.monotonic()
         try:
             done = subprocess.run(words, check=False)
-        finally:  # an interruption's share counts too
+        finally:  # the time until an interruption counts too
             with self._lock:
                 self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
                 write_json(self._path, self.seconds)
         if done.returncode or not made.exists():
-            raise UserError(f"{name}: ended with exit code {done.returncode}; its message stands above")
+            raise UserError(f"{name}: failed with exit code {done.returncode}; its message is above")
 
 
 def experiment(options: argparse.Namespace) -> None:
-    """All steps; the table after each model."""
+    """Run all steps; write the table after each model."""
     out, ksub = options.out, ("-m", "ksub_ds.cli")
     if "en" not in options.languages:
-        raise UserError("--languages: en must be among them, its pairs are what is learnt and the baselines' test")
+        raise UserError(
+            "--languages: must include en, because the models learn from its pairs and the baselines are tested on it"
+        )
     check_settings(out / "results.json", _all_told(options))
     steps = Steps(out)
     tokenizer, shards = out / "vocabulary.model", out / "shards"
@@ -86,15 +88,15 @@ def experiment(options: argparse.Namespace) -> None:
 
 
 def check_settings(results: Path, settings: dict[str, Any]) -> None:
-    """Refuse to put models of two kinds into one table; what each command takes it refuses itself."""
+    """Refuse to mix models of other settings in one table; each command checks its own options itself."""
     before = read_json(results)["settings"] if results.exists() else {}
     for key in ("preset", "languages", "pieces"):
         if key in before and before[key] != settings[key]:
-            raise UserError(f"--{key} {settings[key]}: {results} is of {before[key]}; give another --out")
+            raise UserError(f"--{key} {settings[key]}: {results} was made with {before[key]}; give another --out")
 
 
 def make_codes(steps: Steps, out: Path, tokenizer: Path, shards: Path, ksub: tuple[str, ...]) -> None:
-    """Positional codes with M = ceil(N^(1/3)); clustered ones of as many rows and a quarter more."""
+    """Make positional codes with M = ceil(N^(1/3)), and clustered codes with a quarter more rows."""
     from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     rows = 1
@@ -110,7 +112,7 @@ def make_codes(steps: Steps, out: Path, tokenizer: Path, shards: Path, ksub: tup
 
 
 def pretrain_and_evaluate(kind: str, options: argparse.Namespace, steps: Steps, ksub: tuple[str, ...]) -> None:
-    """One model: pretrain, export, fine-tune with every seed."""
+    """Pretrain, export and fine-tune one model, with every seed."""
     out = options.out / kind
     codes = ("--plain",) if kind == "plain" else ("--codes", options.out / f"{kind}.safetensors")
     length = ("--max-steps", options.steps, "--save-every-steps", 100, "--eval-every", options.steps)
@@ -130,7 +132,7 @@ def pretrain_and_evaluate(kind: str, options: argparse.Namespace, steps: Steps, 
 
 
 def outcome(options: argparse.Namespace, steps: Steps) -> None:
-    """Write results.json and table.md of what is there so far."""
+    """Write results.json and table.md of the results so far."""
     out = options.out
     baselines = read_json(out / "baselines.json")
     models = {kind: read_json(out / kind / "xnli" / "results.json") for kind in KINDS if _is_done(out, kind)}
@@ -155,7 +157,7 @@ def outcome(options: argparse.Namespace, steps: Steps) -> None:
 
 
 def _all_told(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings as results.json keeps them: of a path its name, for the rest is this machine's."""
+    """Return the settings for results.json: only the name of a path, because the rest depends on this machine."""
     return {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items()}
 
 
@@ -164,7 +166,7 @@ def _is_done(out: Path, kind: str) -> bool:
 
 
 def main() -> None:
-    """Parse and run; a user's mistake is one line and exit code 2."""
+    """Parse the options and run; a user's mistake is one line and exit code 2."""
     parser = argparse.ArgumentParser(description="Pretrain small models on text, fine-tune and test them on XNLI.")
     parser.add_argument("--text", type=Path, required=True, help="folder of <lang>.jsonl.gz")
     parser.add_argument("--tokenizer", type=Path, required=True, help="XLM-R's SentencePiece model")
@@ -178,7 +180,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="of pretraining [0: few passes over little text]")
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning [5]")
     parser.add_argument("--learning-rate", type=float, default=4e-4, help="of fine-tuning [4e-4]")
-    parser.add_argument("--seeds", type=int, default=3, help="fine-tunings a model [3]")
+    parser.add_argument("--seeds", type=int, default=3, help="fine-tunings per model [3]")
     parser.add_argument("--pieces", type=int, default=32_000, help="of the vocabulary")
     parser.add_argument("--at-once", type=int, default=1, help="models that train at the same time [1]")
     parser.add_argument("--setting", default="cross-lingual", choices=("cross-lingual", "translate-train-all"))
@@ -189,7 +191,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
 
 

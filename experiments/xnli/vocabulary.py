@@ -1,9 +1,9 @@
-"""A SentencePiece vocabulary cut to the pieces that a text uses most.
+"""Cut a SentencePiece vocabulary to the pieces that a text uses most.
 
     python experiments/xnli/vocabulary.py --tokenizer xlmr.model --text text --languages en sw --out small.model
 
-Words that lose their piece are spelt with shorter ones, at last with characters; so a one-character piece counts as
-often as its character stands in the text, whatever pieces that is in now. What is left is a model in XLM-R's layout.
+Words that lose their piece are spelled with shorter pieces, in the end with characters; so a one-character piece counts
+as often as its character occurs in the text, whatever piece it is in now. The result is a model in XLM-R's layout.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BATCH = 500
 
 
 def batches(files: Sequence[Path]) -> Iterator[list[str]]:
-    """The documents of JSON lines, some at a time."""
+    """Read the documents of JSON-lines files in batches."""
     for path in files:
         batch = []
         with gzip.open(path, "rt", encoding="utf-8") as lines:
@@ -36,7 +36,7 @@ def batches(files: Sequence[Path]) -> Iterator[list[str]]:
 
 
 def cut(model: bytes, files: Sequence[Path], pieces: int) -> bytes:
-    """The model with its `pieces` most used pieces (control pieces among them), in their old order."""
+    """Keep the `pieces` most used pieces of a model (control pieces included), in their old order."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     uses: Counter[int] = Counter()
     characters: Counter[str] = Counter()

@@ -1,1 +1,1 @@
-"""How several machines start a run, watch it, and start it again."""
+"""Starting a run on several machines, watching it, and starting it again."""

@@ -1,4 +1,4 @@
-"""Floor 1: the map from a token id to its K codes."""
+"""The map from a token id to its K codes: code tables, both allocation algorithms, the trie of the codes."""
 
 from ksub_ds.codes.clustering import clustered_codes
 from ksub_ds.codes.positional import plain_codes, positional_codes

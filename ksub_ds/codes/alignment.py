@@ -1,15 +1,15 @@
-"""Numbers that mean something: which row of a shared table a token, or a cluster, should have.
+"""Number clusters and last codes so that equal codes mean similar things in every group.
 
-Algorithm 2 leaves two things arbitrary: the numbering of the clusters inside a group, and the last
-codes in a leaf. All groups share one table per level, so a numbering in which equal codes point in
-similar directions lets one row serve all of them. Both are the same problem: within a group every
-item needs a row of its own, and the row should be near what the item has left to explain.
+Algorithm 2 leaves two things arbitrary: the numbering of the clusters inside a group, and the last codes in a leaf.
+All groups share one table per level, so a numbering in which equal codes point in similar directions lets one row
+serve all of them. Both are the same problem: within a group every item needs a row of its own, and the row should be
+close to the item's residual, what the other tables leave of it.
 
     codebook   (M, D) rows that all groups share
     item       a token, or a cluster of tokens with its mean and its size
 
-The measure is the share of the variance of the vectors that K tables, summed, can explain under the
-codes (each table D wide, fitted by least squares): 1 would be the vectors themselves.
+The measure is the share of the variance of the vectors that K tables, summed, can explain under the codes (each
+table D wide, fitted by least squares): 1 would be the vectors themselves.
 """
 
 import itertools
@@ -17,22 +17,24 @@ import itertools
 import numpy as np
 
 from ksub_ds.codes.balanced import free_kmeans, one_thread, training_sample
-from ksub_ds.codes.blocks import BLOCK
+from ksub_ds.codes.blocks import BLOCK_ROWS
 
-ROUNDS = 4  # of the codebook, from its first centroids
-REFINEMENTS = 2  # of each level, against what the other tables leave
-LARGEST_FIT = 8_192  # rows of all tables together, for an exact fit
+ROUNDS = 4  # updates of the codebook after its first centroids
+REFINEMENTS = 2  # of each level, against the residuals of the other tables
+LARGEST_FIT = 8_192  # rows of all tables together, at most, for an exact fit
 
 
 def match_to_codebook(
     vectors: np.ndarray, groups: np.ndarray, num_rows: int, seed: int, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """One codebook for all items, and in each group the assignment of items to distinct rows that fits it best.
+    """Fit one codebook to all items, and in each group assign the items to distinct rows of it.
 
     Args:
-        vectors: (n, D) float32, one an item: its difference from the mean of its group.
-        groups: (n,) which group an item is in; no group has more than `num_rows`.
-        weights: (n,) tokens behind an item. [1]
+        vectors: (n, D) float32, one per item: its difference from the mean of its group.
+        groups: (n,) the group of each item; no group has more than `num_rows` items.
+        num_rows: M, rows of the codebook.
+        seed: of the k-means that gives the first codebook.
+        weights: (n,) number of tokens in each item. [1]
 
     Returns:
         (n,) rows in [0, num_rows), distinct within a group.
@@ -51,7 +53,7 @@ def match_to_codebook(
 
 
 def distinct_rows(vectors: np.ndarray, groups: np.ndarray, codebook: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """In each group the assignment to distinct rows of least weighted squared distance (Hungarian algorithm)."""
+    """Assign the items of each group to distinct rows at the least weighted squared distance (Hungarian algorithm)."""
     from scipy.optimize import linear_sum_assignment
 
     order = np.argsort(groups, kind="stable")
@@ -69,16 +71,19 @@ def distinct_rows(vectors: np.ndarray, groups: np.ndarray, codebook: np.ndarray,
 def refine(
     vectors: np.ndarray, codes: np.ndarray, table_sizes: tuple[int, ...], align: bool, match_last: bool
 ) -> np.ndarray:
-    """Renumber levels in turn against what the tables of the other levels leave; every step explains more.
+    """Renumber the levels in turn against the residuals of the other tables; every step explains more.
 
-    The clusters stay what they are: level k is permuted inside each group of equal (f_1 .. f_(k-1)),
-    and the codes of tokens move with it.
+    The clusters do not change: the codes of level k are permuted inside each group of equal (f_1 .. f_(k-1)).
 
     Args:
         vectors: (N, D) float32 of mean 0.
         codes: (N, K), unique.
+        table_sizes: M_1 ... M_K.
         align: whether levels 2..K-1 may be renumbered.
         match_last: whether the last level may be.
+
+    Returns:
+        (N, K) codes, unique.
     """
     last = codes.shape[1] - 1
     levels = [k for k in range(1, last + 1) if (match_last if k == last else align)]
@@ -88,8 +93,8 @@ def refine(
             items, groups = _items(codes, k)
             count = int(items.max()) + 1
             sums = np.zeros((count, vectors.shape[1]))
-            for start in range(0, len(codes), BLOCK):
-                block = slice(start, start + BLOCK)
+            for start in range(0, len(codes), BLOCK_ROWS):
+                block = slice(start, start + BLOCK_ROWS)
                 left = vectors[block] - sum(tables[j][codes[block, j]] for j in range(last + 1) if j != k)
                 touched, place = np.unique(items[block], return_inverse=True)
                 sums[touched] += _sums(left, place, len(touched))
@@ -101,7 +106,7 @@ def refine(
 
 
 def _items(codes: np.ndarray, level: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) the item of each token at a level: its prefix of level + 1 codes, numbered; and each item's group."""
+    """Return the item of each token at a level, (N,), its prefix of level + 1 codes; and the group of each item."""
     items, parents = number_groups(codes[:, : level + 1]), number_groups(codes[:, :level])
     groups = np.empty(int(items.max()) + 1, dtype=np.int64)
     groups[items] = parents
@@ -109,7 +114,7 @@ def _items(codes: np.ndarray, level: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def number_groups(prefixes: np.ndarray) -> np.ndarray:
-    """(N,) the number of each token's group: tokens with the same prefix of codes, groups in the order of prefixes."""
+    """Number the groups of tokens with the same prefix of codes in the order of prefixes: (N,), one per token."""
     numbers = np.zeros(len(prefixes), dtype=np.int64)
     for column in prefixes.T:
         numbers = np.unique(numbers * (int(column.max()) + 1) + column, return_inverse=True)[1]
@@ -117,40 +122,61 @@ def number_groups(prefixes: np.ndarray) -> np.ndarray:
 
 
 def fit_tables(vectors: np.ndarray, codes: np.ndarray, table_sizes: tuple[int, ...]) -> list[np.ndarray]:
-    """K tables (M_k, D) float32 whose summed rows are nearest to the vectors: exact least squares."""
+    """Fit K tables whose summed rows are nearest to the vectors, by exact least squares.
+
+    Args:
+        vectors: (N, D).
+        codes: (N, K).
+        table_sizes: M_1 ... M_K.
+
+    Returns:
+        K tables (M_k, D) float32.
+
+    Raises:
+        ValueError: more than 8,192 rows in all tables together.
+    """
     solution, _ = _least_squares(vectors, codes, table_sizes)
     return np.split(solution.astype(np.float32), np.cumsum(table_sizes)[:-1])
 
 
 def explained_share(vectors: np.ndarray, codes: np.ndarray, table_sizes: tuple[int, ...]) -> float:
-    """Share of the variance of (N, D) vectors that K full-width tables, summed, explain under the codes.
+    """Return the share of the variance of (N, D) vectors that K full-width tables, summed, explain under the codes.
 
     Raises:
         ValueError: more than 8,192 rows in all tables together.
     """
     centred = vectors - vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
     solution, projected = _least_squares(centred, codes, table_sizes)
-    total = sum(np.square(centred[i : i + BLOCK], dtype=np.float64).sum() for i in range(0, len(centred), BLOCK))
+    total = sum(
+        np.square(centred[i : i + BLOCK_ROWS], dtype=np.float64).sum() for i in range(0, len(centred), BLOCK_ROWS)
+    )
     return float((solution * projected).sum() / total) if total else 1.0
 
 
 def _least_squares(
     vectors: np.ndarray, codes: np.ndarray, table_sizes: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Solution of (A'A) T = A'X, and A'X, where A (N, sum of M_k) has a one for each code of a token."""
+    """Solve (A'A) T = A'X, where A (N, sum of M_k) has a one for each code of a token.
+
+    Returns:
+        T and A'X.
+
+    Raises:
+        ValueError: more than LARGEST_FIT rows in all tables together.
+    """
     from scipy.sparse import csr_matrix
 
     width = sum(table_sizes)
     if width > LARGEST_FIT:
-        raise ValueError(f"tables of {width:,} rows together: a fit is made up to {LARGEST_FIT:,}")
+        raise ValueError(f"all tables have {width:,} rows together; an exact fit takes at most {LARGEST_FIT:,}")
     columns = codes + np.concatenate([[0], np.cumsum(table_sizes)[:-1]])
     ones = csr_matrix(
         (np.ones(columns.size), columns.ravel(), np.arange(0, columns.size + 1, columns.shape[1])),
         shape=(len(codes), width),
     )
     projected = np.zeros((width, vectors.shape[1]))
-    for start in range(0, len(codes), BLOCK):
-        projected += ones[start : start + BLOCK].T @ vectors[start : start + BLOCK]
+    for start in range(0, len(codes), BLOCK_ROWS):
+        projected += ones[start : start + BLOCK_ROWS].T @ vectors[start : start + BLOCK_ROWS]
     with one_thread():
         values, basis = np.linalg.eigh((ones.T @ ones).toarray())
         inverse = np.where(values > values[-1] * 1e-10, 1 / np.maximum(values, values[-1] * 1e-10), 0)
@@ -158,13 +184,13 @@ def _least_squares(
 
 
 def _sums(vectors: np.ndarray, rows: np.ndarray, num_rows: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """(num_rows, D) float64 sums of the vectors of each row."""
+    """Return the sums of the vectors of each row, (num_rows, D) float64."""
     from scipy.sparse import csr_matrix
 
     weights = np.ones(len(rows)) if weights is None else weights
     sums = np.zeros((num_rows, vectors.shape[1]))
-    for start in range(0, len(rows), BLOCK):
-        part = slice(start, start + BLOCK)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
         shape = (num_rows, len(rows[part]))
         sums += csr_matrix((weights[part], (rows[part], np.arange(shape[1]))), shape=shape) @ vectors[part]
     return sums

@@ -1,9 +1,17 @@
-"""The cheapest assignment of N points to M clusters whose sizes differ by at most one. Exact.
+"""Assign N points to M clusters at the least total cost, with cluster sizes that differ by at most one. Exact.
 
-This is a transport problem. Its dual has one price per cluster: given the right prices, every point goes to the
-cluster where cost + price is least, and the sizes come out right. So prices are found first (prices.py, the smoothed
-dual), which leaves about a per cent of the points in the wrong place, and these are moved along shortest paths
-(repair.py) until the sizes are right and the cost is the least there is.
+This is a transport problem. Its dual has one price per cluster: at the right prices every point goes to the cluster
+where cost + price is least, and the sizes come out right. It is solved in two parts:
+
+1. Prices (`balancing_prices`). In the smoothed dual a point is spread over the clusters by a softmax of
+   -(cost + price) / temperature. Newton's method finds the prices at which every cluster gets N/M points, while the
+   temperature falls: first on a sample, then on all points with the few clusters that are within reach of each. About
+   one point in a hundred is then still in the wrong cluster.
+2. Repair (`ResidualGraph`). Surplus points move along shortest paths of the residual graph until the sizes are right.
+   Any prices give an optimum for the sizes they lead to, and moves along shortest paths preserve optimality; so the
+   result is the optimum.
+
+    costs   (N, M) float32     prices  (M,) float64     share  (N, M), or its entries within reach: each point's softmax
 """
 
 import abc
@@ -12,29 +20,6 @@ import itertools
 import numpy as np
 
 from ksub_ds.codes.blocks import map_blocks
-
-# Merged docstring, to be folded in:
-# """Prices of the clusters at which nearly every point finds its place: the smoothed dual of the transport problem.
-#
-# A point is spread over clusters by a softmax of -(cost + price) / temperature, and Newton's method looks for the
-# prices at which every cluster gets N/M points, while the temperature falls: first on a sample, then on all points with
-# the few clusters that are within reach of each.
-#
-#     costs   (N, M) float32     prices  (M,) float64     share  how a point is spread over its clusters
-# """
-
-# Merged docstring, to be folded in:
-# """From prices that are nearly right to the optimum: successive shortest paths between clusters.
-#
-# An arc a -> b of the residual graph costs what the cheapest move of a point from a to b costs. Points travel along
-# shortest paths from clusters with too many to clusters with too few, many paths a round. Any prices give an optimum
-# for the sizes they lead to, and moves along shortest paths keep it one; so when the sizes are right, the result is the
-# optimum. This part is float64: in float32 the graph gets negative cycles.
-#
-# N mod M clusters get one point more, whichever is cheapest: the graph has one more node, a pool that takes one point
-# from each of those.
-# """
-
 
 SAMPLE = 32  # points per cluster that the first prices come from
 SAMPLE_TEMPERATURES = (2.0, 0.3)  # in units of the typical gap between a point's two cheapest clusters
@@ -45,31 +30,61 @@ LONGEST_STEP = 4.0  # temperatures
 REACH = 20.0  # temperatures: clusters this much dearer than a point's cheapest play no part
 TOLERANCE = 0.05  # of a size, in the smoothed problem,
 TOLERATED = 20.0  # or this many points if they are fewer: repair moves a cluster's surplus point by point
+TIE = 1e-7  # of the typical gap: differences of costs below this are ties, so that equal points move together
+
+
+def balanced_assignment(
+    costs: np.ndarray, prices: np.ndarray | None = None, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Assign points at the least total cost, with floor(N/M) or ceil(N/M) of them in every cluster.
+
+    Args:
+        costs: (N, M) finite float32.
+        prices: (M,) of a similar problem, to start from.
+        threads: does not change the result.
+
+    Returns:
+        labels (N,) and optimal prices (M,): no point finds cost + price less elsewhere.
+    """
+    count, clusters = costs.shape
+    if clusters == 1:
+        return np.zeros(count, dtype=np.int64), np.zeros(1)
+    prices, unit = balancing_prices(costs, prices, threads)
+    return ResidualGraph(costs, prices, TIE * unit, threads).solve()
 
 
 def typical_gap(sample: np.ndarray) -> float:
-    """How much dearer a point's second cluster is than its first: the unit of temperatures."""
+    """Return the median cost difference of a point's two cheapest clusters: the unit of temperatures."""
     two = np.partition(sample, 1, axis=1)[:, :2]
     return float(np.median(two[:, 1] - two[:, 0])) or float(np.ptp(sample)) or 1.0
 
 
 def balancing_prices(costs: np.ndarray, prices: np.ndarray | None, threads: int) -> tuple[np.ndarray, float]:
-    """Prices (M,) at which all but about a per cent of the points are in place, and the unit they are measured in."""
+    """Find prices at which about 99 % of the points are in the right cluster.
+
+    Args:
+        costs: (N, M).
+        prices: (M,) to start from. [zeros]
+        threads: does not change the result.
+
+    Returns:
+        Prices (M,) and the typical gap, the unit that temperatures and ties are measured in.
+    """
     count, clusters = costs.shape
     sample = costs[:: max(1, count // (SAMPLE * clusters))]
     unit = typical_gap(sample)
-    everywhere = Everywhere(sample)
+    dense = DenseDual(sample)
     prices = np.zeros(clusters) if prices is None else prices
     for temperature in SAMPLE_TEMPERATURES:
-        prices, _ = everywhere.balance(prices, temperature * unit, 0.1, LONGEST_STEP)
+        prices, _ = dense.balance(prices, temperature * unit, 0.1, LONGEST_STEP)
     stages = [(costs, temperature) for temperature in TEMPERATURES]
-    if count > 16 * SAMPLE * clusters:  # steps on all points are dear: go far on a larger sample first
+    if count > 16 * SAMPLE * clusters:  # steps on all points are slow: take the long ones on a larger sample
         middle = costs[:: count // (8 * SAMPLE * clusters)]
         stages = [(middle, 3 * TEMPERATURES[0]), (middle, TEMPERATURES[0]), *stages[1:]]
     tolerance = min(TOLERANCE, TOLERATED * clusters / count)
     for some, temperature in stages:
-        for attempt in range(ATTEMPTS):  # a cluster that stands apart needs far steps to find its last points
-            near = WithinReach(some, prices, REACH * 2**attempt * temperature * unit, threads)
+        for attempt in range(ATTEMPTS):  # an isolated cluster needs long steps to find its last points
+            near = SparseDual(some, prices, REACH * 2**attempt * temperature * unit, threads)
             prices, wrong = near.balance(prices, temperature * unit, tolerance, LONGEST_STEP * 2**attempt)
             if wrong < tolerance:
                 break
@@ -77,26 +92,42 @@ def balancing_prices(costs: np.ndarray, prices: np.ndarray | None, threads: int)
 
 
 class SmoothedDual(abc.ABC):
-    """Points spread over clusters by a softmax of -(cost + price) / temperature."""
+    """Points spread over clusters by a softmax of -(cost + price) / temperature.
 
-    target: float  # N / M
+    Subclasses choose the clusters that a point may go to, and with them the layout of `share`.
+
+    Attributes:
+        target: N / M, the size every cluster should have.
+    """
+
+    target: float
 
     @abc.abstractmethod
     def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
-        """Share of each point in each of its clusters."""
+        """Return the share of each point in each of its clusters."""
 
     @abc.abstractmethod
     def sizes(self, share: np.ndarray) -> np.ndarray:
-        """(M,) sums of the shares."""
+        """Return the sums of the shares of each cluster, (M,)."""
 
     @abc.abstractmethod
     def overlap(self, share: np.ndarray) -> np.ndarray:
-        """(M, M) share' share."""
+        """Return share' share, (M, M)."""
 
     def balance(
         self, prices: np.ndarray, temperature: float, tolerance: float, longest: float
     ) -> tuple[np.ndarray, float]:
-        """Newton steps until no size is off by more than `tolerance` of it; prices, and the last such share."""
+        """Take Newton steps until no size is off by more than a fraction `tolerance` of the target.
+
+        Args:
+            prices: (M,) to start from.
+            temperature: of the softmax, in units of cost.
+            tolerance: largest relative error of a size that is accepted.
+            longest: bound of a step, in temperatures.
+
+        Returns:
+            Prices (M,) and the largest relative error of a size.
+        """
         for _ in range(NEWTON_STEPS):
             share = self.spread(prices, temperature)
             sizes = self.sizes(share)
@@ -104,7 +135,7 @@ class SmoothedDual(abc.ABC):
             wrong = float(off.max())
             if wrong < tolerance:
                 break
-            if off.mean() > 0.4:  # far away the quadratic model is of no use: Sinkhorn's step
+            if off.mean() > 0.4:  # the quadratic model is wrong this far away: take Sinkhorn's step
                 step = np.log(np.maximum(sizes, 1e-3 * self.target) / self.target)
             else:  # a constant added to all prices changes nothing: the small term makes the matrix regular
                 curvature = np.diag(sizes + 1e-3 * self.target) - self.overlap(share)
@@ -113,14 +144,15 @@ class SmoothedDual(abc.ABC):
         return prices, wrong
 
 
-class Everywhere(SmoothedDual):
-    """Every point may go to every cluster."""
+class DenseDual(SmoothedDual):
+    """Every point may go to every cluster; `share` is (N, M)."""
 
     def __init__(self, costs: np.ndarray):
         self.costs = costs
         self.target = len(costs) / costs.shape[1]
 
     def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
+        """Return the share of each point in each cluster, (N, M) float32."""
         share = self.costs + prices.astype(np.float32)
         share -= share.min(axis=1, keepdims=True)
         share *= np.float32(-1 / temperature)
@@ -130,14 +162,16 @@ class Everywhere(SmoothedDual):
         return share
 
     def sizes(self, share: np.ndarray) -> np.ndarray:
+        """Return the sums of the shares of each cluster, (M,)."""
         return share.sum(axis=0, dtype=np.float64)
 
     def overlap(self, share: np.ndarray) -> np.ndarray:
+        """Return share' share, (M, M)."""
         return share.T @ share
 
 
-class WithinReach(SmoothedDual):
-    """Every point may go to the clusters within `reach` of its cheapest one; flattened, point after point."""
+class SparseDual(SmoothedDual):
+    """Every point may go to the clusters within `reach` of its cheapest one; `share` is flat, point after point."""
 
     def __init__(self, costs: np.ndarray, prices: np.ndarray, reach: float, threads: int):
         count, self.clusters = costs.shape
@@ -156,6 +190,7 @@ class WithinReach(SmoothedDual):
         self.target = count / self.clusters
 
     def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
+        """Return the share of each point in each of its clusters, flat."""
         share = (self.cost + prices[self.cluster]) / -temperature
         share -= np.repeat(np.maximum.reduceat(share, self.starts[:-1]), self.lengths)
         np.exp(share, out=share)
@@ -163,9 +198,11 @@ class WithinReach(SmoothedDual):
         return share
 
     def sizes(self, share: np.ndarray) -> np.ndarray:
+        """Return the sums of the shares of each cluster, (M,)."""
         return np.bincount(self.cluster, share, self.clusters)
 
     def overlap(self, share: np.ndarray) -> np.ndarray:
+        """Return share' share, (M, M), without shares below 1e-4."""
         from scipy.sparse import csr_matrix
 
         kept = share > 1e-4
@@ -175,10 +212,15 @@ class WithinReach(SmoothedDual):
         return (spread.T @ spread).toarray()
 
 
-class Repair:
-    """Successive shortest paths on the clusters 0..M-1 and the pool M.
+class ResidualGraph:
+    """The residual graph of an assignment, solved by successive shortest paths.
 
-    arcs[b, a] is the cost of the arc a -> b: the least of costs[i, b] - costs[i, a] over points i of a.
+    Nodes are the clusters 0..M-1 and one more, the pool M. An arc a -> b costs what the cheapest move of a point from
+    a to b costs: arcs[b, a] is the least of costs[i, b] - costs[i, a] over points i of a. Points travel from clusters
+    with too many to clusters with too few, along many paths a round. Arcs are float64: in float32 the graph gets
+    negative cycles.
+
+    N mod M clusters get one point more, whichever is cheapest: the pool takes one point from each of those.
     """
 
     def __init__(self, costs: np.ndarray, prices: np.ndarray, tie: float, threads: int):
@@ -189,7 +231,7 @@ class Repair:
         blocks = map_blocks(lambda block: (costs[block] + single).argmin(axis=1), count, threads)
         self.labels = np.concatenate(list(blocks))
         sizes = np.bincount(self.labels, minlength=self.pool)
-        # The dearest clusters give a point to the pool: with the pool's price between, that is optimal too.
+        # The clusters of the highest prices give a point to the pool, whose price then keeps this optimal.
         self.gives = np.zeros(self.pool, dtype=bool)
         self.gives[np.argsort(-prices, kind="stable")[:pooled]] = True
         self.excess = np.append(sizes - self.floor - self.gives, 0)
@@ -211,22 +253,22 @@ class Repair:
         self.arcs[self.pool, : self.pool] = np.where(self.gives, np.inf, 0.0)
         self.arcs[: self.pool, self.pool] = np.where(self.gives, 0.0, np.inf)
 
-    def run(self) -> tuple[np.ndarray, np.ndarray]:
-        """Move points until every size is right; labels and prices."""
+    def solve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Move points until every size is right; return labels (N,) and prices (M,)."""
         while (self.excess > 0).any():
             distance, previous = self._shortest_paths(np.where(self.excess > 0, -self.prices, np.inf))
             sinks = np.flatnonzero(self.excess < 0)
             nearest = np.argsort((distance + self.prices)[sinks], kind="stable")
             self.prices = -distance
             self._moved: dict[int, int] = {}  # point -> where it came from
-            if sum([self._send(sink, previous) for sink in sinks[nearest]]):
+            if sum(self._send(sink, previous) for sink in sinks[nearest]):
                 self._update_arcs()
-            else:  # moves of nearly least cost have closed a circle that pays: see only what is larger
+            else:  # moves within the tie tolerance have closed a negative cycle: raise the tolerance
                 self.slack *= 10
         return self.labels, self.prices[: self.pool]
 
     def _shortest_paths(self, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Bellman and Ford, from every node at its given distance; all arcs of a sweep at once."""
+        """Run Bellman-Ford from every node at its given distance, all arcs of a sweep at once."""
         previous = np.full(len(distance), -1)
         nodes = np.arange(len(distance))
         for _ in nodes:
@@ -241,7 +283,7 @@ class Repair:
         return distance, previous
 
     def _send(self, sink: int, previous: np.ndarray) -> int:
-        """Send as many points as possible down the shortest path to `sink`; how many."""
+        """Send as many points as possible down the shortest path to `sink`; return how many."""
         path = [int(sink)]
         while previous[path[-1]] >= 0 and len(path) <= len(previous):
             path.append(int(previous[path[-1]]))
@@ -289,26 +331,3 @@ class Repair:
         arrived = rows - rows[np.arange(len(points)), self.labels[points], None]
         np.minimum.at(inner.T, self.labels[points], arrived)
         self._set_pool_arcs()
-
-
-TIE = 1e-7  # of the typical gap: differences of costs below this are ties, so that equal points move together
-
-
-def balanced_assignment(
-    costs: np.ndarray, prices: np.ndarray | None = None, threads: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Least total cost with floor(N/M) or ceil(N/M) points in every cluster.
-
-    Args:
-        costs: (N, M) finite float32.
-        prices: (M,) of a similar problem, to start from.
-        threads: does not change the result.
-
-    Returns:
-        labels (N,) and optimal prices (M,): no point finds cost + price less elsewhere.
-    """
-    count, clusters = costs.shape
-    if clusters == 1:
-        return np.zeros(count, dtype=np.int64), np.zeros(1)
-    prices, unit = balancing_prices(costs, prices, threads)
-    return Repair(costs, prices, TIE * unit, threads).run()

@@ -1,12 +1,12 @@
 """Balanced k-means: Lloyd's iterations in which every assignment has equal sizes, so the result has them too.
 
-FAISS gives the first centroids (its own k-means, sizes free) and the distances, on a GPU if it has
-one. Balancing once, after an unconstrained k-means, costs about 10 % of inertia; iterating with
-balanced sizes costs 1 to 3 %.
+FAISS gives the first centroids (its own k-means, with free sizes) and the distances, on a GPU if there is one.
+Balancing once, after an unconstrained k-means, costs about 10 % of inertia; iterating with balanced sizes costs
+1 to 3 %.
 
-Vectors are moved to mean 0 and scaled to largest value 1 first: float32 distances of vectors far
-from the origin would lose their digits. The result is the same bit for bit on any number of threads:
-every block of rows is computed on one thread, and sums are taken in the order of the blocks.
+Vectors are first moved to mean 0 and scaled to a largest value of 1: float32 distances of vectors far from the origin
+would lose their digits. The result is the same bit for bit on any number of threads: every block of rows is computed
+on one thread, and sums are taken in the order of the blocks.
 """
 
 import contextlib
@@ -21,13 +21,19 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress, get_logger
 
 ITERATIONS = 15
-FIRST_ITERATIONS = 10  # of FAISS, for the first centroids
-TRAINING_POINTS = 256  # per centroid, at most, for those
+FIRST_ITERATIONS = 10  # of FAISS's k-means, for the first centroids
+TRAINING_POINTS = 256  # per centroid, at most, that FAISS trains on
 SMALLEST_GAIN = 5e-4  # of the inertia; an iteration that gains less is the last
 
 
 class Clustering(NamedTuple):
-    """Labels (N,) in [0, M), centroids (M, D) float32 (zeros where a cluster is empty), sum of squared distances."""
+    """The result of a k-means.
+
+    Attributes:
+        labels: (N,) in [0, M).
+        centroids: (M, D) float32; zeros where a cluster is empty.
+        inertia: the sum of squared distances to the centroids.
+    """
 
     labels: np.ndarray
     centroids: np.ndarray
@@ -35,7 +41,10 @@ class Clustering(NamedTuple):
 
 
 def as_matrix(vectors: Any) -> np.ndarray:
-    """(N, D) float32, checked: an array, a torch tensor, or what numpy makes an array of.
+    """Convert vectors to a checked (N, D) float32 array.
+
+    Args:
+        vectors: an array, a torch tensor, or anything numpy converts to an array.
 
     Raises:
         UserError: not a matrix, or a value that is not finite; names the first such row.
@@ -63,14 +72,20 @@ def balanced_kmeans(
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Clustering:
-    """Split N vectors into M clusters of floor(N/M) or ceil(N/M), close in L2.
+    """Split N vectors into M clusters of floor(N/M) or ceil(N/M) vectors that are close in L2.
 
     Args:
         vectors: (N, D), finite.
+        num_clusters: M.
         seed: of FAISS's first centroids; the same seed gives the same result.
         initial: (M, D) first centroids to use instead.
+        iterations: at most so many; an iteration that gains less than 0.05 % of the inertia is the last.
         threads: does not change the result.
         progress: advanced by every iteration.
+
+    Raises:
+        ValueError: `num_clusters` is less than 1.
+        UserError: the vectors are not a finite matrix.
     """
     if num_clusters < 1:
         raise ValueError(f"num_clusters must be at least 1, not {num_clusters}")
@@ -98,7 +113,10 @@ def balanced_kmeans(
 
 
 def free_kmeans(vectors: np.ndarray, num_clusters: int, seed: int, iterations: int = 25) -> Clustering:
-    """FAISS's k-means, sizes free: the paper's naive one. Trained on at most 256 vectors per cluster."""
+    """Run FAISS's k-means, whose cluster sizes are free: the paper's naive k-means.
+
+    It trains on at most 256 vectors per cluster.
+    """
     import faiss
 
     points, mean, scale = _standardise(vectors)
@@ -124,13 +142,17 @@ def free_kmeans(vectors: np.ndarray, num_clusters: int, seed: int, iterations: i
 
 
 def training_sample(vectors: np.ndarray, num_clusters: int) -> np.ndarray:
-    """An even sample of about as many vectors as FAISS trains on."""
+    """Return every n-th vector, about as many as FAISS trains on."""
     return vectors[:: max(1, len(vectors) // (TRAINING_POINTS * num_clusters))]
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """BLAS and OpenMP on one thread: their results depend on how many they have."""
+    """Limit BLAS and OpenMP to one thread, because their results depend on the number of threads.
+
+    Yields:
+        Nothing; the limit holds inside the `with` block.
+    """
     import faiss  # noqa: F401 - only libraries that are loaded are limited
     from threadpoolctl import threadpool_limits
 
@@ -174,7 +196,7 @@ class _Distances:
 
 
 def _means(points: np.ndarray, labels: np.ndarray, num_clusters: int, threads: int = 1) -> np.ndarray:
-    """(M, D) float32 means of the clusters; an empty one has zeros."""
+    """Return the means of the clusters, (M, D) float32; zeros where a cluster is empty."""
     from scipy.sparse import csc_matrix
 
     def of_block(block: slice) -> np.ndarray:
@@ -195,6 +217,6 @@ def _sum_of_squares(points: np.ndarray) -> float:
 
 
 def _inertia(squares: float, labels: np.ndarray, means: np.ndarray) -> float:
-    """Sum of squared distances to the means, from the sum of squares of the points."""
+    """Compute the sum of squared distances to the means from the sum of squares of the points."""
     sizes = np.bincount(labels, minlength=len(means))
     return max(0.0, squares - float(sizes @ np.square(means, dtype=np.float64).sum(axis=1)))

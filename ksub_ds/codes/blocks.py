@@ -1,16 +1,25 @@
-"""Blocks of rows on some threads: what is computed does not depend on how many."""
+"""Blocks of rows, computed on several threads: the result does not depend on how many."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-BLOCK = 8_192  # rows; results of blocks are put together in order
+BLOCK_ROWS = 8_192  # results of blocks are combined in order, so sums are the same on any number of threads
 Result = TypeVar("Result")
 
 
 def map_blocks(function: Callable[[slice], Result], count: int, threads: int) -> Iterator[Result]:
-    """`function` of every block of rows, in order, on some threads (numpy lets go of the GIL)."""
-    blocks = [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
+    """Apply `function` to every block of rows on some threads; numpy releases the GIL.
+
+    Args:
+        function: takes the slice of rows of a block.
+        count: how many rows there are.
+        threads: does not change the results.
+
+    Yields:
+        The results, in the order of the blocks.
+    """
+    blocks = [slice(start, min(start + BLOCK_ROWS, count)) for start in range(0, count, BLOCK_ROWS)]
     if threads == 1 or len(blocks) == 1:
         yield from map(function, blocks)
     else:

@@ -1,17 +1,17 @@
-"""Algorithm 2 of the paper: clustered allocation, so that tokens with like vectors share codes.
+"""Algorithm 2 of the paper: clustered allocation, so that tokens with similar vectors share codes.
 
     level 1        all tokens are split by k-means into M_1 clusters: f_1
     level k < K    every group of tokens with equal f_1 .. f_(k-1) is split again: f_k
     level K        inside each group (a leaf) tokens get distinct codes of the last table
 
-Balanced, every split has sizes that differ by at most one, so that leaves fit the last table. The
-paper's naive k-means leaves sizes free; then the last table is as long as the largest leaf.
+In balanced clustering the cluster sizes of every split differ by at most one, so that all leaves fit the last table.
+The paper's naive k-means leaves the sizes free; then the last table is as long as the largest leaf.
 
-Beyond the paper: which number a cluster has, and which code a token of a leaf, need not be arbitrary
+Beyond the paper: the number of a cluster, and the code of a token in its leaf, are chosen so that they carry meaning
 (alignment.py). `last_level="random", align=False` is the paper's own form.
 
-Groups below level 1 are independent: they run in parallel over processes, and over the ranks of
-mpirun. Each is computed on one thread from a seed of its own, so the codes are the same bit for bit.
+Groups below level 1 are independent: they run in parallel over processes, and over the ranks of mpirun. Each is
+computed on one thread from a seed of its own, so the codes are the same bit for bit on any number of processes.
 """
 
 import os
@@ -27,7 +27,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.common.mpi import mpi_communicator
 
-SMALL = 2e9  # N * D * M below which starting processes takes longer than the work
+SMALL = 2e9  # N * D * M; below this, starting processes takes longer than the work
 
 
 def clustered_codes(
@@ -42,23 +42,26 @@ def clustered_codes(
     workers: int | None = None,
     table_sizes: Sequence[int] | None = None,
 ) -> CodeTable:
-    """Codes by Algorithm 2. Under mpirun every rank calls this, with the same arguments.
+    """Cluster tokens into codes by Algorithm 2. Under mpirun every rank calls this, with the same arguments.
 
     Args:
-        embeddings: (N, D) one vector a token; an array or a tensor.
+        embeddings: (N, D) one vector per token; an array or a tensor.
         num_tables: K >= 2.
         table_size: M, rows of every table.
         balanced: equal cluster sizes; otherwise naive k-means, and the last table gets as many rows as
             the largest leaf has tokens.
-        last_level: "matched" to one codebook of what the other tables leave, or "random" as in the paper.
+        last_level: "matched" to one codebook of the residuals of the other tables, or "random" as in the paper.
         align: number the clusters of all groups alike.
         seed: of k-means and of random last codes.
         special_ids: tokens that get a row of their own in every table (see `reserve_special_tokens`).
         workers: processes; does not change the result. [one per core, for large N]
         table_sizes: M_1 ... M_K, instead of `table_size` for each.
 
+    Returns:
+        The codes of N tokens; every code is unique.
+
     Raises:
-        UserError: a vector that is not finite, sizes that make no sense, or a leaf larger than the last table.
+        UserError: a vector that is not finite, impossible sizes, or a leaf larger than the last table.
     """
     vectors = as_matrix(embeddings)
     sizes = tuple(int(size) for size in table_sizes or (table_size,) * num_tables)
@@ -84,8 +87,9 @@ def clustered_codes(
     codes[:, -1] = _last_codes(vectors, leaves, sizes[-1], last_level, seed)
     fits = sum(sizes) <= LARGEST_FIT
     if not fits:
-        rows = f"{sum(sizes):,} rows in all tables"
-        get_logger().info(f"{rows}: codes are not refined, a fit is made up to {LARGEST_FIT:,}")
+        get_logger().info(
+            f"codes are not refined: all tables have {sum(sizes):,} rows together, a fit takes at most {LARGEST_FIT:,}"
+        )
     if fits and ((align and num_tables > 2) or last_level == "matched"):
         codes = refine(_centred(vectors), codes, sizes, align, last_level == "matched")
 
@@ -112,11 +116,15 @@ def _check(count: int, num_tables: int, sizes: tuple[int, ...], last_level: str,
     if special and not (special[0] >= 0 and special[-1] < count):
         raise UserError(f"special ids {special} must lie in [0, {count})")
     if len(special) >= count:
-        raise UserError(f"all {count} tokens are special: none is left to cluster")
+        raise UserError(f"all {count} tokens are special: none are left to cluster")
 
 
 def _check_leaves(count: int, sizes: tuple[int, ...]) -> None:
-    """Balanced leaves have a size known beforehand."""
+    """Check that the last table has room for the balanced leaves, whose size is known beforehand.
+
+    Raises:
+        UserError: it has not.
+    """
     leaf = count
     for size in sizes[:-1]:
         leaf = -(-leaf // size)
@@ -142,7 +150,7 @@ def _describe_sizes(prefixes: np.ndarray) -> str:
 def _split(
     vectors: np.ndarray, prefixes: np.ndarray, num_clusters: int, balanced: bool, seed: int, workers: int
 ) -> tuple[np.ndarray, float]:
-    """Cluster every group of one level: labels (N,) and the inertia of all groups."""
+    """Cluster every group of one level; return labels (N,) and the inertia of all groups together."""
     level = prefixes.shape[1]
     groups = number_groups(prefixes)
     order = np.argsort(groups, kind="stable")
@@ -173,7 +181,7 @@ def _split(
 
 
 def _seed(seed: int, level: int, group: int) -> int:
-    """A seed of 31 bits for one group, whoever computes it."""
+    """Return a 31-bit seed for one group, the same in whichever process computes it."""
     return int(np.random.SeedSequence([seed, level, group]).generate_state(1)[0] >> 1)
 
 
@@ -194,7 +202,11 @@ def _cluster(
 
 
 def _parallel(tasks: Iterator[tuple], workers: int) -> Iterator[tuple[np.ndarray, float]]:
-    """Results in the order of the tasks. joblib's processes need no `if __name__ == "__main__"` in the caller."""
+    """Cluster in several processes; joblib's need no `if __name__ == "__main__"` in the caller.
+
+    Yields:
+        Labels and inertia, in the order of the tasks.
+    """
     if workers == 1:
         for task in tasks:
             yield _cluster(*task)
@@ -207,7 +219,7 @@ def _parallel(tasks: Iterator[tuple], workers: int) -> Iterator[tuple[np.ndarray
 
 
 def _align(vectors: np.ndarray, prefixes: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
-    """(N,) the codes of a level, renumbered in each group by the direction from the group's mean."""
+    """Renumber the codes of a level in each group by the direction from the group's mean; return them, (N,)."""
     parents = number_groups(prefixes[:, :-1])
     clusters = number_groups(prefixes)
     sizes = np.bincount(clusters)
@@ -218,7 +230,7 @@ def _align(vectors: np.ndarray, prefixes: np.ndarray, num_rows: int, seed: int) 
 
 
 def _last_codes(vectors: np.ndarray, leaves: np.ndarray, num_rows: int, last_level: str, seed: int) -> np.ndarray:
-    """(N,) distinct codes in every leaf."""
+    """Return last codes (N,) that are distinct in every leaf."""
     if last_level == "matched":
         residuals = vectors - _group_means(vectors, leaves)[leaves]
         return match_to_codebook(residuals, leaves, num_rows, _seed(seed, 0, 1))

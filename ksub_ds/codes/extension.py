@@ -1,14 +1,13 @@
-"""Codes for tokens that join later: unused ones, so that the tables need not grow.
+"""Codes for tokens that are added later: unused ones, so that the tables need not grow.
 
-The code space holds M_1 · ... · M_K codes and N tokens use a part of it (Algorithm 1 for XLM-R: 250,002 of
-250,047; balanced clusters of 128: an eighth). A new token costs one bias and nothing else.
+The code space holds M_1 · ... · M_K codes and N tokens use a part of it (Algorithm 1 for XLM-R: 250,002 of 250,047;
+balanced clusters of 128: an eighth). A new token costs one bias and nothing else.
 
-Without a vector, new tokens take the first unused codes in the order of Algorithm 1 (the first table's code
-runs fastest): for positional codes that is what Algorithm 1 would have given them. With a vector, a
-token goes to the nearest leaf that has a free last code, and there to the code whose other bearers lie
-nearest to it.
+Without vectors, new tokens take the first unused codes in the order of Algorithm 1 (the first table's code runs
+fastest): for positional codes these are the codes that Algorithm 1 would have given them. With a vector, a token goes
+to the nearest leaf that has a free last code, and gets the free code whose tokens in other leaves are most similar.
 
-Rows that `reserve_special_tokens` gave to special tokens alone stay theirs.
+Rows that `reserve_special_tokens` gave to special tokens are not given to others.
 """
 
 import math
@@ -19,12 +18,12 @@ from ksub_ds.codes.table import CodeTable
 
 
 def extend_codes(table: CodeTable, count: int, vectors: object = None, known: object = None) -> CodeTable:
-    """The table with `count` new tokens after the N old ones, whose codes stay.
+    """Add `count` new tokens after the N old ones, whose codes do not change.
 
     Args:
         table: codes of N tokens.
-        count: how many tokens join.
-        vectors: (count, p) one vector a new token.
+        count: how many tokens to add.
+        vectors: (count, p) one vector per new token.
         known: (N, p) vectors of the old tokens, from the same source; needed with `vectors`.
 
     Raises:
@@ -53,7 +52,7 @@ def extend_codes(table: CodeTable, count: int, vectors: object = None, known: ob
 
 
 def count_reserved_rows(table: CodeTable) -> int:
-    """How many rows at the end of every table belong to one token alone, the same in all tables."""
+    """Count the rows at the end of every table that belong to one token alone, the same token in all tables."""
     if table.num_tables == 1:
         return 0
     reserved = 0
@@ -68,6 +67,11 @@ def count_reserved_rows(table: CodeTable) -> int:
 
 
 def _check_vectors(table: CodeTable, count: int, vectors: object, known: object) -> tuple[np.ndarray, np.ndarray]:
+    """Convert the vectors to float32 matrices.
+
+    Raises:
+        ValueError: shapes that do not fit, or a value that is not finite.
+    """
     new, old = np.asarray(vectors, dtype=np.float32), np.asarray(known, dtype=np.float32)
     if old.ndim != 2 or len(old) != table.num_tokens or new.shape != (count, old.shape[1]):
         raise ValueError(
@@ -79,7 +83,7 @@ def _check_vectors(table: CodeTable, count: int, vectors: object, known: object)
 
 
 def _first_unused(codes: np.ndarray, sizes: tuple[int, ...], count: int) -> np.ndarray:
-    """(count, K) the first unused codes, counting with the first code fastest."""
+    """Return the first unused codes (count, K), counting with the first code fastest."""
     limit = len(codes) + count  # among so many numbers, `count` are free
     numbers = np.zeros(len(codes), dtype=np.int64)
     stride = 1
@@ -97,13 +101,17 @@ def _first_unused(codes: np.ndarray, sizes: tuple[int, ...], count: int) -> np.n
 
 
 def _nearest(codes: np.ndarray, sizes: tuple[int, ...], new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    """(count, K) codes in the nearest leaf with room; a leaf is a group of tokens with equal f_1 .. f_(K-1)."""
+    """Return codes (count, K) in the nearest leaf with room; a leaf is a group of tokens with equal f_1 .. f_(K-1).
+
+    Raises:
+        ValueError: all leaves in use are full.
+    """
     ordinary = np.flatnonzero((codes < np.array(sizes)).all(axis=1))
     prefixes, leaf_of = np.unique(codes[ordinary, :-1], axis=0, return_inverse=True)
     leaf_of = leaf_of.reshape(-1)
     centres = _means(old[ordinary], leaf_of, len(prefixes))
     last = codes[ordinary, -1]
-    residuals = _means(old[ordinary] - centres[leaf_of], last, sizes[-1])  # what each last code stands for
+    residuals = _means(old[ordinary] - centres[leaf_of], last, sizes[-1])  # the mean residual of each last code
     free = np.ones((len(prefixes), sizes[-1]), dtype=bool)
     free[leaf_of, last] = False
     added = np.empty((len(new), codes.shape[1]), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What a code table is like, in numbers: `ksub codes inspect`."""
+"""Facts about a code table and the neighbours of a token: `ksub codes inspect` and `ksub codes neighbours`."""
 
 import json
 import math
@@ -12,9 +12,10 @@ from ksub_ds.codes.trie import build_trie, merge_equal_states
 
 
 def describe(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
-    """Facts about a table as (name, value) rows: sizes, use of the code space, leaves, parameters.
+    """Describe a table as (name, value) rows: sizes, use of the code space, leaves, parameters.
 
     Args:
+        table: the codes.
         embedding_dim: d, the width at which parameters are counted.
     """
     space = math.prod(table.table_sizes)
@@ -43,7 +44,7 @@ def describe(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
 
 
 def _quality_rows(stored: str | None) -> list[tuple[str, str]]:
-    """The quality report that clustering stores with the codes (quality.py), one row a number or list of numbers."""
+    """Format the quality report that clustering stores with the codes (quality.py), one row per number or list."""
     if stored is None:
         return []
     try:
@@ -70,13 +71,18 @@ def _number(value: Any) -> str:
 
 
 def code_neighbours(table: CodeTable, token: int, count: int) -> list[tuple[int, int, bool]]:
-    """The tokens that share most codes with a token.
+    """Find the tokens that share most codes with a token.
 
     Its leaf (all codes but the last the same) comes first, then the number of shared codes decides, then how many
     of the first codes are shared, then the id.
 
+    Args:
+        table: the codes.
+        token: id of the token.
+        count: how many to return, at most.
+
     Returns:
-        `count` tuples (token id, number of shared codes, whether in the same leaf); only tokens that share a code.
+        Tuples (token id, number of shared codes, whether in the same leaf); only tokens that share a code.
     """
     equal = table.codes == table.codes[token]
     shared = equal.sum(axis=1)

@@ -1,7 +1,7 @@
-"""How good are the codes of these vectors? The report that `ksub codes inspect` shows.
+"""Measures of how well codes fit the vectors they were made from: the report that `ksub codes inspect` shows.
 
-The paper's requirement 2 - tokens of like meaning share more codes than an arbitrary pair - measured
-two ways, with the vectors standing for meaning; and what balance costs, against k-means with free sizes.
+The paper's requirement 2 (tokens of similar meaning share more codes than an arbitrary pair) is measured in two ways,
+with vectors in place of meaning; and the cost of balance, against k-means with free sizes.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 
 from ksub_ds.codes.alignment import LARGEST_FIT, explained_share, number_groups
 from ksub_ds.codes.balanced import as_matrix, free_kmeans, one_thread
-from ksub_ds.codes.blocks import BLOCK
+from ksub_ds.codes.blocks import BLOCK_ROWS
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.codes.table import CodeTable
 
@@ -19,19 +19,24 @@ PAIRS, QUERIES, NEIGHBOURS, GROUPS = 100_000, 500, 10, 16
 
 
 def measure_quality(vectors: Any, table: CodeTable, seed: int = 0) -> dict[str, Any]:
-    """Numbers about a table and the vectors it was made from; JSON-ready.
+    """Measure how well a table fits the vectors it was made from.
 
     Args:
-        vectors: (N, D), one a token.
+        vectors: (N, D), one per token.
+        table: the codes of N tokens.
         seed: of the sampled pairs, queries and groups.
 
     Returns:
+        A dictionary that JSON can hold.
         level_sizes, largest_leaf: tokens per group, by level.
         inertia_over_free: by level but the last, inertia over that of FAISS with sizes free, in sampled groups.
         rank_correlation: Spearman's, of the number of shared codes with L2 closeness over random pairs.
         neighbours_share, positional_neighbours_share: mean share of codes a token has in common with each
             of its 10 nearest neighbours, here and under positional codes.
         explained_variance, positional_explained_variance: see `explained_share`; absent for huge tables.
+
+    Raises:
+        ValueError: the vectors and the table have different numbers of tokens.
     """
     matrix = as_matrix(vectors)
     if len(matrix) != table.num_tokens:
@@ -55,7 +60,7 @@ def measure_quality(vectors: Any, table: CodeTable, seed: int = 0) -> dict[str, 
 
 
 def _inertia_ratio(matrix: np.ndarray, groups: np.ndarray, clusters: np.ndarray, draw: np.random.Generator) -> float:
-    """Inertia of the clusters of some groups, over that of FAISS's k-means with as many clusters."""
+    """Divide the inertia of the clusters of some groups by that of FAISS's k-means with as many clusters."""
     count = int(groups.max()) + 1
     ours = free = 0.0
     for group in draw.permutation(count)[:GROUPS]:
@@ -73,7 +78,7 @@ def _rank_correlation(matrix: np.ndarray, codes: np.ndarray, draw: np.random.Gen
 
     pairs = draw.integers(len(matrix), size=(PAIRS, 2))
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    blocks = [pairs[start : start + BLOCK] for start in range(0, len(pairs), BLOCK)]
+    blocks = [pairs[start : start + BLOCK_ROWS] for start in range(0, len(pairs), BLOCK_ROWS)]
     distance = [np.square(matrix[block[:, 0]] - matrix[block[:, 1]]).sum(axis=1) for block in blocks]
     if not blocks:
         return 0.0
@@ -85,7 +90,7 @@ def _rank_correlation(matrix: np.ndarray, codes: np.ndarray, draw: np.random.Gen
 
 
 def _nearest(matrix: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(Q,) sampled tokens, and (Q, 10) their nearest others."""
+    """Sample tokens (Q,) and find the nearest others of each, (Q, 10)."""
     import faiss
 
     tokens = draw.permutation(len(matrix))[:QUERIES]

@@ -1,1 +1,1 @@
-"""Floor 0: files, ranks and logs. Knows nothing of tokens or models."""
+"""Files, processes, options and logs. Knows nothing of tokens or models."""

@@ -1,1 +1,1 @@
-"""Models into other forms: exported, compressed, one-file code, ONNX."""
+"""Models converted to other forms: exported, compressed, one-file code, ONNX."""

@@ -1,12 +1,10 @@
-"""Balanced assignment and k-means: exact sizes, the optimum, duplicates, determinism, the oracle."""
+"""Balanced k-means: exact sizes, duplicates, determinism, the oracle's inertia."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
 
-from ksub_ds.codes.assignment import balanced_assignment
 from ksub_ds.codes.balanced import balanced_kmeans, free_kmeans
 from ksub_ds.common.errors import UserError
 
@@ -24,45 +22,6 @@ def assert_balanced(labels: np.ndarray, count: int, clusters: int) -> None:
     sizes = np.bincount(labels, minlength=clusters)
     assert len(labels) == count and len(sizes) == clusters
     assert sizes.min() == count // clusters and sizes.max() == -(-count // clusters)
-
-
-def least_cost(costs: np.ndarray) -> float:
-    """The optimum by the Hungarian algorithm: floor(N/M) places a cluster, N mod M single places for all."""
-    count, clusters = costs.shape
-    floor, extra = divmod(count, clusters)
-    # One optional place per cluster; the clusters that leave theirs empty take a dummy row, which must
-    # have no other choice.
-    places = np.concatenate([np.repeat(np.arange(clusters), floor), np.arange(clusters)])
-    wide = costs.astype(np.float64)[:, places]
-    dummies = np.zeros((clusters - extra, len(places)))
-    dummies[:, : floor * clusters] = 1e9
-    full = np.concatenate([wide, dummies])
-    rows, columns = linear_sum_assignment(full)
-    return float(full[rows, columns].sum())
-
-
-@given(st.integers(1, 120), st.integers(1, 12), st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 1.0]))
-@settings(max_examples=60, deadline=None)
-def test_assignment_is_the_optimum(count, clusters, seed, rounding):
-    """With ties too: costs of few values."""
-    costs = np.random.default_rng(seed).standard_normal((count, clusters)).astype(np.float32)
-    if rounding:
-        costs = np.round(costs / rounding).astype(np.float32)
-    labels, prices = balanced_assignment(costs)
-    assert_balanced(labels, count, clusters)
-    total = costs[np.arange(count), labels].sum(dtype=np.float64)
-    assert total == pytest.approx(least_cost(costs), abs=1e-4)
-    priced = costs + prices
-    assert (priced[np.arange(count), labels] - priced.min(axis=1)).max() < 1e-4
-
-
-def test_assignment_from_bad_prices_and_on_two_threads_is_the_same():
-    costs = np.square(mixture(20_000, 8, 0)[:, None] - mixture(20, 8, 1)).sum(axis=2)
-    labels, _ = balanced_assignment(costs)
-    assert (balanced_assignment(costs, threads=2)[0] == labels).all()
-    cost = costs[np.arange(len(costs)), labels].sum(dtype=np.float64)
-    other, _ = balanced_assignment(costs, np.random.default_rng(0).standard_normal(20) * 5)
-    assert costs[np.arange(len(costs)), other].sum(dtype=np.float64) == pytest.approx(cost, rel=1e-7)
 
 
 @given(st.integers(1, 400), st.integers(1, 40), st.integers(1, 9), st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]))
@@ -101,7 +60,7 @@ def test_what_is_not_finite_is_refused_by_row(bad):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (3,)])
-def test_no_matrix_is_refused(shape):
+def test_what_is_not_a_matrix_is_refused(shape):
     with pytest.raises(UserError, match="matrix"):
         balanced_kmeans(np.zeros(shape), 2)
 
@@ -120,8 +79,9 @@ def test_iterating_with_balanced_sizes_beats_balancing_once():
 
 
 def test_against_k_means_constrained():
-    library = pytest.importorskip("k_means_constrained", reason="k-means-constrained (the oracle) is not installed")
+    """Its inertia from these first centroids, recorded from version 0.9.1, which needs another protobuf than ours."""
     vectors = mixture(600, 12, 6)
-    start = free_kmeans(vectors, 12, seed=1).centroids
-    oracle = library.KMeansConstrained(12, size_min=50, size_max=50, init=start, n_init=1, max_iter=50).fit(vectors)
-    assert balanced_kmeans(vectors, 12, initial=start, iterations=50).inertia <= 1.003 * oracle.inertia_
+    start = np.stack([vectors[first::12].mean(axis=0) for first in range(12)])
+    found = balanced_kmeans(vectors, 12, initial=start, iterations=50)
+    assert_balanced(found.labels, 600, 12)
+    assert found.inertia <= 1.003 * 2027.852

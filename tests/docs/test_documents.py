@@ -1,4 +1,4 @@
-"""The documents keep their word: commands run as written, links lead somewhere, every page is found from the index."""
+"""The documents hold: commands and snippets run as written, links lead somewhere, the index leads to every page."""
 
 import html
 import json
@@ -19,10 +19,14 @@ PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 RUN = ("first_hour.md", "pretrain.md", "codes.md", "analyse.md")  # each finds what the ones before it made
 
 
+def fenced(path: Path, language: str) -> list[str]:
+    """The blocks of a page that are marked as being in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
 def command_lines(page: str) -> list[str]:
     """The lines of a page's bash blocks."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "".join(fenced(DOCS / page, "bash")).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.strip()]
 
 
@@ -69,6 +73,35 @@ def test_commands_of_the_documents_run(workplace):
     made = ("hour/report.html", "hour/analysis/explore.html", "model/config.json", "both/analysis.json", "report.html")
     for name in made:
         assert (workplace / name).is_file(), name
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "codes.md"], ids=lambda path: path.name)
+def test_python_snippets_run(path, tmp_path, monkeypatch):
+    """As written, one after the other in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    blocks = fenced(path, "python")
+    assert blocks, f"{path.name} has no python block"
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, str(path), "exec"), namespace)
+
+
+def test_the_readme_replaces_two_lines_and_changes_no_loss():
+    """Its first snippet, small, against the same with the two lines that it shows as comments."""
+    import torch
+
+    ours = fenced(ROOT / "README.md", "python")[0].replace("250_002", "500").replace("512", "64")
+    swapped, count = re.subn(r"^( +)# ((?:self\.|return ).*)\n.*\n", r"\1\2\n", ours, flags=re.MULTILINE)
+    assert count == 2 and "factorized_cross_entropy(" not in swapped
+    spaces = []
+    for source in (ours, "import torch.nn.functional as F\n" + swapped):
+        spaces.append({})
+        exec(source, spaces[-1])
+    new, old = (space["model"].eval() for space in spaces)
+    weights = {name: value for name, value in new.state_dict().items() if not name.startswith("embedding.")}
+    old.load_state_dict(weights | {"embedding.weight": new.embedding.dense_weight()})
+    ids = spaces[0]["ids"]
+    torch.testing.assert_close(new(ids, ids), old(ids, ids), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("page", PAGES)
