@@ -74,6 +74,7 @@ def auto_class(folder: Path) -> Any:
     """transformers' Auto class for the model of a folder, which knows ours too."""
     import transformers
 
-    import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
+    from ksub_ds.model.registration import register
 
+    register()
     return getattr(transformers, "AutoModel" + head_of(read_json(folder / "config.json")["architectures"][0]))
