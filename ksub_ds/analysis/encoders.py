@@ -97,8 +97,9 @@ def _from_run(folder: Path) -> tuple[Any, Tokenizer, str]:
 def _from_huggingface(source: str) -> tuple[Any, str]:
     from transformers import AutoModel
 
-    import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
+    from ksub_ds.model.registration import register
 
+    register()
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{source}: neither a model (config.json) nor a run (recipe.json); give one of these")

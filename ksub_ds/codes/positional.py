@@ -16,7 +16,7 @@ MOST_CODES = 2**28  # far beyond any vocabulary; more is a typing error, and wou
 
 
 def smallest_base(num_tokens: int, num_tables: int) -> int:
-    """The least integer M with M^K >= N, in integers: float roots are off by one at exact powers."""
+    """Return the least integer M with M^K >= N; computed in integers, as float roots are off by one at exact powers."""
     low, high = 1, num_tokens
     while low < high:
         middle = (low + high) // 2
@@ -28,7 +28,7 @@ def smallest_base(num_tokens: int, num_tables: int) -> int:
 
 
 def positional_codes(num_tokens: int, num_tables: int, special_ids: Iterable[int] = ()) -> CodeTable:
-    """Codes by Algorithm 1.
+    """Make codes by Algorithm 1.
 
     Args:
         num_tokens: N >= 1.
@@ -36,7 +36,7 @@ def positional_codes(num_tokens: int, num_tables: int, special_ids: Iterable[int
         special_ids: tokens that get a row of their own in every table (see `reserve_special_tokens`).
 
     Raises:
-        ValueError: a count below 1, or a special id that is no token.
+        ValueError: a count below 1, or a special id that is not a token.
     """
     if num_tokens < 1 or num_tables < 1 or num_tokens * num_tables > MOST_CODES:
         raise ValueError(
@@ -56,5 +56,5 @@ def positional_codes(num_tokens: int, num_tables: int, special_ids: Iterable[int
 
 
 def plain_codes(num_tokens: int) -> CodeTable:
-    """K = 1, M = N: the plain embedding, as the baseline."""
+    """Make the codes of a plain embedding, the baseline: K = 1, M = N."""
     return CodeTable(np.arange(num_tokens)[:, None], (num_tokens,), {"algorithm": "plain"})

@@ -8,20 +8,23 @@ The embedding of n is the concatenation of row f_k(n) of table k over k. Uniquen
 requirement 1) makes it a different vector for every token. K = 1 with M_1 = N is the plain embedding.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_path, sha256_bytes
+from ksub_ds.common.files import atomic_path, canonical_safetensors, sha256_bytes
 
 FORMAT = "ksub-codes-1"
 
 
 def table_widths(embedding_dim: int, num_tables: int) -> tuple[int, ...]:
-    """Widths d_k of the K tables, summing to d: the first d mod K are one wider (512 over 3: 171, 171, 170)."""
+    """Split d into the widths d_k of the K tables: the first d mod K are one wider (512 over 3: 171, 171, 170).
+
+    Raises:
+        ValueError: more tables than columns, or none.
+    """
     if not 1 <= num_tables <= embedding_dim:
         raise ValueError(f"num_tables must lie in 1..embedding_dim = {embedding_dim}, not {num_tables}")
     width, wider = divmod(embedding_dim, num_tables)
@@ -29,14 +32,15 @@ def table_widths(embedding_dim: int, num_tables: int) -> tuple[int, ...]:
 
 
 class CodeTable:
-    """Codes of every token, with the sizes of the tables they point into.
+    """The codes of every token, with the sizes of the tables they point into.
 
     Args:
         codes: (N, K) integers.
         table_sizes: the K numbers M_k.
-        metadata: strings about the origin (algorithm, seed, tokenizer fingerprint); travels with the file.
+        metadata: strings about the origin (algorithm, seed, tokenizer fingerprint), saved with the codes.
 
-    The constructor checks shapes only; `verify` checks range and uniqueness.
+    Raises:
+        ValueError: shapes or types that do not fit. `verify` checks range and uniqueness.
     """
 
     def __init__(self, codes: object, table_sizes: Sequence[int], metadata: Mapping[str, str] | None = None):
@@ -59,40 +63,40 @@ class CodeTable:
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """The number of tokens, N."""
         return self.codes.shape[0]
 
     @property
     def num_tables(self) -> int:
-        """K."""
+        """The number of tables, K."""
         return self.codes.shape[1]
 
     @property
     def sha256(self) -> str:
-        """Fingerprint of codes and table sizes: equal exactly when two tables are the same map."""
+        """Fingerprint of codes and table sizes: equal if and only if two tables are the same map."""
         header = repr((self.codes.shape, self.table_sizes)).encode()
         return sha256_bytes(header + self.codes.astype("<i4").tobytes())
 
     def num_parameters(self, embedding_dim: int) -> int:
-        """Parameters of the tables at width d: sum over k of M_k * d_k."""
+        """Count the parameters of the tables at width d: sum over k of M_k * d_k."""
         widths = table_widths(embedding_dim, self.num_tables)
         return sum(size * width for size, width in zip(self.table_sizes, widths, strict=True))
 
     def _equal_pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens in the order of their codes, and the ranks whose code equals the next rank's."""
+        """Return the tokens sorted by their codes, and the positions in this order whose code equals the next one's."""
         order = np.lexsort(self.codes.T[::-1])
-        ranked = self.codes[order]
-        return order, np.flatnonzero((ranked[1:] == ranked[:-1]).all(axis=1))
+        sorted_codes = self.codes[order]
+        return order, np.flatnonzero((sorted_codes[1:] == sorted_codes[:-1]).all(axis=1))
 
     def count_collisions(self) -> int:
-        """How many tokens share their whole code with another one before them."""
+        """Count the tokens that share their whole code with an earlier one."""
         return len(self._equal_pairs()[1])
 
     def verify(self) -> None:
         """Check that every code is in range and no two tokens share a whole code.
 
         Raises:
-            ValueError: naming the first token at fault.
+            ValueError: a code is out of range or not unique; the message names the first such token.
         """
         wrong = (self.codes < 0) | (self.codes >= np.array(self.table_sizes))
         if wrong.any():
@@ -113,8 +117,8 @@ class CodeTable:
         """Write a safetensors file, atomically: tensor `codes`, metadata with sizes and sha256.
 
         Raises:
-            ValueError: the table does not verify.
-            UserError: the file cannot be written there.
+            ValueError: a code is out of range or not unique.
+            UserError: the file cannot be written.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import save
@@ -127,7 +131,7 @@ class CodeTable:
         }
         try:
             with atomic_path(Path(path).absolute()) as temporary:
-                temporary.write_bytes(_in_order(save({"codes": self.codes}, metadata=metadata)))
+                temporary.write_bytes(canonical_safetensors(save({"codes": self.codes}, metadata=metadata)))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be written ({error}); choose another place") from error
 
@@ -136,7 +140,7 @@ class CodeTable:
         """Read and check a file written by `save`.
 
         Raises:
-            UserError: missing, damaged, non-unique or out of range, naming the file and the fault.
+            UserError: the file is missing or damaged, or its codes are out of range or not unique.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -168,24 +172,21 @@ class CodeTable:
         return f"CodeTable(num_tokens={self.num_tokens}, table_sizes={self.table_sizes})"
 
 
-def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its header sorted: the library's order is random, and equal tables make equal files."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the tensor starts at a multiple of 8 bytes
-    return len(header).to_bytes(8, "little") + header + content[end:]
-
-
 def reserve_special_tokens(ordinary: CodeTable, special_ids: Iterable[int]) -> CodeTable:
-    """Spread the codes of the ordinary tokens over the ids that are left, and give each special
-    token one new row in every table, shared with nobody.
+    """Give each special token a row of its own in every table, and the other ids the codes of the ordinary tokens.
 
-    The paper suspects that `<s>`, `</s>`, `<pad>`, `<mask>` sharing rows with words costs accuracy;
-    this costs S rows per table for S special tokens.
+    The paper suspects that accuracy suffers where `<s>`, `</s>`, `<pad>` and `<mask>` share rows with words.
+    S special tokens cost S rows per table.
 
     Args:
         ordinary: codes of the N - S ordinary tokens, in the order of their ids.
         special_ids: S distinct ids in [0, N).
+
+    Returns:
+        Codes of all N tokens.
+
+    Raises:
+        ValueError: a special id outside [0, N).
     """
     special = np.array(sorted(set(special_ids)), dtype=np.int64)
     num_tokens = ordinary.num_tokens + len(special)

@@ -6,8 +6,8 @@ codes but the last), and its transitions are the tokens.
 
 Sums over all tokens of a product of K factors fold along this structure, one table at a time. Two
 prefixes that continue in the same way need to be folded only once: merging them (from the leaves up)
-leaves the minimal automaton. Positional codes below N collapse to two states a level - "the digits
-so far do, or do not, exceed those of N - 1" - so a sum over 250,002 tokens touches 2·K·M numbers.
+leaves the minimal automaton. Positional codes below N collapse to two states a level ("the digits
+so far do, or do not, exceed those of N - 1"), so a sum over 250,002 tokens touches 2·K·M numbers.
 """
 
 from dataclasses import dataclass
@@ -31,50 +31,51 @@ class Transitions:
 
     @property
     def is_complete(self) -> bool:
-        """Every state reads every code of the table."""
+        """Whether every state reads every code of the table."""
         return len(self.code) == self.num_states * self.table_size
 
     @property
     def is_tree(self) -> bool:
-        """The children are the next level's states in order, each once: no gather is needed."""
+        """Whether the children are the next level's states in order, each once: no gather is needed."""
         return bool((self.child == np.arange(len(self.child))).all())
 
 
 def build_trie(codes: np.ndarray, table_sizes: tuple[int, ...]) -> list[Transitions]:
-    """The trie of all codes, one `Transitions` per table.
+    """Build the trie of all codes, one `Transitions` per table.
 
     Args:
         codes: (N, K), every row unique.
+        table_sizes: the K numbers M_k.
 
     Returns:
         K levels; the root is state 0 of the first, the last level's children are token ids.
     """
     num_tokens, num_tables = codes.shape
     order = np.lexsort(codes.T[::-1])
-    ranked = codes[order]
+    sorted_codes = codes[order]
     starts_new_prefix = np.zeros(num_tokens, dtype=bool)
     starts_new_prefix[0] = True
-    prefix_of_rank = np.zeros(num_tokens, dtype=np.int64)  # which state each token is in, tokens in trie order
+    state_at_position = np.zeros(num_tokens, dtype=np.int64)  # the state of each token, in trie order
     levels = []
     for k in range(num_tables):
-        starts_new_prefix[1:] |= ranked[1:, k] != ranked[:-1, k]
-        first = np.flatnonzero(starts_new_prefix)  # one rank for each transition
+        starts_new_prefix[1:] |= sorted_codes[1:, k] != sorted_codes[:-1, k]
+        first = np.flatnonzero(starts_new_prefix)  # one position for each transition
         last_level = k == num_tables - 1
         levels.append(
             Transitions(
-                parent=prefix_of_rank[first],
-                code=ranked[first, k].astype(np.int64),
+                parent=state_at_position[first],
+                code=sorted_codes[first, k].astype(np.int64),
                 child=order if last_level else np.arange(len(first)),
-                num_states=int(prefix_of_rank[-1]) + 1,
+                num_states=int(state_at_position[-1]) + 1,
                 table_size=table_sizes[k],
             )
         )
-        prefix_of_rank = np.cumsum(starts_new_prefix) - 1
+        state_at_position = np.cumsum(starts_new_prefix) - 1
     return levels
 
 
 def merge_equal_states(trie: list[Transitions]) -> list[Transitions]:
-    """Minimise a trie: states with equal continuations become one, from the last level up."""
+    """Minimise a trie to an automaton: states with equal continuations become one, from the last level up."""
     merged: list[Transitions] = []
     class_of_child = np.zeros(len(trie[-1].child), dtype=np.int64)
     for level in reversed(trie):

@@ -148,6 +148,14 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: is not valid JSON ({error}); the file is damaged") from error
 
 
+def canonical_safetensors(content: bytes) -> bytes:
+    """Sort the header of a safetensors file: the library's order is random, and equal tensors make equal files."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensors start at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
 def sha256_bytes(data: Any) -> str:
     """Hexadecimal sha256 of a bytes-like object (a contiguous numpy array is one)."""
     return hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""One self-contained modelling file: our classes for who has transformers and torch but not ksub_ds.
+"""One self-contained modelling file: our classes for users who have transformers and torch but not ksub_ds.
 
 transformers runs a file that lies with the weights when `trust_remote_code=True` is given. This one is put together
 from the project's own sources: from the wanted classes on, every definition they use, and theirs, in order. So there
@@ -15,7 +15,6 @@ from ksub_ds.common.files import atomic_path, read_json, write_json
 
 FILE = "modeling_ksub.py"
 PACKAGE = "ksub_ds"
-LEFT_OUT = ("ksub_ds.model.auto",)  # registers with Auto classes; the folder's config.json does that here
 HEADER = '''"""Models over sub-embeddings, in one file, written by `ksub export --remote-code` (ksub_ds {version})
 from its own sources: change those, not this. Needs transformers, torch, numpy, safetensors. Apache-2.0."""
 '''
@@ -106,8 +105,7 @@ def _read(name: str) -> _Module:
                 module.others[alias.asname or alias.name.split(".")[0]] = statement
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
             for alias in node.names:
-                if node.module not in LEFT_OUT and f"{node.module}.{alias.name}" not in LEFT_OUT:
-                    module.ours[alias.name] = str(node.module)
+                module.ours[alias.name] = str(node.module)
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 statement = f"from {node.module} import {alias.name}" + (f" as {alias.asname}" if alias.asname else "")

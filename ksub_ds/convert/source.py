@@ -73,6 +73,7 @@ def auto_class(folder: Path) -> Any:
     """Return transformers' Auto class for the model in a folder; our classes are registered with it."""
     import transformers
 
-    import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
+    from ksub_ds.model.registration import register
 
+    register()
     return getattr(transformers, "AutoModel" + head_of(read_json(folder / "config.json")["architectures"][0]))

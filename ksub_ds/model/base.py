@@ -14,7 +14,6 @@ from transformers import initialization as init
 
 from ksub_ds.codes.extension import extend_codes
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.model import auto
 from ksub_ds.model.embedding import SubEmbedding
 
 
@@ -139,6 +138,3 @@ class SubEmbeddingModel(PreTrainedModel):
 
     def _resize_bias(self, size: int, mean_resizing: bool) -> None:
         """Models without a bias per token have nothing to do."""
-
-
-auto.complete()

@@ -10,8 +10,6 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import RobertaConfig
 
-from ksub_ds.model import auto
-
 
 @strict
 class KSubRobertaConfig(RobertaConfig):
@@ -88,6 +86,3 @@ class KSubRobertaConfig(RobertaConfig):
             "intermediate_size": 512,
         }
         return cls._preset(fields, overrides)
-
-
-auto.complete()

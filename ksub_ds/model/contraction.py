@@ -8,9 +8,12 @@ The codes' trie (or automaton, when all w_n = 1) is folded from the leaves to th
     W_k[r, state]  = sum over codes c of  e_k[r, c] · W_{k+1}[r, child(state, c)],   k = K-1 .. 1
     Z[r]           = W_1[r, root]
 
-The first line is one matrix product (`leaves.py`); the others take one of three forms, by the shape
-of the level. Legend: R rows, S states of a level, C states of the next, M rows of its table,
-T transitions, P distinct pairs (state, child).
+The first line is one matrix product. A is stored whole when its leaves use a fair share of the table's rows
+(balanced codes: 12 %), and in CSR form when they do not (unbalanced clusters: the table is as large as the
+largest leaf). The other lines take one of three forms, by the shape of the level.
+
+Legend: R rows, S states of a level (or leaves), C states of the next level, M rows of the level's table,
+N entries of A (the tokens), T transitions, P distinct pairs (state, child).
 """
 
 import warnings
@@ -21,20 +24,11 @@ from torch import Tensor
 
 from ksub_ds.codes.trie import Transitions
 
-# Merged docstring, to be folded in:
-# """The last table: W[leaf] = sum over codes of A[leaf, code] · e_K[code], with A[leaf of n, f_K(n)] = w_n.
-#
-# A is stored whole when its leaves use a fair share of the table's rows (balanced codes: 12 %), and in
-# CSR form when they do not (unbalanced clusters: the table is as large as the largest leaf).
-# Legend: R rows, S leaves, M rows of the table, N entries of A (the tokens).
-# """
-
-
 SPARSE_BELOW = 1 / 16  # share of used cells under which CSR beats the dense product
 
 
 def csr_matrix(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """CSR matrix from coordinates sorted by row."""
+    """Build a CSR matrix from coordinates sorted by row."""
     row_starts = torch.zeros(shape[0] + 1, dtype=torch.int64, device=row.device)
     row_starts[1:] = torch.cumsum(torch.bincount(row, minlength=shape[0]), 0)
     with warnings.catch_warnings():  # products are all that is used of torch's sparse tensors, and those are settled
@@ -43,7 +37,7 @@ def csr_matrix(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, ..
 
 
 class LeafShape:
-    """Which cells of A are used, (S, M). Built once per code table; entries in the order of the token ids."""
+    """The used cells of A, (S, M). Built once per code table; entries in the order of the token ids."""
 
     def __init__(self, level: Transitions, device: torch.device, dtype: torch.dtype):
         self.shape = (level.num_states, level.table_size)
@@ -57,16 +51,14 @@ class LeafShape:
         self.is_dense = len(position) >= SPARSE_BELOW * level.num_states * level.table_size
 
     def values(self, weights: Tensor | None) -> Tensor:
-        """The entries of A: the weights, or ones."""
-        return (
-            torch.ones(len(self.position), dtype=self.dtype, device=self.position.device)
-            if weights is None
-            else weights
-        )
+        """Return the entries of A: the weights, or ones."""
+        if weights is not None:
+            return weights
+        return torch.ones(len(self.position), dtype=self.dtype, device=self.position.device)
 
     @cached_property
     def by_leaf(self) -> Tensor:
-        """Order of the entries by leaf and code, as CSR wants them."""
+        """Order of the entries by leaf and code, as CSR needs them."""
         return torch.argsort(self.position)
 
     @cached_property
@@ -88,17 +80,20 @@ class DenseLeaves:
         self.gradient = torch.zeros_like(self.matrix) if with_gradient else None
 
     def forward(self, e_RM: Tensor) -> Tensor:
-        """W of the leaves, (R, S)."""
+        """Return W of the leaves, (R, S)."""
         return torch.mm(e_RM, self.matrix.t(), out=self.workspace[: len(e_RM)])
 
-    def backward(self, e_RM: Tensor, grad_RS: Tensor) -> Tensor:
-        """Gradient of e_K, (R, M); adds this block's share of the gradient of A."""
-        if self.gradient is not None:
-            self.gradient.addmm_(grad_RS.t(), e_RM)
+    def backward(self, grad_RS: Tensor) -> Tensor:
+        """Return the gradient of e_K, (R, M)."""
         return grad_RS @ self.matrix
 
+    def add_gradient_(self, e_RM: Tensor, grad_RS: Tensor) -> None:
+        """Add this block's share of the gradient of A."""
+        assert self.gradient is not None, "made without a gradient"
+        self.gradient.addmm_(grad_RS.t(), e_RM)
+
     def weights_gradient(self) -> Tensor:
-        """Gradient of the weights, (N,), summed over all blocks."""
+        """Return the gradient of the weights, (N,), summed over all blocks."""
         assert self.gradient is not None, "made without a gradient"
         return self.gradient.view(-1).index_select(0, self.position)
 
@@ -115,17 +110,20 @@ class SparseLeaves:
         self.gradient = self.matrix * 0 if with_gradient else None
 
     def forward(self, e_RM: Tensor) -> Tensor:
-        """W of the leaves, (R, S)."""
+        """Return W of the leaves, (R, S)."""
         return (self.matrix @ e_RM.t()).t().contiguous()
 
-    def backward(self, e_RM: Tensor, grad_RS: Tensor) -> Tensor:
-        """Gradient of e_K, (R, M); adds this block's share of the gradient of A."""
-        if self.gradient is not None:
-            self.gradient = torch.sparse.sampled_addmm(self.gradient, grad_RS.t(), e_RM)
+    def backward(self, grad_RS: Tensor) -> Tensor:
+        """Return the gradient of e_K, (R, M)."""
         return (self.transposed @ grad_RS.t()).t()
 
+    def add_gradient_(self, e_RM: Tensor, grad_RS: Tensor) -> None:
+        """Add this block's share of the gradient of A."""
+        assert self.gradient is not None, "made without a gradient"
+        self.gradient = torch.sparse.sampled_addmm(self.gradient, grad_RS.t(), e_RM)
+
     def weights_gradient(self) -> Tensor:
-        """Gradient of the weights, (N,), summed over all blocks."""
+        """Return the gradient of the weights, (N,), summed over all blocks."""
         assert self.gradient is not None, "made without a gradient"
         gradient = torch.empty_like(self.gradient.values())
         gradient[self.by_leaf] = self.gradient.values()
@@ -139,11 +137,11 @@ class CompleteLevel:
         self.shape = (level.num_states, level.table_size)
 
     def forward(self, e_RM: Tensor, w_RC: Tensor) -> Tensor:
-        """W of this level's states, (R, S), from e_k and W of the next level's."""
+        """Return W of this level's states, (R, S), from e_k and W of the next level's."""
         return torch.bmm(w_RC.view(-1, *self.shape), e_RM.unsqueeze(2)).squeeze(2)
 
     def backward(self, e_RM: Tensor, w_RC: Tensor, grad_RS: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of e_k, (R, M), and of the next level's W, (R, C). Overwrites `w_RC`."""
+        """Return the gradients of e_k, (R, M), and of the next level's W, (R, C). Overwrites `w_RC`."""
         w_RSM = w_RC.view(-1, *self.shape)
         grad_e = torch.bmm(grad_RS.unsqueeze(1), w_RSM).squeeze(1)
         return grad_e, torch.mul(grad_RS.unsqueeze(2), e_RM.unsqueeze(1), out=w_RSM).flatten(1)
@@ -162,11 +160,11 @@ class PairedLevel:
         self.pair_to_child = torch.nn.functional.one_hot(self.child, num_children).to(dtype)
 
     def forward(self, e_RM: Tensor, w_RC: Tensor) -> Tensor:
-        """As CompleteLevel.forward."""
+        """Do as CompleteLevel.forward."""
         return (e_RM @ self.code_to_pair * w_RC.index_select(1, self.child)) @ self.pair_to_parent
 
     def backward(self, e_RM: Tensor, w_RC: Tensor, grad_RS: Tensor) -> tuple[Tensor, Tensor]:
-        """As CompleteLevel.backward."""
+        """Do as CompleteLevel.backward, but leave `w_RC` as it is."""
         grad_RP = grad_RS.index_select(1, self.parent)
         grad_e = (grad_RP * w_RC.index_select(1, self.child)) @ self.code_to_pair.t()
         return grad_e, (grad_RP * (e_RM @ self.code_to_pair)) @ self.pair_to_child
@@ -184,11 +182,11 @@ class SparseLevel:
         self.sum_by_child = SumBy(self.child, num_children, dtype)
 
     def forward(self, e_RM: Tensor, w_RC: Tensor) -> Tensor:
-        """As CompleteLevel.forward."""
+        """Do as CompleteLevel.forward."""
         return self.sum_by_parent(w_RC.index_select(1, self.child) * e_RM.index_select(1, self.code))
 
     def backward(self, e_RM: Tensor, w_RC: Tensor, grad_RS: Tensor) -> tuple[Tensor, Tensor]:
-        """As CompleteLevel.backward."""
+        """Do as CompleteLevel.backward, but leave `w_RC` as it is."""
         grad_RT = grad_RS.index_select(1, self.parent)
         grad_e = self.sum_by_code(grad_RT * w_RC.index_select(1, self.child))
         return grad_e, self.sum_by_child(grad_RT * e_RM.index_select(1, self.code))
@@ -237,12 +235,12 @@ class Contraction:
         self.numbers_per_row = max(widths + gathered)
 
     def leaves(self, weights: Tensor | None, rows: int, with_gradient: bool) -> DenseLeaves | SparseLeaves:
-        """The leaf matrix A for token weights (N,), or for all weights 1, and blocks of up to `rows` rows."""
+        """Return the leaf matrix A for token weights (N,), or for all weights 1, and blocks of up to `rows` rows."""
         form = DenseLeaves if self.leaf_shape.is_dense else SparseLeaves
         return form(self.leaf_shape, weights, rows, with_gradient)
 
     def forward(self, factors: list[Tensor], leaves: DenseLeaves | SparseLeaves) -> list[Tensor]:
-        """W of every level, leaves first; the last, (R, 1), is Z. `factors` are the K matrices e_k, (R, M_k)."""
+        """Return W of every level, leaves first; the last, (R, 1), is Z. `factors` are the K matrices e_k, (R, M_k)."""
         folded = [leaves.forward(factors[-1])]
         for level, e_RM in zip(reversed(self.inner), reversed(factors[:-1]), strict=True):
             folded.append(level.forward(e_RM, folded[-1]))
@@ -250,12 +248,12 @@ class Contraction:
 
     def backward(
         self, factors: list[Tensor], leaves: DenseLeaves | SparseLeaves, folded: list[Tensor], grad_R1: Tensor
-    ) -> list[Tensor]:
-        """Gradients of the K factors, given the gradient of Z. Uses up `folded`."""
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the gradients of the K factors and of the leaves' W, given the gradient of Z. Overwrites `folded`."""
         gradients = []
         grad = grad_R1
         for level, e_RM, w_RC in zip(self.inner, factors[:-1], reversed(folded[:-1]), strict=True):
             grad_e, grad = level.backward(e_RM, w_RC, grad)
             gradients.append(grad_e)
-        gradients.append(leaves.backward(factors[-1], grad))
-        return gradients
+        gradients.append(leaves.backward(grad))
+        return gradients, grad

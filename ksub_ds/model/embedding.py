@@ -1,6 +1,5 @@
 """SubEmbedding: K small tables and a code per token in place of an N x d embedding (paper §3.1)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ksub_ds.codes.table import CodeTable, table_widths
-from ksub_ds.codes.trie import Transitions, build_trie, merge_equal_states
-from ksub_ds.model.contraction import Contraction
-from ksub_ds.model.search import TopKSearch
+from ksub_ds.model.code_structure import CodeStructure
 
 
 class SubEmbedding(nn.Module):
@@ -21,10 +18,11 @@ class SubEmbedding(nn.Module):
         embedding_dim: d; the first d mod K tables are one wider.
         padding_idx: token whose lookups send no gradient, as in `nn.Embedding`.
         mixing: keep a fixed (d, d) matrix A and embed e_n = A · concat over k of E_k[f_k(n)]. It comes with
-            tables fitted to another model's embedding (fitting.py); a new layer has the identity.
+            tables fitted to another model's embedding (ksub_ds/convert/fitting.py); a new layer has the identity.
 
     The tables E_k (M_k, d_k) are exactly `parameters()`. The codes, (N, K) int32, and A, if there is one,
-    are the persistent buffers; whatever else is derived from the codes is built when first needed.
+    are the persistent buffers; `structure` is derived from the codes when first needed. Replace the codes by
+    assigning another tensor or by load_state_dict, not in place.
     """
 
     codes: Tensor
@@ -41,27 +39,25 @@ class SubEmbedding(nn.Module):
         self.tables = nn.ParameterList(
             torch.empty(size, width) for size, width in zip(self.table_sizes, self.widths, strict=True)
         )
-        self._derived_from: Tensor | None = None
-        self._derived_version = 0
-        self._derived_values: dict[str, Any] = {}
+        self._structure: CodeStructure | None = None
         self.reset_parameters()
 
     @property
     def num_embeddings(self) -> int:
-        """N."""
+        """The number of tokens, N."""
         return self.codes.shape[0]
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Normal initial values (BERT's 0.02)."""
+        """Draw the tables from a normal distribution (BERT's 0.02)."""
         for table in self.tables:
             nn.init.normal_(table, std=std)
 
     def code_table(self) -> CodeTable:
-        """The codes as a `CodeTable`."""
+        """Return the codes as a `CodeTable`."""
         return CodeTable(self.codes.cpu().numpy(), self.table_sizes)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(...) token ids -> (..., d)."""
+        """Embed (...) token ids: (..., d)."""
         codes = F.embedding(ids, self.codes)  # checks the range, where indexing would read -1 as the last token
         embedded = torch.cat([F.embedding(codes[..., k], table) for k, table in enumerate(self.tables)], dim=-1)
         if self.mixing is not None:
@@ -71,16 +67,16 @@ class SubEmbedding(nn.Module):
         return embedded
 
     def dense_weight(self) -> Tensor:
-        """The (N, d) matrix this layer stands for."""
+        """Return the (N, d) matrix that this layer stands for."""
         rows = torch.cat([table[self.codes[:, k]] for k, table in enumerate(self.tables)], dim=1)
         return rows if self.mixing is None else rows @ self.mixing.t().to(rows.dtype)
 
     def to_tables(self, hidden: Tensor) -> Tensor:
-        """(..., d) decoder inputs in the columns of the tables: h · (A c) = (A^T h) · c."""
+        """Turn (..., d) decoder inputs to the columns of the tables: h · (A c) = (A^T h) · c."""
         return hidden if self.mixing is None else hidden @ self.mixing.to(hidden.dtype)
 
     def logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
-        """All N logits, (..., N), as sums of table scores; for a few rows, since N is wide."""
+        """Compute all N logits, (..., N), as sums of table scores; for a few rows, since N is wide."""
         parts = self.to_tables(hidden).split(self.widths, dim=-1)
         scores = [part @ table.t() for part, table in zip(parts, self.tables, strict=True)]
         total = scores[0].index_select(-1, self.codes[:, 0])  # ONNX gathers by int32 here, but not by [...]
@@ -90,46 +86,36 @@ class SubEmbedding(nn.Module):
 
     @torch.no_grad()
     def predict_topk(self, hidden: Tensor, k: int, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The k largest of `logits(hidden, bias)`, exactly, without building them.
+        """Find the k largest of `logits(hidden, bias)`, exactly, without building them.
 
         Args:
-            hidden: (B, d).
+            hidden: (B, d) decoder inputs.
+            k: how many, 1 <= k <= N.
+            bias: (N,) or None.
 
         Returns:
             (B, k) logits in falling order and (B, k) token ids.
+
+        Raises:
+            ValueError: k is out of range.
         """
         if not 1 <= k <= self.num_embeddings:
             raise ValueError(f"k must lie in 1..{self.num_embeddings}, not {k}")
         with torch.autocast(hidden.device.type, enabled=False):
             parts = self.to_tables(hidden.float()).split(self.widths, dim=1)
             scores = [part @ table.float().t() for part, table in zip(parts, self.tables, strict=True)]
-            return self._search()(scores, None if bias is None else bias.float(), k)
+            return self.structure.search(scores, None if bias is None else bias.float(), k)
 
-    def contraction(self, weighted: bool) -> Contraction:
-        """The fold over all tokens for the current codes and device; `weighted`: one weight per token."""
+    @property
+    def structure(self) -> CodeStructure:
+        """The trie of the current codes, and what is computed over it."""
+        if self._structure is None or self._structure.codes is not self.codes:  # moved to a device, or replaced
+            self._structure = CodeStructure(self.codes, self.table_sizes)
+        return self._structure
 
-        def build(trie: list[Transitions]) -> Contraction:
-            return Contraction(trie if weighted else merge_equal_states(trie), self.codes.device, torch.float32)
-
-        return self._derived(f"contraction weighted={weighted}", build)
-
-    def _search(self) -> TopKSearch:
-        return self._derived("search", lambda trie: TopKSearch(trie, self.codes.device))
-
-    def _derived(self, name: str, build: Callable[[list[Transitions]], Any]) -> Any:
-        """What follows from the codes, built when first needed and again when the codes change or move."""
-        version = 0 if self.codes.is_inference() else self.codes._version
-        if self._derived_from is not self.codes or self._derived_version != version:
-            # Holding the tensor itself: its address alone could come back with other codes.
-            self._derived_from, self._derived_version, self._derived_values = self.codes, version, {}
-        if name not in self._derived_values:
-            trie = build_trie(self.codes.cpu().numpy(), self.table_sizes)
-            self._derived_values[name] = build(trie)
-        return self._derived_values[name]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: without what can be built again (and holds sparse tensors, which do not copy)."""
-        return self.__dict__ | {"_derived_from": None, "_derived_version": 0, "_derived_values": {}}
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._structure = None  # the codes may have been overwritten in place
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, tables={self.table_sizes}"

@@ -31,7 +31,6 @@ from transformers import (
 from transformers.models.modernbert.modeling_modernbert import ModernBertEmbeddings
 
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.model import auto
 from ksub_ds.model.base import SubEmbeddingModel, with_table
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.masked_lm import SubMaskedLM
@@ -108,7 +107,7 @@ class KSubBertForMaskedLM(SubMaskedLM, GraftedModel, BertForMaskedLM):
     def _decoder_input(self, states: Tensor) -> Tensor:
         return self.cls.predictions.transform(states)
 
-    def _bias_home(self) -> nn.Module:
+    def _decoder_bias_module(self) -> nn.Module:
         return self.cls.predictions
 
 
@@ -149,7 +148,7 @@ class KSubElectraForMaskedLM(SubMaskedLM, GraftedModel, ElectraForMaskedLM):
     def _decoder_input(self, states: Tensor) -> Tensor:
         return self.generator_predictions(states)
 
-    def _bias_home(self) -> nn.Module:
+    def _decoder_bias_module(self) -> nn.Module:
         return self.generator_lm_head
 
 
@@ -190,7 +189,7 @@ class KSubDistilBertForMaskedLM(SubMaskedLM, GraftedModel, DistilBertForMaskedLM
     def _decoder_input(self, states: Tensor) -> Tensor:
         return self.vocab_layer_norm(self.activation(self.vocab_transform(states)))
 
-    def _bias_home(self) -> nn.Module:
+    def _decoder_bias_module(self) -> nn.Module:
         return self.vocab_projector
 
 
@@ -244,7 +243,7 @@ class KSubModernBertForMaskedLM(SubMaskedLM, GraftedModernBert, ModernBertForMas
     def _decoder_input(self, states: Tensor) -> Tensor:
         return self.head(states)
 
-    def _bias_home(self) -> nn.Module:
+    def _decoder_bias_module(self) -> nn.Module:
         return self.decoder
 
 
@@ -252,6 +251,3 @@ class KSubModernBertForSequenceClassification(GraftedModernBert, ModernBertForSe
     """ModernBERT with a classifier."""
 
     bare_class = KSubModernBertModel
-
-
-auto.complete()

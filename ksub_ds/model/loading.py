@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.model.registration import register
 from ksub_ds.model.replacement import CLASSES
 
 
@@ -21,8 +22,7 @@ def open_config(name: str | Path) -> PretrainedConfig:
     Raises:
         UserError: nothing of that name, or another kind of model.
     """
-    import ksub_ds  # noqa: F401 - registers our configurations with AutoConfig
-
+    register()
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{name}: holds no config.json; give the folder of a model")

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ksub_ds.model import auto
 from ksub_ds.model.base import SubEmbeddingModel
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.softmax import factorized_cross_entropy, log_partition
@@ -16,7 +15,7 @@ from ksub_ds.model.softmax import factorized_cross_entropy, log_partition
 class SubMaskedLM(SubEmbeddingModel):
     """A masked language model whose loss is exact over all N tokens and never holds N logits.
 
-    A family says where its head and its bias are: `_decoder_input` and `_bias_home`.
+    A family says where its head and its bias are: `_decoder_input` and `_decoder_bias_module`.
     """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
@@ -25,14 +24,14 @@ class SubMaskedLM(SubEmbeddingModel):
         """(..., h) last states of the encoder -> (..., d) decoder inputs: the head without the decoder."""
         raise NotImplementedError
 
-    def _bias_home(self) -> nn.Module:
+    def _decoder_bias_module(self) -> nn.Module:
         """The module whose `bias` is the decoder's, (N,), or None."""
         raise NotImplementedError
 
     @property
     def decoder_bias(self) -> Tensor | None:
         """(N,) the bias per token, or None."""
-        return self._bias_home().bias
+        return self._decoder_bias_module().bias
 
     def _resize_bias(self, size: int, mean_resizing: bool) -> None:
         old = self.decoder_bias
@@ -41,7 +40,7 @@ class SubMaskedLM(SubEmbeddingModel):
         with torch.no_grad():
             added = old.mean() if mean_resizing else old.new_zeros(())
             bias = torch.cat([old[:size], added.expand(max(0, size - len(old)))])
-        self._bias_home().bias = nn.Parameter(bias, requires_grad=old.requires_grad)
+        self._decoder_bias_module().bias = nn.Parameter(bias, requires_grad=old.requires_grad)
 
     def forward(
         self,
@@ -78,7 +77,7 @@ class SubMaskedLM(SubEmbeddingModel):
             decoder_input, targets, bias = self._decoder_input(states[labelled]), labels[labelled], self.decoder_bias
             loss = factorized_cross_entropy(decoder_input, embedding, targets, bias, reduction=loss_reduction)
             if soft_targets is not None and soft_weight:
-                change = _from_labels_to_teacher(decoder_input, embedding, targets, bias, soft_targets)
+                change = _distillation_delta(decoder_input, embedding, targets, bias, soft_targets)
                 loss = loss + soft_weight * (change / len(targets) if loss_reduction == "mean" else change)
             if output_correct:
                 _, best = embedding.predict_topk(decoder_input, 1, bias)
@@ -127,7 +126,7 @@ class SubMaskedLM(SubEmbeddingModel):
         return (logits - log_total.unsqueeze(1)).exp().float(), ids
 
 
-def _from_labels_to_teacher(
+def _distillation_delta(
     hidden: Tensor, layer: SubEmbedding, labels: Tensor, bias: Tensor | None, soft_targets: Any
 ) -> Tensor:
     """KL to the teacher minus cross-entropy of the labels, summed over the rows: log Z cancels (distillation.py)."""
@@ -141,6 +140,3 @@ def _from_labels_to_teacher(
     if bias is not None:
         change = change + bias[labels].float().sum() - (bias.float() * soft_targets.totals).sum()
     return change
-
-
-auto.complete()

@@ -21,7 +21,6 @@ from transformers.models.roberta.modeling_roberta import (
 )
 
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.model import auto
 from ksub_ds.model.base import SubEmbeddingModel, with_table
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.embedding import SubEmbedding
@@ -102,7 +101,7 @@ class KSubRobertaForMaskedLM(SubMaskedLM, KSubRobertaPreTrainedModel):
     def _decoder_input(self, states: Tensor) -> Tensor:
         return self.lm_head(states)
 
-    def _bias_home(self) -> nn.Module:
+    def _decoder_bias_module(self) -> nn.Module:
         return self.lm_head
 
 
@@ -116,6 +115,3 @@ class KSubRobertaForSequenceClassification(KSubRobertaPreTrainedModel, RobertaFo
         self.roberta = KSubRobertaModel(config, table, add_pooling_layer=False)
         self.classifier = RobertaClassificationHead(config)
         self.post_init()
-
-
-auto.complete()

@@ -8,6 +8,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.families import KSubModernBertConfig
 from ksub_ds.model.masked_lm import SubMaskedLM
+from ksub_ds.model.registration import register
 
 
 def preset_config(preset: str, **overrides: Any) -> PreTrainedConfig:
@@ -48,4 +49,5 @@ def small_modernbert(**overrides: Any) -> KSubModernBertConfig:
 
 def fresh_masked_lm(config: PreTrainedConfig, table: CodeTable) -> SubMaskedLM:
     """The masked language model of one of our configurations, with random weights."""
+    register()
     return MODEL_FOR_MASKED_LM_MAPPING[type(config)](config, table)

@@ -180,7 +180,7 @@ def _vocabulary_names(model: PreTrainedModel) -> set[str]:
     """Names of the tensors with a row per token (embedding, decoder, bias), and of our tables and codes."""
     owners = [model.get_input_embeddings(), model.get_output_embeddings()]
     if isinstance(model, SubMaskedLM):
-        owners.append(model._bias_home())
+        owners.append(model._decoder_bias_module())
     tensors = [each for owner in owners if owner is not None for each in _own_tensors(owner)]
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name for name, value in named if any(value is each for each in tensors)}

@@ -16,16 +16,13 @@ When the maxima of the K tables meet in no token, Z underflows; rows with Z < 1e
 over explicit logits, a few rows at a time.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ksub_ds.model.contraction import Contraction
-
-if TYPE_CHECKING:
-    from ksub_ds.model.embedding import SubEmbedding
+from ksub_ds.model.embedding import SubEmbedding
 
 SMALLEST_SUM = 1e-25  # under this, float32 terms of Z begin to vanish
 BLOCK_NUMBERS = {"cpu": 2**21, "cuda": 2**28}  # numbers of the widest level or table held per block
@@ -35,13 +32,13 @@ FALLBACK_NUMBERS = 2**20  # float64 logits per block of the underflow path
 
 def factorized_cross_entropy(
     hidden: Tensor,
-    layer: "SubEmbedding",
+    layer: SubEmbedding,
     labels: Tensor,
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """`F.cross_entropy(hidden @ layer.dense_weight().T + bias, labels)`, exactly, without the logits.
+    """Compute `F.cross_entropy(hidden @ layer.dense_weight().T + bias, labels)`, exactly, without the logits.
 
     Args:
         hidden: (..., d) decoder inputs, any float type; sums are in float32.
@@ -80,12 +77,14 @@ def factorized_cross_entropy(
 
 
 @torch.no_grad()
-def log_partition(hidden: Tensor, layer: "SubEmbedding", bias: Tensor | None = None) -> Tensor:
-    """log Z of every row: (B, d) decoder inputs -> (B,) float64. No gradient."""
+def log_partition(hidden: Tensor, layer: SubEmbedding, bias: Tensor | None = None) -> Tensor:
+    """Compute log Z of every row: (B, d) decoder inputs -> (B,) float64. No gradient."""
     with torch.autocast(hidden.device.type, enabled=False):
-        run = _Pass(layer, tuple(layer.tables), bias, len(hidden), with_gradients=False, with_bias_gradient=False)
-        blocks = [run.scores(rows) for rows in layer.to_tables(hidden).split(run.rows_per_block)]
-        return torch.cat([run.log_total_and_residuals(scores)[0] for scores in blocks])
+        run = _BlockedLoss(
+            layer, tuple(layer.tables), bias, len(hidden), with_gradients=False, with_bias_gradient=False
+        )
+        blocks = layer.to_tables(hidden).split(run.rows_per_block)
+        return torch.cat([run.log_partition_and_code_probs(run.scores(rows)).log_partition for rows in blocks])
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -97,22 +96,24 @@ class _SummedLoss(torch.autograd.Function):
         hidden: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        layer: "SubEmbedding",
+        layer: SubEmbedding,
         with_gradients: bool,
         *tables: Tensor,
     ) -> Tensor:
         needs = ctx.needs_input_grad
         with_gradients = with_gradients and any(needs)
-        run = _Pass(layer, tables, bias, len(labels), with_gradients, with_gradients and needs[1])
+        run = _BlockedLoss(layer, tables, bias, len(labels), with_gradients, with_gradients and needs[1])
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if with_gradients else None
         for start in range(0, len(labels), run.rows_per_block):
             rows = slice(start, start + run.rows_per_block)
-            scores = run.scores(hidden[rows])
-            log_total, residuals = run.log_total_and_residuals(scores)
-            loss += (log_total - run.subtract_labels(scores, residuals, labels[rows])).sum()
+            scores, label_codes = run.scores(hidden[rows]), run.codes[labels[rows]].long()
+            block = run.log_partition_and_code_probs(scores)
+            loss += (block.log_partition - run.gather_label_logits(scores, labels[rows], label_codes)).sum()
             if grad_hidden is not None:
-                run.add_gradients(hidden[rows], residuals, grad_hidden[rows])
+                run.add_bias_gradient_(block)
+                to_score_grads_(block.code_probs, label_codes)
+                run.add_gradients_(hidden[rows], block.code_probs, grad_hidden[rows])
         if with_gradients:
             ctx.gradients = (grad_hidden, run.bias_gradient(labels), None, None, None, *run.grad_tables)
             ctx.dtypes = [getattr(tensor, "dtype", None) for tensor in (hidden, bias, None, None, None, *tables)]
@@ -128,19 +129,37 @@ class _SummedLoss(torch.autograd.Function):
         )
 
 
-class _Pass:
+class _BlockSoftmax(NamedTuple):
+    """The softmax of a block of R rows; all but the first only when gradients are wanted.
+
+    Attributes:
+        log_partition: (R,) log Z, float64.
+        code_probs: K matrices (R, M_k), the probability of every code of every table.
+        last_factor: (R, M_K) e_K, and
+        leaf_grads: (R, leaves) derivative of log Z by W of the leaves: together they give the gradient of the bias.
+        fallback_token_probs: (N,) sums of the tokens' probabilities over the rows that underflowed.
+    """
+
+    log_partition: Tensor
+    code_probs: list[Tensor]
+    last_factor: Tensor | None
+    leaf_grads: Tensor | None
+    fallback_token_probs: list[Tensor]
+
+
+class _BlockedLoss:
     """One call of the loss over all its blocks: cast tables, leaf matrix, gradients being summed."""
 
     def __init__(
         self,
-        layer: "SubEmbedding",
+        layer: SubEmbedding,
         tables: tuple[Tensor, ...],
         bias: Tensor | None,
         num_rows: int,
         with_gradients: bool,
         with_bias_gradient: bool,
     ):
-        self.contraction: Contraction = layer.contraction(weighted=bias is not None)
+        self.contraction = layer.structure.unweighted if bias is None else layer.structure.weighted
         self.codes = layer.codes
         # K = 1 is the plain decoder: its scores are N wide, and float64 would double their cost for nothing.
         self.score_dtype = torch.float64 if len(tables) > 1 else torch.float32
@@ -159,73 +178,82 @@ class _Pass:
         self.leaves = self.contraction.leaves(weights, self.rows_per_block, with_bias_gradient)
 
     def scores(self, hidden: Tensor) -> list[Tensor]:
-        """Table scores s_k of R rows: K matrices (R, M_k)."""
+        """Compute the table scores s_k of R rows: K matrices (R, M_k)."""
         parts = hidden.detach().to(self.score_dtype).split(self.widths, dim=1)
         return [part @ table.t() for part, table in zip(parts, self.tables, strict=True)]
 
-    def log_total_and_residuals(self, scores: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """log Z of R rows, float64, and (when gradients are wanted) the probability of every code of every table."""
+    def log_partition_and_code_probs(self, scores: list[Tensor]) -> _BlockSoftmax:
+        """Compute log Z of R rows and, when gradients are wanted, the probability of every code of every table."""
         maxima = [score.amax(dim=1, keepdim=True) for score in scores]
         factors = [(score - top).exp_().float() for score, top in zip(scores, maxima, strict=True)]
         folded = self.contraction.forward(factors, self.leaves)
         total = folded[-1].squeeze(1)
-        log_total = total.double().log() + torch.cat(maxima, dim=1).double().sum(dim=1) + self.bias_max
+        log_partition = total.double().log() + torch.cat(maxima, dim=1).double().sum(dim=1) + self.bias_max
         underflowed = (~(total >= SMALLEST_SUM)).nonzero().squeeze(1)
-        residuals = self._residuals(factors, folded, total) if self.with_gradients else []
+        code_probs: list[Tensor] = []
+        last_factor = leaf_grads = None
+        if self.with_gradients:  # the probability of a code: its e_k times the derivative of log Z by e_k
+            inverse = torch.where(total >= SMALLEST_SUM, 1.0 / total, 0.0).unsqueeze(1)
+            gradients, leaf_grads = self.contraction.backward(factors, self.leaves, folded, inverse)
+            code_probs = [gradient * e for gradient, e in zip(gradients, factors, strict=True)]
+            last_factor = factors[-1]
+        fallback_token_probs = []
         few_rows = max(1, FALLBACK_NUMBERS // len(self.codes))
         for few in underflowed.split(few_rows) if len(underflowed) else ():
-            log_total[few], few_residuals = self._explicit([score[few] for score in scores])
-            for residual, replacement in zip(residuals, few_residuals, strict=False):
-                residual[few] = replacement
-        return log_total, residuals
+            log_partition[few], token_probs = self._dense_fallback([score[few] for score in scores])
+            if self.with_gradients:
+                fallback_token_probs.append(token_probs.sum(dim=0))
+            for k, probs in enumerate(code_probs):
+                exact = torch.zeros(len(few), probs.shape[1], dtype=torch.float64, device=probs.device)
+                probs[few] = exact.index_add_(1, self.codes[:, k], token_probs).float()
+        return _BlockSoftmax(log_partition, code_probs, last_factor, leaf_grads, fallback_token_probs)
 
-    def subtract_labels(self, scores: list[Tensor], residuals: list[Tensor], labels: Tensor) -> Tensor:
-        """Logits of the labels, (R,); the residuals become p - 1 at the labels' codes."""
-        label_codes = self.codes[labels].long()
-        logit = torch.zeros((), dtype=torch.float64, device=labels.device)
-        for k, score in enumerate(scores):
-            logit = logit + score.gather(1, label_codes[:, k : k + 1]).squeeze(1)
-        for k, residual in enumerate(residuals):
-            code = label_codes[:, k : k + 1]
-            # p - 1 as minus the sum of the others: without cancellation where the model is nearly sure.
-            residual.scatter_(1, code, 0.0)
-            residual.scatter_(1, code, -residual.sum(dim=1, keepdim=True))
-        return logit if self.bias is None else logit + self.bias[labels]
-
-    def _residuals(self, factors: list[Tensor], folded: list[Tensor], total: Tensor) -> list[Tensor]:
-        """Probability of every code of every table, (R, M_k): e_k times the derivative of log Z by e_k."""
-        inverse = torch.where(total >= SMALLEST_SUM, 1.0 / total, 0.0).unsqueeze(1)
-        gradients = self.contraction.backward(factors, self.leaves, folded, inverse)
-        return [gradient * e for gradient, e in zip(gradients, factors, strict=True)]
-
-    def _explicit(self, scores: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """log Z and code probabilities of a few rows from their N logits (after an underflow)."""
+    def _dense_fallback(self, scores: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute log Z, (R,), and the tokens' probabilities, (R, N), of a few rows from their N logits."""
         logits = sum(score[:, self.codes[:, k]] for k, score in enumerate(scores)).double()
         if self.bias is not None:
             logits = logits + self.bias
-        log_total = logits.logsumexp(dim=1)
-        if not self.with_gradients:
-            return log_total, []
-        probability = (logits - log_total.unsqueeze(1)).exp_()
-        if self.fallback_grad_bias is not None:
-            self.fallback_grad_bias += probability.sum(dim=0)
-        return log_total, [
-            torch.zeros_like(score, dtype=torch.float64).index_add_(1, self.codes[:, k], probability).float()
-            for k, score in enumerate(scores)
-        ]
+        log_partition = logits.logsumexp(dim=1)
+        return log_partition, (logits - log_partition.unsqueeze(1)).exp_()
 
-    def add_gradients(self, hidden: Tensor, residuals: list[Tensor], grad_hidden: Tensor) -> None:
+    def gather_label_logits(self, scores: list[Tensor], labels: Tensor, label_codes: Tensor) -> Tensor:
+        """Return the logits of the labels, (R,), which have the codes (R, K)."""
+        logits = torch.zeros((), dtype=torch.float64, device=labels.device)
+        for k, score in enumerate(scores):
+            logits = logits + score.gather(1, label_codes[:, k : k + 1]).squeeze(1)
+        return logits if self.bias is None else logits + self.bias[labels]
+
+    def add_gradients_(self, hidden: Tensor, score_grads: list[Tensor], grad_hidden: Tensor) -> None:
         """Add this block to the tables' gradients and write the gradient of its hidden rows, (R, d)."""
         parts = hidden.detach().float().split(self.widths, dim=1)
         grad_parts = grad_hidden.split(self.widths, dim=1)
-        for k, residual in enumerate(residuals):
-            self.grad_tables[k].addmm_(residual.t(), parts[k])
-            torch.mm(residual, self.tables[k].float(), out=grad_parts[k])
+        for k, score_grad in enumerate(score_grads):
+            self.grad_tables[k].addmm_(score_grad.t(), parts[k])
+            torch.mm(score_grad, self.tables[k].float(), out=grad_parts[k])
+
+    def add_bias_gradient_(self, block: _BlockSoftmax) -> None:
+        """Add this block's probabilities of the tokens to the gradient of the bias, where that is wanted."""
+        if self.fallback_grad_bias is None or block.last_factor is None or block.leaf_grads is None:
+            return
+        self.leaves.add_gradient_(block.last_factor, block.leaf_grads)
+        for token_probs in block.fallback_token_probs:
+            self.fallback_grad_bias += token_probs
 
     def bias_gradient(self, labels: Tensor) -> Tensor | None:
-        """Gradient of the bias, (N,): probability of each token minus the labels, summed over rows."""
+        """Return the gradient of the bias, (N,): probability of each token minus the labels, summed over rows."""
         if self.fallback_grad_bias is None or self.weights is None:
             return None
         gradient = self.leaves.weights_gradient().mul_(self.weights)
         gradient = gradient + self.fallback_grad_bias.float()
         return gradient.index_add_(0, labels, gradient.new_full(labels.shape, -1.0))
+
+
+def to_score_grads_(code_probs: list[Tensor], label_codes: Tensor) -> None:
+    """Turn the probabilities of the codes, K matrices (R, M_k), into the gradients of the scores: p - 1 at labels.
+
+    p - 1 is computed as minus the sum of the others: without cancellation where the model is nearly sure.
+    """
+    for k, probs in enumerate(code_probs):
+        code = label_codes[:, k : k + 1]
+        probs.scatter_(1, code, 0.0)
+        probs.scatter_(1, code, -probs.sum(dim=1, keepdim=True))

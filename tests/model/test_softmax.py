@@ -18,6 +18,10 @@ def random_codes(num_tokens, sizes, seed=0):
     return CodeTable(np.stack(np.unravel_index(chosen, sizes), axis=1), sizes)
 
 
+def contraction(case):
+    return case.layer.structure.unweighted if case.bias is None else case.layer.structure.weighted
+
+
 def gradients(loss, tensors):
     return torch.autograd.grad(loss, tensors, allow_unused=True)
 
@@ -90,7 +94,7 @@ def test_large_logits(num_tables, scale, with_bias):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_dense_and_sparse_leaves_agree_with_the_reference(dense, with_bias):
     case = Case(random_codes(2000, (9, 11, 40 if dense else 400)), with_bias=with_bias)
-    assert case.layer.contraction(weighted=with_bias).leaf_shape.is_dense is dense
+    assert contraction(case).leaf_shape.is_dense is dense
     case.check()
 
 
@@ -106,7 +110,7 @@ def test_dense_and_sparse_leaves_agree_with_the_reference(dense, with_bias):
 )
 def test_every_form_of_an_inner_level(table, with_bias, form):
     case = Case(table, with_bias=with_bias)
-    assert form in {type(level) for level in case.layer.contraction(weighted=with_bias).inner}
+    assert form in {type(level) for level in contraction(case).inner}
     case.check()
 
 
@@ -140,7 +144,7 @@ def test_maxima_that_meet_in_no_token(gap, with_bias):
 
 def test_the_underflow_path_is_taken_only_when_needed(monkeypatch):
     case = Case(positional_codes(300, 3))
-    monkeypatch.setattr(softmax._Pass, "_explicit", lambda *_: pytest.fail("no row underflows here"))
+    monkeypatch.setattr(softmax._BlockedLoss, "_dense_fallback", lambda *_: pytest.fail("no row underflows here"))
     case.ours()
 
 
@@ -264,7 +268,7 @@ def test_no_tensor_is_as_wide_as_rows_times_tokens():
 
     rows, dim = 600, 96
     case = Case(random_codes(50_000, (40, 40, 40)), rows=rows, dim=dim)
-    case.layer.contraction(weighted=True)
+    contraction(case)
     with Largest() as largest:
         case.ours()
     assert largest.numbers <= 2**21 < min(rows * 50_000, 50_000 * dim)

@@ -92,8 +92,9 @@ def _load(path: str, num_labels: int | None) -> tuple[Any, bool]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
+    from ksub_ds.model.registration import register
 
+    register()
     find_model(path)
     settings = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     with _quiet_transformers():
@@ -218,8 +219,9 @@ def fingerprint(model: str, config: Any = None) -> str:
 def _config(model: str) -> Any:
     from transformers import AutoConfig
 
-    import ksub_ds  # noqa: F401 - registers our classes with the Auto classes
+    from ksub_ds.model.registration import register
 
+    register()
     try:
         return AutoConfig.from_pretrained(model)
     except Exception as error:  # the library raises many kinds
