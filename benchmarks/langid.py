@@ -36,7 +36,8 @@ from typing import Any, NamedTuple
 
 import measuring
 
-from ksub_ds.corpus.commoncrawl.langid import LANGUAGES, OTHER, LanguageIdentifier, cut_windows, load_identifier
+from ksub_ds.common.languages import LANGUAGES
+from ksub_ds.corpus.commoncrawl.langid import OTHER, LanguageIdentifier, cut_windows, load_identifier
 from ksub_ds.corpus.commoncrawl.wet import Page, read_wet
 
 TUNED_ON = 3  # files

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, read_json
+from ksub_ds.common.languages import LANGUAGES
 
 if TYPE_CHECKING:
     from ksub_ds.convert.source import Source
 
-LANGUAGES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 CITATION = """    @misc{k-sub-embedding,
       title  = {Reconstructing Word Embeddings via Scattered k-Sub-Embedding},
       author = {Anonymous},

@@ -1,13 +1,14 @@
-"""The settings of a run over Common Crawl: the command line of preprocessing/shard_cc.py, and its checks."""
+"""The settings of a run over Common Crawl (the command line of preprocessing/shard_cc.py), and their checks."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.languages import LANGUAGES
 from ksub_ds.corpus.commoncrawl.dedup import Mode
 from ksub_ds.corpus.commoncrawl.inputs import BASE_URL, check_request
-from ksub_ds.corpus.commoncrawl.langid import LANGUAGES, IdentifierName
+from ksub_ds.corpus.commoncrawl.langid import IdentifierName
 from ksub_ds.corpus.commoncrawl.perplexity import BUCKETS
 
 SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
@@ -66,7 +67,11 @@ class ShardCC:
 
 
 def check(settings: ShardCC) -> None:
-    """Raise UserError for a setting out of range, or a place to write that is none."""
+    """Check the settings.
+
+    Raises:
+        UserError: a setting out of range, or an unusable output path.
+    """
     if bool(settings.input) == (settings.snapshot is not None):
         raise UserError("give either --input FILES or --snapshot NAME")
     if settings.snapshot is not None:
@@ -86,14 +91,18 @@ def check(settings: ShardCC) -> None:
     for language in settings.languages or ("",):
         if language not in LANGUAGES:
             raise UserError(f"--languages {language}: must be of {', '.join(LANGUAGES)}")
-    _check_places(settings)
+    _check_output_paths(settings)
 
 
-def _check_places(settings: ShardCC) -> None:
-    """Nothing is written where it would be read, or where it would mix with other things."""
+def _check_output_paths(settings: ShardCC) -> None:
+    """Check that no output folder lies in an input folder or is used twice.
+
+    Raises:
+        UserError: one does, or is.
+    """
     for option, folder in (("--out", settings.out), ("--text-out", settings.text_out)):
         for entry in settings.input:
             if folder is not None and entry.is_dir() and folder.resolve().is_relative_to(entry.resolve()):
                 raise UserError(f"{option} {folder}: lies in the input folder {entry}; write somewhere else")
     if settings.text_out is not None and settings.text_out.resolve() == settings.out.resolve():
-        raise UserError(f"--text-out {settings.text_out}: is --out too; give the text a folder of its own")
+        raise UserError(f"--text-out {settings.text_out}: is --out too; give the text a separate folder")

@@ -1,6 +1,6 @@
 """Run shard_cc many times in forked processes: whole; then killed at a point of each stage, and resumed.
 
-python tests/corpus/run_killed.py '{"input": [...], "tokenizer": ..., "points": [...]}' FOLDER
+python tests/corpus/commoncrawl/run_killed.py '{"input": [...], "tokenizer": ..., "points": [...]}' FOLDER
 
 A point is part of a path: the run is killed (SIGKILL) when it is about to give a file or folder that name.
 """

@@ -24,13 +24,13 @@ from ksub_ds.corpus.commoncrawl import filter, pipeline, tokenize
 from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.dedup import normalise
 from ksub_ds.corpus.commoncrawl.langid import load_identifier
-from ksub_ds.corpus.commoncrawl.output import exit_line
 from ksub_ds.corpus.commoncrawl.pipeline import dry_run, shard_cc
+from ksub_ds.corpus.commoncrawl.report import exit_line
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.statistics import corpus_table
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "preprocessing" / "shard_cc.py"
 spec = importlib.util.spec_from_file_location("wet_files", Path(__file__).with_name("wet_files.py"))
 assert spec is not None and spec.loader is not None

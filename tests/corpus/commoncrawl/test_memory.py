@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ksub_ds.common.languages import LANGUAGES
 from ksub_ds.corpus.commoncrawl import filter
 from ksub_ds.corpus.commoncrawl.filter import Selection, select_file
 from ksub_ds.corpus.commoncrawl.inputs import describe
-from ksub_ds.corpus.commoncrawl.langid import LANGUAGES, load_identifier
+from ksub_ds.corpus.commoncrawl.langid import load_identifier
 from ksub_ds.corpus.commoncrawl.perplexity import load_buckets
 from ksub_ds.corpus.commoncrawl.wet import Limits
-from ksub_ds.corpus.shards import dataset
+from ksub_ds.corpus.shards import writer as shard_writer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 spec = importlib.util.spec_from_file_location("wet_files", Path(__file__).with_name("wet_files.py"))
 assert spec is not None and spec.loader is not None
 wet_files = importlib.util.module_from_spec(spec)
@@ -82,15 +83,15 @@ def test_a_batch_counts_urls_and_pages(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(filter, "BATCH_CHARACTERS", 10_000)
     selection = Selection(load_identifier(threshold=0), load_buckets(None), LANGUAGES, ("all",), 1)
     file = describe(path, path.name)
-    select_file(file, filter.content_hash(file), None, selection, tmp_path / "documents")
+    select_file(file, filter.content_hash(file), None, tmp_path / "documents", deduplication=None, selection=selection)
     assert batches[:40] == [1] * 40 and sum(batches) == 100 and max(batches) == 20
 
 
 def test_files_of_long_rows_hold_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "TOKENS_PER_FILE", 200)
+    monkeypatch.setattr(shard_writer, "TOKENS_PER_FILE", 200)
     (tmp_path / "en").mkdir()
     for length, sizes in ((64, [3, 3, 1]), (300, [1] * 7), (8, [7])):
-        writer = dataset.ShardWriter(tmp_path / "en", "en", "train", length)
+        writer = shard_writer.ShardWriter(tmp_path / "en", "en", "train", length)
         writer.write(np.zeros((7, length), dtype=np.int32))
         writer.close()
         assert [file["sequences"] for file in writer.files] == sizes
