@@ -1,6 +1,6 @@
-"""One run of shard_cc whose stages are on the clock, for corpus.py.
+"""One run of shard_cc that times its stages, for corpus.py.
 
-    python benchmarks/corpus_timed.py WET OUT TOKENIZER 1 RESULT.json        # 0: every page is English, unasked
+    python benchmarks/corpus_timed.py WET OUT TOKENIZER 1 RESULT.json        # 0: every page counts as English
 
 Alone or under mpirun; rank 0 writes what each rank measured: processor seconds of the stages and of its own units
 of work in them, wall time, peak memory.
@@ -39,7 +39,7 @@ class Clock:
 
 
 class TimedIdentifier:
-    """An identifier on the clock; without one, every page is English."""
+    """An identifier that times itself; without one, every page is English."""
 
     def __init__(self, clock: Clock, identifier: LanguageIdentifier | None):
         self._clock, self._identifier = clock, identifier
@@ -94,7 +94,7 @@ class TimedRun(CrawlRun):
 
 
 def run_timed(wet: Path, out: Path, tokenizer_path: Path, identify: bool, result: Path) -> None:
-    """One rank of one run."""
+    """Do one run on one rank."""
     clock = Clock()
     comm = TimedComm(clock)
     settings = ShardCC(tokenizer_path, out, (wet,), min_length=300)

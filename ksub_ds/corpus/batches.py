@@ -25,7 +25,9 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.masking import MaskingRule, derive_key, mask_tokens, mix64, sequence_keys
 from ksub_ds.corpus.shards.dataset import ShardDataset
 
+Batch = dict[str, np.ndarray]
 _ROUNDS = 8
+_HELD_OUT_EPOCH = 2**62  # no training run reaches this epoch: held-out masks are never training masks
 _BLOCK = 1 << 15  # samples computed at once; only speed depends on it
 
 
@@ -160,10 +162,6 @@ class Sampler:
         number, order = np.divmod(earlier, count)  # of the pass over the language, and the position in it
         keys = mix64(self._language_keys[language] + number.astype(np.uint64))
         return self._offsets[language] + permute(order, count, keys)
-
-
-Batch = dict[str, np.ndarray]
-_HELD_OUT_EPOCH = 2**62  # no training run reaches this epoch: held-out masks are never training masks
 
 
 def masking_rule(dataset: ShardDataset, mlm_probability: float) -> MaskingRule:

@@ -10,8 +10,7 @@ from ksub_ds.corpus.commoncrawl.dedup import Mode
 from ksub_ds.corpus.commoncrawl.inputs import BASE_URL, check_request
 from ksub_ds.corpus.commoncrawl.langid import IdentifierName
 from ksub_ds.corpus.commoncrawl.perplexity import BUCKETS
-
-SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
+from ksub_ds.corpus.shards.writer import check_shard_settings
 
 
 @dataclass
@@ -41,11 +40,11 @@ class ShardCC:
     dedup: Mode = "keep-first"
     """Which copies of a paragraph stay: the first, none of several (as CCNet), or all."""
     langid: IdentifierName = "py3langid"
-    """Who identifies the language: py3langid brings its model, fasttext needs --langid-model."""
+    """Language identifier: py3langid comes with its model, fasttext needs --langid-model."""
     langid_model: Path | None = None
     """fastText's lid.176.bin or lid.176.ftz."""
     langid_threshold: float | None = None
-    """Least confidence that keeps a page. [0.5]"""
+    """Lowest confidence with which a page is kept. [0.5]"""
     languages: tuple[str, ...] = LANGUAGES
     """The languages to keep."""
     lm_models: Path | None = None
@@ -55,13 +54,13 @@ class ShardCC:
     min_length: int = 300
     """Characters a page needs after deduplication."""
     sequence_length: int = 512
-    """Tokens a row, <s> and </s> included."""
+    """Tokens per row, <s> and </s> included."""
     validation_fraction: float = 0.01
     """Share of the documents held out for evaluation, chosen by a hash of their text."""
     text_out: Path | None = None
     """Also write the documents as CCNet's JSON lines to this folder."""
     keep_work: bool = False
-    """Keep OUT/work, the files between the stages, for runs with other settings of the later stages."""
+    """Keep OUT/work, the intermediate files, for runs with other settings of the later stages."""
     dry_run: bool = False
     """Estimate disk and time from a sample; write nothing."""
 
@@ -78,14 +77,7 @@ def check(settings: ShardCC) -> None:
         check_request(settings.snapshot, settings.segments, settings.base_url, settings.connections)
     if settings.min_length < 1:
         raise UserError(f"--min-length {settings.min_length}: must be at least 1")
-    if not SHORTEST_SEQUENCE <= settings.sequence_length <= LONGEST_SEQUENCE:
-        raise UserError(
-            f"--sequence-length {settings.sequence_length}: must lie in {SHORTEST_SEQUENCE}..{LONGEST_SEQUENCE}"
-        )
-    if not 0 <= settings.validation_fraction < 1:
-        raise UserError(
-            f"--validation-fraction {settings.validation_fraction}: must lie in [0, 1); the default is 0.01"
-        )
+    check_shard_settings(settings.sequence_length, settings.validation_fraction)
     if not settings.keep_buckets:
         raise UserError(f"--keep-buckets: name at least one of {', '.join(BUCKETS)}")
     for language in settings.languages or ("",):

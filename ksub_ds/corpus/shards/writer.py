@@ -6,12 +6,26 @@ from typing import Any
 
 import numpy as np
 
+from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, sha256_file
 from ksub_ds.corpus.shards.dataset import SPLITS
 from ksub_ds.corpus.shards.packing import Packer, Packing
 
+SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
 ROWS_PER_FILE = 1 << 16
 TOKENS_PER_FILE = 1 << 25  # 128 MiB, held in memory by a writer: fewer rows when they are long
+
+
+def check_shard_settings(sequence_length: int, validation_fraction: float) -> None:
+    """Check the settings that all commands which make shards share.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    if not SHORTEST_SEQUENCE <= sequence_length <= LONGEST_SEQUENCE:
+        raise UserError(f"--sequence-length {sequence_length}: must lie in {SHORTEST_SEQUENCE}..{LONGEST_SEQUENCE}")
+    if not 0 <= validation_fraction < 1:
+        raise UserError(f"--validation-fraction {validation_fraction}: must lie in [0, 1); the default is 0.01")
 
 
 class LanguageWriter:

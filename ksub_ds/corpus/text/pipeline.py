@@ -30,29 +30,28 @@ from ksub_ds.corpus.shards.folder import (
     save_tokenizer,
 )
 from ksub_ds.corpus.shards.packing import Packing
-from ksub_ds.corpus.shards.writer import LanguageWriter, split_of
+from ksub_ds.corpus.shards.writer import LanguageWriter, check_shard_settings, split_of
 from ksub_ds.corpus.text.hub import DatasetSource
 from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.sources import LanguageText, find_text
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.corpus.tokenizers.parallel import ParallelEncoder
 
-SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
 BATCH_CHARACTERS = 1 << 20  # of text per batch: a second or less of tokenising
 
 
 @dataclass
 class ShardText:
-    """Turn a folder of text into token shards for pretraining. The same command again does what is missing."""
+    """Turn a folder of text into token shards for pretraining. The same command again makes what is missing."""
 
     input: Path | None = None
-    """Folder of <lang>.jsonl[.gz], <lang>.txt[.gz] (blank lines part documents), <lang>.parquet or <lang>/."""
+    """Folder of <lang>.jsonl[.gz], <lang>.txt[.gz] (blank lines separate documents), <lang>.parquet or <lang>/."""
     tokenizer: Path = tyro.MISSING
     """A SentencePiece .model in XLM-R's layout, or the folder of a HuggingFace tokenizer."""
     out: Path = tyro.MISSING
     """Folder to write the shards to."""
     sequence_length: int = 512
-    """Tokens a row, <s> and </s> included."""
+    """Tokens per row, <s> and </s> included."""
     validation_fraction: float = 0.01
     """Share of the documents held out for evaluation, chosen by a hash of their text."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
@@ -62,7 +61,7 @@ class ShardText:
     datasets: tuple[str, ...] = ()
     """Streamed from the hub: wikipedia, bookcorpus, NAME or NAME:CONFIG (column "text"); NAME may be a local folder."""
     datasets_language: str = "en"
-    """Language of --datasets; wikipedia comes in that edition."""
+    """Language of --datasets, and edition of wikipedia."""
 
 
 def shard_text(settings: ShardText) -> dict[str, Any]:
@@ -107,14 +106,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
 
 
 def _check(settings: ShardText) -> None:
-    if not SHORTEST_SEQUENCE <= settings.sequence_length <= LONGEST_SEQUENCE:
-        raise UserError(
-            f"--sequence-length {settings.sequence_length}: must lie in {SHORTEST_SEQUENCE}..{LONGEST_SEQUENCE}"
-        )
-    if not 0 <= settings.validation_fraction < 1:
-        raise UserError(
-            f"--validation-fraction {settings.validation_fraction}: must lie in [0, 1); the default is 0.01"
-        )
+    check_shard_settings(settings.sequence_length, settings.validation_fraction)
     if settings.workers < 1:
         raise UserError(f"--workers {settings.workers}: must be at least 1")
     for option, languages in (("languages", settings.languages), ("datasets-language", (settings.datasets_language,))):

@@ -21,7 +21,7 @@ from ksub_ds.corpus.commoncrawl.config import ShardCC
 
 
 def in_a_fork(function: Callable[[], Any]) -> int:
-    """Call a function in a process of its own; its wait status."""
+    """Call a function in a forked process and return its wait status."""
     child = os.fork()
     if child == 0:
         try:
@@ -34,7 +34,7 @@ def in_a_fork(function: Callable[[], Any]) -> int:
 
 
 def kill_before(point: str) -> None:
-    """From now on, be killed when a path with `point` in it is about to be published."""
+    """Arrange that this process is killed when a path with `point` in it is about to get its name."""
     for name in ("replace", "rename"):
         real = getattr(os, name)
 

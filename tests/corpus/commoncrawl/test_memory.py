@@ -1,4 +1,4 @@
-"""Memory of a rank, whatever the pages hold: measured on the worst of them, and what bounds it."""
+"""Memory of a rank on hostile pages: the measured peak, and the limits that bound it."""
 
 import gzip
 import importlib.util
@@ -27,7 +27,7 @@ assert spec is not None and spec.loader is not None
 wet_files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(wet_files)
 
-# The script, and the most memory it had at once (resource.getrusage would tell of the tests' process as well).
+# The script, then its peak memory (resource.getrusage would include that of the tests' process).
 MEASURED = """
 import atexit, re, runpy, sys
 status = lambda: print("peak kB", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -57,14 +57,14 @@ def test_the_worst_pages_stay_below_1_gb(ksub_data: Path, tmp_path: Path) -> Non
             stream.write(gzip.compress(wet_files.record(number, text), 1))
     command = [sys.executable, "-c", MEASURED, str(ROOT / "preprocessing" / "shard_cc.py"), "--input"]
     command += [str(tmp_path / "in"), "--tokenizer", str(ksub_data / "tokenizer" / "sentencepiece.bpe.model")]
-    command += ["--out", str(tmp_path / "out"), "--langid-threshold", "0"]  # else none of them is in a language
-    (tmp_path / "out" / "tokenizer").mkdir(parents=True)  # its copy is not what is measured
+    command += ["--out", str(tmp_path / "out"), "--langid-threshold", "0"]  # else no page has a language
+    (tmp_path / "out" / "tokenizer").mkdir(parents=True)  # so that it is not copied
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-2].startswith("kept 2 of 3 pages"), done.stdout  # of the last one two words are left
+    assert lines[-2].startswith("kept 2 of 3 pages"), done.stdout  # two words are left of the last one
     assert int(lines[-1].removeprefix("peak kB ")) * 1024 < 850e6
 
 

@@ -1,4 +1,4 @@
-"""Shards: opened by `datasets` as they are, memory-mapped, and every damage named."""
+"""Shards: opened by `datasets` as they are, memory-mapped, and every kind of damage is reported."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Parquet files and sources that `datasets` opens: the same shards as from JSONL, rows joined, mistakes told."""
+"""Parquet files and sources that `datasets` opens: the same shards as from JSONL, rows joined, mistakes reported."""
 
 import json
 from collections import Counter
