@@ -1,19 +1,19 @@
-"""From WET files to token shards: pages a second and core, against datatrove and CCNet; ranks; memory.
+"""From WET files to token shards: pages per second and core, against datatrove and CCNet; ranks; memory.
 
     KSUB_DATA=DATA python benchmarks/corpus.py [--datatrove-python ENV/bin/python] [--json out.json]
 
 1. All stages but language identification (read, check, hash, deduplicate, filter, tokenise, pack), one process on
    one core, against the same stages built from datatrove (corpus_datatrove.py: WarcReader, sentence deduplication
-   set to lines, DocumentTokenizer), on the same files, in turns. datatrove lives in an environment of its own
-   (pip install "datatrove[io,processing]"). Target: 3 x the pages a second.
+   set to lines, DocumentTokenizer), on the same files, in turns. datatrove needs a separate environment
+   (pip install "datatrove[io,processing]"). Target: 3 x the pages per second.
 2. The same run with language identification; against the figures of CCNet's paper (Wenzek et al. 2020, section 4.3),
-   theirs, on their machines and pages: 600 documents/s/core for hashing, 40 for everything after it. Theirs include
+   measured on their machines and pages: 600 documents/s/core for hashing, 40 for everything after it. Theirs include
    the download, and a language model that takes 13 % of the time. Targets: 5 x and 10 x.
 3. Two ranks against one. Target: 1.7 x.
 4. Memory per rank while the input grows ten times. Target: flat, that is below 1.25 times the smallest.
 
 "Seconds" are processor seconds of the process (corpus_timed.py), so that other work on the machine counts less. Two
-ranks are compared by wall time, which says something on a quiet machine only, and by the critical path: of each stage
+ranks are compared by wall time, which is meaningful on an idle machine only, and by the critical path: of each stage
 the processor seconds of the busier rank, without waiting, plus what is done once.
 """
 
@@ -39,11 +39,11 @@ from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 CCNET_HASH, CCNET_MINE = 600, 40  # documents/s/core, from the paper
 GROWTH = (1, 2, 5, 10)
-RANK_FILES = 60  # so much that opening the tokenizer and copying it, 4 s of one rank, matter little
+RANK_FILES = 60  # enough that opening and copying the tokenizer, 4 s of one rank, matters little
 
 
 def run(wet: Path, work: Path, tokenizer: Path, identify: bool = True, ranks: int = 1) -> list[dict[str, Any]]:
-    """What each rank of a fresh run measured; one rank has one core."""
+    """Run afresh and return what each rank measured; a single rank gets one core."""
     out, result = work / "out", work / "result.json"
     shutil.rmtree(out, ignore_errors=True)
     script = Path(__file__).with_name("corpus_timed.py")
@@ -54,7 +54,7 @@ def run(wet: Path, work: Path, tokenizer: Path, identify: bool = True, ranks: in
 
 
 def run_datatrove(python: Path, wet: Path, work: Path, tokenizer: Path) -> dict[str, Any]:
-    """datatrove's run, on one core."""
+    """Run datatrove on one core."""
     folder = work / "datatrove"
     shutil.rmtree(folder, ignore_errors=True)
     script = Path(__file__).with_name("corpus_datatrove.py")
@@ -65,14 +65,14 @@ def run_datatrove(python: Path, wet: Path, work: Path, tokenizer: Path) -> dict[
 
 
 def grow(source: Path, folder: Path, copies: int) -> Path:
-    """A folder of `copies` WET files made from one, no paragraph of them equal to another's."""
+    """Make a folder of `copies` WET files from one, without equal paragraphs in different files."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = [item for item in read_wet(source) if isinstance(item, Page)]
     for copy in range(copies):
         path = folder / f"{copy:05d}.warc.wet.gz"
         if path.exists():
             continue
-        mark = "".join("abcdefghij"[int(digit)] for digit in str(copy))  # digits are all the same to the hashes
+        mark = "".join("abcdefghij"[int(digit)] for digit in str(copy))  # the hashes do not tell digits apart
         with open(path, "wb") as stream:
             for number, page in enumerate(pages):
                 body = "\n".join(f"{line} {mark}" for line in page.text.split("\n")).encode()
@@ -87,7 +87,7 @@ def grow(source: Path, folder: Path, copies: int) -> Path:
 
 
 def total(seconds: dict[str, float], *names: str) -> float:
-    """The sum of some stages, or of all."""
+    """Return the sum of some stages, or of all."""
     return sum(seconds[name] for name in names) if names else sum(seconds.values())
 
 
@@ -169,7 +169,7 @@ def compare_ranks(options: argparse.Namespace, source: Path, tokenizer: Path, wo
 
 
 def critical_path(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> float:
-    """Processor seconds of the busiest rank of each stage, plus what one rank alone spends outside of units."""
+    """Return the processor seconds of the busiest rank of each stage, plus those of one rank outside of units."""
     stages = alone["units"].keys()
     outside = total(alone["seconds"]) - total(alone["units"])
     return outside + sum(max(rank["units"].get(stage, 0.0) for rank in ranks) for stage in stages)

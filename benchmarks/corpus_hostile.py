@@ -54,7 +54,7 @@ def record(number: int, text: str) -> bytes:
 
 
 def processes(root: int) -> Iterator[int]:
-    """A process and all below it."""
+    """Return a process and its descendants."""
     yield root
     for path in Path(f"/proc/{root}/task").glob("*/children"):
         for child in path.read_text().split():
@@ -62,7 +62,7 @@ def processes(root: int) -> Iterator[int]:
 
 
 def peaks(command: list[str]) -> tuple[int, int, int]:
-    """Run; the peak of the process and of the largest below it in bytes, and the exit code."""
+    """Run; return the peak of the process and of its largest descendant in bytes, and the exit code."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     found = {process.pid: 0}
     while process.poll() is None:
@@ -70,7 +70,7 @@ def peaks(command: list[str]) -> tuple[int, int, int]:
             for each in processes(process.pid):
                 match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{each}/status").read_text())
                 found[each] = int(match[1]) * 1024 if match else found.get(each, 0)
-        except OSError:  # one has ended meanwhile
+        except OSError:  # one has ended in the meantime
             pass
         time.sleep(0.02)
     return found.pop(process.pid), max(found.values(), default=0), process.returncode
@@ -94,7 +94,7 @@ def main() -> None:
             pages = [record(number, SHAPES[shape](draw)) for number in range(options.pages)]
             Path(work, "a.warc.wet.gz").write_bytes(b"".join(pages))
             command = [sys.executable, str(SCRIPT), "--input", f"{work}/a.warc.wet.gz", "--out", f"{work}/out"]
-            # Whatever language it is taken for is kept.
+            # It is kept whatever language is identified.
             command += ["--tokenizer", str(tokenizer), "--langid-threshold", "0", "--min-length", "1"]
             result[shape] = peaks(command)
     rows = [

@@ -1,6 +1,6 @@
-"""One run of shard_cc whose stages are on the clock, for corpus.py.
+"""One run of shard_cc that times its stages, for corpus.py.
 
-    python benchmarks/corpus_timed.py WET OUT TOKENIZER 1 RESULT.json        # 0: every page is English, unasked
+    python benchmarks/corpus_timed.py WET OUT TOKENIZER 1 RESULT.json        # 0: every page counts as English
 
 Alone or under mpirun; rank 0 writes what each rank measured: processor seconds of the stages and of its own units
 of work in them, wall time, peak memory.
@@ -21,6 +21,7 @@ from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.inputs import find_wet_files
 from ksub_ds.corpus.commoncrawl.langid import LanguageIdentifier
 from ksub_ds.corpus.commoncrawl.pipeline import CrawlRun, load_selection
+from ksub_ds.corpus.commoncrawl.stages import Result, Stage
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 
@@ -38,7 +39,7 @@ class Clock:
 
 
 class TimedIdentifier:
-    """An identifier on the clock; without one, every page is English."""
+    """An identifier that times itself; without one, every page is English."""
 
     def __init__(self, clock: Clock, identifier: LanguageIdentifier | None):
         self._clock, self._identifier = clock, identifier
@@ -51,8 +52,8 @@ class TimedIdentifier:
             return self._identifier.identify(texts)
 
 
-class TimedRanks(MPIComm):
-    """Ranks whose own units of work, without the waiting for others, are on the clock."""
+class TimedComm(MPIComm):
+    """Ranks that time their own units of work, without the waiting for others."""
 
     def __init__(self, clock: Clock):
         super().__init__()
@@ -68,32 +69,24 @@ class TimedRanks(MPIComm):
 
 
 class TimedRun(CrawlRun):
-    """A run whose stages are on the clock."""
+    """A run that times its stages."""
 
     clock: Clock
-    timed_ranks: TimedRanks
+    timed_comm: TimedComm
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        self.timed_ranks.stage = stage
+        self.timed_comm.stage = stage
         with self.clock(stage):
             yield
 
-    def _read(self) -> Any:
-        with self._timed("read"):
-            return super()._read()
+    def _run(self, stage: Stage) -> list[Result]:
+        with self._timed(stage.name):
+            return super()._run(stage)
 
-    def _find_duplicates(self, *arguments: Any) -> Any:
+    def _deduplicate(self, *arguments: Any) -> Any:
         with self._timed("deduplicate"):
-            return super()._find_duplicates(*arguments)
-
-    def _select(self, *arguments: Any) -> Any:
-        with self._timed("select"):
-            return super()._select(*arguments)
-
-    def _tokenise(self, *arguments: Any) -> Any:
-        with self._timed("tokenise"):
-            return super()._tokenise(*arguments)
+            return super()._deduplicate(*arguments)
 
     def _pack(self, *arguments: Any) -> Any:
         with self._timed("pack"):
@@ -101,19 +94,19 @@ class TimedRun(CrawlRun):
 
 
 def run_timed(wet: Path, out: Path, tokenizer_path: Path, identify: bool, result: Path) -> None:
-    """One rank of one run."""
+    """Do one run on one rank."""
     clock = Clock()
-    ranks = TimedRanks(clock)
+    comm = TimedComm(clock)
     settings = ShardCC(tokenizer_path, out, (wet,), min_length=300)
     selection = load_selection(settings)
     identifier = TimedIdentifier(clock, selection.identifier if identify else None)
     selection = replace(selection, identifier=identifier)
-    ranks.on_main(lambda: out.mkdir(parents=True))
+    comm.on_main(lambda: out.mkdir(parents=True))
     wall = time.perf_counter()
     with clock("load the tokenizer"):
         tokenizer = load_tokenizer(tokenizer_path)
-    run = TimedRun(settings, ranks, find_wet_files(settings.input), tokenizer, selection)
-    run.clock, run.timed_ranks = clock, ranks
+    run = TimedRun(settings, comm, find_wet_files(settings.input), tokenizer, selection)
+    run.clock, run.timed_comm = clock, comm
     with clock("all"):
         report = run.run()
     seconds = {name: value for name, value in clock.seconds.items() if not name.startswith("units of ")}
@@ -128,8 +121,8 @@ def run_timed(wet: Path, out: Path, tokenizer_path: Path, identify: bool, result
         "units": {name: value for name, value in clock.seconds.items() if name.startswith("units of ")},
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    everyone = ranks.gather(measured)
-    if ranks.is_main:
+    everyone = comm.gather(measured)
+    if comm.is_main:
         write_json(result, everyone)
 
 

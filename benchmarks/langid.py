@@ -1,4 +1,4 @@
-"""How well and how fast pages are told apart by language, on labelled WET files.
+"""Quality and speed of language identification on labelled WET files.
 
     KSUB_DATA=DATA python benchmarks/langid.py [--json out.json]      # DATA/wet, DATA/text, DATA/langid
 
@@ -7,14 +7,14 @@ second on one core, for
 1. py3langid on windows of the page, the default. Targets: macro F1 0.98, 97 % of the others dropped, 2,000 pages/s.
 2. fastText's lid.176 on the whole page at threshold 0.5, CCNet's way, if DATA/langid holds the model.
 3. lingua (low accuracy mode, all its languages) on the same windows, on every tenth page, if it is installed
-   (pip install lingua-language-detector): the wheel that was the alternative.
+   (pip install lingua-language-detector): the alternative that needs no download either.
 
 The windows and the threshold were chosen on the first three files (sorted by name); the numbers are for the others.
 
-The rule for pages in two languages: a page is one when most of its characters stand in paragraphs that DATA/text
-holds under the source `mdn_retired`. Those are technical pages translated in part, about half English; their label
-names the language they were being translated to. They are counted apart, for "which language is it" has no right
-answer there: either is kept, and the score says how much of the page it is.
+A page counts as one in two languages when most of its characters are in paragraphs that DATA/text has under the source
+`mdn_retired`. Those are technical pages translated in part, about half English; their label names the language of the
+translation. They are counted separately, since neither language is wrong: the page is kept as either, and the score
+says how much of the page that is.
 """
 
 import os
@@ -36,7 +36,8 @@ from typing import Any, NamedTuple
 
 import measuring
 
-from ksub_ds.corpus.commoncrawl.langid import LANGUAGES, OTHER, LanguageIdentifier, cut_windows, load_identifier
+from ksub_ds.common.languages import LANGUAGES
+from ksub_ds.corpus.commoncrawl.langid import OTHER, LanguageIdentifier, cut_windows, load_identifier
 from ksub_ds.corpus.commoncrawl.wet import Page, read_wet
 
 TUNED_ON = 3  # files
@@ -53,7 +54,7 @@ class Labelled(NamedTuple):
 
 
 def read_pages(data: Path) -> list[Labelled]:
-    """The labelled pages of the files that nothing was tuned on."""
+    """Return the labelled pages of the files that were not used for tuning."""
     bilingual: set[str] = set()
     for path in sorted((data / "text").glob("*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as stream:
@@ -75,7 +76,7 @@ def read_pages(data: Path) -> list[Labelled]:
 
 
 class Lingua:
-    """lingua on the windows that WindowIdentifier takes."""
+    """lingua on the windows of WindowIdentifier."""
 
     def __init__(self) -> None:
         lingua: Any = importlib.import_module("lingua")
@@ -84,7 +85,7 @@ class Lingua:
         self.fingerprint = importlib.metadata.version("lingua-language-detector")
 
     def identify(self, texts: Sequence[str]) -> list[tuple[str, float]]:
-        """As the other identifiers, for the comparison."""
+        """Identify the language of each text, see LanguageIdentifier."""
         answers = []
         for text in texts:
             best = self._detector.compute_language_confidence_values(b" ".join(cut_windows(text)).decode())[0]
@@ -94,7 +95,7 @@ class Lingua:
 
 
 def quality(pages: list[Labelled], found: list[str]) -> dict[str, Any]:
-    """Precision, recall and F1 by language, their macro mean, and the share of other languages that is dropped."""
+    """Return precision, recall and F1 by language, their macro mean, and the share of other languages dropped."""
     pairs = Counter((page.label, name) for page, name in zip(pages, found, strict=True))
     languages = {}
     for language in LANGUAGES:
@@ -118,7 +119,7 @@ def quality(pages: list[Labelled], found: list[str]) -> dict[str, Any]:
 
 
 def measure(identifier: LanguageIdentifier, pages: list[Labelled]) -> dict[str, Any]:
-    """Quality on pages in one language, what became of those in two, and the best speed of REPEATS runs."""
+    """Return the quality on pages in one language, the answers for those in two, and the best speed of REPEATS runs."""
     texts = [page.text for page in pages]
     seconds = float("inf")
     for _ in range(REPEATS):

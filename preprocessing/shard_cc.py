@@ -16,8 +16,8 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.mpi import MPIComm
 from ksub_ds.common.options import parse
 from ksub_ds.corpus.commoncrawl.config import ShardCC
-from ksub_ds.corpus.commoncrawl.output import exit_line
 from ksub_ds.corpus.commoncrawl.pipeline import dry_run, shard_cc
+from ksub_ds.corpus.commoncrawl.report import exit_line
 from ksub_ds.corpus.statistics import corpus_table
 
 

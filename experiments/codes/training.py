@@ -78,7 +78,7 @@ def train(folder: Path, result: Path, name: str, codes: str, initialise: bool, t
         for step in range(training.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, training)
-            epoch, draw, index = sampler.draws(step, training.batch_size)
+            epoch, draw, index = sampler.samples(step, training.batch_size)
             ids, labels = mask_tokens(rows[index], sequence_keys(seed, epoch, draw), rule)
             # ------------------------------------------------------------------ the step
             input_ids_BT, labels_BT = (torch.from_numpy(array).to(device) for array in (ids, labels))

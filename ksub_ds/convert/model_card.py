@@ -9,10 +9,10 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, read_json
+from ksub_ds.common.languages import LANGUAGES
 from ksub_ds.convert.source import ExportSource, head_of
 from ksub_ds.pretrain.open_run import RunCheckpoint
 
-LANGUAGES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 CITATION = """    @misc{k-sub-embedding,
       title  = {Reconstructing Word Embeddings via Scattered k-Sub-Embedding},
       author = {Anonymous},

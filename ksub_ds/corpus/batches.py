@@ -1,10 +1,20 @@
-"""Batches for training and for the held-out measure, as numpy arrays.
+"""Batches for training and for held-out evaluation, as numpy arrays.
 
     data = TrainingBatches(dataset, global_batch_size=256, alpha=1.0, seed=0, mlm_probability=0.15)
     batch = data.batch(step, start, stop)   # rows start..stop of the global batch of optimizer step `step`
 
-A rank asks for its own slice; the slices of all ranks together are the same global batch on any
-number of ranks.
+A rank takes its own slice; the slices of all ranks together are the same global batch on any number of ranks.
+
+**Sampling.** Which sequence is where is a pure function of (seed, step). Position g = step x global batch size + i
+counts samples since the beginning of training; the epoch is g // epoch_size and the index in the epoch g % epoch_size.
+A keyed permutation maps the index to a slot, and slots belong to languages. Each language goes through its own
+sequences in passes, shuffled anew for each pass. So any step is computed directly (resuming costs nothing), the
+number of ranks does not matter, and nothing is stored.
+
+**Language smoothing** (Conneau & Lample 2019, section 3.1): language l gets a share of the epoch proportional to
+n_l ** alpha. With alpha = 1, the paper's, every sequence occurs exactly once in each epoch. With alpha < 1 small
+languages are repeated evenly (no sequence a second time more often than another), and large ones continue in the next
+epoch where they stopped.
 """
 
 from collections.abc import Iterator
@@ -15,35 +25,25 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.masking import MaskingRule, derive_key, mask_tokens, mix64, sequence_keys
 from ksub_ds.corpus.shards.dataset import ShardDataset
 
-# Merged docstring, to be folded in:
-# """Which sequence stands where: a pure function of (seed, step), with language smoothing.
-#
-# Position g = step x global batch size + i counts draws since the beginning of training; the epoch is g // epoch_size
-# and the draw g % epoch_size. A keyed permutation sends the draw to a slot; slots belong to languages;
-# each language deals its own sequences like a deck of cards, reshuffled when it runs out. So any step
-# is computed directly (resuming costs nothing), the number of ranks plays no role, and nothing is stored.
-#
-# Language smoothing (Conneau & Lample 2019, section 3.1): language l gets a share proportional to
-# n_l ** alpha. alpha = 1 is the paper's: every sequence exactly once an epoch. With alpha < 1
-# small languages are repeated evenly (no sequence a second time more often than another) and large
-# ones continue in the next epoch where they stopped.
-# """
-
-
+Batch = dict[str, np.ndarray]
 _ROUNDS = 8
-_BLOCK = 1 << 15  # draws computed at once; only speed depends on it
+_HELD_OUT_EPOCH = 2**62  # no training run reaches this epoch: held-out masks are never training masks
+_BLOCK = 1 << 15  # samples computed at once; only speed depends on it
 
 
 def permute(values: np.ndarray, size: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """A keyed permutation of range(size), elementwise and without storing it.
+    """Apply a keyed permutation of range(size) elementwise, without storing it.
 
     A Feistel network on Z_a x Z_b with a * b >= size, a and b near its root (Black & Rogaway 2002,
-    "Ciphers with arbitrary finite domains", method 3): results outside the range are sent through again.
+    "Ciphers with arbitrary finite domains", method 3): results outside the range go through it again.
 
     Args:
         values: (n,) integers, each in [0, its size).
         size: (n,) sizes.
         keys: (n,) uint64; equal keys and sizes give the same permutation.
+
+    Returns:
+        (n,) int64, each in [0, its size).
     """
     values, size = values.astype(np.int64), size.astype(np.int64)
     a = np.ceil(np.sqrt(size)).astype(np.int64)
@@ -52,9 +52,9 @@ def permute(values: np.ndarray, size: np.ndarray, keys: np.ndarray) -> np.ndarra
     todo = np.arange(len(values))
     while todo.size:
         left, right = np.divmod(values, b)
-        for turn in range(_ROUNDS):
-            salt = keys + np.uint64(turn << 32)
-            if turn % 2 == 0:
+        for number in range(_ROUNDS):
+            salt = keys + np.uint64(number << 32)
+            if number % 2 == 0:
                 left = (left + _noise(right, salt)) % a
             else:
                 right = (right + _noise(left, salt)) % b
@@ -73,11 +73,19 @@ def _noise(values: np.ndarray, salt: np.ndarray) -> np.ndarray:
 
 
 def language_quotas(counts: np.ndarray, alpha: float) -> np.ndarray:
-    """How many of an epoch's sum(counts) draws each language gets; largest remainders, at least one each."""
+    """Share out an epoch's sum(counts) samples among the languages.
+
+    Args:
+        counts: (languages,) sequences of each.
+        alpha: smoothing exponent.
+
+    Returns:
+        (languages,) int64 by largest remainders, at least one each; the sum is that of `counts`.
+    """
     weights = counts.astype(np.float64) ** alpha
     exact = weights / weights.sum() * counts.sum()
     quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
-    while quotas.sum() > counts.sum():  # the floor of one pushed the sum over
+    while quotas.sum() > counts.sum():  # the minimum of one has made the sum too large
         quotas[np.argmax(quotas - exact * (quotas > 1))] -= 1
     order = np.argsort(-(exact - np.floor(exact)), kind="stable")
     missing = int(counts.sum() - quotas.sum())
@@ -86,10 +94,10 @@ def language_quotas(counts: np.ndarray, alpha: float) -> np.ndarray:
 
 
 class Sampler:
-    """The order of sequences.
+    """The order of the sequences in training.
 
     Args:
-        counts: sequences of each language; languages are taken in sorted order.
+        counts: sequences of each language; languages are numbered in sorted order.
         alpha: smoothing exponent, in (0, 1]; 1 = proportional to size.
         seed: the recipe's seed.
 
@@ -114,23 +122,27 @@ class Sampler:
         )
         self._block: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.int64))
 
-    def draws(self, step: int, global_batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The global batch of one optimizer step.
+    def samples(self, step: int, global_batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the samples of the global batch of one optimizer step.
+
+        Args:
+            step: of the optimizer, from 0.
+            global_batch_size: samples of a step, over all ranks and micro-steps.
 
         Returns:
-            (epoch, draw index in the epoch, sequence index over the concatenated sorted languages), each
+            (epoch, index in the epoch, sequence index over the concatenated sorted languages), each
             (global_batch_size,) int64. A batch may cross the edge of an epoch.
         """
         position = step * global_batch_size + np.arange(global_batch_size, dtype=np.int64)
-        epoch, draw = np.divmod(position, self.epoch_size)
+        epoch, index = np.divmod(position, self.epoch_size)
         first, last = int(position[0]) // _BLOCK, int(position[-1]) // _BLOCK
         if first == last:
-            return epoch, draw, self._sequences(first)[position - first * _BLOCK]
+            return epoch, index, self._sequences(first)[position - first * _BLOCK]
         blocks = np.concatenate([self._sequences(block) for block in range(first, last + 1)])
-        return epoch, draw, blocks[position - first * _BLOCK]
+        return epoch, index, blocks[position - first * _BLOCK]
 
     def _sequences(self, block: int) -> np.ndarray:
-        """Sequence indices of the draws of one block, counted from the beginning of training."""
+        """Return the sequence indices of one block of samples; blocks count from the beginning of training."""
         number, sequences = self._block
         if number != block:
             position = block * _BLOCK + np.arange(_BLOCK, dtype=np.int64)
@@ -138,25 +150,22 @@ class Sampler:
             self._block = block, sequences
         return sequences
 
-    def _compute(self, epoch: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    def _compute(self, epoch: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Return the sequence index of each sample, (n,) int64."""
         first = int(epoch[0])
         epoch_keys = [derive_key(self._seed, 1, number) for number in range(first, int(epoch[-1]) + 1)]
         keys = np.array(epoch_keys, dtype=np.uint64)[epoch - first]
-        slot = permute(draw, np.full_like(draw, self.epoch_size), keys)
+        slot = permute(index, np.full_like(index, self.epoch_size), keys)
         language = np.searchsorted(self._slots, slot, side="right")
         quota, count = self._quotas[language], self._counts[language]
-        card = epoch * quota + slot - (self._slots[language] - quota)  # cards this language has dealt before
-        deck, place = np.divmod(card, count)
-        keys = mix64(self._language_keys[language] + deck.astype(np.uint64))
-        return self._offsets[language] + permute(place, count, keys)
-
-
-Batch = dict[str, np.ndarray]
-_HELD_OUT_EPOCH = 2**62  # an epoch no training run reaches: held-out masks are never training masks
+        earlier = epoch * quota + slot - (self._slots[language] - quota)  # samples of this language before this one
+        number, order = np.divmod(earlier, count)  # of the pass over the language, and the position in it
+        keys = mix64(self._language_keys[language] + number.astype(np.uint64))
+        return self._offsets[language] + permute(order, count, keys)
 
 
 def masking_rule(dataset: ShardDataset, mlm_probability: float) -> MaskingRule:
-    """The masking rule for the tokenizer that a data set was made with."""
+    """Return the masking rule for the tokenizer that a data set was made with."""
     tokenizer = dataset.manifest["tokenizer"]
     return MaskingRule(mlm_probability, tokenizer["mask_id"], tuple(tokenizer["special_ids"]), tokenizer["vocab_size"])
 
@@ -165,7 +174,7 @@ def _masked_batch(dataset: ShardDataset, rows: np.ndarray, keys: np.ndarray, rul
     input_ids, labels = mask_tokens(rows, keys, rule)
     batch = {"input_ids": input_ids, "labels": labels}
     pad_id = dataset.manifest["tokenizer"]["pad_id"]
-    if (rows[:, -1] == pad_id).any():  # padding stands only at the end of a row
+    if (rows[:, -1] == pad_id).any():  # padding is only at the end of a row
         batch["attention_mask"] = (rows != pad_id).astype(np.int64)
     return batch
 
@@ -176,7 +185,7 @@ class TrainingBatches:
     Args:
         dataset: opened shards.
         global_batch_size: sequences per optimizer step, over all ranks and micro-steps.
-        alpha: language smoothing (sampling.py).
+        alpha: exponent of language smoothing, in (0, 1].
         seed: the recipe's seed.
         mlm_probability: share of tokens to predict.
     """
@@ -189,25 +198,25 @@ class TrainingBatches:
         self._rule = masking_rule(dataset, mlm_probability)
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of the global batch of optimizer step `step` (from 0).
+        """Return rows [start, stop) of the global batch of optimizer step `step` (from 0).
 
         Returns:
-            input_ids and labels, (stop - start, T) int64; attention_mask too when a row holds padding.
+            input_ids and labels, (stop - start, T) int64; attention_mask too when a row has padding.
         """
-        epochs, draws, sequences = self.sampler.draws(step, self.global_batch_size)
+        epochs, indices, sequences = self.sampler.samples(step, self.global_batch_size)
         part = slice(start, stop)
         rows = self._dataset.gather("train", sequences[part])
-        return _masked_batch(self._dataset, rows, sequence_keys(self._seed, epochs[part], draws[part]), self._rule)
+        return _masked_batch(self._dataset, rows, sequence_keys(self._seed, epochs[part], indices[part]), self._rule)
 
 
 class HeldOutBatches:
-    """The held-out rows with fixed masks: the same numbers at every evaluation, in every run.
+    """Held-out rows with fixed masks, the same at every evaluation and in every run.
 
     Args:
         dataset: opened shards.
-        sequences_per_language: how many rows a language gives, spread evenly over what it has.
+        sequences_per_language: rows of each language, spread evenly over those it has.
         mlm_probability: share of tokens to predict.
-        batch_size: rows a batch; a batch holds one language.
+        batch_size: rows of a batch; a batch holds one language.
         seed: fixes the masks.
     """
 
@@ -232,7 +241,7 @@ class HeldOutBatches:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[tuple[str, Batch]]:
-        """Pairs (language, batch) with batches as TrainingBatches gives them."""
+        """Yield (language, batch), with batches as those of TrainingBatches."""
         for language, indices in self._plan:
             rows = self._dataset.gather("validation", indices, language)
             keys = sequence_keys(self._seed, np.full(len(indices), _HELD_OUT_EPOCH), indices)

@@ -1,9 +1,9 @@
-"""RoBERTa's dynamic masking, keyed by sequence instead of drawn from a running generator.
+"""RoBERTa's dynamic masking, from a hash of each sample instead of a running generator.
 
 15 % of the ordinary tokens are predicted; of these 80 % become `<mask>`, 10 % another ordinary token,
-10 % stay (Devlin et al. 2019, section 3.1; Liu et al. 2019, section 4.1). Special tokens are never
-masked and never put in. Every decision is a hash of (key of the sequence, position), so the
-same sequence gets the same mask whatever the rank, the worker or the batch it falls in.
+10 % are kept (Devlin et al. 2019, section 3.1; Liu et al. 2019, section 4.1). Special tokens are never
+masked and never inserted. Every decision is a hash of (key of the sample, position), so that a sample
+gets the same mask on any rank, in any worker and in any batch.
 
 Legend: B sequences, T positions, P predicted positions.
 """
@@ -16,12 +16,12 @@ import numpy as np
 IGNORE = -100  # the label of a position that is not predicted
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = 0xFFFFFFFFFFFFFFFF
-_MASKED = np.uint64(round(0.8 * 2**32))  # of 32 random bits: below, the position is masked;
-_REPLACED = np.uint64(round(0.9 * 2**32))  # from here on it gets another token; between, it stays
+_MASKED = np.uint64(round(0.8 * 2**32))  # 32 random bits below this: the position is masked;
+_REPLACED = np.uint64(round(0.9 * 2**32))  # from here on: it gets another token; in between: it is kept
 
 
 def mix64(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser, elementwise and in place on a uint64 array: a good hash of a counter."""
+    """Apply splitmix64's finaliser, a good hash of a counter, elementwise and in place to a uint64 array."""
     shifted = values >> np.uint64(30)
     values ^= shifted
     values *= np.uint64(0xBF58476D1CE4E5B9)
@@ -35,7 +35,7 @@ def mix64(values: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1 << 12)
 def derive_key(*parts: int) -> int:
-    """One 64-bit key out of integers, each of which changes all of it (for example seed, epoch)."""
+    """Derive a 64-bit key from integers (for example seed, epoch), each of which changes all of its bits."""
     key = np.zeros(1, dtype=np.uint64)
     for part in parts:
         key += np.uint64((part + 1) * _GOLDEN & _MASK64)
@@ -43,23 +43,32 @@ def derive_key(*parts: int) -> int:
     return int(key[0])
 
 
-def sequence_keys(seed: int, epochs: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """(B,) uint64 keys of the draws: different for every (seed, epoch, draw)."""
+def sequence_keys(seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Return the keys of B samples, different for every (seed, epoch, index in the epoch).
+
+    Args:
+        seed: of the run.
+        epochs: (B,) integers.
+        indices: (B,) integers.
+
+    Returns:
+        (B,) uint64.
+    """
     keys = np.asarray(epochs).astype(np.uint64) * np.uint64(_GOLDEN)
     keys += np.uint64(derive_key(seed, 0x6D61736B))
     mix64(keys)
-    keys += np.asarray(draws).astype(np.uint64) * np.uint64(_GOLDEN)
+    keys += np.asarray(indices).astype(np.uint64) * np.uint64(_GOLDEN)
     return mix64(keys)
 
 
 @dataclass(frozen=True)
 class MaskingRule:
-    """What masking needs to know of the tokenizer, and the probability.
+    """The probability of masking, and what masking needs to know of the tokenizer.
 
     Attributes:
         mlm_probability: share of the ordinary tokens to predict, in [0, 1].
         mask_id: id of `<mask>`.
-        special_ids: ids never masked and never put in; sorted.
+        special_ids: ids that are never masked and never inserted; sorted.
         vocab_size: N; random tokens are ordinary ids below it.
     """
 
@@ -98,9 +107,9 @@ def mask_tokens(ids: np.ndarray, keys: np.ndarray, rule: MaskingRule) -> tuple[n
     row = chosen // length
     position = chosen - row * length
     second = mix64(keys[row] + (position + pairs + 1).astype(np.uint64) * np.uint64(_GOLDEN))
-    fate = second >> np.uint64(32)
-    substitute = np.where(fate < _MASKED, rule.mask_id, tokens)
-    random = np.flatnonzero(fate >= _REPLACED)
+    action = second >> np.uint64(32)
+    substitute = np.where(action < _MASKED, rule.mask_id, tokens)
+    random = np.flatnonzero(action >= _REPLACED)
     substitute[random] = _ordinary_tokens(second[random] & np.uint64(0xFFFFFFFF), rule)
     flat_inputs[chosen] = substitute
     return input_ids, labels
@@ -108,14 +117,14 @@ def mask_tokens(ids: np.ndarray, keys: np.ndarray, rule: MaskingRule) -> tuple[n
 
 @functools.lru_cache(maxsize=4)
 def _is_ordinary(rule: MaskingRule) -> np.ndarray:
-    """(N,) whether a token may be masked and put in."""
+    """Return (N,) bool, whether a token may be masked and inserted."""
     table = np.ones(rule.vocab_size, dtype=bool)
     table[list(rule.special_ids)] = False
     return table
 
 
 def _ordinary_tokens(noise: np.ndarray, rule: MaskingRule) -> np.ndarray:
-    """Ordinary token ids from 32-bit noise: scale to the count of ordinary ids, then step over the special ones."""
+    """Return ordinary token ids from 32-bit noise: scale to the number of ordinary ids, then skip the special ones."""
     tokens = (noise * np.uint64(rule.vocab_size - len(rule.special_ids)) >> np.uint64(32)).astype(np.int64)
     for special in sorted(rule.special_ids):
         tokens += tokens >= special

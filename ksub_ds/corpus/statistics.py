@@ -1,4 +1,4 @@
-"""Table 7 of the paper for any shards folder: tokens and size per language, the paper's beside."""
+"""Statistics of token shards: Table 7 of the paper for any shards folder, and how often each token occurs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,18 +8,20 @@ import numpy as np
 
 from ksub_ds.corpus.shards.dataset import SPLITS, ShardDataset, read_manifest
 
-# Merged docstring, to be folded in:
-# """How often tokens occur in shards.
-#
-# N tokens, B rows of T tokens at a time
-# """
-
-
-SAMPLE_ROWS = 20_000  # of a language: 10M tokens in rows of 512, counted in a tenth of a second
+SAMPLE_ROWS = 20_000  # of a language: 10 M tokens in rows of 512, counted in a tenth of a second
 
 
 def token_frequency(blocks: Iterable[np.ndarray], num_tokens: int, special_ids: tuple[int, ...]) -> np.ndarray:
-    """(N,) how often each token occurs in (B, T) blocks; special tokens count as absent."""
+    """Count how often each of N tokens occurs.
+
+    Args:
+        blocks: (B, T) token ids at a time.
+        num_tokens: N.
+        special_ids: ids that count as absent.
+
+    Returns:
+        (N,) int64.
+    """
     frequency = np.zeros(num_tokens, dtype=np.int64)
     for ids in blocks:
         frequency += np.bincount(ids.reshape(-1), minlength=num_tokens)
@@ -28,13 +30,14 @@ def token_frequency(blocks: Iterable[np.ndarray], num_tokens: int, special_ids: 
 
 
 def log_frequency(dataset: ShardDataset, alpha: float) -> np.ndarray:
-    """(N,) log frequency of each token in training as the sampler draws it; the most frequent token has 0.
+    """Return the (N,) log frequency of each token in training, relative to the most frequent token, which has 0.
 
     Counted on rows spread evenly over each language, at most SAMPLE_ROWS of them. Half an occurrence is added to each
     token, so that those not seen, special ones among them, have a finite value.
 
     Args:
-        alpha: language smoothing (sampling.py).
+        dataset: opened shards.
+        alpha: exponent of language smoothing (batches.py).
     """
     tokenizer = dataset.manifest["tokenizer"]
     num_tokens, special_ids = tokenizer["vocab_size"], tuple(tokenizer["special_ids"])
@@ -59,9 +62,13 @@ PAPER = {
 
 @dataclass(frozen=True)
 class LanguageStatistics:
-    """One language: documents, rows and tokens of both splits together.
+    """The numbers of one language, both splits together.
 
     Attributes:
+        language: its code.
+        documents: that have a token.
+        sequences: rows of both splits.
+        held_out_sequences: rows of the split "validation".
         tokens: tokens of the text, special tokens not counted.
         bytes: UTF-8 bytes of the text.
         skipped: documents and files that could not be read.
@@ -77,7 +84,7 @@ class LanguageStatistics:
 
 
 def corpus_statistics(folder: str | Path) -> list[LanguageStatistics]:
-    """The numbers of a shards folder, from its manifest; sorted by language."""
+    """Return the numbers of a shards folder, from its manifest, sorted by language."""
     rows = []
     for language, entry in sorted(read_manifest(Path(folder))["languages"].items()):
         total = {
@@ -91,7 +98,7 @@ def corpus_statistics(folder: str | Path) -> list[LanguageStatistics]:
 
 
 def corpus_table(folder: str | Path) -> str:
-    """Those numbers as text, with the paper's Table 7 beside them."""
+    """Return the numbers of a shards folder as text, beside those of the paper's Table 7."""
     rows = corpus_statistics(folder)
     head = f"{'language':<10}{'documents':>12}{'sequences':>12}{'held out':>10}"
     lines = [

@@ -1,4 +1,4 @@
-"""Batches: the same global batch on any number of ranks, and a held-out measure that never moves."""
+"""Batches: the same global batch on any number of ranks, and held-out batches that never change."""
 
 from pathlib import Path
 

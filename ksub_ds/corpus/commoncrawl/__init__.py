@@ -1,1 +1,1 @@
-"""Common Crawl's WET files in, token shards out, by CCNet's rules."""
+"""The pipeline from Common Crawl's WET files to token shards, by CCNet's rules."""

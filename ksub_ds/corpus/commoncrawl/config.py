@@ -1,16 +1,16 @@
-"""The settings of a run over Common Crawl: the command line of preprocessing/shard_cc.py, and its checks."""
+"""The settings of a run over Common Crawl (the command line of preprocessing/shard_cc.py), and their checks."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.languages import LANGUAGES
 from ksub_ds.corpus.commoncrawl.dedup import Mode
 from ksub_ds.corpus.commoncrawl.inputs import BASE_URL, check_request
-from ksub_ds.corpus.commoncrawl.langid import LANGUAGES, IdentifierName
+from ksub_ds.corpus.commoncrawl.langid import IdentifierName
 from ksub_ds.corpus.commoncrawl.perplexity import BUCKETS
-
-SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
+from ksub_ds.corpus.shards.writer import check_shard_settings
 
 
 @dataclass
@@ -40,11 +40,11 @@ class ShardCC:
     dedup: Mode = "keep-first"
     """Which copies of a paragraph stay: the first, none of several (as CCNet), or all."""
     langid: IdentifierName = "py3langid"
-    """Who identifies the language: py3langid brings its model, fasttext needs --langid-model."""
+    """Language identifier: py3langid comes with its model, fasttext needs --langid-model."""
     langid_model: Path | None = None
     """fastText's lid.176.bin or lid.176.ftz."""
     langid_threshold: float | None = None
-    """Least confidence that keeps a page. [0.5]"""
+    """Lowest confidence with which a page is kept. [0.5]"""
     languages: tuple[str, ...] = LANGUAGES
     """The languages to keep."""
     lm_models: Path | None = None
@@ -54,46 +54,47 @@ class ShardCC:
     min_length: int = 300
     """Characters a page needs after deduplication."""
     sequence_length: int = 512
-    """Tokens a row, <s> and </s> included."""
+    """Tokens per row, <s> and </s> included."""
     validation_fraction: float = 0.01
     """Share of the documents held out for evaluation, chosen by a hash of their text."""
     text_out: Path | None = None
     """Also write the documents as CCNet's JSON lines to this folder."""
     keep_work: bool = False
-    """Keep OUT/work, the files between the stages, for runs with other settings of the later stages."""
+    """Keep OUT/work, the intermediate files, for runs with other settings of the later stages."""
     dry_run: bool = False
     """Estimate disk and time from a sample; write nothing."""
 
 
 def check(settings: ShardCC) -> None:
-    """Raise UserError for a setting out of range, or a place to write that is none."""
+    """Check the settings.
+
+    Raises:
+        UserError: a setting out of range, or an unusable output path.
+    """
     if bool(settings.input) == (settings.snapshot is not None):
         raise UserError("give either --input FILES or --snapshot NAME")
     if settings.snapshot is not None:
         check_request(settings.snapshot, settings.segments, settings.base_url, settings.connections)
     if settings.min_length < 1:
         raise UserError(f"--min-length {settings.min_length}: must be at least 1")
-    if not SHORTEST_SEQUENCE <= settings.sequence_length <= LONGEST_SEQUENCE:
-        raise UserError(
-            f"--sequence-length {settings.sequence_length}: must lie in {SHORTEST_SEQUENCE}..{LONGEST_SEQUENCE}"
-        )
-    if not 0 <= settings.validation_fraction < 1:
-        raise UserError(
-            f"--validation-fraction {settings.validation_fraction}: must lie in [0, 1); the default is 0.01"
-        )
+    check_shard_settings(settings.sequence_length, settings.validation_fraction)
     if not settings.keep_buckets:
         raise UserError(f"--keep-buckets: name at least one of {', '.join(BUCKETS)}")
     for language in settings.languages or ("",):
         if language not in LANGUAGES:
             raise UserError(f"--languages {language}: must be of {', '.join(LANGUAGES)}")
-    _check_places(settings)
+    _check_output_paths(settings)
 
 
-def _check_places(settings: ShardCC) -> None:
-    """Nothing is written where it would be read, or where it would mix with other things."""
+def _check_output_paths(settings: ShardCC) -> None:
+    """Check that no output folder lies in an input folder or is used twice.
+
+    Raises:
+        UserError: one does, or is.
+    """
     for option, folder in (("--out", settings.out), ("--text-out", settings.text_out)):
         for entry in settings.input:
             if folder is not None and entry.is_dir() and folder.resolve().is_relative_to(entry.resolve()):
                 raise UserError(f"{option} {folder}: lies in the input folder {entry}; write somewhere else")
     if settings.text_out is not None and settings.text_out.resolve() == settings.out.resolve():
-        raise UserError(f"--text-out {settings.text_out}: is --out too; give the text a folder of its own")
+        raise UserError(f"--text-out {settings.text_out}: is --out too; give the text a separate folder")

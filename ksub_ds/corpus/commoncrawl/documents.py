@@ -1,6 +1,6 @@
-"""The pages that are kept, between the stages and as CCNet writes them.
+"""Files of the pages that are kept: for the next stages, and as CCNet writes them.
 
-Between the stages: one compressed Arrow stream a WET file, in the order of its pages. For others, on
+For the next stages: a compressed Arrow stream for each WET file, in the order of its pages. For other programs, on
 request: CCNet's JSON lines, `<lang>_<bucket>_<file>.json.gz`.
 """
 
@@ -23,13 +23,16 @@ class Document:
     """A page after deduplication.
 
     Attributes:
-        page: as it was read.
+        page: the page as it was read.
         title: its first line.
-        lines: how many lines it had.
-        line_ids: which of them are left, from 0.
-        text: these, joined.
+        lines: number of lines it had.
+        line_ids: which of them are kept, from 0.
+        text: the kept lines, joined.
         size: of the text, in UTF-8 bytes.
-        language, language_score, bucket, perplexity: filled in by the later stages.
+        language: identified; with score, bucket and perplexity filled in when the page is selected.
+        language_score: in 0..1.
+        bucket: all, head, middle or tail.
+        perplexity: None without a language model.
     """
 
     page: Page
@@ -66,7 +69,7 @@ def _schema() -> Any:
 
 
 class DocumentWriter:
-    """Writes one file's documents, batch by batch; published when the block ends well."""
+    """Writes one file's documents, batch by batch; the file gets its name when the block ends without an error."""
 
     def __init__(self, path: Path):
         self._path, self._stack = path, ExitStack()
@@ -82,6 +85,7 @@ class DocumentWriter:
         return self
 
     def write(self, documents: list[Document]) -> None:
+        """Add a batch of documents."""
         import pyarrow as pa
 
         if not documents:
@@ -108,7 +112,7 @@ class DocumentWriter:
 
 
 def read_documents(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, list[Any]]]:
-    """The documents of a file, a batch at a time, as lists by column."""
+    """Yield the documents of a file, a batch at a time, as lists by column."""
     import pyarrow as pa
 
     with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as stream:
@@ -116,21 +120,22 @@ def read_documents(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, l
             yield {name: batch.column(name).to_pylist() for name in columns}
 
 
-def write_ccnet(source: Path, folder: Path, unit: int, segment: str) -> list[dict[str, Any]]:
-    """Write one file's documents as CCNet's JSON lines.
+def write_ccnet(documents: Path, unit: int, segment: str, *, folder: Path) -> dict[str, Any]:
+    """Write one file's documents as CCNet's JSON lines, <lang>_<bucket>_<unit>.json.gz.
 
     Args:
-        source: the documents.
-        folder: of the output, <lang>_<bucket>_<unit>.json.gz.
-        segment: the WET file's name, CCNet's "cc_segment".
+        documents: of the stage select.
+        unit: number of the WET file.
+        segment: name of the WET file, CCNet's "cc_segment".
+        folder: of the output.
 
     Returns:
-        Path, documents and sha256 of each file.
+        "files": path, documents and sha256 of each.
     """
     written: dict[str, int] = {}
     streams: dict[str, gzip.GzipFile] = {}
     with ExitStack() as stack:
-        for batch in read_documents(source, tuple(_schema().names)):
+        for batch in read_documents(documents, tuple(_schema().names)):
             for values in zip(*batch.values(), strict=True):
                 record = dict(zip(batch, values, strict=True))
                 name = f"{record['language']}_{record['bucket']}_{unit:04d}.json.gz"
@@ -138,10 +143,11 @@ def write_ccnet(source: Path, folder: Path, unit: int, segment: str) -> list[dic
                     streams[name] = _open_gzip(stack, folder / name)
                 streams[name].write(json.dumps(_ccnet_record(record, segment), ensure_ascii=False).encode() + b"\n")
                 written[name] = written.get(name, 0) + 1
-    return [
-        {"path": name, "documents": documents, "sha256": sha256_file(folder / name)}
-        for name, documents in sorted(written.items())
+    files = [
+        {"path": name, "documents": count, "sha256": sha256_file(folder / name)}
+        for name, count in sorted(written.items())
     ]
+    return {"files": files}
 
 
 def _open_gzip(stack: ExitStack, path: Path) -> gzip.GzipFile:
@@ -151,7 +157,7 @@ def _open_gzip(stack: ExitStack, path: Path) -> gzip.GzipFile:
 
 
 def _ccnet_record(record: dict[str, Any], segment: str) -> dict[str, Any]:
-    """The fields of CCNet's output, in its order; lengths in characters."""
+    """Return the fields of CCNet's output, in its order; lengths are in characters."""
     text = record["raw_content"]
     try:
         domain = urlsplit(record["url"]).netloc

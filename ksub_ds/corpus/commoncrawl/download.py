@@ -1,11 +1,11 @@
-"""Downloads into a cache folder that many processes share: few connections, resumed, whole or absent.
+"""Downloads into a cache folder that several processes share: few connections, resumed, files whole or absent.
 
     Downloads("https://data.commoncrawl.org", Path("cache")).fetch(["crawl-data/CC-MAIN-2019-09/wet.paths.gz"])
 
 The folder mirrors the server's layout. A download holds the lock of its file and one of `connections` lock files, so
-the limit is for all processes together (the ranks of an MPI job), and every file comes once. Failed requests are
-repeated after a pause that doubles, with jitter; what had come of a file before a cut stays, and the rest is asked
-for by Range. A file is published under its name only when it is as long as the server said.
+the limit holds for all processes together (the ranks of an MPI job), and every file is downloaded once. Failed requests
+are repeated after a pause that doubles, with jitter; after a broken connection only the rest of the file is requested,
+by Range. A file gets its name only when it is as long as the server said.
 """
 
 import contextlib
@@ -33,21 +33,21 @@ CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a download waits and how often it tries again. Times in seconds."""
+    """How long a download waits and how often it is retried; times in seconds."""
 
     timeout: float = 30.0
-    """Silence of the server that ends a connection."""
+    """Without data for so long, a connection is closed."""
     first_pause: float = 1.0
-    """Before the second attempt; doubles with every further one, times a random 0.5..1.5."""
+    """Pause before the second attempt; doubles with every further one, times a random 0.5..1.5."""
     longest_pause: float = 120.0
     attempts: int = 10
-    """Attempts in a row that bring no new byte before a download is given up."""
+    """Attempts in a row without a new byte after which a download fails."""
     first_attempts: int = 4
-    """The same, until the server has answered for the first time: its name may be misspelt."""
+    """The same before the server has answered for the first time: its name may be misspelt."""
 
 
 class _Retry(Exception):
-    """An attempt failed in a way that a later one may not; the message says how."""
+    """An attempt failed, but a later one may succeed; the message says how it failed."""
 
     def __init__(self, reason: str, pause: float = 0.0):
         super().__init__(reason)
@@ -59,7 +59,7 @@ class Downloads:
 
     Args:
         base_url: http or https, without a slash at the end.
-        cache: the folder; a file's place in it is its path on the server.
+        cache: the folder; a file's path in it is that on the server.
         connections: downloads at a time, over all processes that share the folder.
         patience: time limits and attempts; None for the defaults.
     """
@@ -70,9 +70,9 @@ class Downloads:
         self._stop, self._answered = threading.Event(), threading.Event()
 
     def fetch(self, paths: list[str]) -> list[Path]:
-        """The local files of `paths`, in that order, after fetching what is missing.
+        """Fetch the files that are missing and return the local files of `paths`, in that order.
 
-        The caller vouches for the paths: each becomes one below the cache folder.
+        The caller has checked that every path stays below the cache folder.
 
         Raises:
             UserError: a file that is not there, a server that does not answer, a folder that cannot be written to.
@@ -85,7 +85,7 @@ class Downloads:
         if missing:
             self._make_folder(self._cache)
             done: queue.Queue[int | BaseException] = queue.Queue()
-            # Daemons: Ctrl-C must not wait for a silent server. What they leave is resumed by the next run.
+            # Daemons: Ctrl-C must not wait for a silent server. The next run resumes what they leave.
             for _ in range(min(self._connections, missing)):
                 threading.Thread(target=self._work, args=(todo, done), daemon=True).start()
             try:
@@ -114,9 +114,9 @@ class Downloads:
                 with _locked(target.with_name(f".{target.name}.lock")) as mine:
                     if mine and not target.is_file():
                         done.put(self._download(path, target))
-                    elif mine:  # another process was faster
+                    elif mine:  # another process has downloaded it
                         done.put(0)
-                if not mine:  # another process is at it: see to the others first
+                if not mine:  # another process is downloading it: take the others first
                     todo.put(path)
                     time.sleep(0.05 + 0.1 * random.random())
             except OSError as error:
@@ -134,7 +134,11 @@ class Downloads:
             raise UserError(f"--cache {folder}: cannot be made a folder ({error.strerror})") from error
 
     def _download(self, path: str, target: Path) -> int:
-        """Download one file; returns the bytes that came. The caller holds the file's lock."""
+        """Download one file and return the bytes received. The caller holds the file's lock.
+
+        Raises:
+            UserError: the file is not there, or too many attempts failed.
+        """
         url = f"{self._base_url}/{path}"
         partial = target.with_name(f".{target.name}.partial")
         received = failures = 0
@@ -166,7 +170,7 @@ class Downloads:
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[None]:
-        """Wait for one of the connections that all processes on this cache folder share."""
+        """Wait for one of the connections that all processes with this cache folder share."""
         while True:
             for number in random.sample(range(self._connections), self._connections):
                 with _locked(self._cache / f".connection{number}.lock") as mine:
@@ -176,20 +180,25 @@ class Downloads:
             time.sleep(0.05 + 0.1 * random.random())
 
     def _attempt(self, url: str, partial: Path) -> None:
-        """One request that appends to `partial` what it lacks. Raises _Retry unless the file is whole afterwards."""
+        """Make one request and append to `partial` what it lacks.
+
+        Raises:
+            _Retry: the file is still not complete.
+            UserError: the file is too large.
+        """
         offset = partial.stat().st_size if partial.exists() else 0
         etag_path = partial.with_suffix(".etag")
         request = urllib.request.Request(url, headers={"User-Agent": "ksub_ds", "Accept-Encoding": "identity"})
         if offset:
             request.add_header("Range", f"bytes={offset}-")
-            if etag_path.exists():  # a file that changed in between comes whole
+            if etag_path.exists():  # if the file has changed, the server sends all of it
                 request.add_header("If-Range", etag_path.read_text(encoding="ascii"))
         with _open(request, self._patience.timeout, partial, self._answered) as response:
-            offset, total = _place(response, offset)
+            offset, total = _body_range(response, offset)
             if total > LARGEST_FILE:
                 raise UserError(f"{url}: is said to have {total:,} bytes, more than a WET file has")
             etag = response.headers.get("ETag", "")
-            if re.fullmatch(r'"[\x21\x23-\x7e]{1,200}"', etag):  # weak ones (W/...) do not serve
+            if re.fullmatch(r'"[\x21\x23-\x7e]{1,200}"', etag):  # weak ones (W/...) do not work with If-Range
                 etag_path.write_text(etag, encoding="ascii")
             else:
                 etag_path.unlink(missing_ok=True)
@@ -208,14 +217,19 @@ class Downloads:
 def _open(
     request: urllib.request.Request, timeout: float, partial: Path, answered: threading.Event
 ) -> http.client.HTTPResponse:
-    """Send the request. Raises _Retry for what may pass, UserError for what will not; sets `answered` if any came."""
+    """Send a request; set `answered` when the server answers.
+
+    Raises:
+        _Retry: a later attempt may succeed.
+        UserError: no later attempt will.
+    """
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
         answered.set()
         return response
     except urllib.error.HTTPError as error:
         answered.set()
-        if error.code == 416:  # what we have is longer than the file: begin anew
+        if error.code == 416:  # the partial file is longer than the file: begin again
             partial.unlink(missing_ok=True)
         if error.code in (403, 408, 416, 425, 429) or error.code >= 500:  # 403 is Common Crawl's "too fast"
             after = error.headers.get("Retry-After", "")
@@ -229,18 +243,22 @@ def _open(
 
 
 def _read(response: http.client.HTTPResponse, size: int) -> bytes:
-    """At most `size` bytes, as they come, so that what came before a cut is kept."""
+    """Return at most `size` bytes as they arrive, so that those before a broken connection are kept.
+
+    Raises:
+        _Retry: the connection broke.
+    """
     try:
         return response.read1(size)
     except (OSError, http.client.HTTPException) as error:
         raise _Retry(f"cut ({error})") from error
 
 
-def _place(response: http.client.HTTPResponse, offset: int) -> tuple[int, int]:
-    """Where in the file the body starts (0 or `offset`), and how long the whole file is.
+def _body_range(response: http.client.HTTPResponse, offset: int) -> tuple[int, int]:
+    """Return where in the file the body starts (0 or `offset`) and the length of the whole file.
 
     Raises:
-        _Retry: the answer is no part of the file, or does not tell its length.
+        _Retry: the answer is not a part of the file, or does not give its length.
     """
     length = response.headers.get("Content-Length", "")
     if response.status == 200 and re.fullmatch(r"\d{1,18}", length):
@@ -253,7 +271,7 @@ def _place(response: http.client.HTTPResponse, offset: int) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Try for an exclusive lock, without waiting; it goes with the process, however that ends."""
+    """Yield whether an exclusive lock could be taken, without waiting; a process that ends frees it."""
     with path.open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

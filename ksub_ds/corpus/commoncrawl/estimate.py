@@ -1,4 +1,4 @@
-"""What a run would take, from a sample of its input: time by stage, and disk. Nothing is written."""
+"""Estimate the time of each stage and the disk that a run needs, from a sample of its input; nothing is written."""
 
 import gzip
 import shutil
@@ -11,15 +11,15 @@ import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import format_seconds
-from ksub_ds.corpus.commoncrawl.dedup import Mode, hash_paragraphs, judge, mask
+from ksub_ds.corpus.commoncrawl.dedup import Mode, hash_paragraphs, keep_mask, paragraph_mask
 from ksub_ds.corpus.commoncrawl.documents import Document
 from ksub_ds.corpus.commoncrawl.filter import Counts, Selection, keep_paragraphs, select_batch
 from ksub_ds.corpus.commoncrawl.inputs import WetFile
 from ksub_ds.corpus.commoncrawl.wet import Page, read_wet
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
 
-SAMPLE_BYTES = 6_000_000  # of text, from so many places of the input:
-PLACES = 3
+SAMPLE_BYTES = 6_000_000  # of text, from the beginnings of so many files:
+SAMPLE_FILES = 3
 
 
 def estimate(
@@ -32,12 +32,16 @@ def estimate(
     with_text: bool,
     out: Path,
 ) -> str:
-    """The estimate as text.
+    """Return the estimate as text.
 
     Args:
-        files: what the sample may be taken from.
-        total_bytes: of the whole input, as it lies on the disk.
-        with_text: whether CCNet's JSON lines are wanted too.
+        files: the files to sample.
+        total_bytes: of the whole input, compressed.
+        selection: what decides which pages stay.
+        tokenizer: the tokenizer.
+        mode: of deduplication.
+        num_ranks: of the run.
+        with_text: whether CCNet's JSON lines are written too.
         out: where the run would write; for the free space.
 
     Raises:
@@ -95,8 +99,10 @@ def estimate(
 
 
 def _sample(files: Sequence[WetFile]) -> tuple[list[Page], int]:
-    """Pages from the beginnings of some files, and how many bytes on the disk they stand for."""
-    chosen = [files[len(files) * place // PLACES] for place in range(PLACES)] if len(files) >= PLACES else list(files)
+    """Return pages from the beginnings of some files, and how many compressed bytes they take."""
+    chosen = list(files)
+    if len(files) > SAMPLE_FILES:
+        chosen = [files[len(files) * index // SAMPLE_FILES] for index in range(SAMPLE_FILES)]
     pages, taken = [], 0
     for file in chosen:
         size, last = 0, None
@@ -106,7 +112,7 @@ def _sample(files: Sequence[WetFile]) -> tuple[list[Page], int]:
                 size += len(item.text.encode())
                 last = item.offset
             if size > SAMPLE_BYTES // len(chosen):
-                # One single member has no offsets inside: take it that text shrinks to a third.
+                # A single member has no offsets inside: assume that text compresses to a third.
                 taken += last or size // 3
                 break
         else:
@@ -115,8 +121,8 @@ def _sample(files: Sequence[WetFile]) -> tuple[list[Page], int]:
 
 
 def _deduplicated(pages: list[Page], hashes: np.ndarray, mode: Mode) -> list[Document]:
-    bits = judge(np.unique(hashes), mode)
-    kept = mask(hashes, bits, mode)
+    bits = keep_mask(np.unique(hashes), mode)
+    kept = paragraph_mask(hashes, bits, mode)
     ends = np.cumsum([page.text.count("\n") + 1 for page in pages])
     parts = np.split(kept, ends[:-1])
     found = (keep_paragraphs(page, part.tobytes()) for page, part in zip(pages, parts, strict=True))

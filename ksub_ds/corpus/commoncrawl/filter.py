@@ -1,6 +1,6 @@
-"""Two stages over a WET file: reading it for its paragraphs' hashes, and again for the pages that are kept.
+"""The stages read and select: reading a WET file for the hashes of its paragraphs, and again for the pages to keep.
 
-Reading twice costs less than storing what was read: inflating and checking a page takes a hundredth of
+Reading twice costs less than storing what was read: inflating and checking a page takes a hundredth of the time of
 tokenising it.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, sha256_file
-from ksub_ds.corpus.commoncrawl.dedup import hash_paragraphs
+from ksub_ds.corpus.commoncrawl.dedup import Deduplication, HashFile, hash_paragraphs
 from ksub_ds.corpus.commoncrawl.documents import Document, DocumentWriter
 from ksub_ds.corpus.commoncrawl.inputs import WetFile
 from ksub_ds.corpus.commoncrawl.langid import OTHER, LanguageIdentifier
@@ -26,8 +26,8 @@ from ksub_ds.corpus.commoncrawl.wet import Fault, Page, read_wet
 
 BATCH_CHARACTERS = 1 << 20  # of text and URLs held at a time
 PARAGRAPHS_AT_ONCE = 1 << 18  # hashed: a page can have four million
-PAGE_CHARACTERS = 500  # what a page takes besides: a batch must not hold a million pages of a letter
-UNKNOWN = "-"  # stands for the language before it is identified
+PAGE_CHARACTERS = 500  # added for each page, so that a batch cannot hold a million pages of one letter
+UNKNOWN = "-"  # in place of the language before it is identified
 
 Counts = dict[str, dict[str, list[int]]]
 """Stage -> language -> documents in, bytes in, documents out, bytes out."""
@@ -43,15 +43,17 @@ def count(counts: Counts, stage: str, language: str, size_in: int, size_out: int
         row[3] += size_out
 
 
-def read_file(file: WetFile, hashes: Path | None, quarantine: Path) -> dict[str, Any]:
-    """The first reading: write the hashes of all paragraphs (uint64, in order) and a line for each fault.
+def read_file(file: WetFile, quarantine: Path, hashes: Path | None = None) -> dict[str, Any]:
+    """Read a file for the first time: write the hashes of all paragraphs (uint64, in order) and its faults.
 
     Args:
-        hashes: None when no paragraph is to be hashed.
-        quarantine: {"file", "offset", "reason", ...} a line.
+        file: the WET file.
+        quarantine: the file to write the faults to, one JSON object {"file", "offset", "reason", ...} a line.
+        hashes: the file to write the hashes to; None = no hashes.
 
     Returns:
-        "counts", "faults", "other" (records that are no pages), "paragraphs", and the sha256 of file and hashes.
+        "counts", "faults", "other" (records that are not pages), "paragraphs", and "sha256" of the file and "hashes",
+        that of the hashes.
     """
     counts: Counts = {}
     tally = {"faults": 0, "other": 0, "paragraphs": 0}
@@ -72,7 +74,7 @@ def read_file(file: WetFile, hashes: Path | None, quarantine: Path) -> dict[str,
 
 
 def content_hash(file: WetFile) -> str:
-    """sha256 of a file, empty when it cannot be read."""
+    """Return the sha256 of a file, or "" when it cannot be read."""
     try:
         return sha256_file(file.path)
     except OSError:
@@ -90,7 +92,7 @@ def _write_hashes(paragraphs: list[str], stream: IO[bytes] | None, digest: Any, 
 
 
 def _pages(file: WetFile, counts: Counts, tally: dict[str, int], faults: IO[str] | None) -> Iterator[Page]:
-    """The pages with text; the rest is counted, and faults written."""
+    """Yield the pages with text; count the other records, and write the faults."""
     for item in read_wet(file.path):
         if isinstance(item, Page):
             size = len(item.text.encode())
@@ -115,6 +117,8 @@ class Selection:
     """What decides which pages stay.
 
     Attributes:
+        identifier: of the language.
+        buckets: language models, for the perplexity.
         languages: the ones to keep.
         keep_buckets: of head, middle, tail, all.
         min_length: characters a page needs after deduplication.
@@ -128,30 +132,40 @@ class Selection:
 
 
 def select_file(
-    file: WetFile, sha256: str, masks: Iterator[np.ndarray] | None, selection: Selection, out: Path
+    file: WetFile,
+    sha256: str,
+    hashes: HashFile | None,
+    documents: Path,
+    *,
+    deduplication: Deduplication | None,
+    selection: Selection,
 ) -> dict[str, Any]:
-    """The second reading: drop the paragraphs that are not kept, then pages by language, bucket and length.
+    """Read a file again: drop the paragraphs that are not kept, then pages by language, bucket and length.
 
     Args:
+        file: the WET file.
         sha256: of the file when it was read first.
-        masks: which paragraphs are kept, block by block; None for all.
-        out: the documents, see crawl_documents.
+        hashes: of its paragraphs; None without deduplication.
+        documents: the file to write (documents.py).
+        deduplication: which paragraphs are kept; None = all.
+        selection: which pages are kept.
 
     Returns:
-        "counts", and "paragraphs" that are kept.
+        "counts", and "paragraphs", the number of those that are kept.
 
     Raises:
         UserError: the file has changed since the first reading.
     """
     if content_hash(file) != sha256:
-        raise UserError(f"{file.path}: was changed while this run read it; run again when it stays")
+        raise UserError(f"{file.path}: was changed while this run read it; run again when it no longer changes")
     counts: Counts = {}
-    answers, paragraphs = None if masks is None else _Answers(masks), 0
-    with DocumentWriter(out) as writer:
+    kept = None if deduplication is None or hashes is None else _Mask(deduplication.masks(hashes))
+    paragraphs = 0
+    with DocumentWriter(documents) as writer:
         batch: list[Document] = []
         size = 0
         for page in _pages(file, {}, {"faults": 0, "other": 0}, None):
-            document = keep_paragraphs(page, None if answers is None else answers.take(page.text.count("\n") + 1))
+            document = keep_paragraphs(page, None if kept is None else kept.take(page.text.count("\n") + 1))
             before = len(page.text.encode())
             count(counts, "dedup", UNKNOWN, before, None if document is None else document.size)
             if document is None:
@@ -166,23 +180,24 @@ def select_file(
     return {"counts": counts, "paragraphs": paragraphs}
 
 
-class _Answers:
-    """The masks of a file's blocks as one stream of bytes, 0 or 1 a paragraph."""
+class _Mask:
+    """The masks of a file's blocks as one stream of bytes: 1 for a paragraph that is kept, else 0."""
 
     def __init__(self, masks: Iterator[np.ndarray]):
         self._masks, self._bits = masks, b""
 
     def take(self, number: int) -> bytes:
+        """Return the next `number` bytes."""
         while len(self._bits) < number:
             self._bits += next(self._masks).tobytes()
         taken, self._bits = self._bits[:number], self._bits[number:]
         return taken
 
 
-def keep_paragraphs(page: Page, answers: bytes | None) -> Document | None:
-    """What is left of a page, or None; `answers` is a byte a line, None keeps all."""
+def keep_paragraphs(page: Page, mask: bytes | None) -> Document | None:
+    """Return what is left of a page, or None; `mask` has a byte for each line, 0 or 1, and None keeps all."""
     lines = page.text.split("\n")
-    line_ids = list(range(len(lines)) if answers is None else compress(range(len(lines)), answers))
+    line_ids = list(range(len(lines)) if mask is None else compress(range(len(lines)), mask))
     if not line_ids:
         return None
     text = page.text if len(line_ids) == len(lines) else "\n".join([lines[number] for number in line_ids])
@@ -190,7 +205,7 @@ def keep_paragraphs(page: Page, answers: bytes | None) -> Document | None:
 
 
 def select_batch(batch: list[Document], selection: Selection, counts: Counts) -> list[Document]:
-    """The documents of a batch that stay, with their language and bucket filled in."""
+    """Return the documents of a batch that are kept, with language, bucket and perplexity filled in."""
     chosen = []
     answers = selection.identifier.identify([document.text for document in batch]) if batch else []
     for document, (language, score) in zip(batch, answers, strict=True):

@@ -1,10 +1,13 @@
-"""The WET files of a Common Crawl snapshot, fetched once into a cache folder.
+"""The WET files of a run: files that the user has, or those of a Common Crawl snapshot, fetched into a cache folder.
 
+    find_wet_files([Path("wet")])
     fetch_snapshot("2019-09", "0:40", "https://data.commoncrawl.org", Path("cache"))     # 40 paths under cache/
 
-Common Crawl's public layout: BASE/crawl-data/CC-MAIN-2019-09/wet.paths.gz lists the files of a snapshot, one path a
-line, below the same BASE. `segments` is a range of those lines. The servers are shared by all the world and answer
-403 or 503 to who asks too fast: see download.py for how it is done politely.
+The order of the files decides which copy of a paragraph is the first.
+
+Common Crawl's public layout: BASE/crawl-data/CC-MAIN-2019-09/wet.paths.gz lists the files of a snapshot, one path
+below BASE on each line. `segments` is a range of those lines. The servers are public and answer 403 or 503 to clients
+that send too many requests; download.py keeps to few connections and retries with pauses.
 """
 
 import gzip
@@ -20,15 +23,14 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.commoncrawl.download import Downloads, Patience
 
-# Merged docstring, to be folded in:
-# """The WET files of a run, in the order that everything follows."""
-
-
 SUFFIXES = (".gz", ".wet", ".warc")
+BASE_URL = "https://data.commoncrawl.org"
+LARGEST_LISTING = 256 << 20  # bytes of wet.paths, unpacked; the real ones have about 14 MB
+_FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 class WetFile(NamedTuple):
-    """One input file. `name` is what the report calls it; size in bytes, modified in ns."""
+    """One input file: `name` is its name in reports, `size` in bytes, `modified` in ns."""
 
     path: Path
     name: str
@@ -37,7 +39,10 @@ class WetFile(NamedTuple):
 
 
 def find_wet_files(inputs: Sequence[Path]) -> list[WetFile]:
-    """The WET files among files and below folders, sorted by name (for folders: the path below them).
+    """Return the WET files among files and below folders, sorted by name (below folders: by relative path).
+
+    Args:
+        inputs: files and folders.
 
     Raises:
         UserError: an input that is not there, no file at all, or two files of one name.
@@ -63,7 +68,7 @@ def find_wet_files(inputs: Sequence[Path]) -> list[WetFile]:
 
 
 def describe(path: Path, name: str) -> WetFile:
-    """A file by its path, with its size and time; a file that cannot be looked at has neither."""
+    """Return a file with its size and time; both are 0 if it cannot be examined."""
     shown = os.fsencode(name).decode("utf-8", "backslashreplace")
     try:
         status = path.stat()
@@ -77,7 +82,7 @@ def _below(folder: Path) -> dict[str, Path]:
     for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent) / name
-            # No pipe and no device, however it is named: reading one would never end.
+            # Pipes and devices are left out, whatever their name: reading one might never end.
             if name.endswith(SUFFIXES) and not name.startswith(".") and path.is_file():
                 paths[path.relative_to(folder).as_posix()] = path
             else:
@@ -85,11 +90,6 @@ def _below(folder: Path) -> dict[str, Path]:
     if others:
         get_logger().info(f"{folder}: {others:,} other files left out (not *{', *'.join(SUFFIXES)})")
     return paths
-
-
-BASE_URL = "https://data.commoncrawl.org"
-LARGEST_LISTING = 256 << 20  # bytes of wet.paths, unpacked; the real ones have about 14 MB
-_FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 def fetch_snapshot(
@@ -100,7 +100,7 @@ def fetch_snapshot(
     connections: int = 2,
     patience: Patience | None = None,
 ) -> list[Path]:
-    """Fetch the WET files of a snapshot that the cache lacks; any number of processes may do so at once.
+    """Fetch the WET files of a snapshot that the cache lacks; several processes may do so at once.
 
     Args:
         snapshot: "2019-09", or "CC-MAIN-2019-09".
@@ -133,7 +133,13 @@ def fetch_snapshot(
 
 
 def check_request(snapshot: str, segments: str, base_url: str, connections: int) -> tuple[str, int, int]:
-    """What can be told without asking the server: the snapshot's full name, and the range of its files.
+    """Check a request without contacting the server; return the snapshot's full name and the range of its files.
+
+    Args:
+        snapshot: see `fetch_snapshot`, as the others.
+        segments: a range of files.
+        base_url: of the server.
+        connections: downloads at a time.
 
     Raises:
         UserError: one of them is wrong.

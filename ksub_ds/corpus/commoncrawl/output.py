@@ -1,148 +1,44 @@
-"""The output folder of a run over Common Crawl: whose it is, whether it is finished, what is published in it."""
+"""The output folder of a run over Common Crawl: taking it over, recognising a finished run, publishing the result."""
 
 import multiprocessing
-import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_path, read_json, write_json
+from ksub_ds.common.files import read_json, write_json
 from ksub_ds.common.mpi import MPIComm
 from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.dedup import rule
-from ksub_ds.corpus.commoncrawl.filter import Counts, Selection, content_hash
+from ksub_ds.corpus.commoncrawl.filter import Selection, content_hash
 from ksub_ds.corpus.commoncrawl.inputs import WetFile
-from ksub_ds.corpus.commoncrawl.stages import fingerprint
+from ksub_ds.corpus.commoncrawl.report import FORMAT, QUARANTINE, REPORT, build_report, write_quarantine
+from ksub_ds.corpus.commoncrawl.stages import Result, fingerprint
 from ksub_ds.corpus.shards.dataset import MANIFEST
 from ksub_ds.corpus.shards.folder import build_manifest, claim_folder, is_whole, parts, remove_leftovers, save_tokenizer
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
 
-# Merged docstring, to be folded in:
-# """What a run over Common Crawl tells: quarantine.jsonl, report.json, and the line it ends with.
-#
-# Nothing in these files depends on time, paths of the output, or the number of ranks.
-# """
-
-
-STAGES = ("read", "dedup", "language", "quality", "length", "tokenise")
-_NAMES = ("documents_in", "bytes_in", "documents_out", "bytes_out")
-_DROPPED_BY = {
-    "read": "without text",
-    "dedup": "by deduplication",
-    "language": "by language",
-    "quality": "by perplexity",
-    "length": "by length",
-    "tokenise": "without a token",
-}
-
-
-def write_quarantine(path: Path, parts: Sequence[Path]) -> None:
-    """Join every file's faults, in the order of the files."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as out:
-        for part in parts:
-            with open(part, "rb") as stream:
-                shutil.copyfileobj(stream, out)
-
-
-def build_report(
-    head: dict[str, Any],
-    files: Sequence[WetFile],
-    reads: Sequence[dict[str, Any]],
-    selected: Sequence[dict[str, Any]],
-    tokens: Sequence[dict[str, Any]],
-    languages: dict[str, Any],
-) -> dict[str, Any]:
-    """report.json: documents and bytes in and out, per stage, language and file.
-
-    Args:
-        head: what it begins with.
-        reads, selected, tokens: the results of these stages, per file.
-        languages: the manifest's entries.
-    """
-    entries, totals = [], {stage: {} for stage in STAGES}  # type: tuple[list[dict[str, Any]], Counts]
-    for file, read, select, token in zip(files, reads, selected, tokens, strict=True):
-        counts = {stage: {} for stage in STAGES} | read["counts"] | select["counts"] | token["counts"]
-        for stage in STAGES:
-            for language, row in counts[stage].items():
-                total = totals[stage].setdefault(language, [0, 0, 0, 0])
-                total[:] = [a + b for a, b in zip(total, row, strict=True)]
-        entries.append(
-            {
-                "file": file.name,
-                "bytes": file.size,
-                "sha256": read["sha256"],
-                "quarantined": read["faults"],
-                "other_records": read["other"],
-                "paragraphs_in": read["paragraphs"],
-                "paragraphs_out": select["paragraphs"],
-                "stages": _spelt(counts),
-            }
-        )
-    return {
-        **head,
-        "quarantined": sum(entry["quarantined"] for entry in entries),
-        "quarantined_files": sum(entry["quarantined"] > 0 for entry in entries),
-        "paragraphs_in": sum(entry["paragraphs_in"] for entry in entries),
-        "paragraphs_out": sum(entry["paragraphs_out"] for entry in entries),
-        "stages": _spelt(totals),
-        "shards": {
-            language: {split: entry[split] for split in ("train", "validation")}
-            for language, entry in languages.items()
-        },
-        "files": entries,
-    }
-
-
-def _spelt(counts: Counts) -> dict[str, Any]:
-    return {
-        stage: {language: dict(zip(_NAMES, row, strict=True)) for language, row in sorted(counts[stage].items())}
-        for stage in STAGES
-    }
-
-
-def exit_line(report: dict[str, Any]) -> str:
-    """How many pages were kept, dropped by each stage, quarantined."""
-
-    def total(stage: str, name: str) -> int:
-        return sum(row[name] for row in report["stages"][stage].values())
-
-    dropped = [
-        f"{total(stage, 'documents_in') - total(stage, 'documents_out'):,} {words}"
-        for stage, words in _DROPPED_BY.items()
-    ]
-    return (
-        f"kept {total('tokenise', 'documents_out'):,} of {total('read', 'documents_in'):,} pages "
-        f"({total('tokenise', 'bytes_out') / 1e6:,.1f} of {total('read', 'bytes_in') / 1e6:,.1f} MB); "
-        f"dropped {', '.join(dropped)}; "
-        f"quarantined {report['quarantined']:,} in {report['quarantined_files']:,} of {len(report['files']):,} files"
-    )
-
-
-FORMAT = 1  # of the intermediate files and of the report; part of every recipe
-REPORT, QUARANTINE, TEXT_INDEX = "report.json", "quarantine.jsonl", "index.json"
-SOURCE = "common crawl"  # marks the languages' shards as ours
-
-Results = list[dict[str, Any]]
+TEXT_INDEX = "index.json"
+SOURCE = "common crawl"  # in part.json: this pipeline made the language's shards
 
 
 class CrawlFolder:
-    """What a run does to its output folder before and after its stages.
+    """What a run does to its output folders (`--out` and `--text-out`) before and after its stages.
 
     Attributes:
-        essence: the settings that decide the result, without places.
+        fingerprint_inputs: the settings and models that decide the result; no paths.
     """
 
     def __init__(
-        self, settings: ShardCC, ranks: MPIComm, files: list[WetFile], tokenizer: Tokenizer, selection: Selection
+        self, settings: ShardCC, comm: MPIComm, files: list[WetFile], tokenizer: Tokenizer, selection: Selection
     ):
-        self._settings, self._ranks, self._files, self._tokenizer = settings, ranks, files, tokenizer
+        self._settings, self._comm, self._files, self._tokenizer = settings, comm, files, tokenizer
         self._out, self._text = settings.out, settings.text_out
-        self.essence = {
+        self.fingerprint_inputs = {
             "dedup": settings.dedup,
             "paragraphs": None if settings.dedup == "off" else rule(),
             "langid": settings.langid,
@@ -156,36 +52,32 @@ class CrawlFolder:
             "validation_fraction": settings.validation_fraction,
         }
 
-    def recipe(self, contents: Sequence[str]) -> str:
-        """Of the whole result; `contents` are the sha256 of the files."""
+    def run_fingerprint(self, contents: Iterable[str]) -> str:
+        """Return the fingerprint of the whole result; `contents` are the sha256 of the input files."""
         files = [(file.name, file.size, content) for file, content in zip(self._files, contents, strict=True)]
-        return fingerprint([FORMAT, self.essence, files])
+        return fingerprint([FORMAT, self.fingerprint_inputs, files])
 
     def finished(self) -> dict[str, Any] | None:
-        """The report of an earlier run that made exactly this, if its output is whole."""
-        report = self._ranks.on_main(self._earlier_report)
+        """Return the report of an earlier run that made exactly this result, if its output is whole; else None."""
+        report = self._comm.on_main(self._earlier_report)
         if report is None:
             return None
         sizes = [file.size for file in self._files]
-        contents = self._ranks.each(sizes, lambda unit: content_hash(self._files[unit]))
-        if self.recipe(contents) != report["recipe"]:
+        contents = self._comm.each(sizes, lambda unit: content_hash(self._files[unit]))
+        if self.run_fingerprint(contents) != report["recipe"]:
             return None
         manifest = read_json(self._out / MANIFEST)
-        outputs = [
-            (self._out / file["path"], file["sha256"])
-            for entry in manifest["languages"].values()
-            for file in entry["files"]
-        ]
+        outputs = [(self._out, file) for entry in manifest["languages"].values() for file in entry["files"]]
         if self._text is not None:
             index = read_json(self._text / TEXT_INDEX) if (self._text / TEXT_INDEX).is_file() else {}
             if index.get("recipe") != report["recipe"]:
                 return None
-            outputs += [(self._text / file["path"], file["sha256"]) for file in index["files"]]
-        whole = self._ranks.each([1] * len(outputs), lambda unit: is_whole(*outputs[unit]))
+            outputs += [(self._text, file) for file in index["files"]]
+        whole = self._comm.each([1] * len(outputs), lambda unit: has_files(outputs[unit][0], [outputs[unit][1]]))
         return report if all(whole) else None
 
     def _earlier_report(self) -> dict[str, Any] | None:
-        """The report that lies there with its manifest, both whole."""
+        """Return the report in the folder if it and the manifest are whole."""
         if not all((self._out / name).is_file() for name in (MANIFEST, REPORT, QUARANTINE)):
             return None
         try:
@@ -196,7 +88,11 @@ class CrawlFolder:
         return report if whole and isinstance(report, dict) and "recipe" in report else None
 
     def claim(self) -> None:
-        """Make the folders ours; until all is done there is no manifest, so that nobody trains on half of it."""
+        """Take over `--out`; it has no manifest until all is done, so that nobody trains on half of the data.
+
+        Raises:
+            UserError: the folder holds damaged shards, shards of other text or with other settings.
+        """
         remove_leftovers(self._out)
         for path in parts(self._out):
             try:
@@ -212,8 +108,59 @@ class CrawlFolder:
         for folder in (path for path in (self._out / "work").glob("*") if path.is_dir()):
             remove_leftovers(folder)
 
-    def publish(self, quarantine: Sequence[Path], reads: Results, selected: Results, tokens: Results) -> dict[str, Any]:
-        """Join the quarantine's parts, write the report and at last the manifest; the report."""
+    def claim_text(self) -> None:
+        """Take over `--text-out`, with an index: files that it does not name are not ours.
+
+        Raises:
+            UserError: the folder holds other files.
+        """
+        folder = self._text
+        assert folder is not None, "called with --text-out only"
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / TEXT_INDEX).is_file():
+            raise UserError(f"--text-out {folder}: holds other files; choose an empty folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        if not (folder / TEXT_INDEX).is_file():
+            write_json(folder / TEXT_INDEX, {"recipe": None, "files": []})
+
+    def publish_text(self, reads: Sequence[Result], texts: Sequence[Result]) -> None:
+        """Remove text of earlier runs and write the index of `--text-out`.
+
+        Args:
+            reads: results of the stage read.
+            texts: results of the stage text.
+        """
+        folder = self._text
+        assert folder is not None, "called with --text-out only"
+        files = [entry for result in texts for entry in result["files"]]
+        names = {entry["path"] for entry in files}
+        for path in folder.glob("*.json.gz"):
+            if path.name not in names:
+                path.unlink()  # of an earlier run: the folder was claimed
+        recipe = self.run_fingerprint(read["sha256"] for read in reads)
+        write_json(folder / TEXT_INDEX, {"recipe": recipe, "files": files})
+
+    def publish(
+        self,
+        quarantine: Sequence[Path],
+        reads: Sequence[Result],
+        selected: Sequence[Result],
+        tokens: Sequence[Result],
+    ) -> dict[str, Any]:
+        """Write quarantine, report and, last, the manifest.
+
+        Args:
+            quarantine: the faults of each file.
+            reads: results of the stage read.
+            selected: results of the stage select.
+            tokens: results of the stage tokenise.
+
+        Returns:
+            The report.
+
+        Raises:
+            UserError: the process that copies the tokenizer was killed.
+        """
         try:
             self._tokenizer_copy.result()
         except BrokenProcessPool as error:
@@ -222,8 +169,8 @@ class CrawlFolder:
         manifest = build_manifest(self._out)
         head = {
             "format": FORMAT,
-            "recipe": self.recipe([read["sha256"] for read in reads]),
-            "settings": self.essence,
+            "recipe": self.run_fingerprint(read["sha256"] for read in reads),
+            "settings": self.fingerprint_inputs,
             "shards_fingerprint": manifest["fingerprint"],
         }
         report = build_report(head, self._files, reads, selected, tokens, manifest["languages"])
@@ -233,10 +180,15 @@ class CrawlFolder:
         return report
 
 
-def start_saving(out: Path, tokenizer: Tokenizer) -> Future[None]:
-    """Save the tokenizer's copy beside the stages, in a process of its own.
+def has_files(folder: Path, files: Iterable[dict[str, Any]]) -> bool:
+    """Return whether all files are in the folder with the content that their entries ("path", "sha256") name."""
+    return all(is_whole(folder / file["path"], file["sha256"]) for file in files)
 
-    The conversion loads transformers, which would stay: 250 MB and some seconds that rank 0 alone would need.
+
+def start_saving(out: Path, tokenizer: Tokenizer) -> Future[None]:
+    """Save the copy of the tokenizer in a process of its own, while the stages run.
+
+    The conversion imports transformers, which would keep 250 MB in rank 0 and delay it by some seconds.
     """
     done: Future[None] = Future()
     if (out / "tokenizer").is_dir() or "transformers" in sys.modules:

@@ -5,10 +5,10 @@
 
 As in CCNet (Wenzek et al. 2020, section 3.3): the page is normalised, cut into SentencePiece pieces, scored by a
 5-gram KenLM model, and its perplexity is 10^(-log10 probability / (pieces + 1)), the end of the text being one more
-thing to predict. Below its language's 30th percentile a page is "head", below the 60th "middle", else "tail". CCNet
+token to predict. Below its language's 30th percentile a page is "head", below the 60th "middle", else "tail". CCNet
 has such models and percentiles for ten of the 15 languages; a language without a model, or without percentiles,
-passes as "all". `cutoffs.json` in the folder ({"sw": [310.0, 540.0]}) adds percentiles or replaces them, as models
-of one's own need. Of a page of more than 262,144 characters these decide, where CCNet takes all.
+passes as "all". `cutoffs.json` in the folder ({"sw": [310.0, 540.0]}) adds or replaces percentiles, which your own
+models need. Only the first 262,144 characters of a page are judged, where CCNet takes all.
 """
 
 import importlib
@@ -19,11 +19,11 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json, sha256_bytes
-from ksub_ds.corpus.commoncrawl.langid import LANGUAGES
+from ksub_ds.common.languages import LANGUAGES
 
 ALL, HEAD, MIDDLE, TAIL = BUCKETS = ("all", "head", "middle", "tail")
 CUTOFFS_FILE = "cutoffs.json"
-LONGEST_JUDGED = 1 << 18  # characters: SentencePiece takes up to a thousand times their number in memory
+LONGEST_JUDGED = 1 << 18  # characters: SentencePiece needs up to a thousand bytes for each
 
 # The perplexities at CCNet's 30th and 60th percentiles, for its own models.
 CUTOFFS: dict[str, tuple[float, float]] = {
@@ -41,7 +41,14 @@ CUTOFFS: dict[str, tuple[float, float]] = {
 
 
 class Buckets:
-    """Language models by language. All are opened at once: a bad one is told at the start, not hours later."""
+    """Language models by language, all opened at once, so that a bad one is found at the start, not hours later.
+
+    Args:
+        folder: of the models; None = no models.
+
+    Raises:
+        UserError: no model in the folder, a model without its tokenizer, damaged cutoffs, kenlm not installed.
+    """
 
     def __init__(self, folder: Path | None):
         self._files = {} if folder is None else _find_models(folder)
@@ -57,10 +64,10 @@ class Buckets:
         return tuple(sorted(self._files))
 
     def bucket(self, language: str, text: str) -> tuple[str, float | None]:
-        """A page's bucket and its perplexity, rounded to one decimal as in CCNet.
+        """Return the bucket of a page and its perplexity, rounded to one decimal as in CCNet.
 
         Returns:
-            ("all", None) for a language without a model and for a page that holds no piece of text;
+            ("all", None) for a language without a model and for a page without any piece of text;
             ("all", perplexity) for a language without percentiles.
         """
         if language not in self._files:
@@ -72,7 +79,7 @@ class Buckets:
         return (HEAD if perplexity < head else MIDDLE if perplexity < middle else TAIL), perplexity
 
     def perplexity(self, language: str, text: str) -> float | None:
-        """Perplexity of `text` per piece, rounded to one decimal; None if no piece is left of it.
+        """Return the perplexity of `text` per piece, rounded to one decimal; None if no piece is left of it.
 
         Raises:
             KeyError: the language has no model.
@@ -87,7 +94,7 @@ class Buckets:
 
 
 def load_buckets(folder: Path | None) -> Buckets:
-    """The models in `folder`; None for none, and every page is "all".
+    """Load the models in `folder`; with None there are no models, and every page is "all".
 
     Raises:
         UserError: no model in the folder, a model without its tokenizer, damaged cutoffs, kenlm not installed.
@@ -96,7 +103,7 @@ def load_buckets(folder: Path | None) -> Buckets:
 
 
 class _Normal(dict[int, str]):
-    """What CCNet makes of a character (after lower case and NFD), worked out when it is first met."""
+    """What CCNet replaces a character by (after lower case and NFD), filled in when the character first occurs."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -118,16 +125,20 @@ _NORMAL |= {ord("—"): " - ", ord("．"): ". ", ord("…"): "..."}
 
 
 def normalise(text: str) -> str:
-    """The page as CCNet's models were trained to see it: lower case, no accents, digits 0, plain punctuation.
+    """Normalise a page as for the training of CCNet's models: lower case, no accents, digits 0, ASCII punctuation.
 
-    Line ends are control characters and go as well, without a blank in their place: so it is in CCNet, whose
-    percentiles hold for that.
+    Line ends are control characters and are removed too, not replaced by blanks: so does CCNet, and its percentiles
+    hold for that.
     """
     return unicodedata.normalize("NFD", text.strip().lower()).translate(_NORMAL)
 
 
 def _open_models(tokenizer_path: Path, model_path: Path) -> tuple[Any, Any]:
-    """The SentencePiece tokenizer and the KenLM model of one language."""
+    """Open the SentencePiece tokenizer and the KenLM model of one language.
+
+    Raises:
+        UserError: kenlm is not installed, or a file is damaged.
+    """
     import sentencepiece
 
     try:
@@ -151,7 +162,11 @@ def _open_models(tokenizer_path: Path, model_path: Path) -> tuple[Any, Any]:
 
 
 def _find_models(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """(tokenizer, language model) of every one of the 15 languages that has them."""
+    """Return (tokenizer, language model) of each of the 15 languages that has them.
+
+    Raises:
+        UserError: no folder, no model in it, or a model without its tokenizer.
+    """
     if not folder.is_dir():
         raise UserError(f"--lm-models {folder}: no such folder; it holds <language>.sp.model and <language>.arpa.bin")
     found = {}
@@ -181,7 +196,7 @@ def _read_cutoffs(path: Path) -> dict[str, tuple[float, float]]:
 
 
 def _describe(path: Path) -> tuple[str, int, str]:
-    """Name, size and a hash of the first and last MiB: the models have gigabytes."""
+    """Return name, size and a hash of the first and last MiB: hashing whole models of gigabytes takes too long."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         ends = stream.read(1 << 20)

@@ -1,15 +1,18 @@
-"""Reading Common Crawl's WET files, whatever is wrong with them.
+"""Reading Common Crawl's WET files, damaged ones included.
 
-A WET file is a chain of gzip members, one WARC record in each; a record is a header, a blank line and
-the text of one page. Readers in use accept a cut file as if it were whole, lose everything after a
-flipped bit, and inflate what they are given. This one
+A WET file is a sequence of gzip members with one WARC record in each; a record is a header, a blank line and the text
+of one page. Common readers accept a truncated file as if it were whole, lose everything after a flipped bit, and
+inflate without a limit. This one
 
-    checks    every member's checksum before its record is given out, and every record's Content-Length;
-    bounds    what a header, a record and a file may inflate to, and never holds more than one record;
-    goes on   after damage with the next gzip member that starts a record, and after a bad record with
-              the next record of the same member (files that are one single member are read too).
+    checks      every member's checksum before its record is returned, and every record's Content-Length;
+    bounds      the inflated size of a header, a record and a file, and never holds more than one record;
+    continues   after damage with the next gzip member that starts a record, and after a bad record with the next
+                record of the same member (files of one single member are read too).
 
-What cannot be read comes out as a `Fault`: where, and why.
+What cannot be read is returned as a `Fault`: where, and why.
+
+Two layers: `Compressed` and `Member` inflate gzip members as far as asked for, and everything inflated or searched
+counts against the file's budget, so that no file takes more than its share of time; `_Records` parses WARC records.
 """
 
 import hashlib
@@ -21,20 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-# Merged docstring, to be folded in:
-# """Gzip members of a file, inflated as far as asked for, within bounds.
-#
-# A file of many members can be damaged in one of them: `Compressed.find_member` finds the next that holds
-# what is looked for. Everything inflated or looked at is paid from the file's budget, so that no file,
-# whatever it holds, takes more than its share of time.
-# """
-
-
 MAGIC = b"\x1f\x8b\x08"
 _PIECE = 1 << 15  # compressed bytes handed to zlib at a time
 _WINDOW = 1 << 20  # compressed bytes read from the disk at a time
 _OUTPUT = 1 << 18  # inflated bytes taken from zlib at a time
-_LOOK = 1 << 10  # what one look at a possible member costs of the budget
+_LOOK = 1 << 10  # bytes of the budget that examining a possible member costs
 
 
 class Damaged(Exception):
@@ -42,11 +36,16 @@ class Damaged(Exception):
 
 
 class TooMuch(Exception):
-    """The file's budget is spent."""
+    """The file's budget is used up."""
 
 
 class Compressed:
-    """The file as it lies on the disk, by offset; counts what is spent on inflating it."""
+    """The compressed file, read by offset; counts what is inflated of it.
+
+    Args:
+        stream: the open file.
+        budget: bytes that may be inflated.
+    """
 
     def __init__(self, stream: BinaryIO, budget: int):
         self._descriptor = stream.fileno()
@@ -54,25 +53,33 @@ class Compressed:
         self._budget = budget
 
     def at(self, offset: int) -> memoryview:
-        """_PIECE bytes from `offset` on, fewer at the end of the file."""
-        place = offset - self._start
-        if not 0 <= place <= len(self._window) - _PIECE:
-            self._start, self._window, place = offset, os.pread(self._descriptor, _WINDOW, offset), 0
-        return memoryview(self._window)[place : place + _PIECE]
+        """Return _PIECE bytes from `offset` on, fewer at the end of the file."""
+        begin = offset - self._start
+        if not 0 <= begin <= len(self._window) - _PIECE:
+            self._start, self._window, begin = offset, os.pread(self._descriptor, _WINDOW, offset), 0
+        return memoryview(self._window)[begin : begin + _PIECE]
 
     def spend(self, count: int) -> None:
+        """Take bytes from the budget.
+
+        Raises:
+            TooMuch: it is used up.
+        """
         self._budget -= count
         if self._budget < 0:
             raise TooMuch
 
     def find_member(self, offset: int, start: bytes) -> int:
-        """Where the next gzip member whose content begins with `start` lies, from `offset` on; else the file's end."""
+        """Return the offset of the next gzip member, from `offset` on, whose content begins with `start`.
+
+        Without one, the size of the file is returned.
+        """
         while len(piece := bytes(self.at(offset))) >= len(MAGIC):
-            place = piece.find(MAGIC)
-            if place < 0:
+            found = piece.find(MAGIC)
+            if found < 0:
                 offset += len(piece) - len(MAGIC) + 1
                 continue
-            offset += place
+            offset += found
             try:
                 self.spend(_LOOK)
                 if zlib.decompressobj(31).decompress(self.at(offset), len(start)) == start:
@@ -84,13 +91,13 @@ class Compressed:
 
 
 class Member:
-    """One gzip member, or a whole plain file, inflated as far as asked for.
+    """A gzip member, or a whole uncompressed file, inflated as far as asked for.
 
     Attributes:
-        data: inflated bytes not dropped yet.
-        dropped: inflated bytes dropped before them.
-        position: offset in the file of the first byte not taken yet.
-        ended: whether it is inflated to its end, checksum and length verified.
+        data: inflated bytes that are not dropped yet.
+        dropped: number of inflated bytes dropped before them.
+        position: offset in the file of the first byte not inflated yet.
+        ended: whether it is inflated to its end, with checksum and length verified.
     """
 
     def __init__(self, source: Compressed, offset: int, plain: bool):
@@ -101,7 +108,11 @@ class Member:
         self._inflate = zlib.decompressobj(31)
 
     def pull(self) -> None:
-        """Inflate a little more."""
+        """Inflate a little more.
+
+        Raises:
+            Damaged: the member cannot be inflated further.
+        """
         piece = self._source.at(self.position)
         if self.plain:
             output, used = bytes(piece), len(piece)
@@ -120,12 +131,13 @@ class Member:
         self.data += output
 
     def fill(self, size: int) -> bool:
-        """Have `size` bytes in `data`; False when the member ends before."""
+        """Inflate until `data` has `size` bytes; return False when the member ends before."""
         while len(self.data) < size and not self.ended:
             self.pull()
         return len(self.data) >= size
 
     def drop(self, count: int) -> None:
+        """Remove bytes from the front of `data`."""
         del self.data[:count]
         self.dropped += count
 
@@ -136,17 +148,17 @@ _LENGTH = re.compile(rb"[0-9]{1,18}")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one file may ask of us; all but `records` and `faults` in bytes.
+    """Limits of a file; all but `header_lines`, `records` and `faults` are in bytes.
 
     Attributes:
-        record: text of a page. Common Crawl cuts pages at 1 MiB (5 MiB since 2024) of HTML, most of which is no
+        record: text of a page. Common Crawl cuts pages at 1 MiB (5 MiB since 2024) of HTML, most of which is not
             text; tokenising a page of one endless word takes 60 times its size in memory.
         header: header of a record.
-        header_lines: lines of it.
+        header_lines: lines of a header.
         skip: how far to inflate in search of the next record of a member.
-        file: inflated bytes of a whole file; real ones inflate to less than 1 GiB.
+        file: inflated size of a file; real ones inflate to less than 1 GiB.
         records: records of a file; real ones hold 40,000.
-        faults: after so many the rest of the file is left.
+        faults: faults of a file; after so many the rest of it is skipped.
     """
 
     record: int = 4 << 20
@@ -159,7 +171,7 @@ class Limits:
 
 
 class Page(NamedTuple):
-    """One page. `text` has no NUL, no byte-order mark in front, and "\\n" at the ends of its lines."""
+    """One page. `text` has no NUL, no byte-order mark in front, and newlines as line ends."""
 
     offset: int
     url: str
@@ -173,8 +185,9 @@ class Fault(NamedTuple):
 
     Attributes:
         offset: first byte of its gzip member in the file.
-        inflated: where it lies in the inflated member.
-        url: the page's, if that was readable.
+        reason: what is wrong.
+        inflated: its offset in the inflated member.
+        url: of the page, if it was readable.
     """
 
     offset: int
@@ -184,17 +197,17 @@ class Fault(NamedTuple):
 
 
 class Other(NamedTuple):
-    """A record that is no page, such as the warcinfo at the head of a file."""
+    """A record that is not a page, such as the warcinfo at the head of a file."""
 
     offset: int
 
 
 def read_wet(path: Path, limits: Limits | None = None) -> Iterator[Page | Fault | Other]:
-    """Everything in one WET file, in order.
+    """Yield everything in one WET file, in order.
 
     Args:
         path: a .gz file, or a plain one that starts with "WARC/".
-        limits: the caps; smaller ones are for tests.
+        limits: None = the defaults; tests take smaller ones.
     """
     limits = limits or Limits()
     try:
@@ -250,17 +263,17 @@ class _Records:
         member = self._member
         while self._skip_line_ends():
             item = self._record()
-            if isinstance(item, str):  # a fault of the record's form: where it ends is not known
+            if isinstance(item, str):  # the record is malformed: its end is unknown
                 yield self._fault(item)
                 if not self._find_record():
-                    # No record within reach: the member is given up, the file is not.
+                    # No record within the limit: skip the rest of the member, not of the file.
                     raise Damaged(f"no further record within {self._limits.skip:,} bytes of this member")
             else:
                 yield item
-        assert member.ended, "a member is left only at its end"
+        assert member.ended, "the loop stops only at the end of a member"
 
     def _skip_line_ends(self) -> bool:
-        """Go to the next record; False at the end of the member."""
+        """Go to the next record; return False at the end of the member."""
         while self._member.fill(1):
             data = self._member.data
             count = len(data) - len(data.lstrip(b"\r\n"))
@@ -274,13 +287,17 @@ class _Records:
         return Fault(inflated, reason, 0, url) if self._member.plain else Fault(offset, reason, inflated, url)
 
     def _find_record(self) -> bool:
-        """Drop everything up to the next line that starts a record, or to the end of the member."""
+        """Drop everything up to the next line that starts a record, or to the end of the member.
+
+        Returns:
+            False when neither is within the limit.
+        """
         mark = b"\n" + _RECORD
         begin, skipped = 1, 0
         while True:
-            place = self._member.data.find(mark, begin)
-            if place >= 0:
-                self._member.drop(place + 1)
+            found = self._member.data.find(mark, begin)
+            if found >= 0:
+                self._member.drop(found + 1)
                 return True
             if self._member.ended:
                 self._member.drop(len(self._member.data))
@@ -294,7 +311,7 @@ class _Records:
             self._member.pull()
 
     def _record(self) -> Page | Fault | Other | str:
-        """The record at the front, taken; or why it has no proper form, left where it is."""
+        """Take the record at the front and return it; if it is malformed, leave it there and return the reason."""
         member, limits = self._member, self._limits
         member.fill(len(_RECORD))
         if not member.data.startswith(_RECORD):
@@ -321,7 +338,7 @@ class _Records:
         return item
 
     def _header(self) -> tuple[dict[bytes, bytes], int] | str:
-        """The fields by lower-case name and the header's length, or what is wrong with it."""
+        """Return the fields by lower-case name and the header's length, or what is wrong with it."""
         member, limits = self._member, self._limits
         size = 1 << 11
         while True:

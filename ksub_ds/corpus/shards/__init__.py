@@ -1,1 +1,1 @@
-"""Token shards: the files, the folder that holds them, writing and reading."""
+"""Token shards: packing, writing and reading them, and the folder that holds them."""

@@ -1,13 +1,13 @@
 """Token shards on disk, and reading them without copying.
 
-    SHARDS/manifest.json                what is there: settings, counts and sha256 of every file
+    SHARDS/manifest.json                settings, counts and sha256 of every file
     SHARDS/tokenizer/                   a copy of the tokenizer, opened by transformers' AutoTokenizer
     SHARDS/<lang>/train-00000.arrow     Arrow IPC stream, column input_ids: FixedSizeList<int32>[T]
     SHARDS/<lang>/validation-00000.arrow
     SHARDS/<lang>/part.json             this language's entry of the manifest
 
 `datasets.Dataset.from_file` opens the .arrow files as they are. Each holds one record batch, so
-that its rows are one contiguous (n, T) array in the memory map.
+that its rows are one contiguous (n, T) array in the memory map. writer.py writes them.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ _SHARD_PATH = re.compile(rf"(?P<language>{LANGUAGE_CODE.pattern})/(?P<split>trai
 
 
 def dataset_fingerprint(manifest: dict[str, Any]) -> str:
-    """sha256 over what decides the training data: format, sequence length, tokenizer, every file's content."""
+    """Return the sha256 of what decides the training data: format, sequence length, tokenizer, contents of files."""
     files = sorted((f["path"], f["sha256"], f["sequences"]) for f in _all_files(manifest))
-    essence = [manifest["format"], manifest["sequence_length"], manifest["tokenizer"]["fingerprint"], files]
-    return hashlib.sha256(json.dumps(essence).encode()).hexdigest()
+    fingerprint_inputs = [manifest["format"], manifest["sequence_length"], manifest["tokenizer"]["fingerprint"], files]
+    return hashlib.sha256(json.dumps(fingerprint_inputs).encode()).hexdigest()
 
 
 def _all_files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -48,7 +48,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise UserError(f"{folder}: is not a folder; give one of token shards (preprocessing/shard_text.py makes them)")
+        raise UserError(
+            f"{folder}: is not a folder; give a folder of token shards, which preprocessing/shard_text.py makes"
+        )
     if not path.is_file():
         raise UserError(
             f"{folder}: holds no {MANIFEST}; make shards with preprocessing/shard_text.py (or let it finish)"
@@ -83,7 +85,7 @@ class ShardDataset:
 
     Attributes:
         manifest: the checked manifest.
-        fingerprint: sha256 of the whole data set, for refusing changed data on resume.
+        fingerprint: sha256 of the whole data set; a run is resumed on the same data only.
         sequence_length: T.
         languages: sorted codes of the languages that have rows.
         tokenizer_folder: the copy of the tokenizer.
@@ -111,7 +113,7 @@ class ShardDataset:
             verify: read every file once and compare its sha256 with the manifest.
 
         Raises:
-            UserError: a missing, empty, damaged or cut shard, named with its fault.
+            UserError: a shard is missing, empty, damaged or truncated.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -128,7 +130,7 @@ class ShardDataset:
         return dataset
 
     def paths(self) -> list[Path]:
-        """All shards."""
+        """Return the paths of all shards."""
         return [self.folder / entry["path"] for entry in _all_files(self.manifest)]
 
     def verify(self, path: Path) -> None:
@@ -142,7 +144,15 @@ class ShardDataset:
             raise UserError(f"{path}: sha256 does not match the manifest, the shard is damaged; shard the text again")
 
     def check_tokenizer(self, fingerprint: str, name: str) -> None:
-        """Raise UserError unless the shards were made with the tokenizer of this fingerprint."""
+        """Check that the shards were made with a tokenizer.
+
+        Args:
+            fingerprint: of the tokenizer.
+            name: of the tokenizer, for the message.
+
+        Raises:
+            UserError: they were made with another.
+        """
         own = self.manifest["tokenizer"]["fingerprint"]
         if own != fingerprint:
             raise UserError(
@@ -151,35 +161,48 @@ class ShardDataset:
             )
 
     def num_sequences(self, split: str, language: str) -> int:
-        """Rows of one language and split; 0 when there are none."""
+        """Return the number of rows of one language and split."""
         return sum(len(rows) for rows in self._files.get((split, language), ()))
 
     def rows(self, split: str, language: str) -> np.ndarray:
-        """(n, T) int32. A view of the memory map when the language has one file, as small ones do."""
+        """Return the rows of one language and split, (n, T) int32; of a single file as a view of its memory map."""
         files = self._files.get((split, language), [])
         if len(files) == 1:
             return files[0]
         return np.concatenate([np.zeros((0, self.sequence_length), np.int32), *files])
 
     def gather(self, split: str, indices: np.ndarray, language: str | None = None) -> np.ndarray:
-        """Rows by number, (B, T) int32: of one language, or over all, concatenated in sorted order."""
+        """Return rows by index.
+
+        Args:
+            split: "train" or "validation".
+            indices: (B,) integers.
+            language: that the indices count in; None = all languages, concatenated in sorted order.
+
+        Returns:
+            (B, T) int32.
+        """
         starts, files = self._tables[split] if language is None else self._table(split, [language])
         result = np.empty((len(indices), self.sequence_length), dtype=np.int32)
         owner = np.searchsorted(starts, indices, side="right") - 1
-        places = zip(owner.tolist(), (indices - starts[owner]).tolist(), strict=True)
-        for target, (file, row) in zip(result, places, strict=True):
+        sources = zip(owner.tolist(), (indices - starts[owner]).tolist(), strict=True)
+        for target, (file, row) in zip(result, sources, strict=True):
             target[:] = files[file][row]
         return result
 
     def _table(self, split: str, languages: list[str]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """(number of the first row of each file, the files)."""
+        """Return (index of the first row of each file, the files)."""
         files = [rows for language in languages for rows in self._files.get((split, language), [])]
         lengths = np.array([len(rows) for rows in files], dtype=np.int64)
         return np.cumsum(lengths) - lengths, files
 
 
 def _open_rows(path: Path, sequence_length: int, sequences: int) -> np.ndarray:
-    """The rows of one file as a view of its memory map: (sequences, T) int32."""
+    """Return the rows of one file as a view of its memory map, (sequences, T) int32.
+
+    Raises:
+        UserError: the file is damaged, or not what the manifest says.
+    """
     import pyarrow as pa
 
     try:

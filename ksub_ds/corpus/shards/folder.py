@@ -1,8 +1,8 @@
-"""The folder that token shards are written to: made, held by one run, claimed for one set of settings.
+"""The folder that token shards are written to: creating it, locking it, tying it to one set of settings.
 
-OUT/settings.json   format, sequence length, tokenizer: what every language in the folder shares
+OUT/settings.json   format, sequence length, tokenizer: the same for every language in the folder
 OUT/tokenizer/      a copy of the tokenizer
-OUT/manifest.json   last, when every language is there
+OUT/manifest.json   written last, when every language is there
 """
 
 import fcntl
@@ -20,7 +20,11 @@ from ksub_ds.corpus.tokenizers.loading import Tokenizer
 
 
 def make_folder(folder: Path, option: str = "--out") -> None:
-    """Make the folder of an option, or raise UserError."""
+    """Make the folder that an option names.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -33,7 +37,7 @@ def make_folder(folder: Path, option: str = "--out") -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock goes with the process, however it ends.
+    """Lock the folder for this process; the lock ends with the process at the latest.
 
     Raises:
         UserError: another process holds it.
@@ -47,7 +51,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left under temporary names."""
+    """Remove the temporary files and folders of a killed run."""
     for path in folder.iterdir():
         if LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -84,24 +88,24 @@ def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> No
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write the copy of the tokenizer, unless it is there."""
+    """Write the copy of the tokenizer, unless it exists."""
     if not (folder / "tokenizer").is_dir():
         with atomic_folder(folder / "tokenizer") as temporary:
             tokenizer.save(temporary)
 
 
 def is_whole(path: Path, sha256: str) -> bool:
-    """Whether a file is there with this content."""
+    """Return whether a file exists with this content."""
     return path.is_file() and sha256_file(path) == sha256
 
 
 def parts(folder: Path) -> list[Path]:
-    """The part.json of every language that is published; what has a temporary name is not."""
+    """Return the part.json of every published language, those under temporary names left out."""
     return sorted(path for path in folder.glob("*/part.json") if not path.parent.name.startswith("."))
 
 
 def build_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of every language published in the folder, by this run or an earlier one."""
+    """Build the manifest of all languages in the folder, published by this run or an earlier one."""
     languages = {path.parent.name: read_json(path) for path in parts(folder)}
     manifest = {**read_json(folder / "settings.json"), "languages": languages}
     return {**manifest, "fingerprint": dataset_fingerprint(manifest)}

@@ -1,4 +1,4 @@
-"""Documents of token ids into rows of one length.
+"""Packing: documents of token ids to rows of one length.
 
     stream:  document </s> document </s> document ...
     row:     <s>  sequence_length - 2 tokens of the stream  </s>
@@ -17,7 +17,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Packing:
-    """The form of a row: T tokens (`<s>` and `</s>` included, at least 3) and the ids around the text."""
+    """The form of a row.
+
+    Attributes:
+        sequence_length: T tokens, `<s>` and `</s>` included; at least 3.
+        bos_id: of `<s>`.
+        eos_id: of `</s>`.
+        pad_id: of `<pad>`.
+    """
 
     sequence_length: int
     bos_id: int
@@ -26,7 +33,7 @@ class Packing:
 
 
 class Packer:
-    """Packs the documents of one language and split, in the order they come."""
+    """Packs the documents of one language and split, in the order in which they are added."""
 
     def __init__(self, packing: Packing):
         assert packing.sequence_length >= 3, "a row holds <s>, </s> and at least one token"
@@ -37,7 +44,7 @@ class Packer:
         self._started = False
 
     def add(self, documents: list[np.ndarray]) -> np.ndarray:
-        """The rows that these non-empty documents complete: (n, T) int32, n may be 0."""
+        """Add non-empty documents and return the rows that they complete, (n, T) int32; n may be 0."""
         parts = [self._rest]
         for document in documents:
             if self._started:
@@ -51,7 +58,7 @@ class Packer:
         return self._frame(stream[: count * body].reshape(count, body))
 
     def finish(self) -> np.ndarray:
-        """The last row, padded: (1, T), or (0, T) when nothing is left over."""
+        """Return the last row, padded: (1, T), or (0, T) when no token is left."""
         body = self.sequence_length - 2
         if not len(self._rest):
             return self._frame(np.zeros((0, body), dtype=np.int32))

@@ -1,4 +1,4 @@
-"""One language: documents in, a folder of shards out."""
+"""Writing token shards: the packed documents of one language as Arrow files."""
 
 import hashlib
 from pathlib import Path
@@ -6,12 +6,26 @@ from typing import Any
 
 import numpy as np
 
+from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, sha256_file
 from ksub_ds.corpus.shards.dataset import SPLITS
 from ksub_ds.corpus.shards.packing import Packer, Packing
 
+SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
 ROWS_PER_FILE = 1 << 16
-TOKENS_PER_FILE = 1 << 25  # 128 MiB, what a writer holds in memory: longer rows are fewer
+TOKENS_PER_FILE = 1 << 25  # 128 MiB, held in memory by a writer: fewer rows when they are long
+
+
+def check_shard_settings(sequence_length: int, validation_fraction: float) -> None:
+    """Check the settings that all commands which make shards share.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    if not SHORTEST_SEQUENCE <= sequence_length <= LONGEST_SEQUENCE:
+        raise UserError(f"--sequence-length {sequence_length}: must lie in {SHORTEST_SEQUENCE}..{LONGEST_SEQUENCE}")
+    if not 0 <= validation_fraction < 1:
+        raise UserError(f"--validation-fraction {validation_fraction}: must lie in [0, 1); the default is 0.01")
 
 
 class LanguageWriter:
@@ -19,7 +33,7 @@ class LanguageWriter:
 
     Args:
         folder: where the files go.
-        language: their name in the manifest.
+        language: its code, for the manifest.
         packing: the form of a row.
     """
 
@@ -37,7 +51,7 @@ class LanguageWriter:
         count["bytes"] += num_bytes
 
     def finish(self) -> dict[str, Any]:
-        """Write what is left; the counts and files for part.json."""
+        """Write the remaining rows and return the counts and files for part.json."""
         for split in SPLITS:
             self._writers[split].write(self._packers[split].finish())
             self._writers[split].close()
@@ -46,7 +60,12 @@ class LanguageWriter:
 
 
 def split_of(raw: bytes, fraction: float) -> str:
-    """The split of a document, by its content: equal documents always fall on the same side."""
+    """Return the split of a document by its content, so that equal documents are in the same split.
+
+    Args:
+        raw: its text in UTF-8.
+        fraction: share of the split "validation".
+    """
     digest = hashlib.blake2b(raw.strip(), digest_size=8).digest()
     return SPLITS[int.from_bytes(digest, "big") < fraction * 2**64]
 
@@ -58,7 +77,7 @@ class ShardWriter:
         self._folder, self._language, self._split = folder, language, split
         self._sequence_length = sequence_length
         self._rows_per_file = min(ROWS_PER_FILE, max(1, TOKENS_PER_FILE // sequence_length))
-        self._rows = np.empty((self._rows_per_file, sequence_length), dtype=np.int32)  # memory when it is filled
+        self._rows = np.empty((self._rows_per_file, sequence_length), dtype=np.int32)  # takes memory as it is filled
         self._buffered = 0
         self.files: list[dict[str, Any]] = []  # the manifest's entries
 
@@ -73,7 +92,7 @@ class ShardWriter:
                 self._flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining rows."""
         if self._buffered:
             self._flush()
 

@@ -1,4 +1,4 @@
-"""Text from the sources that `datasets` opens by name, read as a stream: nothing is kept on the disk.
+"""Text from data sets that `datasets` opens by name, read as a stream: nothing is kept on the disk.
 
     wikipedia              English Wikipedia (wikimedia/wikipedia, 20231101.en), one article a document
     bookcorpus             BooksCorpus, whose rows are sentences in the order of the books: rows are joined to
@@ -21,8 +21,15 @@ JOINED_CHARACTERS = 10_000
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Where a dataset lies on the hub, and whether its rows are pieces of longer documents."""
+class HubDataset:
+    """A data set of the hub.
+
+    Attributes:
+        path: its name on the hub, or a local folder.
+        config: its configuration; "{language}" is replaced.
+        revision: commit, branch or reference.
+        joined: whether its rows are pieces of longer documents.
+    """
 
     path: str
     config: str | None = None
@@ -31,9 +38,9 @@ class Dataset:
 
 
 KNOWN = {
-    "wikipedia": Dataset("wikimedia/wikipedia", "20231101.{language}"),
+    "wikipedia": HubDataset("wikimedia/wikipedia", "20231101.{language}"),
     # The original is a loading script, which `datasets` no longer runs; this is the hub's own conversion of it.
-    "bookcorpus": Dataset("bookcorpus/bookcorpus", revision="refs/convert/parquet", joined=True),
+    "bookcorpus": HubDataset("bookcorpus/bookcorpus", revision="refs/convert/parquet", joined=True),
 }
 
 
@@ -52,7 +59,7 @@ class DatasetSource:
         path, _, config = name.partition(":")
         if not path.strip("/"):
             raise UserError(f"--datasets {name or repr(name)}: write NAME, NAME:CONFIG or a folder of a dataset")
-        known = KNOWN.get(path, Dataset(path))
+        known = KNOWN.get(path, HubDataset(path))
         self.name = name
         self._joined = known.joined
         self._path, self._revision = known.path, known.revision
@@ -81,17 +88,17 @@ class DatasetSource:
 
     @functools.cached_property
     def digest(self) -> str:
-        """What decides the text: path, configuration, and the commit (the files' names and times, if local)."""
+        """What decides the text: path, configuration, commit (of a local folder, its files' names and times)."""
         return f"{self._path} {self._builder.config.name} {self._builder.hash} {self._column} {self._joined}"
 
     @property
     def size(self) -> int:
-        """Bytes of text, as far as the dataset tells; else 0."""
+        """Bytes of text, if the dataset says so; else 0."""
         split = (self._builder.info.splits or {}).get("train")
         return int(split.num_bytes or 0) if split else 0
 
     def texts(self) -> Iterator[Any]:
-        """The documents, in order; a row whose text is no string comes as it is.
+        """Return the documents, in order; a row whose text is not a string is returned as it is.
 
         Raises:
             UserError: the stream broke off.
@@ -111,7 +118,7 @@ class DatasetSource:
 
 
 def _join(rows: Iterable[Any]) -> Iterator[str]:
-    """Rows put together, a line each, until a document has JOINED_CHARACTERS."""
+    """Yield rows joined, one a line, to documents of at least JOINED_CHARACTERS."""
     lines: list[str] = []
     size = 0
     for row in rows:

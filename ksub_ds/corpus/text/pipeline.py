@@ -1,9 +1,9 @@
 """From a folder of text to a folder of token shards; what preprocessing/shard_text.py runs.
 
-Language by language: read, tokenise, split off the held-out part, pack, write `SHARDS/<lang>/` under
-a temporary name, rename. Last comes the manifest. A run that is killed leaves only whole languages,
-and the same command again does the missing ones. The result depends on text, tokenizer and settings
-alone: not on the number of processes, nor on the day.
+For each language: find its text (sources.py), read documents (reader.py), tokenise, split off the held-out part, pack,
+write `SHARDS/<lang>/` under a temporary name, rename it. The manifest is written last. A run that is killed leaves only
+whole languages, and the same command again makes the missing ones. The result depends on text, tokenizer and
+settings, not on the number of processes.
 """
 
 import os
@@ -30,28 +30,28 @@ from ksub_ds.corpus.shards.folder import (
     save_tokenizer,
 )
 from ksub_ds.corpus.shards.packing import Packing
-from ksub_ds.corpus.shards.writer import LanguageWriter, split_of
+from ksub_ds.corpus.shards.writer import LanguageWriter, check_shard_settings, split_of
 from ksub_ds.corpus.text.hub import DatasetSource
 from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.sources import LanguageText, find_text
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.corpus.tokenizers.parallel import ParallelEncoder
 
-SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
+BATCH_CHARACTERS = 1 << 20  # of text per batch: a second or less of tokenising
 
 
 @dataclass
 class ShardText:
-    """Turn a folder of text into token shards for pretraining. The same command again does what is missing."""
+    """Turn a folder of text into token shards for pretraining. The same command again makes what is missing."""
 
     input: Path | None = None
-    """Folder of <lang>.jsonl[.gz], <lang>.txt[.gz] (blank lines part documents), <lang>.parquet or <lang>/."""
+    """Folder of <lang>.jsonl[.gz], <lang>.txt[.gz] (blank lines separate documents), <lang>.parquet or <lang>/."""
     tokenizer: Path = tyro.MISSING
     """A SentencePiece .model in XLM-R's layout, or the folder of a HuggingFace tokenizer."""
     out: Path = tyro.MISSING
     """Folder to write the shards to."""
     sequence_length: int = 512
-    """Tokens a row, <s> and </s> included."""
+    """Tokens per row, <s> and </s> included."""
     validation_fraction: float = 0.01
     """Share of the documents held out for evaluation, chosen by a hash of their text."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
@@ -61,7 +61,7 @@ class ShardText:
     datasets: tuple[str, ...] = ()
     """Streamed from the hub: wikipedia, bookcorpus, NAME or NAME:CONFIG (column "text"); NAME may be a local folder."""
     datasets_language: str = "en"
-    """Language of --datasets; wikipedia comes in that edition."""
+    """Language of --datasets, and edition of wikipedia."""
 
 
 def shard_text(settings: ShardText) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
             recipe = _recipe_of(settings, sources)
             if not _is_done(settings.out, language, recipe):
                 todo[language] = recipe
-        if todo:  # until all is done there is no manifest, so nobody trains on half of it
+        if todo:  # there is no manifest until all is done, so that nobody trains on half of the data
             (settings.out / MANIFEST).unlink(missing_ok=True)
             total = sum(text[language].size() for language in todo)
             packing = Packing(settings.sequence_length, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
@@ -106,14 +106,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
 
 
 def _check(settings: ShardText) -> None:
-    if not SHORTEST_SEQUENCE <= settings.sequence_length <= LONGEST_SEQUENCE:
-        raise UserError(
-            f"--sequence-length {settings.sequence_length}: must lie in {SHORTEST_SEQUENCE}..{LONGEST_SEQUENCE}"
-        )
-    if not 0 <= settings.validation_fraction < 1:
-        raise UserError(
-            f"--validation-fraction {settings.validation_fraction}: must lie in [0, 1); the default is 0.01"
-        )
+    check_shard_settings(settings.sequence_length, settings.validation_fraction)
     if settings.workers < 1:
         raise UserError(f"--workers {settings.workers}: must be at least 1")
     for option, languages in (("languages", settings.languages), ("datasets-language", (settings.datasets_language,))):
@@ -130,12 +123,12 @@ def _check(settings: ShardText) -> None:
 
 
 def _recipe_of(settings: ShardText, text: LanguageText) -> dict[str, Any]:
-    """What, beside settings.json, decides a language's shards."""
+    """Return what, besides settings.json, decides a language's shards."""
     return {"validation_fraction": settings.validation_fraction, "text": text.fingerprint()}
 
 
 def _is_done(folder: Path, language: str, recipe: dict[str, Any]) -> bool:
-    """Whether a language's shards are there, whole, and made from this text."""
+    """Return whether a language's shards are there, whole, and made from this text."""
     path = folder / language / "part.json"
     if not path.is_file():
         return False
@@ -189,9 +182,12 @@ def shard_language(
 
     Args:
         out: the shards folder.
-        text: the language's sources; its `skipped` counts are added to.
+        language: its code.
+        text: the language's sources; its `skipped` counts are updated.
         recipe: what decides the result, kept in part.json; "validation_fraction" is read from it.
-        progress: in kB of text as it lies on the disk.
+        packing: the form of a row.
+        encoder: the processes that tokenise.
+        progress: in kB of text on the disk.
     """
     reader = DocumentReader(text.sources, text.skipped)
     shown = 0
@@ -221,9 +217,6 @@ def shard_language(
     if skipped:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
         get_logger().info(f"{language}: skipped documents or files: {reasons}")
-
-
-BATCH_CHARACTERS = 1 << 20  # of text per batch: a second or less of tokenising
 
 
 def _batches(reader: DocumentReader) -> Iterator[list[str]]:

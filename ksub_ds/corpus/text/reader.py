@@ -1,7 +1,7 @@
-"""Reading documents, whatever is wrong with a file.
+"""Reading documents from files, damaged ones included.
 
     .jsonl .json    one JSON object a line: {"text": ...}, or CCNet's {"raw_content": ...}
-    .txt            documents parted by blank lines
+    .txt            documents separated by blank lines
     .parquet        a column "text" or "raw_content"
 
 What cannot be read is skipped and counted by reason; a bad file never ends a run. Reading is streamed and bounded:
@@ -20,9 +20,9 @@ import pyarrow
 import pyarrow.parquet
 
 from ksub_ds.corpus.text.hub import TEXT_COLUMNS, DatasetSource
-from ksub_ds.corpus.text.sources import PARQUET, Source
+from ksub_ds.corpus.text.sources import PARQUET, TextFile
 
-PARQUET_ROWS = 16  # held at a time: a column may repeat one long text at no cost on the disk
+PARQUET_ROWS = 16  # read at a time: a column may repeat one long text without taking space on the disk
 LONGEST_DOCUMENT = 10_000_000  # characters
 LONGEST_LINE = 4 * LONGEST_DOCUMENT  # bytes
 INFLATION_LIMIT = 200  # text compresses 3 to 20 times; beyond this, past the first bytes, it is a bomb
@@ -33,11 +33,11 @@ class DocumentReader:
     """Iterates over the documents of some sources, in order.
 
     Attributes:
-        skipped: what was skipped so far, by reason; the caller's counter is added to.
-        bytes_read: bytes taken from the disk so far.
+        skipped: number of files and documents skipped so far, by reason: the caller's counter.
+        bytes_read: bytes read from the disk so far.
     """
 
-    def __init__(self, sources: Sequence[Source | DatasetSource], skipped: Counter[str]):
+    def __init__(self, sources: Sequence[TextFile | DatasetSource], skipped: Counter[str]):
         self._sources, self.skipped = sources, skipped
         self.bytes_read = 0
 
@@ -50,12 +50,12 @@ class DocumentReader:
                 yield text
             if silent and self.skipped.total() == skipped:
                 self.skipped["empty_file"] += 1
-            if isinstance(source, Source):
+            if isinstance(source, TextFile):
                 self.bytes_read = before + source.size
 
     def _usable(self, texts: Iterable[Any]) -> Iterator[str]:
         for text in texts:
-            reason = fault(text) if isinstance(text, str) else "no_text_key"
+            reason = rejection_reason(text) if isinstance(text, str) else "no_text_key"
             if reason is None:
                 yield text
             else:
@@ -66,7 +66,7 @@ class DocumentReader:
             self.bytes_read += len(text) if isinstance(text, str) else 0
             yield text
 
-    def _file(self, source: Source) -> Iterator[Any]:
+    def _file(self, source: TextFile) -> Iterator[Any]:
         before = self.bytes_read
         try:
             with open(source.path, "rb") as raw:
@@ -107,10 +107,10 @@ class DocumentReader:
             while line := stream.readline(LONGEST_LINE):
                 inflated += len(line)
                 whole = len(line) < LONGEST_LINE or line.endswith(b"\n")
-                while not whole:  # drop the rest of it in small bites
-                    bite = stream.readline(1 << 20)
-                    inflated += len(bite)
-                    whole = not bite or bite.endswith(b"\n") or _is_bomb(inflated, raw, compressed)
+                while not whole:  # drop the rest of it in pieces
+                    piece = stream.readline(1 << 20)
+                    inflated += len(piece)
+                    whole = not piece or piece.endswith(b"\n") or _is_bomb(inflated, raw, compressed)
                     line = b""
                 if line:
                     yield line
@@ -166,16 +166,16 @@ def _paragraph(document: list[bytes], size: int, skipped: Counter[str]) -> Itera
             skipped["not_utf8"] += 1
 
 
-def fault(text: str) -> str | None:
-    """Why a document cannot be used, or None."""
+def rejection_reason(text: str) -> str | None:
+    """Return why a document cannot be used, or None."""
     if len(text) > LONGEST_DOCUMENT:
         return "too_long"
     if not text or text.isspace():
         return "empty"
     if "\0" in text:
-        return "nul_character"  # text in UTF-16, or no text at all
+        return "nul_character"  # text in UTF-16, or not text at all
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "lone_surrogate"  # JSON can spell halves of characters
+        return "lone_surrogate"  # JSON can encode halves of characters
     return None

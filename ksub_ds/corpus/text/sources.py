@@ -3,7 +3,7 @@
     <lang>.jsonl[.gz]  <lang>.json[.gz]  <lang>.txt[.gz]  <lang>.parquet
     <lang>/...                                           any of these, under any name
 
-and, beside files, what `datasets` opens by name (dataset_text.py). documents.py reads what is found.
+hub.py opens data sets by name; reader.py reads both.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ PARQUET = ".parquet"
 
 
 @dataclass(frozen=True)
-class Source:
+class TextFile:
     """One text file and its name below the input folder."""
 
     path: Path
@@ -31,7 +31,7 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """sha256 of the content; of a file that cannot be read, which the reader counts, nothing."""
+        """sha256 of the content; "" if the file cannot be read, which the reader counts."""
         try:
             return sha256_file(self.path)
         except OSError:
@@ -39,7 +39,7 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes as they lie on the disk."""
+        """Bytes on the disk."""
         return self.path.stat().st_size
 
 
@@ -47,31 +47,34 @@ class Source:
 class LanguageText:
     """The sources of one language, and how many files and documents were skipped, by reason."""
 
-    sources: list[Source | DatasetSource]
+    sources: list[TextFile | DatasetSource]
     skipped: Counter[str]
 
     def fingerprint(self) -> str:
-        """sha256 over the names and contents of all sources."""
+        """Return the sha256 of the names and contents of all sources."""
         digest = hashlib.sha256()
         for source in self.sources:
             digest.update(f"{source.name}\0{source.digest}\n".encode())
         return digest.hexdigest()
 
     def size(self) -> int:
-        """Bytes of all sources as they lie on the disk; of a dataset, of its text."""
+        """Return the bytes of all sources: of files on the disk, of data sets as text."""
         return sum(source.size for source in self.sources)
 
 
 def find_text(folder: Path, languages: tuple[str, ...] = (), flag: str = "--input") -> dict[str, LanguageText]:
-    """The text of each language below a folder, sorted.
+    """Find the text of each language below a folder.
 
     Args:
-        folder: where the text lies.
-        languages: take these only; empty = all.
-        flag: the option that names the folder, for errors.
+        folder: of the text.
+        languages: to take; empty = all.
+        flag: the option that names the folder, for messages.
+
+    Returns:
+        The text by language, sorted.
 
     Raises:
-        UserError: no folder, no language, or one of `languages` is not there.
+        UserError: no folder, no language, or one of `languages` is missing.
     """
     if not folder.is_dir():
         raise UserError(
@@ -97,7 +100,7 @@ def find_text(folder: Path, languages: tuple[str, ...] = (), flag: str = "--inpu
             elif not path.is_file():
                 text.skipped["not_a_regular_file"] += 1
             else:
-                text.sources.append(Source(path, path.relative_to(folder).as_posix()))
+                text.sources.append(TextFile(path, path.relative_to(folder).as_posix()))
     if not found and not others:
         raise UserError(
             f"{flag} {folder}: holds no language; name the files <lang>.jsonl[.gz], <lang>.txt[.gz] or <lang>/"

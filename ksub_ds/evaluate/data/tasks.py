@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from ksub_ds.common.languages import TABLE_4_ORDER
 from ksub_ds.evaluate.data.rows import Columns
 
-# Table 4's order.
-LANGUAGES = ("en", "fr", "es", "de", "el", "bg", "ru", "tr", "ar", "vi", "th", "zh", "hi", "sw", "ur")
+LANGUAGES = TABLE_4_ORDER
 NLI_LABELS = ("entailment", "neutral", "contradiction")
 # The machine-translated training sets of XLM's distribution spell the last class otherwise.
 XNLI_COLUMNS = Columns("premise", "hypothesis", NLI_LABELS, (("contradictory", 2),))

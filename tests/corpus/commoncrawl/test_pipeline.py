@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import transformers  # noqa: F401 - loaded once here, else by a process for each run
+import transformers  # noqa: F401 - imported once here, else by a process for each run
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.mpi import MPIComm
@@ -24,13 +24,13 @@ from ksub_ds.corpus.commoncrawl import filter, pipeline, tokenize
 from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.dedup import normalise
 from ksub_ds.corpus.commoncrawl.langid import load_identifier
-from ksub_ds.corpus.commoncrawl.output import exit_line
 from ksub_ds.corpus.commoncrawl.pipeline import dry_run, shard_cc
+from ksub_ds.corpus.commoncrawl.report import exit_line
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.statistics import corpus_table
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "preprocessing" / "shard_cc.py"
 spec = importlib.util.spec_from_file_location("wet_files", Path(__file__).with_name("wet_files.py"))
 assert spec is not None and spec.loader is not None
@@ -94,7 +94,7 @@ def json_lines(path: Path) -> list[Any]:
 
 
 def expected_documents(pages: list[list[str]], mode: str, min_length: int) -> list[tuple[str, list[int], str]]:
-    """(url, lines kept, text) of every document, by the rules as they are written."""
+    """Return (url, lines kept, text) of every document, by the rules in plain Python."""
     identifier = cached_identifier()
     counts = Counter(key for texts in pages for text in texts if text for key in normalise(text.split("\n")))
     seen: set[bytes] = set()
@@ -189,7 +189,7 @@ def test_a_rerun_does_what_is_missing(
             patch.setattr(filter, "hash_paragraphs", None)
             assert run(wet_folder, tiny_tokenizer, out, **options) == first
         assert content(tmp_path) == before
-    # Another setting of a late stage leaves the early ones alone; a language that is gone takes its shards along.
+    # Another setting of a late stage does not touch the early ones; the shards of a dropped language are removed.
     shorter = run(wet_folder, tiny_tokenizer, out, **options, min_length=100, languages=("en", "el"))
     assert sorted(shorter["shards"]) == ["el", "en"] and not (out / "tr").exists()
     assert not list(text_out.glob("tr_*"))
@@ -262,7 +262,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(wet_folder: Path, tiny_tokeniz
     assert content(tmp_path / "2") == alone
     assert two.stdout == corpus_table(tmp_path / "1" / "out") + "\n" + two.stdout.splitlines()[-1] + "\n"
 
-    # A unit that one rank cannot write ends all of them, with one line; three ranks then go on with what two left.
+    # A unit that one rank cannot write ends all of them, with one line; three ranks then resume what two have left.
     obstacle = tmp_path / "3" / "out" / "work" / "select" / "000001.documents"
     obstacle.mkdir(parents=True)
     shutil.copytree(tmp_path / "1" / "out" / "tokenizer", tmp_path / "3" / "out" / "tokenizer")  # saves some seconds
@@ -290,11 +290,11 @@ def writes() -> Iterator[list[str]]:
             if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 paths.append(os.fsdecode(arguments[0]))
         elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "shutil.rmtree"):
-            # A name relative to an open folder belongs to an rmtree, which is seen by itself.
+            # A name relative to an open folder belongs to an rmtree, which has an event of its own.
             names = [each for each in arguments if isinstance(each, str | bytes | os.PathLike)]
             paths.extend(os.fsdecode(each) for each in names if "/" in os.fsdecode(each))
 
-    sys.addaudithook(hook)  # there is no way to take it off again
+    sys.addaudithook(hook)  # it cannot be removed again
     yield paths
     watching[0] = False
 

@@ -16,14 +16,14 @@ counts_of_languages = st.dictionaries(st.sampled_from(["ar", "en", "sw", "zh"]),
 
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks() -> Iterator[None]:
-    """Tests look at few draws; computing 32,768 at a time would be most of their time."""
+    """Tests look at few samples; computing 32,768 at a time would be most of their time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "_BLOCK", 256)
         yield
 
 
 def stream(sampler: Sampler, batch: int, steps: int) -> np.ndarray:
-    return np.concatenate([sampler.draws(step, batch)[2] for step in range(steps)])
+    return np.concatenate([sampler.samples(step, batch)[2] for step in range(steps)])
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,11 +65,11 @@ def test_a_step_is_a_function_of_its_number(counts: dict[str, int], alpha: float
     used = Sampler(counts, alpha, 3)
     stream(used, 7, 5)
     fresh = Sampler(counts, alpha, 3)
-    for one, other in zip(used.draws(step, batch), fresh.draws(step, batch), strict=True):
+    for one, other in zip(used.samples(step, batch), fresh.samples(step, batch), strict=True):
         assert (one == other).all()
-    ones = np.concatenate([fresh.draws(step * batch + i, 1)[2] for i in range(batch)])
-    assert (ones == fresh.draws(step, batch)[2]).all()
-    epoch, draw, _ = fresh.draws(step, batch)
+    ones = np.concatenate([fresh.samples(step * batch + i, 1)[2] for i in range(batch)])
+    assert (ones == fresh.samples(step, batch)[2]).all()
+    epoch, draw, _ = fresh.samples(step, batch)
     assert (epoch * fresh.epoch_size + draw == step * batch + np.arange(batch)).all()
 
 
@@ -85,7 +85,7 @@ def test_smoothing_repeats_evenly(counts: dict[str, int], alpha: float) -> None:
     sampler = Sampler(counts, alpha, 5)
     total = sum(counts.values())
     seen = np.zeros(total, dtype=int)
-    for _, _, sequences in [sampler.draws(epoch, total) for epoch in range(3)]:
+    for _, _, sequences in [sampler.samples(epoch, total) for epoch in range(3)]:
         np.add.at(seen, sequences, 1)
     first = 0
     for language in sorted(counts):  # within a language no sequence is more than one use ahead of another
@@ -116,5 +116,5 @@ def test_mistakes_are_named() -> None:
 
 def test_the_order_is_this() -> None:
     """A change here changes every run that is resumed: say so in the changelog."""
-    assert Sampler({"en": 40, "sw": 5}, 1.0, 7).draws(3, 8)[2].tolist() == [24, 6, 29, 20, 26, 25, 14, 0]
-    assert Sampler({"en": 40, "sw": 5}, 0.3, 7).draws(9, 8)[2].tolist() == [42, 40, 9, 27, 34, 40, 18, 1]
+    assert Sampler({"en": 40, "sw": 5}, 1.0, 7).samples(3, 8)[2].tolist() == [24, 6, 29, 20, 26, 25, 14, 0]
+    assert Sampler({"en": 40, "sw": 5}, 0.3, 7).samples(9, 8)[2].tolist() == [42, 40, 9, 27, 34, 40, 18, 1]

@@ -18,7 +18,7 @@ from ksub_ds.corpus.commoncrawl.dedup import Deduplication, hash_files, hash_par
 
 
 def plain_rule(paragraph: str) -> bytes:
-    """The rule as it is written, a character at a time."""
+    """Apply the rule as it is written, one character at a time."""
     text = re.sub(r"\d", "0", paragraph.strip().lower())
     return "".join(c for c in text if unicodedata.category(c)[0] != "P" and unicodedata.category(c) != "Cc").encode()
 

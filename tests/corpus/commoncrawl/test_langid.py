@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.commoncrawl.langid import LANGUAGES, PART_OF, WindowIdentifier, load_identifier
+from ksub_ds.common.languages import LANGUAGES
+from ksub_ds.corpus.commoncrawl.langid import PART_OF, WindowIdentifier, load_identifier
 
 SENTENCES = {
     "ar": "ذهب الولد إلى المدرسة في الصباح الباكر ومعه كتاب جديد عن تاريخ المدينة القديمة",

@@ -1,4 +1,4 @@
-"""A Common Crawl snapshot from a local server that stalls, cuts, refuses, lies and ignores Range."""
+"""inputs.py: a Common Crawl snapshot from a local server that stalls, breaks off, refuses, lies and ignores Range."""
 
 import gzip
 import multiprocessing
@@ -26,7 +26,7 @@ def wet_path(number: int) -> str:
 
 
 class Server:
-    """Serves `files`; `faults[path]` is a list of what the next requests for it meet, one each."""
+    """Serves `files`; `faults[path]` lists how the next requests for it fail, one each."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {wet_path(n): bytes([n]) * (3 << 18) + b"end" for n in range(4)}
@@ -60,7 +60,7 @@ class Server:
             fault = self.faults[path].pop(0) if self.faults.get(path) else ""
         if fault.isdecimal():
             request.send_response(int(fault))
-            request.send_header("Retry-After", "999999")  # longer than anybody waits
+            request.send_header("Retry-After", "999999")  # longer than a client waits
             request.end_headers()
             return
         body = self.files.get(path)
@@ -246,7 +246,7 @@ def test_users_mistakes(server: Server, tmp_path: Path) -> None:
 
 
 def test_processes_share_the_cache_and_its_connections(server: Server, tmp_path: Path) -> None:
-    """Three ranks ask for the same files: every file comes once, over two connections in all, and all get all."""
+    """Three ranks fetch the same files: each is downloaded once, over two connections in all, and all ranks get all."""
     for number in range(4):
         server.faults[wet_path(number)] = ["slow"]
     context = multiprocessing.get_context("fork")

@@ -21,7 +21,7 @@ from ksub_ds.corpus.commoncrawl import filter
 from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.pipeline import shard_cc
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 spec = importlib.util.spec_from_file_location("wet_files", Path(__file__).with_name("wet_files.py"))
 assert spec is not None and spec.loader is not None
 wet_files = importlib.util.module_from_spec(spec)

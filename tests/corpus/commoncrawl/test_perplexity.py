@@ -34,7 +34,7 @@ NGRAMS: dict[tuple[str, ...], tuple[float, float]] = {
 
 
 def log10_probability(words: list[str]) -> float:
-    """The back-off rule written down once more: the longest known n-gram, and what backing off to it costs."""
+    """Apply the back-off rule as it is defined: the longest known n-gram, and the cost of backing off to it."""
     known = [word if (word,) in NGRAMS else "<unk>" for word in words]
     history: tuple[str, ...] = ("<s>",)
     total = 0.0

@@ -1,6 +1,6 @@
 """Run shard_cc many times in forked processes: whole; then killed at a point of each stage, and resumed.
 
-python tests/corpus/run_killed.py '{"input": [...], "tokenizer": ..., "points": [...]}' FOLDER
+python tests/corpus/commoncrawl/run_killed.py '{"input": [...], "tokenizer": ..., "points": [...]}' FOLDER
 
 A point is part of a path: the run is killed (SIGKILL) when it is about to give a file or folder that name.
 """
@@ -21,7 +21,7 @@ from ksub_ds.corpus.commoncrawl.config import ShardCC
 
 
 def in_a_fork(function: Callable[[], Any]) -> int:
-    """Call a function in a process of its own; its wait status."""
+    """Call a function in a forked process and return its wait status."""
     child = os.fork()
     if child == 0:
         try:
@@ -34,7 +34,7 @@ def in_a_fork(function: Callable[[], Any]) -> int:
 
 
 def kill_before(point: str) -> None:
-    """From now on, be killed when a path with `point` in it is about to be published."""
+    """Arrange that this process is killed when a path with `point` in it is about to get its name."""
     for name in ("replace", "rename"):
         real = getattr(os, name)
 

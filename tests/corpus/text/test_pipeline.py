@@ -21,7 +21,6 @@ import pytest
 from ksub_ds import cli
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import LEFTOVER, atomic_folder
-from ksub_ds.corpus.shards import writer
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.shards.folder import locked
 from ksub_ds.corpus.statistics import corpus_statistics, corpus_table
@@ -31,7 +30,7 @@ from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.sources import find_text
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "preprocessing" / "shard_text.py"
 
 
@@ -77,7 +76,7 @@ def test_every_document_is_in_one_split(tiny_text: Path, tiny_tokenizer: Path, t
 def test_workers_do_not_show(
     tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "BATCH_CHARACTERS", 3000)  # many batches
+    monkeypatch.setattr(pipeline, "BATCH_CHARACTERS", 3000)  # many batches
     for workers in (1, 2):
         shard_text(ShardText(tiny_text, tiny_tokenizer, tmp_path / str(workers), sequence_length=64, workers=workers))
     assert same_folder(tmp_path / "1", tmp_path / "2")

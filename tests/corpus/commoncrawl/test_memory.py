@@ -1,4 +1,4 @@
-"""Memory of a rank, whatever the pages hold: measured on the worst of them, and what bounds it."""
+"""Memory of a rank on hostile pages: the measured peak, and the limits that bound it."""
 
 import gzip
 import importlib.util
@@ -12,21 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ksub_ds.common.languages import LANGUAGES
 from ksub_ds.corpus.commoncrawl import filter
 from ksub_ds.corpus.commoncrawl.filter import Selection, select_file
 from ksub_ds.corpus.commoncrawl.inputs import describe
-from ksub_ds.corpus.commoncrawl.langid import LANGUAGES, load_identifier
+from ksub_ds.corpus.commoncrawl.langid import load_identifier
 from ksub_ds.corpus.commoncrawl.perplexity import load_buckets
 from ksub_ds.corpus.commoncrawl.wet import Limits
-from ksub_ds.corpus.shards import dataset
+from ksub_ds.corpus.shards import writer as shard_writer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 spec = importlib.util.spec_from_file_location("wet_files", Path(__file__).with_name("wet_files.py"))
 assert spec is not None and spec.loader is not None
 wet_files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(wet_files)
 
-# The script, and the most memory it had at once (resource.getrusage would tell of the tests' process as well).
+# The script, then its peak memory (resource.getrusage would include that of the tests' process).
 MEASURED = """
 import atexit, re, runpy, sys
 status = lambda: print("peak kB", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -56,14 +57,14 @@ def test_the_worst_pages_stay_below_1_gb(ksub_data: Path, tmp_path: Path) -> Non
             stream.write(gzip.compress(wet_files.record(number, text), 1))
     command = [sys.executable, "-c", MEASURED, str(ROOT / "preprocessing" / "shard_cc.py"), "--input"]
     command += [str(tmp_path / "in"), "--tokenizer", str(ksub_data / "tokenizer" / "sentencepiece.bpe.model")]
-    command += ["--out", str(tmp_path / "out"), "--langid-threshold", "0"]  # else none of them is in a language
-    (tmp_path / "out" / "tokenizer").mkdir(parents=True)  # its copy is not what is measured
+    command += ["--out", str(tmp_path / "out"), "--langid-threshold", "0"]  # else no page has a language
+    (tmp_path / "out" / "tokenizer").mkdir(parents=True)  # so that it is not copied
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-2].startswith("kept 2 of 3 pages"), done.stdout  # of the last one two words are left
+    assert lines[-2].startswith("kept 2 of 3 pages"), done.stdout  # two words are left of the last one
     assert int(lines[-1].removeprefix("peak kB ")) * 1024 < 850e6
 
 
@@ -82,15 +83,15 @@ def test_a_batch_counts_urls_and_pages(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(filter, "BATCH_CHARACTERS", 10_000)
     selection = Selection(load_identifier(threshold=0), load_buckets(None), LANGUAGES, ("all",), 1)
     file = describe(path, path.name)
-    select_file(file, filter.content_hash(file), None, selection, tmp_path / "documents")
+    select_file(file, filter.content_hash(file), None, tmp_path / "documents", deduplication=None, selection=selection)
     assert batches[:40] == [1] * 40 and sum(batches) == 100 and max(batches) == 20
 
 
 def test_files_of_long_rows_hold_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "TOKENS_PER_FILE", 200)
+    monkeypatch.setattr(shard_writer, "TOKENS_PER_FILE", 200)
     (tmp_path / "en").mkdir()
     for length, sizes in ((64, [3, 3, 1]), (300, [1] * 7), (8, [7])):
-        writer = dataset.ShardWriter(tmp_path / "en", "en", "train", length)
+        writer = shard_writer.ShardWriter(tmp_path / "en", "en", "train", length)
         writer.write(np.zeros((7, length), dtype=np.int32))
         writer.close()
         assert [file["sequences"] for file in writer.files] == sizes

@@ -1,4 +1,4 @@
-"""Shards: opened by `datasets` as they are, memory-mapped, and every damage named."""
+"""Shards: opened by `datasets` as they are, memory-mapped, and every kind of damage is reported."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.shards import dataset as shards
+from ksub_ds.corpus.shards import writer as shard_writer
 from ksub_ds.corpus.shards.dataset import ShardDataset, dataset_fingerprint
 from ksub_ds.corpus.shards.writer import ShardWriter
 
@@ -47,7 +47,7 @@ def test_rows_are_views_of_the_memory_map(tiny_shards: Path) -> None:
 def test_gather_counts_over_files_and_languages(
     tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "ROWS_PER_FILE", 10)  # many files
+    monkeypatch.setattr(shard_writer, "ROWS_PER_FILE", 10)  # many files
     folder = shutil.copytree(tiny_shards, tmp_path / "many")
     expected, numbers = [], iter(range(10**6))
     languages = {}

@@ -1,4 +1,4 @@
-"""Parquet files and sources that `datasets` opens: the same shards as from JSONL, rows joined, mistakes told."""
+"""Parquet files and sources that `datasets` opens: the same shards as from JSONL, rows joined, mistakes reported."""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ import pytest
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.text import hub
-from ksub_ds.corpus.text.hub import KNOWN, Dataset, DatasetSource
+from ksub_ds.corpus.text.hub import KNOWN, DatasetSource, HubDataset
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.sources import find_text
@@ -88,7 +88,7 @@ def test_text_of_a_folder_and_of_datasets_goes_together(tmp_path: Path, tiny_tex
 def test_rows_of_books_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [f"sentence number {number} of the book ." for number in range(1000)]
     write_parquet(tmp_path / "books/train.parquet", list(rows))
-    monkeypatch.setitem(KNOWN, "bookcorpus", Dataset(str(tmp_path / "books"), joined=KNOWN["bookcorpus"].joined))
+    monkeypatch.setitem(KNOWN, "bookcorpus", HubDataset(str(tmp_path / "books"), joined=KNOWN["bookcorpus"].joined))
     texts = list(DatasetSource("bookcorpus", "en").texts())
     assert "\n".join(texts).split("\n") == rows
     assert all(len(text) >= hub.JOINED_CHARACTERS - 1 for text in texts[:-1])

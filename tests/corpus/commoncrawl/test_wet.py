@@ -1,4 +1,4 @@
-"""The reader of WET files: what is good comes out, whatever lies around it; what is not, with offset and reason."""
+"""The reader of WET files: good records are returned whatever is around them, bad ones with offset and reason."""
 
 import gzip
 import importlib.util
@@ -124,7 +124,7 @@ def test_a_file_has_a_budget(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 4, 8, 9])
 def test_no_page_comes_out_before_its_checksum(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the checksum falls on the pieces in which a member is taken."""
-    whole = member(record(0, random.Random(0).randbytes(3000).hex()))  # longer than what the header is looked for in
+    whole = member(record(0, random.Random(0).randbytes(3000).hex()))  # longer than the part searched for the header
     monkeypatch.setattr(wet, "_PIECE", len(whole) - cut)
     assert read(tmp_path / "file", whole + B) == (["0", "1"], [])
     pages, faults = read(tmp_path / "file", flipped(whole, len(whole) - 6) + B)

@@ -1,0 +1,113 @@
+"""What a run over Common Crawl reports: quarantine.jsonl, report.json, and the line it ends with.
+
+Nothing in these files depends on the time, on the paths of the output, or on the number of ranks.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ksub_ds.common.files import atomic_path
+from ksub_ds.corpus.commoncrawl.filter import Counts
+from ksub_ds.corpus.commoncrawl.inputs import WetFile
+from ksub_ds.corpus.commoncrawl.stages import Result
+
+FORMAT = 1  # of the intermediate files and of the report; part of every stage's key
+REPORT, QUARANTINE = "report.json", "quarantine.jsonl"
+STAGES = ("read", "dedup", "language", "quality", "length", "tokenise")
+_NAMES = ("documents_in", "bytes_in", "documents_out", "bytes_out")
+_DROPPED_BY = {
+    "read": "without text",
+    "dedup": "by deduplication",
+    "language": "by language",
+    "quality": "by perplexity",
+    "length": "by length",
+    "tokenise": "without a token",
+}
+
+
+def write_quarantine(path: Path, parts: Sequence[Path]) -> None:
+    """Join the faults of all files, in the order of the files."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as out:
+        for part in parts:
+            with open(part, "rb") as stream:
+                shutil.copyfileobj(stream, out)
+
+
+def build_report(
+    head: dict[str, Any],
+    files: Sequence[WetFile],
+    reads: Sequence[Result],
+    selected: Sequence[Result],
+    tokens: Sequence[Result],
+    languages: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what report.json holds: documents and bytes in and out, by stage, language and file.
+
+    Args:
+        head: its first entries.
+        files: the WET files.
+        reads: results of the stage read, by file.
+        selected: results of the stage select, by file.
+        tokens: results of the stage tokenise, by file.
+        languages: the manifest's entries.
+    """
+    entries: list[dict[str, Any]] = []
+    totals: Counts = {stage: {} for stage in STAGES}
+    for file, read, select, token in zip(files, reads, selected, tokens, strict=True):
+        counts = {stage: {} for stage in STAGES} | read["counts"] | select["counts"] | token["counts"]
+        for stage in STAGES:
+            for language, row in counts[stage].items():
+                total = totals[stage].setdefault(language, [0, 0, 0, 0])
+                total[:] = [a + b for a, b in zip(total, row, strict=True)]
+        entries.append(
+            {
+                "file": file.name,
+                "bytes": file.size,
+                "sha256": read["sha256"],
+                "quarantined": read["faults"],
+                "other_records": read["other"],
+                "paragraphs_in": read["paragraphs"],
+                "paragraphs_out": select["paragraphs"],
+                "stages": _with_names(counts),
+            }
+        )
+    return {
+        **head,
+        "quarantined": sum(entry["quarantined"] for entry in entries),
+        "quarantined_files": sum(entry["quarantined"] > 0 for entry in entries),
+        "paragraphs_in": sum(entry["paragraphs_in"] for entry in entries),
+        "paragraphs_out": sum(entry["paragraphs_out"] for entry in entries),
+        "stages": _with_names(totals),
+        "shards": {
+            language: {split: entry[split] for split in ("train", "validation")}
+            for language, entry in languages.items()
+        },
+        "files": entries,
+    }
+
+
+def _with_names(counts: Counts) -> dict[str, Any]:
+    return {
+        stage: {language: dict(zip(_NAMES, row, strict=True)) for language, row in sorted(counts[stage].items())}
+        for stage in STAGES
+    }
+
+
+def exit_line(report: dict[str, Any]) -> str:
+    """Return the line that says how many pages were kept, dropped by each stage, and quarantined."""
+
+    def total(stage: str, name: str) -> int:
+        return sum(row[name] for row in report["stages"][stage].values())
+
+    dropped = [
+        f"{total(stage, 'documents_in') - total(stage, 'documents_out'):,} {words}"
+        for stage, words in _DROPPED_BY.items()
+    ]
+    return (
+        f"kept {total('tokenise', 'documents_out'):,} of {total('read', 'documents_in'):,} pages "
+        f"({total('tokenise', 'bytes_out') / 1e6:,.1f} of {total('read', 'bytes_in') / 1e6:,.1f} MB); "
+        f"dropped {', '.join(dropped)}; "
+        f"quarantined {report['quarantined']:,} in {report['quarantined_files']:,} of {len(report['files']):,} files"
+    )
