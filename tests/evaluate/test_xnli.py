@@ -163,6 +163,7 @@ def _worker(command: list[str]) -> None:
 
     torch.set_num_threads(1)
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and children inherit that
     sys.exit(main(command))
 
 
