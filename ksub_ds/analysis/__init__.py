@@ -1,1 +1,1 @@
-"""Floor 4, looking inside: embeddings and hidden states in numbers and figures, and the report of a run."""
+"""Analysis: embeddings and hidden states in numbers and figures, and the report of a run."""

@@ -39,7 +39,7 @@ FOLLOWED_STYLE: dict[str, Any] = {"s": 38, "edgecolors": "white", "linewidths": 
 
 
 def save_figures(measurements: Sequence[Measurement], folder: Path) -> list[str]:
-    """Draw everything into `folder`; returns the names without suffix."""
+    """Draw everything into `folder` and return the names without suffix."""
     names = ["embeddings", "similarity"]
     with matplotlib.rc_context(STYLE):
         _save(embeddings_figure(measurements), folder / names[0])
@@ -64,7 +64,7 @@ def _save(figure: Figure, stem: Path) -> None:
 
 
 def embeddings_figure(measurements: Sequence[Measurement]) -> Figure:
-    """Figure 2: the embedding of every model in its first three principal axes."""
+    """Draw Figure 2: the embedding of every model in its first three principal axes."""
     figure, panels = _clouds_grid(len(measurements))
     for panel, each in zip(panels, measurements, strict=True):
         colours = _scatter(panel, each.embedding, each.encoder.last_codes)
@@ -74,7 +74,7 @@ def embeddings_figure(measurements: Sequence[Measurement]) -> Figure:
 
 
 def layers_figure(measurement: Measurement) -> Figure:
-    """Figures 4 to 10: the states of one model layer by layer, with the followed tokens where their mean lies."""
+    """Draw Figures 4 to 10: the states of one model layer by layer, with the followed tokens where their mean lies."""
     figure, panels = _clouds_grid(len(measurement.layers))
     colours = None
     for index, (panel, layer) in enumerate(zip(panels, measurement.layers, strict=True)):
@@ -94,7 +94,7 @@ def layers_figure(measurement: Measurement) -> Figure:
 
 
 def similarity_figure(measurements: Sequence[Measurement]) -> Figure:
-    """Figure 3: S_inter and S_intra over the layers, all models on one plot."""
+    """Draw Figure 3: S_inter and S_intra over the layers, all models on one plot."""
     figure = Figure(figsize=(7.0, 3.0), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, kind, words in zip(
@@ -117,7 +117,7 @@ def similarity_figure(measurements: Sequence[Measurement]) -> Figure:
 
 
 def followed_figure(measurement: Measurement) -> Figure:
-    """Chosen tokens through the layers: how near the mean state of each lies to the centre of all states."""
+    """Draw chosen tokens through the layers: how close the mean state of each is to the centre of all states."""
     figure = Figure(figsize=(4.6, 3.2), layout="constrained")
     panel = figure.subplots()
     lines = np.array([layer.to_centre for layer in measurement.layers])
@@ -144,7 +144,7 @@ def _clouds_grid(count: int) -> tuple[Figure, list[Any]]:
 
 
 def _scatter(panel: Any, cloud: Cloud, last_codes: np.ndarray | None) -> Any:
-    """Draw the points; returns what a colour bar needs, None when there are no codes."""
+    """Draw the points and return what a colour bar needs, None when there are no codes."""
     style: dict[str, Any] = {"s": 3, "alpha": 0.7, "linewidths": 0, "rasterized": True, "depthshade": False}
     if last_codes is None:
         panel.scatter(*cloud.points.T, color=PLAIN_COLOUR, **style)

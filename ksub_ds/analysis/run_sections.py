@@ -42,7 +42,7 @@ QUALITY_WORDS = {
 
 
 def heading(run: RunFiles) -> str:
-    """Name, state and the numbers to know first."""
+    """Return name, state and the most important numbers."""
     step = run.metrics[-1]["step"] if run.metrics else 0
     steps = run.recipe.get("max_steps")
     state = "finished" if step == steps else "not finished"
@@ -74,7 +74,7 @@ def heading(run: RunFiles) -> str:
 
 
 def _failure(run: RunFiles) -> str:
-    """Why the last start ended before its time, if it did."""
+    """Return why the last start ended early, if it did."""
     if not run.failure:
         return ""
     told = [f"{key.replace('_', ' ')} {value}" for key, value in run.failure.items() if key != "reason"]
@@ -82,7 +82,7 @@ def _failure(run: RunFiles) -> str:
 
 
 def parameters(run: RunFiles) -> str:
-    """Table 1 of this run."""
+    """Return the paper's Table 1 for this run."""
     counted = run.parameters
     sizes = " + ".join(f"{size:,}" for size in run.table.table_sizes)
     saved = 1 - counted["embedding"] / counted["embedding_plain"]
@@ -102,7 +102,7 @@ def parameters(run: RunFiles) -> str:
 
 
 def learning(run: RunFiles) -> str:
-    """Loss and masked accuracy over steps and tokens, then per language."""
+    """Return loss and masked accuracy over steps and tokens, then per language."""
     if not run.metrics:
         return section("Learning", paragraph("No step has been recorded yet.", "note"))
     tokens = _token_ticks(run)
@@ -124,7 +124,7 @@ def learning(run: RunFiles) -> str:
 
 
 def _languages(run: RunFiles) -> str:
-    """Per language: a small chart each on one scale, and first and last numbers."""
+    """Return a small chart for each language, all on one scale, and first and last numbers."""
     if not run.evaluations:
         return paragraph("No evaluation on held-out text has been recorded.", "note")
     names = sorted({name for line in run.evaluations for name in line["languages"]})
@@ -177,7 +177,7 @@ def _change(first: float | None, last: float | None, digits: int, percent: bool 
 
 
 def _history(evaluations: list[dict[str, Any]], name: str) -> list[tuple[int, float, float | None]]:
-    """(step, loss, masked accuracy) of one language."""
+    """Return (step, loss, masked accuracy) of one language."""
     found = []
     for line in evaluations:
         row = line["languages"].get(name)
@@ -188,7 +188,7 @@ def _history(evaluations: list[dict[str, Any]], name: str) -> list[tuple[int, fl
 
 
 def speed(run: RunFiles) -> str:
-    """Throughput, time and the wait for data."""
+    """Return throughput, time and the wait for data."""
     speeds, seconds = values(run.metrics, "tokens_per_second"), values(run.metrics, "step_seconds")
     if not speeds or not seconds:
         return ""
@@ -219,7 +219,7 @@ def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
 
 
 def _token_ticks(run: RunFiles) -> list[tuple[float, str]]:
-    """Two steps of the axis with the tokens seen by then."""
+    """Return two steps of the axis with the tokens seen by then."""
     counted = [(line["step"], line["tokens"]) for line in run.metrics if finite(line.get("tokens")) is not None]
     if len(counted) < 2:
         return []
@@ -235,7 +235,7 @@ def _short(count: float) -> str:
 
 
 def codes(run: RunFiles) -> str:
-    """What the code table is like, and how good its codes are for the vectors they were made from."""
+    """Describe the code table, and how well its codes fit the vectors they were made from."""
     from ksub_ds.codes.inspection import describe
 
     described = dict(describe(run.table, run.parameters["hidden_size"]))
@@ -255,7 +255,7 @@ def _quality_cell(value: Any) -> str:
 
 
 def provenance(run: RunFiles) -> str:
-    """Recipe, software, hosts, fingerprints, commands: what another one needs to do it again."""
+    """Return recipe, software, hosts, fingerprints and commands: what it takes to repeat the run."""
     import ksub_ds
 
     recipe = [(key, text(run.recipe[key])) for key in RECIPE_ROWS if run.recipe.get(key) is not None]

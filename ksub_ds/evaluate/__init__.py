@@ -1,1 +1,1 @@
-"""Floor 3: fine-tuning and scoring on XNLI and GLUE, by any number of workers on a shared folder."""
+"""Evaluation: fine-tuning and scoring on XNLI and GLUE, by any number of workers on a shared folder."""

@@ -62,7 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _exit_by_exception(number: int, frame: Any) -> None:
-    """Leave by an exception on SIGTERM and SIGHUP, so that leases are given back."""
+    """Leave by an exception on SIGTERM and SIGHUP, so that leases are given back.
+
+    Raises:
+        SystemExit: always, with the exit code of the signal.
+    """
     raise SystemExit(128 + number)
 
 

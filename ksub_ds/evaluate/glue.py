@@ -50,7 +50,11 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
         return values
 
     def _find_tasks(self) -> None:
-        """Find the tasks with data; log the others, or refuse them when they were asked for by name."""
+        """Find the tasks with data; log the others, or refuse them when they were asked for by name.
+
+        Raises:
+            UserError: a task that was asked for has no data, or no task has.
+        """
         self.missing: dict[str, str] = {}
         for task in self.settings.tasks or GLUE_TASKS:
             lacking = [] if self.source.has(task, "train") else ["train"]

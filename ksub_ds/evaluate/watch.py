@@ -79,7 +79,7 @@ class Curve:
 
     @property
     def steps(self) -> set[int]:
-        """Return the steps that are scored."""
+        """The steps that are scored."""
         return {line["step"] for line in self.lines}
 
     def append(self, line: dict[str, Any]) -> None:
@@ -170,7 +170,11 @@ def watch(settings: WatchSettings) -> None:
 
 
 def _check(settings: WatchSettings) -> None:
-    """Refuse values that would fail only after a checkpoint was scored, or spoil its line of the curve."""
+    """Refuse values that would fail only after a checkpoint was scored, or spoil its line of the curve.
+
+    Raises:
+        UserError: an impossible value.
+    """
     for name in ("epochs", "max_train_examples", "max_test_examples", "eval_sequences"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")

@@ -221,7 +221,7 @@ def test_mistakes_are_one_line(capsys, sub_model, plain_model, broken_model, tin
     assert "not empty" in told(sub_model, "--data", tiny_text, "--out", tmp_path / "full")
     assert "--points 0" in told(sub_model, *rest, "--points", "0")
     assert "3 names for 1 models" in told(sub_model, *rest, "--names", "a", "b", "c")
-    assert "stands twice" in told(sub_model, plain_model, *rest, "--names", "a", "a")
+    assert "is given twice" in told(sub_model, plain_model, *rest, "--names", "a", "a")
     assert "--tokenizer" in told(sub_model, *rest, "--tokenizer", plain_model)
     assert not (tmp_path / "out").exists()
 

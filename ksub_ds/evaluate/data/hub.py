@@ -38,7 +38,7 @@ def require_on_hub(what: str, name: str, kind: Literal["model", "dataset"], file
         raise UserError(f"{what}: is neither a folder nor a {kind} on the hub; check the name") from None
     except Exception as error:  # of the HTTP library, which changes
         reason = " ".join(str(error).split())[:100]
-    raise UserError(f"{what}: is no folder, not in the hub's cache, and the hub cannot be asked ({reason})")
+    raise UserError(f"{what}: is not a folder, not in the hub's cache, and the hub cannot be asked ({reason})")
 
 
 def _prepared(name: str, kind: str) -> bool:
@@ -64,7 +64,7 @@ def hub_splits(name: str, part: str) -> Sequence[str]:
     except ValueError:  # no such configuration
         return ()
     except Exception as error:  # the hub's client raises many kinds
-        raise _unreachable(name, error) from error
+        raise UserError(_unreachable(name, error)) from error
 
 
 def hub_version(name: str) -> str:
@@ -78,7 +78,7 @@ def hub_version(name: str) -> str:
     try:
         return str(datasets.load_dataset_builder(name, "en" if name.endswith("xnli") else "cola").hash)
     except Exception as error:  # the hub's client raises many kinds
-        raise _unreachable(name, error) from error
+        raise UserError(_unreachable(name, error)) from error
 
 
 def hub_rows(name: str, part: str, split: str) -> Iterator[tuple[int, Any]]:
@@ -95,10 +95,10 @@ def hub_rows(name: str, part: str, split: str) -> Iterator[tuple[int, Any]]:
     try:
         loaded = datasets.load_dataset(name, part, split=split)
     except Exception as error:  # the hub's client raises many kinds
-        raise _unreachable(name, error) from error
+        raise UserError(_unreachable(name, error)) from error
     yield from enumerate(loaded, 1)
 
 
-def _unreachable(name: str, error: Exception) -> UserError:
+def _unreachable(name: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:160]
-    return UserError(f"--data {name}: no such folder, and `datasets` cannot load it ({reason}); give a folder of files")
+    return f"--data {name}: no such folder, and `datasets` cannot load it ({reason}); give a folder of files"

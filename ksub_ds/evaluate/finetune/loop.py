@@ -115,7 +115,11 @@ class _Run:
         self.position = state.load_state(work, self.train_step, self.stamp)
 
     def train_epoch(self, progress: Progress, check: Callable[[], None]) -> None:
-        """Do the updates that are left of the current epoch."""
+        """Do the updates that are left of the current epoch.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
         position, settings = self.position, self.settings
         epoch, first = divmod(position.step, self.steps_an_epoch)
         self.model.train()
@@ -165,7 +169,11 @@ class _Run:
 
 
 def _build_step(module: Any, settings: FineTuning, several_ranks: bool) -> tuple[TrainStep, int, int]:
-    """Return the training step of this process, its rank and the number of ranks."""
+    """Return the training step of this process, its rank and the number of ranks.
+
+    Raises:
+        UserError: the ranks cannot share a batch.
+    """
     chosen = (module, settings.learning_rate, settings.weight_decay, settings.gradient_clipping)
     if not several_ranks:
         return SingleProcessStep(*chosen), 0, 1

@@ -90,13 +90,13 @@ class Queue:
         plan = read_json(path)
         try:
             needs: dict[str, Sequence[str]] = dict(plan["jobs"].items())
-            unknown = [need for each in needs.values() for need in each if need not in needs]
-            if unknown:
-                raise ValueError(f"no job is called {unknown[0]!r}")
+            for each in needs.values():
+                for need in each:
+                    needs[need]  # a job that is needed must be among them
             identity = {key: value for key, value in plan.items() if key != "jobs"}
             return cls(folder, [Job(name, tuple(each), name) for name, each in needs.items()], identity)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: is damaged ({error}); evaluate into a new --out") from error
+            raise UserError(f"{path}: is damaged ({error!r}); evaluate into a new --out") from error
 
     # ---------------------------------------------------------------- state
 
