@@ -1,4 +1,4 @@
-"""`ksub analyze`: from models and a text to numbers, figures and a page to turn in three dimensions.
+"""`ksub analyze`: from models and a text to numbers, figures and a page of rotatable 3-D clouds.
 
 ksub analyze model --data text --languages en fr sw --out analysis
 
@@ -7,7 +7,7 @@ OUT/analysis.json           every number, and what it was measured on
     similarity.*                 S_inter and S_intra per layer, all models (Figure 3)
     layers-NAME.*                PCA of each layer's states (Figures 4 to 10)
     tokens-NAME.*                chosen tokens through the layers
-    explore.html                 the clouds, to turn and to point at; one file, no network
+    explore.html                 the clouds, to rotate and point at; one file, no network
 """
 
 import platform
@@ -66,14 +66,15 @@ class Analyze:
 
 
 def analyze(settings: Analyze) -> Path:
-    """Measure, draw and write everything; returns the folder.
+    """Measure, draw and write everything; return the folder.
 
     Raises:
-        UserError: naming the option or the folder at fault.
+        UserError: an option or a folder that cannot be used; it is named.
     """
     _check(settings)
     from ksub_ds.analysis.encoders import open_encoder
-    from ksub_ds.analysis.figures import save_figures, write_explorer
+    from ksub_ds.analysis.explorer import write_explorer
+    from ksub_ds.analysis.figures import save_figures
     from ksub_ds.analysis.measure import measure
     from ksub_ds.analysis.sample import sample_text
 
@@ -100,7 +101,7 @@ def analyze(settings: Analyze) -> Path:
 
 
 def summary(out: Path) -> str:
-    """The table that ends the command: one line a model and layer."""
+    """Return the table that the command prints at the end: one line for each model and layer."""
     lines = [f"{'model':<20} layer   r_3  S_inter  S_intra"]
     for model in read_json(out / RESULT)["models"]:
         lines.append(f"{model['name']:<20.20}   emb  {model['embedding']['explained_variance_ratio']['3']:.3f}")
@@ -112,7 +113,7 @@ def summary(out: Path) -> str:
 
 
 def names_of(models: Sequence[str], given: Sequence[str] = ()) -> list[str]:
-    """A name for every model, fit for a file: given, or the last part of its path, numbered where two are alike.
+    """Return a file name for every model: given, or the last part of its path, numbered where two are equal.
 
     Raises:
         UserError: not one name a model, or two names that are the same.
@@ -123,7 +124,7 @@ def names_of(models: Sequence[str], given: Sequence[str] = ()) -> list[str]:
     names = [re.sub(r"[^\w.+=-]+", "_", name).strip("._")[:60] or "model" for name in raw]
     if len(set(names)) < len(names):
         if given:
-            raise UserError(f"--names: {max(names, key=names.count)} stands twice; give each model its own")
+            raise UserError(f"--names: {max(names, key=names.count)} is given twice; give each model its own")
         names = [f"{name}-{number}" for number, name in enumerate(names, start=1)]
     return names
 
@@ -141,7 +142,7 @@ def _check(settings: Analyze) -> None:
 
 
 def _followed(words: Sequence[str], vocabulary: list[str], name: str) -> list[tuple[str, int]]:
-    """(word, id) of each word that is one token, in whatever way this vocabulary marks the beginning of a word."""
+    """Return (word, id) of each word that is one token, however this vocabulary marks the beginning of a word."""
     ids = {token: index for index, token in reversed(list(enumerate(vocabulary)))}
     found, absent = [], []
     for word in words:
@@ -157,7 +158,7 @@ def _followed(words: Sequence[str], vocabulary: list[str], name: str) -> list[tu
 
 
 def as_json(measurements: Sequence[Any], settings: Analyze, figures: list[str]) -> dict[str, Any]:
-    """Everything that was measured, as JSON values."""
+    """Return everything that was measured, as JSON values."""
     import torch
     import transformers
 
@@ -222,5 +223,5 @@ def _axes_json(axes: Any) -> dict[str, Any]:
 
 
 def _numbers(values: Any) -> list[float | None]:
-    """JSON has no NaN: null."""
+    """Return numbers with None for NaN, which JSON lacks."""
     return [float(value) if np.isfinite(value) else None for value in values]

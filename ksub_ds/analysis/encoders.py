@@ -1,4 +1,4 @@
-"""Opening what is to be looked at: an exported model, a run's newest checkpoint, or any HuggingFace encoder."""
+"""Open what is to be analysed: an exported model, a run's newest checkpoint, or any HuggingFace encoder."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ HARMLESS = ("pooler.", "position_ids", "token_type_ids")  # may be missing from 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model to look at.
+    """A model to analyse.
 
     Attributes:
         name: for legends and files; unique among the models of one analysis.
@@ -40,12 +40,12 @@ class Encoder:
 
     @property
     def num_parameters(self) -> int:
-        """Of the encoder, pooler and head left out."""
+        """The parameters of the encoder, without pooler and head."""
         return sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith("pooler."))
 
     @property
     def longest_row(self) -> int | None:
-        """How many tokens a row may have, special ones included; None when the model sets no bound."""
+        """The most tokens of a row, special ones included; None when the model sets no bound."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
         if positions is None:
             return None
@@ -54,7 +54,7 @@ class Encoder:
 
 
 def open_encoder(source: str, name: str, tokenizer: Path | None = None, codes: CodeTable | None = None) -> Encoder:
-    """Open a model for looking at its states.
+    """Open a model to analyse its states.
 
     Args:
         source: a folder of `ksub export` or of any HuggingFace encoder, a run folder, or a name on the Hub.
@@ -129,7 +129,11 @@ def _beside(folder: Path) -> Tokenizer:
 
 
 def _codes_of(model: Any, source: str, given: CodeTable | None) -> tuple[np.ndarray | None, tuple[int, ...]]:
-    """Last codes to colour by, and the model's own table sizes."""
+    """Return the last codes to colour by, and the model's own table sizes.
+
+    Raises:
+        UserError: the given codes are of a larger vocabulary.
+    """
     embedding = model.get_input_embeddings()
     own = embedding.code_table() if hasattr(embedding, "code_table") else None
     if own is not None and own.num_tables > 1:
@@ -144,7 +148,11 @@ def _codes_of(model: Any, source: str, given: CodeTable | None) -> tuple[np.ndar
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without the table of keys and the bar of a load; what matters in it is checked here."""
+    """Hide the table of keys and the progress bar of a load; what matters in them is checked here.
+
+    Yields:
+        Nothing.
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -4,7 +4,6 @@ Colours are safe for colour-blind readers: Okabe and Ito's for lines and markers
 a cloud are pixels inside the vector files, so that a PDF of 30,000 points stays small; axes and text are vectors.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,72 +16,6 @@ from mpl_toolkits.mplot3d import Axes3D  # noqa: F401 - the projection="3d" belo
 
 from ksub_ds.analysis.measure import Cloud, Measurement
 from ksub_ds.common.files import atomic_path
-
-# Merged docstring, to be folded in:
-# """explore.html: the clouds of an analysis, to turn, to come nearer, and to point at. One file that asks no network.
-#
-# The drawing is a hundred lines of script in templates/explore.html; here the numbers are put into it.
-# """
-
-
-TEMPLATES = Path(__file__).parent / "templates"
-SCALE = 1000  # coordinates are whole thousandths of the cloud's radius: finer than a pixel, and short to write
-
-
-def write_explorer(measurements: Sequence[Measurement], path: Path) -> None:
-    """Write the page."""
-    template = (TEMPLATES / "explore.html").read_text(encoding="utf-8")
-    with atomic_path(path) as temporary:
-        page = template.replace("/*DATA*/", script_json([_model(each) for each in measurements]))
-        temporary.write_text(page, encoding="utf-8")
-
-
-def script_json(value: Any) -> str:
-    """JSON that may stand inside <script>: no word of a user can close the element or open a comment."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"})
-
-
-def _model(each: Measurement) -> dict[str, Any]:
-    """One model: its words and last codes by a number of our own, and its clouds, the embedding first."""
-    clouds = [each.embedding, *(layer.cloud for layer in each.layers)]
-    ids, places = np.unique(np.concatenate([cloud.tokens for cloud in clouds]), return_inverse=True)
-    borders = np.cumsum([len(cloud.tokens) for cloud in clouds])[:-1]
-    vocabulary = each.encoder.tokenizer.tokens()
-    codes = each.encoder.last_codes
-    names = ["embedding matrix", "layer 0 (embedding)"] + [f"layer {index}" for index in range(1, len(each.layers))]
-    followed = [None, *(layer.followed for layer in each.layers)]
-    return {
-        "name": each.encoder.name,
-        "words": [vocabulary[index] if index < len(vocabulary) else f"#{index}" for index in ids.tolist()],
-        "codes": None if codes is None else codes[ids].tolist(),
-        "most": None if codes is None else max(1, int(codes.max())),
-        "clouds": [
-            _cloud(name, cloud, own.tolist(), marks, each.followed)
-            for name, cloud, own, marks in zip(names, clouds, np.split(places, borders), followed, strict=True)
-        ],
-    }
-
-
-def _cloud(
-    name: str, cloud: Cloud, own: list[int], marks: np.ndarray | None, followed: list[tuple[str, int]]
-) -> dict[str, Any]:
-    # the middle and the radius of the bulk: one far vector must not shrink all others to a dot
-    middle = np.quantile(cloud.points, [0.005, 0.995], axis=0).mean(axis=0)
-    radius = float(np.quantile(np.linalg.norm(cloud.points - middle, axis=1), 0.995)) or 1.0
-
-    def scaled(points: np.ndarray) -> list[int]:
-        return np.rint((points - middle) / radius * SCALE).astype(int).ravel().tolist()
-
-    marked = zip(followed, [] if marks is None else marks, strict=False)
-    return {
-        "name": name,
-        "r3": cloud.axes.explained(3),
-        "tokens": own,
-        "xyz": scaled(cloud.points),
-        "followed": [[word, scaled(place) if np.isfinite(place).all() else None] for (word, _), place in marked],
-    }
-
 
 FORMATS = ("pdf", "svg", "png")
 STYLE = {
@@ -106,7 +39,7 @@ FOLLOWED_STYLE: dict[str, Any] = {"s": 38, "edgecolors": "white", "linewidths": 
 
 
 def save_figures(measurements: Sequence[Measurement], folder: Path) -> list[str]:
-    """Draw everything into `folder`; returns the names without suffix."""
+    """Draw everything into `folder` and return the names without suffix."""
     names = ["embeddings", "similarity"]
     with matplotlib.rc_context(STYLE):
         _save(embeddings_figure(measurements), folder / names[0])
@@ -131,7 +64,7 @@ def _save(figure: Figure, stem: Path) -> None:
 
 
 def embeddings_figure(measurements: Sequence[Measurement]) -> Figure:
-    """Figure 2: the embedding of every model in its first three principal axes."""
+    """Draw Figure 2: the embedding of every model in its first three principal axes."""
     figure, panels = _clouds_grid(len(measurements))
     for panel, each in zip(panels, measurements, strict=True):
         colours = _scatter(panel, each.embedding, each.encoder.last_codes)
@@ -141,7 +74,7 @@ def embeddings_figure(measurements: Sequence[Measurement]) -> Figure:
 
 
 def layers_figure(measurement: Measurement) -> Figure:
-    """Figures 4 to 10: the states of one model layer by layer, with the followed tokens where their mean lies."""
+    """Draw Figures 4 to 10: the states of one model layer by layer, with the followed tokens where their mean lies."""
     figure, panels = _clouds_grid(len(measurement.layers))
     colours = None
     for index, (panel, layer) in enumerate(zip(panels, measurement.layers, strict=True)):
@@ -161,7 +94,7 @@ def layers_figure(measurement: Measurement) -> Figure:
 
 
 def similarity_figure(measurements: Sequence[Measurement]) -> Figure:
-    """Figure 3: S_inter and S_intra over the layers, all models on one plot."""
+    """Draw Figure 3: S_inter and S_intra over the layers, all models on one plot."""
     figure = Figure(figsize=(7.0, 3.0), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, kind, words in zip(
@@ -184,7 +117,7 @@ def similarity_figure(measurements: Sequence[Measurement]) -> Figure:
 
 
 def followed_figure(measurement: Measurement) -> Figure:
-    """Chosen tokens through the layers: how near the mean state of each lies to the centre of all states."""
+    """Draw chosen tokens through the layers: how close the mean state of each is to the centre of all states."""
     figure = Figure(figsize=(4.6, 3.2), layout="constrained")
     panel = figure.subplots()
     lines = np.array([layer.to_centre for layer in measurement.layers])
@@ -211,7 +144,7 @@ def _clouds_grid(count: int) -> tuple[Figure, list[Any]]:
 
 
 def _scatter(panel: Any, cloud: Cloud, last_codes: np.ndarray | None) -> Any:
-    """Draw the points; returns what a colour bar needs, None when there are no codes."""
+    """Draw the points and return what a colour bar needs, None when there are no codes."""
     style: dict[str, Any] = {"s": 3, "alpha": 0.7, "linewidths": 0, "rasterized": True, "depthshade": False}
     if last_codes is None:
         panel.scatter(*cloud.points.T, color=PLAIN_COLOUR, **style)

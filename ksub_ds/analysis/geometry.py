@@ -1,4 +1,4 @@
-"""Exact statistics of clouds of vectors that pass by once: similarities without pairs, PCA without the matrix.
+"""Exact statistics of a stream of vectors: similarities without pairs, PCA without the matrix.
 
 Paper, section 4.4 and 4.5 (after Ethayarajh 2019 and Cai et al. 2021). With u the unit vector of a state, n_t the
 occurrences of token type t, and U_t the sum of their u,
@@ -37,7 +37,7 @@ class SimilarityEstimator:
     """S_inter and S_intra of one layer, exact, from its states in any order.
 
     Args:
-        counts: (N,) how often each token type will come; types that come once need no memory here.
+        counts: (N,) how often each token type will occur; types that occur once need no memory here.
         dim: d. The memory is 8 d bytes a type that repeats.
     """
 
@@ -55,7 +55,7 @@ class SimilarityEstimator:
         self._square_of_singles = 0.0  # and of sum_t |m_t|^2
 
     def add(self, types: Tensor, states: Tensor) -> None:
-        """Take (n,) token ids and their (n, d) states. A state of length 0 has cosine 0 with everything."""
+        """Add (n,) token ids and their (n, d) states. A state of length 0 has cosine 0 with everything."""
         units = torch.nn.functional.normalize(states.double(), dim=1, eps=1e-300)
         squares = units.square().sum(dim=1)
         rows = self._row_of_type[types]
@@ -67,8 +67,8 @@ class SimilarityEstimator:
         self._left -= len(types)
 
     def result(self) -> Similarity:
-        """The similarities of all that came, which must be what `counts` announced."""
-        assert self._left == 0, f"{self._left} announced states did not come"
+        """Return the similarities of all states added, which must be those that `counts` announced."""
+        assert self._left == 0, f"{self._left} announced states were not added"
         counts, squares = self._counts, self._unit_sums.square().sum(dim=1)
         total = (self._unit_sums / counts.unsqueeze(1)).sum(dim=0) + self._mean_of_singles
         own = float((squares / counts.square()).sum()) + self._square_of_singles
@@ -99,17 +99,17 @@ class PrincipalAxes:
     count: int
 
     def explained(self, p: int) -> float:
-        """r_p: the part of the variance on the first p axes (paper, section 4.4); 0 for equal vectors."""
+        """Return r_p: the part of the variance on the first p axes (paper, section 4.4); 0 for equal vectors."""
         total = float(self.variances.sum())
         return float(self.variances[:p].sum()) / total if total > 0 else 0.0
 
     def project(self, states: Tensor) -> np.ndarray:
-        """(n, d) -> (n, 3) coordinates, float32."""
+        """Return the (n, 3) coordinates of (n, d) states, float32."""
         return ((states.double() - self.mean) @ self.axes.t()).float().numpy()
 
 
 class PrincipalAxesEstimator:
-    """Mean and covariance of vectors that pass by once, and the axes that follow. Memory: d x d."""
+    """Mean, covariance and principal axes of a stream of vectors. Memory: d x d."""
 
     def __init__(self, dim: int):
         self._shift: Tensor | None = None  # near the mean, so that little cancels when the mean is taken off
@@ -118,7 +118,7 @@ class PrincipalAxesEstimator:
         self._count = 0
 
     def add(self, states: Tensor) -> None:
-        """Take (n, d) vectors."""
+        """Add (n, d) vectors."""
         if not len(states):
             return
         states = states.double()
@@ -130,8 +130,8 @@ class PrincipalAxesEstimator:
         self._count += len(states)
 
     def result(self) -> PrincipalAxes:
-        """The axes of all that came; each axis points to where its largest entry is positive."""
-        assert self._shift is not None, "no vectors came"
+        """Return the axes of all vectors added; the largest entry of each axis is positive."""
+        assert self._shift is not None, "no vectors were added"
         offset = self._sum / self._count
         covariance = self._products / self._count - torch.outer(offset, offset)
         values, vectors = torch.linalg.eigh(covariance)

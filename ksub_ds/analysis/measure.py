@@ -1,4 +1,4 @@
-"""One pass (or a few) of a text through a model, and what its embeddings and every layer look like."""
+"""Pass a text through a model once (or a few times) and measure its embedding and every layer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,8 +69,11 @@ def measure(
     """Pass the text through the model and measure its embedding and all layers.
 
     Args:
+        encoder: the model.
+        sample: the text.
         followed: (word, token id) of the tokens to follow through the layers.
         num_points: how many vectors of each cloud to draw; the statistics are of all.
+        batch_size: rows of a forward pass.
         seed: of that draw.
     """
     made = batches(sample, encoder.tokenizer, batch_size)
@@ -96,14 +99,14 @@ def measure(
 
 
 def _draw(total: int, count: int, seed: int) -> Tensor:
-    """(total,) booleans, `count` of them true (or all, when there are fewer)."""
+    """Return (total,) booleans, `count` of them true (or all, when there are fewer)."""
     chosen = np.zeros(total, dtype=bool)
     chosen[np.random.default_rng(seed).permutation(total)[:count]] = True
     return torch.from_numpy(chosen)
 
 
 def _measure_embedding(encoder: Encoder, num_points: int, seed: int) -> Cloud:
-    """PCA of all N rows, of which only a block exists at a time (paper, Figure 2)."""
+    """Return the PCA of all N rows, of which only a block exists at a time (paper, Figure 2)."""
     layer = encoder.model.get_input_embeddings()
     count = layer.num_embeddings
     # ELECTRA and ALBERT embed in another width than their layers have
@@ -117,12 +120,16 @@ def _measure_embedding(encoder: Encoder, num_points: int, seed: int) -> Cloud:
 
 def _finite(axes: PrincipalAxes) -> PrincipalAxes:
     if not torch.isfinite(axes.variances).all():
-        raise UserError("the model's vectors are not finite (NaN or infinity): it has diverged; analyse a sound one")
+        raise UserError("the model's vectors are not finite (NaN or infinity): it has diverged; analyse another one")
     return axes
 
 
 def _states(encoder: Encoder, made: list[Batch], group: range) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Of each batch: (n,) ids of its ordinary tokens, and their (n, d) states in each layer of the group."""
+    """Run the model over all batches.
+
+    Yields:
+        (n,) ids of a batch's ordinary tokens, and their (n, d) states in each layer of the group.
+    """
     for batch in made:
         output = encoder.model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
         yield (
@@ -132,7 +139,7 @@ def _states(encoder: Encoder, made: list[Batch], group: range) -> Iterator[tuple
 
 
 class _LayerStream:
-    """Everything about one layer that is summed up while the text passes."""
+    """Everything about one layer that is accumulated while the text passes."""
 
     def __init__(self, sample: TextSample, dim: int, followed: list[tuple[str, int]]):
         self._similarity = SimilarityEstimator(sample.counts, dim)
@@ -144,7 +151,7 @@ class _LayerStream:
         self._kept: list[Tensor] = []
 
     def add(self, tokens: Tensor, states: Tensor, keep: Tensor) -> None:
-        """(n,) ids, their (n, d) states, and (n,) which to keep as points."""
+        """Add (n,) ids and their (n, d) states; `keep` (n,) says which to keep as points."""
         self._similarity.add(tokens, states)
         self._axes.add(states)
         for index, (_, token) in enumerate(self._followed):

@@ -17,12 +17,12 @@ COLOURS = 7  # classes c0 .. c6 of templates/report.css
 
 
 def text(value: Any) -> str:
-    """Any value as HTML text, safe in elements and in quoted attributes."""
+    """Return any value as HTML text, safe in elements and in quoted attributes."""
     return html.escape(str(value))
 
 
 def number(value: float | int | None, digits: int = 0, percent: bool = False) -> str:
-    """A number: exact for programs, rounded for people; `–` for None and for what is not finite."""
+    """Return a number as HTML: exact for programs, rounded for people; `–` for None and for what is not finite."""
     if value is None or not math.isfinite(value):
         return NOTHING
     shown = f"{100 * value:.{digits}f} %" if percent else f"{value:,.{digits}f}"
@@ -30,7 +30,7 @@ def number(value: float | int | None, digits: int = 0, percent: bool = False) ->
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", words: int = 1) -> str:
-    """Rows of HTML cells; the first `words` columns are words, the others numbers to the right."""
+    """Return a table of HTML cells; the first `words` columns are words, the others numbers aligned right."""
     kinds = ["w" if index < words else "n" for index in range(len(header))]
     head = "".join(f'<th class="{kind}" scope="col">{cell}</th>' for kind, cell in zip(kinds, header, strict=True))
     body = "".join(
@@ -42,24 +42,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and values (HTML), one below the other."""
+    """List names and values (HTML), one below the other."""
     return "<dl>" + "".join(f"<div><dt>{text(name)}</dt><dd>{value}</dd></div>" for name, value in rows) + "</dl>"
 
 
 def tiles(rows: Sequence[tuple[str, str, str]]) -> str:
-    """Large numbers: (name, value, remark), values and remarks as HTML."""
+    """List large numbers: (name, value, remark), values and remarks as HTML."""
     cells = (f"<li><b>{value}</b><span>{text(name)}</span><small>{remark}</small></li>" for name, value, remark in rows)
     return f'<ul class="tiles">{"".join(cells)}</ul>'
 
 
 def section(title: str, *parts: str) -> str:
-    """A section with its heading; empty parts are left out, and so is a section of nothing."""
+    """Return a section with its heading; empty parts are left out, and so is an empty section."""
     body = "\n".join(part for part in parts if part)
     return f"<section><h2>{text(title)}</h2>\n{body}\n</section>" if body else ""
 
 
 def paragraph(markup: str, kind: str = "") -> str:
-    """A paragraph of HTML."""
+    """Return a paragraph of HTML."""
     return f'<p class="{kind}">{markup}</p>' if kind else f"<p>{markup}</p>"
 
 
@@ -79,7 +79,7 @@ class Line:
 
 
 def thinned(points: Sequence[tuple[float, float]], name: str) -> Line:
-    """A line of at most `MOST_POINTS` means, with the range of what went into each as a band."""
+    """Return a line of at most `MOST_POINTS` means, with the range of the values behind each as a band."""
     if len(points) <= MOST_POINTS:
         return Line(name, points)
     size = -(-len(points) // MOST_POINTS)
@@ -101,13 +101,17 @@ def chart(
     limits: tuple[float, float] | None = None,
     x_limits: tuple[float, float] | None = None,
 ) -> str:
-    """A line chart.
+    """Draw a line chart.
 
     Args:
+        title: above it, as HTML.
+        lines: those without points are left out.
+        x_label: below it.
         second_x: (x, text) of a second row below the axis, for example tokens beside steps.
         percent: y is a share.
-        small: one of many, without axes' numbers but the limits.
-        limits, x_limits: of the axes. [the data's]
+        small: one of many; only the limits of its axes are labelled.
+        limits: of the y axis. [the data's, and some room]
+        x_limits: of the x axis. [the data's]
     """
     lines = [line for line in lines if line.points]
     if not lines:
@@ -168,7 +172,7 @@ def _heights(values: Sequence[float], low: float, high: float) -> list[float]:
 
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """About four round numbers between two others."""
+    """Return about four round numbers between two others."""
     step = 10.0 ** math.floor(math.log10((high - low) / 2))
     step = next(step * factor for factor in (0.2, 0.25, 0.5, 1, 2, 2.5, 5) if (high - low) / (step * factor) <= 5)
     step = max(1.0, round(step)) if whole else step
@@ -177,7 +181,7 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
 
 def _digits(ticks: Sequence[float], percent: bool) -> int:
-    """Decimals that tell neighbouring ticks apart."""
+    """Return how many decimals tell neighbouring ticks apart."""
     step = (ticks[1] - ticks[0] if len(ticks) > 1 else abs(ticks[0]) or 1.0) * (100 if percent else 1)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return digits if math.isclose(round(step, digits), step, rel_tol=1e-3) else digits + 1

@@ -1,4 +1,4 @@
-"""The parts of a run's report that come from elsewhere: scores on XNLI and GLUE, and an analysis."""
+"""The sections of a run's report that come from elsewhere: scores on XNLI and GLUE, and an analysis."""
 
 import base64
 import re
@@ -22,7 +22,7 @@ FIGURE_DPI = 170  # a little larger than in print, where it is 200
 
 
 def scores(results: list[dict[str, Any]]) -> str:
-    """One table for each setting of XNLI, and one for GLUE."""
+    """Return one table for each setting of XNLI, and one for GLUE."""
     xnli = [result for result in results if result.get("task") != "glue" and result.get("setting") != "glue"]
     glue = [result for result in results if result not in xnli]
     settings = dict.fromkeys(str(result.get("setting")) for result in xnli)
@@ -33,7 +33,7 @@ def scores(results: list[dict[str, Any]]) -> str:
 
 
 def _xnli(setting: str, results: list[dict[str, Any]]) -> str:
-    """Languages down, models across: it fits a phone."""
+    """Return languages as rows, models as columns: it fits a phone."""
     kinds = list(dict.fromkeys(str(_model(result).get("kind")) for result in results))
     paper = {kind: row for kind in kinds if (row := paper_results.XNLI.get(setting, {}).get(kind)) is not None}
     others = sorted({language for result in results for language in result["test"]} - set(LANGUAGES))
@@ -66,7 +66,7 @@ def _paper_cell(value: float | None) -> str:
 
 
 def _glue(results: list[dict[str, Any]]) -> str:
-    """Tasks and their metrics down, of which the paper has the first; each model's best and median across."""
+    """Return tasks and metrics as rows (the paper has the first metric), each model's best and median as columns."""
     header = ["task"]
     papers = []
     for result in results:
@@ -88,13 +88,13 @@ def _glue(results: list[dict[str, Any]]) -> str:
 
 
 def _part(row: Any, what: str) -> dict[str, Any]:
-    """The best or the median values of a task's row; nothing if it has none."""
+    """Return the best or the median values of a task's row; nothing if it has none."""
     values = row.get(what) if isinstance(row, dict) else None
     return values if isinstance(values, dict) else {}
 
 
 def _settings(result: dict[str, Any]) -> str:
-    """What a reader must know of a row: settings, selection, what was missing."""
+    """Return what a reader must know of a result: settings, selection, what was missing."""
     rows = [("selection", text(result["selection"]))] if result.get("selection") else []
     seeds = result.get("seeds")
     if isinstance(seeds, dict) and len(seeds) > 1:  # of a single one, the table has it all
@@ -138,7 +138,7 @@ def _name(result: dict[str, Any]) -> str:
 
 
 def analyses(folders: list[Path]) -> str:
-    """Numbers and figures of `ksub analyze`."""
+    """Return numbers and figures of `ksub analyze`."""
     return section("Analysis", *(_analysis(folder) for folder in folders))
 
 

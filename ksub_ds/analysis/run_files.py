@@ -1,4 +1,4 @@
-"""What a run folder tells, read for the report: also of a run that is still going or was cut short."""
+"""Read a run folder for the report, also of a run that is still going or was interrupted."""
 
 import json
 import math
@@ -51,7 +51,7 @@ class RunFiles:
     failure: dict[str, Any] = field(default_factory=dict)
 
     def tokens_at(self, step: int) -> int | None:
-        """Tokens seen when `step` was done; None when no line says."""
+        """Return the tokens seen when `step` was done; None when no line says so."""
         return 0 if step == 0 else self._tokens.get(step)
 
     @cached_property
@@ -81,18 +81,18 @@ def read_run(path: Path) -> RunFiles:
 
 
 def finite(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
+    """Return a finite number, or None for anything else."""
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if ok else None
 
 
 def values(lines: list[dict[str, Any]], key: str) -> list[float]:
-    """The numbers that some lines of metrics have under a key."""
+    """Return the numbers that some lines of metrics have under a key."""
     return [value for line in lines if (value := finite(line.get(key))) is not None]
 
 
 def _parameters(preset: str, table: CodeTable) -> dict[str, int]:
-    """Counted on the model itself, built without memory."""
+    """Count parameters on the model itself, built without memory."""
     import torch
 
     from ksub_ds.model.presets import fresh_masked_lm, preset_config
@@ -134,7 +134,7 @@ def _starts(log: str) -> list[Start]:
 
 
 def read_results(folders: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
-    """Results of evaluations, and folders of analyses, among `folders`.
+    """Return results of evaluations, and folders of analyses, among `folders`.
 
     Raises:
         UserError: a folder that holds neither results.json nor analysis.json.
@@ -158,7 +158,7 @@ def read_results(folders: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]
 
 
 def quality(table: CodeTable) -> dict[str, Any]:
-    """The quality report that clustering stored with the codes; empty without one."""
+    """Return the quality report that clustering stored with the codes; empty without one."""
     try:
         found = json.loads(table.metadata.get("quality", "{}"))
     except ValueError:

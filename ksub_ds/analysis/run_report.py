@@ -1,4 +1,4 @@
-"""The report of a run as one HTML page that needs nothing else: no network, no script, no file beside it.
+"""The report of a run as one self-contained HTML page: no network, no script, no file beside it.
 
     ksub report run --html report.html
 
@@ -16,7 +16,7 @@ from ksub_ds.common.files import atomic_path
 from ksub_ds.common.logging import get_logger
 
 STYLE = Path(__file__).parent / "templates" / "report.css"
-# what the page may do is what it says: nothing is fetched, nothing runs, even if a name should slip through
+# enforces what the page promises: nothing is fetched, nothing runs, even if a name should slip through the escaping
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -29,7 +29,7 @@ def write_report(run: Path, html: Path, results: Sequence[Path] = ()) -> None:
         results: folders of `ksub evaluate` (results.json) and of `ksub analyze` (analysis.json), to be shown too.
 
     Raises:
-        UserError: not a run, nothing usable in one of `results`, or no place to write.
+        UserError: not a run, nothing usable in one of `results`, or `html` cannot be written.
     """
     files = read_run(Path(run))
     found, analyses = read_results([Path(each) for each in results])

@@ -1,4 +1,4 @@
-"""The parts of a run's report that come from the run folder itself, as HTML."""
+"""The sections of a run's report that come from the run folder itself, as HTML, in the order of the page."""
 
 import math
 import statistics
@@ -19,12 +19,90 @@ from ksub_ds.analysis.page import (
 )
 from ksub_ds.analysis.run_files import RunFiles, finite, quality, values
 
-# Merged docstring, to be folded in:
-# """The parts of a run's report that it measured while it trained, as HTML: learning and speed."""
+RECIPE_ROWS = (
+    *("global_batch_size", "micro_batch_size", "sequence_length", "peak_lr", "warmup_steps", "max_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_clipping", "mlm_probability"),
+    *("alpha", "dropout", "decoder_bias", "seed", "precision", "deepspeed", "codes", "data"),
+    *("warm_start", "distill_from", "distill_weight"),
+)
+CODES_ROWS = (
+    *("algorithm", "tokens (N)", "tables (K)", "table sizes (M_k)", "rows in use", "code space in use", "collisions"),
+    *("leaves", "automaton", "vectors", "seed", "last level", "tokenizer fingerprint", "sha256"),
+)
+QUALITY_WORDS = {
+    "rank_correlation": "rank correlation of shared codes with closeness, over random pairs",
+    "neighbours_share": "codes a token shares with each of its 10 nearest",
+    "positional_neighbours_share": "the same under positional codes",
+    "explained_variance": "variance of the vectors that the codes explain",
+    "positional_explained_variance": "the same under positional codes",
+    "inertia_over_free": "inertia over that of k-means with free sizes, by level",
+    "largest_leaf": "largest leaf, tokens",
+    "level_sizes": "tokens a group, by level",
+}
+
+
+def heading(run: RunFiles) -> str:
+    """Return name, state and the most important numbers."""
+    step = run.metrics[-1]["step"] if run.metrics else 0
+    steps = run.recipe.get("max_steps")
+    state = "finished" if step == steps else "not finished"
+    kind = "plain embedding" if run.table.num_tables == 1 else f"K = {run.table.num_tables} sub-embedding tables"
+    parameters = run.parameters
+    saved = 1 - parameters["embedding"] / parameters["embedding_plain"]
+    fewer = f"{number(saved, 2, percent=True)} fewer than plain" if run.table.num_tables > 1 else "the baseline"
+    rows = [
+        ("steps", number(step), f"of {number(steps)}, {state}"),
+        ("embedding parameters", number(parameters["embedding"]), fewer),
+    ]
+    if run.metrics:
+        rows.append(("training loss", number(run.metrics[-1]["loss"], 3), "nats a masked token, last step"))
+    if run.evaluations:
+        last = run.evaluations[-1]
+        rows.append(("held-out loss", number(finite(last.get("loss")), 3), f"at step {number(last['step'])}"))
+        accuracy = number(finite(last.get("masked_accuracy")), 1, percent=True)
+        rows.append(("masked accuracy", accuracy, f"held out, at step {number(last['step'])}"))
+    speeds = values(run.metrics, "tokens_per_second")
+    if speeds:
+        rows.append(("tokens a second", number(statistics.median(speeds)), "median over the steps"))
+    preset = text(run.recipe.get("preset", ""))
+    return (
+        f"<h1>{text(run.path.resolve().name)}</h1>"
+        + paragraph(f"{preset}, {text(kind)}, vocabulary of {number(run.table.num_tokens)}", "soft")
+        + tiles(rows)
+        + _failure(run)
+    )
+
+
+def _failure(run: RunFiles) -> str:
+    """Return why the last start ended early, if it did."""
+    if not run.failure:
+        return ""
+    told = [f"{key.replace('_', ' ')} {value}" for key, value in run.failure.items() if key != "reason"]
+    return paragraph(f"<b>{text(run.failure.get('reason', 'failed'))}</b> ({text(', '.join(told))})", "note")
+
+
+def parameters(run: RunFiles) -> str:
+    """Return the paper's Table 1 for this run."""
+    counted = run.parameters
+    sizes = " + ".join(f"{size:,}" for size in run.table.table_sizes)
+    saved = 1 - counted["embedding"] / counted["embedding_plain"]
+    tokens = number(run.table.num_tokens)
+    rows = [
+        ["vocabulary, tokens", tokens, tokens],
+        ["parameters", number(counted["total_plain"]), number(counted["total"])],
+        ["embedding rows", tokens, text(sizes)],
+        ["embedding parameters", number(counted["embedding_plain"]), number(counted["embedding"])],
+        ["saved", NOTHING, number(saved, 2, percent=True)],
+    ]
+    header = ["", "plain embedding", f"this run, K&nbsp;=&nbsp;{run.table.num_tables}"]
+    whole = 1 - counted["total"] / counted["total_plain"]
+    words = f"The whole model is {number(whole, 1, percent=True)} smaller than with a plain embedding, at width d = "
+    words += f"{number(counted['hidden_size'])}. Input embedding and decoder are one and the same."
+    return section("Parameters (Table 1 of this run)", table(header, rows), paragraph(words, "soft"))
 
 
 def learning(run: RunFiles) -> str:
-    """Loss and masked accuracy over steps and tokens, then per language."""
+    """Return loss and masked accuracy over steps and tokens, then per language."""
     if not run.metrics:
         return section("Learning", paragraph("No step has been recorded yet.", "note"))
     tokens = _token_ticks(run)
@@ -46,7 +124,7 @@ def learning(run: RunFiles) -> str:
 
 
 def _languages(run: RunFiles) -> str:
-    """Per language: a small chart each on one scale, and first and last numbers."""
+    """Return a small chart for each language, all on one scale, and first and last numbers."""
     if not run.evaluations:
         return paragraph("No evaluation on held-out text has been recorded.", "note")
     names = sorted({name for line in run.evaluations for name in line["languages"]})
@@ -99,7 +177,7 @@ def _change(first: float | None, last: float | None, digits: int, percent: bool 
 
 
 def _history(evaluations: list[dict[str, Any]], name: str) -> list[tuple[int, float, float | None]]:
-    """(step, loss, masked accuracy) of one language."""
+    """Return (step, loss, masked accuracy) of one language."""
     found = []
     for line in evaluations:
         row = line["languages"].get(name)
@@ -110,7 +188,7 @@ def _history(evaluations: list[dict[str, Any]], name: str) -> list[tuple[int, fl
 
 
 def speed(run: RunFiles) -> str:
-    """Throughput, time and the wait for data."""
+    """Return throughput, time and the wait for data."""
     speeds, seconds = values(run.metrics, "tokens_per_second"), values(run.metrics, "step_seconds")
     if not speeds or not seconds:
         return ""
@@ -141,7 +219,7 @@ def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
 
 
 def _token_ticks(run: RunFiles) -> list[tuple[float, str]]:
-    """Two steps of the axis with the tokens seen by then."""
+    """Return two steps of the axis with the tokens seen by then."""
     counted = [(line["step"], line["tokens"]) for line in run.metrics if finite(line.get("tokens")) is not None]
     if len(counted) < 2:
         return []
@@ -156,90 +234,8 @@ def _short(count: float) -> str:
     return f"{count:.0f}"
 
 
-RECIPE_ROWS = (
-    *("global_batch_size", "micro_batch_size", "sequence_length", "peak_lr", "warmup_steps", "max_steps"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_clipping", "mlm_probability"),
-    *("alpha", "dropout", "decoder_bias", "seed", "precision", "deepspeed", "codes", "data"),
-    *("warm_start", "distill_from", "distill_weight"),
-)
-CODES_ROWS = (
-    *("algorithm", "tokens (N)", "tables (K)", "table sizes (M_k)", "rows in use", "code space in use", "collisions"),
-    *("leaves", "automaton", "vectors", "seed", "last level", "tokenizer fingerprint", "sha256"),
-)
-QUALITY_WORDS = {
-    "rank_correlation": "rank correlation of shared codes with closeness, over random pairs",
-    "neighbours_share": "codes a token shares with each of its 10 nearest",
-    "positional_neighbours_share": "the same under positional codes",
-    "explained_variance": "variance of the vectors that the codes explain",
-    "positional_explained_variance": "the same under positional codes",
-    "inertia_over_free": "inertia over that of k-means with free sizes, by level",
-    "largest_leaf": "largest leaf, tokens",
-    "level_sizes": "tokens a group, by level",
-}
-
-
-def heading(run: RunFiles) -> str:
-    """Name, state and the numbers to know first."""
-    step = run.metrics[-1]["step"] if run.metrics else 0
-    steps = run.recipe.get("max_steps")
-    state = "finished" if step == steps else "not finished"
-    kind = "plain embedding" if run.table.num_tables == 1 else f"K = {run.table.num_tables} sub-embedding tables"
-    parameters = run.parameters
-    saved = 1 - parameters["embedding"] / parameters["embedding_plain"]
-    fewer = f"{number(saved, 2, percent=True)} fewer than plain" if run.table.num_tables > 1 else "the baseline"
-    rows = [
-        ("steps", number(step), f"of {number(steps)}, {state}"),
-        ("embedding parameters", number(parameters["embedding"]), fewer),
-    ]
-    if run.metrics:
-        rows.append(("training loss", number(run.metrics[-1]["loss"], 3), "nats a masked token, last step"))
-    if run.evaluations:
-        last = run.evaluations[-1]
-        rows.append(("held-out loss", number(finite(last.get("loss")), 3), f"at step {number(last['step'])}"))
-        accuracy = number(finite(last.get("masked_accuracy")), 1, percent=True)
-        rows.append(("masked accuracy", accuracy, f"held out, at step {number(last['step'])}"))
-    speeds = values(run.metrics, "tokens_per_second")
-    if speeds:
-        rows.append(("tokens a second", number(statistics.median(speeds)), "median over the steps"))
-    preset = text(run.recipe.get("preset", ""))
-    return (
-        f"<h1>{text(run.path.resolve().name)}</h1>"
-        + paragraph(f"{preset}, {text(kind)}, vocabulary of {number(run.table.num_tokens)}", "soft")
-        + tiles(rows)
-        + _failure(run)
-    )
-
-
-def _failure(run: RunFiles) -> str:
-    """Why the last start ended before its time, if it did."""
-    if not run.failure:
-        return ""
-    told = [f"{key.replace('_', ' ')} {value}" for key, value in run.failure.items() if key != "reason"]
-    return paragraph(f"<b>{text(run.failure.get('reason', 'failed'))}</b> ({text(', '.join(told))})", "note")
-
-
-def parameters(run: RunFiles) -> str:
-    """Table 1 of this run."""
-    counted = run.parameters
-    sizes = " + ".join(f"{size:,}" for size in run.table.table_sizes)
-    saved = 1 - counted["embedding"] / counted["embedding_plain"]
-    tokens = number(run.table.num_tokens)
-    rows = [
-        ["vocabulary, tokens", tokens, tokens],
-        ["parameters", number(counted["total_plain"]), number(counted["total"])],
-        ["embedding rows", tokens, text(sizes)],
-        ["embedding parameters", number(counted["embedding_plain"]), number(counted["embedding"])],
-        ["saved", NOTHING, number(saved, 2, percent=True)],
-    ]
-    header = ["", "plain embedding", f"this run, K&nbsp;=&nbsp;{run.table.num_tables}"]
-    whole = 1 - counted["total"] / counted["total_plain"]
-    words = f"The whole model is {number(whole, 1, percent=True)} smaller than with a plain embedding, at width d = "
-    words += f"{number(counted['hidden_size'])}. Input embedding and decoder are one and the same."
-    return section("Parameters (Table 1 of this run)", table(header, rows), paragraph(words, "soft"))
-
-
 def codes(run: RunFiles) -> str:
-    """What the code table is like, and how good its codes are for the vectors they were made from."""
+    """Describe the code table, and how well its codes fit the vectors they were made from."""
     from ksub_ds.codes.inspection import describe
 
     described = dict(describe(run.table, run.parameters["hidden_size"]))
@@ -259,7 +255,7 @@ def _quality_cell(value: Any) -> str:
 
 
 def provenance(run: RunFiles) -> str:
-    """Recipe, software, hosts, fingerprints, commands: what another one needs to do it again."""
+    """Return recipe, software, hosts, fingerprints and commands: what it takes to repeat the run."""
     import ksub_ds
 
     recipe = [(key, text(run.recipe[key])) for key in RECIPE_ROWS if run.recipe.get(key) is not None]

@@ -1,4 +1,4 @@
-"""The text that an analysis looks at: as many tokens of each language, as rows a model can read."""
+"""The text of an analysis: the same number of tokens of each language, as rows for a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ class TextSample:
 
     @property
     def num_tokens(self) -> int:
-        """Ordinary tokens in all."""
+        """How many ordinary tokens there are."""
         return int(self.counts.sum())
 
 
@@ -52,6 +52,7 @@ def sample_text(
     Args:
         data: folder of <lang>.jsonl[.gz], <lang>.txt[.gz] or <lang>/.
         languages: which; empty = all there are.
+        tokenizer: the model's.
         num_tokens: in all; a language with less text gives what it has.
         sequence_length: tokens of a row, special ones included.
 
@@ -90,7 +91,7 @@ def _take(
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer, left: int, sequence_length: int, rows: list[np.ndarray]) -> int:
-    """Append rows of `texts`; returns how many tokens are still wanted."""
+    """Append rows of `texts` and return how many tokens are still wanted."""
     for ids in tokenizer.encode_batch(texts) if texts else []:
         ids = ids[: min(left, sequence_length - 2)]
         if len(ids):
@@ -100,7 +101,7 @@ def _encode(texts: list[str], tokenizer: Tokenizer, left: int, sequence_length: 
 
 
 def batches(sample: TextSample, tokenizer: Tokenizer, batch_size: int) -> list[Batch]:
-    """All rows, those of like length together."""
+    """Return all rows as batches, those of similar length together."""
     order = sorted(range(len(sample.rows)), key=lambda index: (len(sample.rows[index]), index))
     made = []
     for start in range(0, len(order), batch_size):

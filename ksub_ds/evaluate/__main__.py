@@ -1,42 +1,54 @@
-"""Evaluate: what `ksub evaluate` calls, and one worker of `launch/evaluate.sh` or a SLURM array.
+"""What `ksub evaluate` calls, and one worker of `launch/evaluate.sh` or a SLURM array.
 
     python -m ksub_ds.evaluate xnli --model model --data xnli --setting cross-lingual --out results
-    launch/evaluate.sh --hostfile launch/hostfile.example xnli --model model ...    (two workers of the same)
+    launch/evaluate.sh --hostfile launch/hostfile.example xnli --model model ...    (one such worker a slot)
+
+From settings to results.json: registry.py makes a plan for each model (benchmark.py; xnli.py, glue.py), a plan has a
+queue of jobs (queue/queue.py), a worker does them (queue/worker.py), and whoever sees the last one done writes the
+results.
 
 Exit codes: 0 all is done; 2 the user's mistake, one line on stderr; 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP (a closed
-terminal or ssh): the claimed jobs are given back, and the same command continues.
+terminal or ssh): the leased jobs are given back, and the same command continues.
 """
 
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.options import parse
+from ksub_ds.evaluate.queue.status import StatusSettings, status
+from ksub_ds.evaluate.queue.worker import run_worker
+from ksub_ds.evaluate.registry import SETTINGS, make_plans
+from ksub_ds.evaluate.settings import EvaluationSettings
+from ksub_ds.evaluate.watch import WatchSettings, watch
 
-NAMES = ("xnli", "glue", "watch", "status")
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Command(Generic[Settings]):
+    """One `ksub evaluate NAME`: its options, and what it does with them."""
+
+    settings: type[Settings]
+    run: Callable[[Settings], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, evaluate, and return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[Sequence[str]], None]] = {
-        "xnli": _work,
-        "glue": _work,
-        "watch": _watch,
-        "status": _status,
-    }
-    if not arguments or arguments[0] not in commands:
+    if not arguments or arguments[0] not in COMMANDS:
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
-        text = f"usage: ksub evaluate {'|'.join(NAMES)} [OPTIONS]; `ksub evaluate NAME --help` tells the options"
+        text = f"usage: ksub evaluate {'|'.join(COMMANDS)} [OPTIONS]; `ksub evaluate NAME --help` lists the options"
         print(text if asked else f"error: {text}", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     ends = [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]  # nohup
-    before = {number: signal.signal(number, _end_in_order) for number in ends}
+    before = {number: signal.signal(number, _exit_by_exception) for number in ends}
     try:
-        commands[arguments[0]](arguments)
+        COMMANDS[arguments[0]].run(parse_settings(arguments))
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -49,42 +61,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, handler)
 
 
-def _end_in_order(number: int, frame: Any) -> None:
-    """SIGTERM, SIGHUP: leave by an exception, so that claims are given back."""
+def _exit_by_exception(number: int, frame: Any) -> None:
+    """Leave by an exception on SIGTERM and SIGHUP, so that leases are given back.
+
+    Raises:
+        SystemExit: always, with the exit code of the signal.
+    """
     raise SystemExit(128 + number)
 
 
 def parse_settings(arguments: Sequence[str]) -> Any:
-    """The settings of `ksub evaluate NAME ...`.
+    """Return the settings of `ksub evaluate NAME ...`.
 
     Raises:
-        UserError: no NAME, one that is not there, or wrong options.
+        UserError: no NAME, an unknown one, or wrong options.
     """
-    from ksub_ds.evaluate.queue.status import StatusSettings
-    from ksub_ds.evaluate.registry import KINDS
-    from ksub_ds.evaluate.watch import WatchSettings
-
-    kinds = {name: kind for name, (kind, _) in KINDS.items()} | {"watch": WatchSettings, "status": StatusSettings}
-    if not arguments or arguments[0] not in kinds:
+    if not arguments or arguments[0] not in COMMANDS:
         found = f", not {arguments[0]}" if arguments else ""
-        raise UserError(f"name one of {', '.join(NAMES)} first{found}")
-    return parse(kinds[arguments[0]], arguments[1:], f"ksub evaluate {arguments[0]}")
+        raise UserError(f"name one of {', '.join(COMMANDS)} first{found}")
+    return parse(COMMANDS[arguments[0]].settings, arguments[1:], f"ksub evaluate {arguments[0]}")
 
 
-def _work(arguments: Sequence[str]) -> None:
-    from ksub_ds.evaluate.queue.worker import drain
-    from ksub_ds.evaluate.registry import make_plans
-
-    settings = parse_settings(arguments)
+def _evaluate(settings: EvaluationSettings) -> None:
     _use_own_gpu()
     plans = make_plans(settings)
-    drain(plans)
+    run_worker(plans)
     for plan in plans:
         print(plan.summary())
 
 
 def _use_own_gpu() -> None:
-    """Workers on one machine share its GPUs by their place among each other."""
+    """Share the GPUs of a machine among its workers, by their order on it."""
     from ksub_ds.common import distributed
 
     if distributed.has_gpu():
@@ -94,16 +101,15 @@ def _use_own_gpu() -> None:
         torch.cuda.set_device(place % torch.cuda.device_count())
 
 
-def _watch(arguments: Sequence[str]) -> None:
-    from ksub_ds.evaluate.watch import watch
-
-    watch(parse_settings(arguments))
+def _print_status(settings: StatusSettings) -> None:
+    print(status(settings))
 
 
-def _status(arguments: Sequence[str]) -> None:
-    from ksub_ds.evaluate.queue.status import status
-
-    print(status(parse_settings(arguments)))
+COMMANDS: dict[str, Command[Any]] = {
+    **{name: Command(settings, _evaluate) for name, settings in SETTINGS.items()},
+    "watch": Command(WatchSettings, watch),
+    "status": Command(StatusSettings, _print_status),
+}
 
 
 if __name__ == "__main__":

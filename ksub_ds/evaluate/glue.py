@@ -8,7 +8,6 @@ are not public. All cells are kept in results.json.
 """
 
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,37 +15,46 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.evaluate.benchmark import EvaluationPlan
+from ksub_ds.evaluate.benchmark import BenchmarkPlan, FineTuneJob
 from ksub_ds.evaluate.data import metrics, tables
 from ksub_ds.evaluate.data.rows import Rows
 from ksub_ds.evaluate.data.tasks import GLUE_TASKS, MNLI_MATCHED_ROWS
 from ksub_ds.evaluate.finetune.classifier import fingerprint, load_trained
-from ksub_ds.evaluate.finetune.job import TrainingJob, train_classifier
 from ksub_ds.evaluate.finetune.scoring import predict
+from ksub_ds.evaluate.finetune.training import ClassifierTraining
 from ksub_ds.evaluate.queue.queue import Job
+from ksub_ds.evaluate.settings import GlueSettings
 
 
-class GluePlan(EvaluationPlan):
-    """The queue of one model's GLUE evaluation; arguments and errors as EvaluationPlan's."""
+class GluePlan(BenchmarkPlan[GlueSettings]):
+    """The queue of one model's GLUE evaluation; arguments and errors as BenchmarkPlan's."""
 
     kind = "glue"
 
     def find_splits(self) -> list[tuple[str, str]]:
-        """As EvaluationPlan."""
+        """Return (task, split) of all files that are used.
+
+        Raises:
+            UserError: a task that was asked for has no data, or no task has; --mnli-checkpoint cannot be used.
+        """
         if self.settings.mnli_checkpoint is not None:
-            load_trained(self.settings.mnli_checkpoint)  # what is wrong with it is told now, not after MNLI's grid
+            load_trained(self.settings.mnli_checkpoint)  # an error is reported now, not after MNLI's grid
         self._find_tasks()
         return [(task, split) for task in self.tasks for split in ("train", *self._validation_splits(task))]
 
     def setting_values(self) -> dict[str, Any]:
-        """As EvaluationPlan; a checkpoint counts by its content."""
+        """Return the settings as results.json shows them; a checkpoint counts by its content."""
         values = super().setting_values()
         if self.settings.mnli_checkpoint is not None:
             values["mnli_checkpoint"] = fingerprint(self.settings.mnli_checkpoint)
         return values
 
     def _find_tasks(self) -> None:
-        """The tasks with data; the others are named here and in the results, or refused when asked for by name."""
+        """Find the tasks with data; log the others, or refuse them when they were asked for by name.
+
+        Raises:
+            UserError: a task that was asked for has no data, or no task has.
+        """
         self.missing: dict[str, str] = {}
         for task in self.settings.tasks or GLUE_TASKS:
             lacking = [] if self.source.has(task, "train") else ["train"]
@@ -77,7 +85,7 @@ class GluePlan(EvaluationPlan):
         ]
 
     def _start(self, task: str) -> str:
-        """What a task starts from, in words."""
+        """Return what a task starts from, in words."""
         if not GLUE_TASKS[task].from_mnli:
             return "the pretrained model"
         if self.settings.mnli_checkpoint is not None:
@@ -85,26 +93,23 @@ class GluePlan(EvaluationPlan):
         return "this evaluation's best MNLI checkpoint" if "mnli" in self.tasks else "the pretrained model"
 
     def make_jobs(self) -> list[Job]:
-        """As EvaluationPlan."""
-        cells: dict[str, list[str]] = {}
-        jobs = []
+        """Return the grid of each task, MNLI's first."""
+        cells: dict[str, list[FineTuneJob]] = {}
         for task in sorted(self.tasks, key=lambda name: name != "mnli"):  # what others wait for comes first
             for rate in self.settings.learning_rates:
                 for size in self.settings.batch_sizes:
                     for seed in self.settings.seeds:
                         name = f"{task}-lr{rate:g}-bs{size}-seed{seed}"
                         waits = self._start(task) == "this evaluation's best MNLI checkpoint"
-                        needs = tuple(cells["mnli"]) if waits else ()
-                        about = {"task": task, "learning_rate": rate, "batch_size": size, "seed": seed}
-                        jobs.append(Job(name, needs, name, about))
-                        cells.setdefault(task, []).append(name)
+                        needs = tuple(cell.name for cell in cells["mnli"]) if waits else ()
+                        cells.setdefault(task, []).append(FineTuneJob(name, needs, name, task, rate, size, seed))
         self.cells = cells
-        return jobs
+        return [cell for grid in cells.values() for cell in grid]
 
     # ---------------------------------------------------------------- data
 
     def read(self, part: str, split: str, limit: int | None) -> Rows:
-        """As EvaluationPlan. MNLI's development sets are "matched" and "mismatched"."""
+        """Read the first `limit` rows of a split of a task. MNLI's development sets are "matched" and "mismatched"."""
         columns = GLUE_TASKS[part].columns
         if split not in ("matched", "mismatched"):
             return self.source.read(part, split, columns, limit)
@@ -115,7 +120,7 @@ class GluePlan(EvaluationPlan):
         return (matched if split == "matched" else others).part(0, limit or len(both))
 
     def _parts(self, task: str) -> list[str]:
-        """The validation sets of a task, the one that selects first."""
+        """Return the validation sets of a task, the one that selects first."""
         if task != "mnli":
             return ["validation"]
         splits = self._validation_splits(task)
@@ -126,12 +131,11 @@ class GluePlan(EvaluationPlan):
 
     # ---------------------------------------------------------------- work
 
-    def train(self, job: Job, check: Callable[[], None], several_ranks: bool = False) -> dict[str, Any]:
-        """One cell: fine-tune, and score validation after each epoch."""
-        about, task = job.settings, job.settings["task"]
+    def training(self, job: FineTuneJob) -> ClassifierTraining:
+        """Return what a cell of the grid trains; validation is scored after each epoch."""
+        task = job.task
         parts, body = self._parts(task), self._body(task)
-        regression = GLUE_TASKS[task].regression
-        training = TrainingJob(
+        return ClassifierTraining(
             self.model,
             body,
             GLUE_TASKS[task].num_labels,
@@ -140,14 +144,13 @@ class GluePlan(EvaluationPlan):
             self.queue.work(job.name),
             f"{self.identity} {job.name} {'' if body is None else self._mnli_cell()}",
             self.encoder,
-            self.tuning(about["learning_rate"], about["batch_size"], about["seed"], regression),
+            self.tuning(job, GLUE_TASKS[task].regression),
             keep_model=self.settings.keep_models or task == "mnli",
             attention=self.settings.attention,
         )
-        return train_classifier(training, check, several_ranks)
 
     def _body(self, task: str) -> str | None:
-        """The MNLI checkpoint a task starts from, if it does."""
+        """Return the MNLI checkpoint a task starts from; None when it starts from the pretrained model."""
         if not GLUE_TASKS[task].from_mnli:
             return None
         if self.settings.mnli_checkpoint is not None:
@@ -157,18 +160,18 @@ class GluePlan(EvaluationPlan):
         return str(self.queue.work(self._mnli_cell()) / "model")
 
     def _mnli_cell(self) -> str:
-        """This evaluation's best cell of MNLI; empty with --mnli-checkpoint, which the identity holds."""
+        """Name this evaluation's best cell of MNLI; nothing with --mnli-checkpoint, which the identity holds."""
         if self.settings.mnli_checkpoint is not None:
             return ""
-        best: str = _best_cell([self._cell(name) for name in self.cells["mnli"]])["cell"]
+        best: str = _best_cell([self._cell(job) for job in self.cells["mnli"]])["cell"]
         return best
 
     def _validate(self, model: Any, task: str, parts: list[str]) -> dict[str, Any]:
-        """The task's scores on its (first) validation set; `mismatched` accuracy beside MNLI's."""
+        """Return the task's scores on its (first) validation set; `mismatched` accuracy beside MNLI's."""
         scores: dict[str, Any] = {}
         for part in parts:
             encoded = self.encoded(task, part)
-            logits = predict(model, encoded, self.settings.precision)
+            logits = predict(model, encoded, self.precision)
             if part == "mismatched" and scores:
                 classes = logits.argmax(axis=1)
                 scores["mismatched"] = float((classes == encoded.labels).mean())
@@ -179,16 +182,16 @@ class GluePlan(EvaluationPlan):
 
     # ---------------------------------------------------------------- results
 
-    def _cell(self, name: str) -> dict[str, Any]:
-        """A finished cell: its place in the grid, and the scores of its best epoch."""
-        result, about = self.queue.result(name), self.queue.jobs[name].settings
+    def _cell(self, job: FineTuneJob) -> dict[str, Any]:
+        """Return a finished cell: its place in the grid, and the scores of its best epoch."""
+        result = self.queue.result(job.name)
         epochs = [{key: value for key, value in epoch.items() if key != "answers"} for epoch in result["epochs"]]
-        place = {key: about[key] for key in ("learning_rate", "batch_size", "seed")}
+        place = {"learning_rate": job.learning_rate, "batch_size": job.batch_size, "seed": job.seed}
         best = epochs[result["best_epoch"] - 1]
-        return {"cell": name, **place, "best_epoch": result["best_epoch"], **best, "epochs": epochs}
+        return {"cell": job.name, **place, "best_epoch": result["best_epoch"], **best, "epochs": epochs}
 
     def _predictions(self, best: dict[str, str]) -> dict[str, Any]:
-        """The labels of each task's first validation set, and the answers of its best cell, for paired tests."""
+        """Return the labels of each task's first validation set and its best cell's answers, for paired tests."""
         labels, predictions = {}, {}
         for task, cell in best.items():
             result = self.queue.result(cell)
@@ -202,7 +205,7 @@ class GluePlan(EvaluationPlan):
         """Write results.json, predictions.json and table.md."""
         test: dict[str, Any] = {}
         for task in self.tasks:
-            cells = [self._cell(name) for name in self.cells[task]]
+            cells = [self._cell(job) for job in self.cells[task]]
             names = [*GLUE_TASKS[task].metrics, *(["mismatched"] if "mismatched" in cells[0] else [])]
             median = {name: statistics.median(cell[name] for cell in cells) for name in names}
             best = {key: value for key, value in _best_cell(cells).items() if key != "epochs"}
@@ -223,19 +226,19 @@ class GluePlan(EvaluationPlan):
 
 
 def score(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """The scores of a task from a model's outputs, (n, outputs), and the labels, (n,)."""
+    """Return the scores of a task from a model's outputs, (n, outputs), and the labels, (n,)."""
     if GLUE_TASKS[task].regression:
         return metrics.regression(logits[:, 0].astype(np.float64), labels)
     return metrics.classification(logits.argmax(axis=1), labels.astype(np.int64), GLUE_TASKS[task].metrics)
 
 
 def _best_cell(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first with the highest score."""
+    """Return the first with the highest score."""
     return max(cells, key=lambda cell: cell["score"])
 
 
 def answers(task: str, logits: np.ndarray) -> str | list[float]:
-    """A model's answers: a digit a row, or six digits of each number for regression."""
+    """Return a model's answers: a digit a row, or six digits of each number for regression."""
     if GLUE_TASKS[task].regression:
         return [float(f"{value:.6g}") for value in logits[:, 0].tolist()]
     return "".join(map(str, logits.argmax(axis=1).tolist()))

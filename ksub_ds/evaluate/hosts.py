@@ -1,4 +1,4 @@
-"""Starting workers on the machines of a hostfile: what launch/evaluate.sh calls.
+"""Start workers on the machines of a hostfile: what launch/evaluate.sh calls.
 
     python -m ksub_ds.evaluate.hosts --hostfile launch/hostfile.example xnli --model model --data xnli ...
 
@@ -28,7 +28,7 @@ SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o"
 
 
 def worker_command(host: str, place: int, slots: int, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The command and environment of worker number `place` of a host."""
+    """Return the command and environment of worker number `place` of a host."""
     own = {"KSUB_WORKER": str(place)}
     if "OMP_NUM_THREADS" not in os.environ and is_this_machine(host):
         own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // slots))
@@ -42,9 +42,10 @@ def worker_command(host: str, place: int, slots: int, arguments: Sequence[str]) 
 
 
 def start_workers(hosts: dict[str, int], arguments: Sequence[str]) -> int:
-    """Run a worker a slot until all have ended; the highest of their exit codes.
+    """Run one worker a slot until all have ended, and return their exit code.
 
-    A worker that fails leaves its job to the others, so they go on; all of them failing ends the evaluation.
+    A worker that fails leaves its job to the others, so the code is 0 when one of them ended well; 2, the user's
+    mistake, ends all; else it is the highest.
     """
     processes: list[subprocess.Popen[Any]] = []
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -61,7 +62,7 @@ def start_workers(hosts: dict[str, int], arguments: Sequence[str]) -> int:
                 break  # the user's mistake: every worker would make it
             time.sleep(0.2)
     except KeyboardInterrupt:
-        return 130  # the terminal has told the workers as well
+        return 130  # the terminal has interrupted the workers too
     finally:
         for process in processes:
             if process.poll() is None:
@@ -76,7 +77,10 @@ def start_workers(hosts: dict[str, int], arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Divide the arguments, read the hostfile, start the workers."""
+    """Separate the hostfile from the other arguments, start the workers, and return the exit code.
+
+    A user's error is one line on stderr and exit code 2.
+    """
     rest, hostfile = [], None
     words = iter(arguments)
     for word in words:

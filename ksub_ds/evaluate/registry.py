@@ -1,32 +1,29 @@
-"""From settings to the plans that workers drain."""
+"""From the settings of a benchmark to the plans that workers carry out."""
 
 from pathlib import Path
 from typing import Any
 
+from ksub_ds.evaluate.benchmark import BenchmarkPlan
+from ksub_ds.evaluate.finetune.ranks import RankTask
 from ksub_ds.evaluate.glue import GluePlan
-from ksub_ds.evaluate.settings import GlueSettings, XnliSettings
+from ksub_ds.evaluate.settings import EvaluationSettings, GlueSettings, XnliSettings
 from ksub_ds.evaluate.xnli import XnliPlan
 
-KINDS: dict[str, tuple[Any, Any]] = {"xnli": (XnliSettings, XnliPlan), "glue": (GlueSettings, GluePlan)}
+PLANS: dict[type[EvaluationSettings], type[BenchmarkPlan[Any]]] = {XnliSettings: XnliPlan, GlueSettings: GluePlan}
+SETTINGS = {plan.kind: settings for settings, plan in PLANS.items()}
 
 
-def make_plans(settings: Any) -> list[Any]:
-    """One plan a model.
+def make_plans(settings: EvaluationSettings) -> list[BenchmarkPlan[Any]]:
+    """Return one plan for each model of the settings.
 
     Raises:
         UserError: settings, data or a model that cannot be used.
     """
-    settings = settings.checked()
-    plan = next(plan for kind, plan in KINDS.values() if isinstance(settings, kind))
-    return [plan(settings, model, folder) for model, folder in settings.folders().items()]
+    checked = settings.checked()
+    return [PLANS[type(checked)](checked, model, folder) for model, folder in checked.folders().items()]
 
 
-def plan_from_json(values: dict[str, Any]) -> Any:
-    """The plan that a worker described for its ranks."""
-    kind, plan = KINDS[values["plan"]]
-    given: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values["settings"].items()
-    }
-    for key in ("out", "cache"):
-        given[key] = None if given[key] is None else Path(given[key])
-    return plan(kind(**given), values["model"], Path(values["folder"]))
+def plan_of(task: RankTask) -> BenchmarkPlan[Any]:
+    """Return the plan that a worker described to its ranks."""
+    settings = SETTINGS[task.plan].from_json(task.settings)
+    return PLANS[type(settings)](settings, task.model, Path(task.folder))

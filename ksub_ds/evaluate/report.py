@@ -1,4 +1,4 @@
-"""Results joined into the paper's tables: differences from the paper and from the baseline, with a paired test.
+"""Join results into the paper's tables: differences from the paper and from the baseline, with a paired test.
 
 ksub report xnli-cl xnli-tta glue --format markdown
 """
@@ -19,7 +19,7 @@ from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TR
 
 
 def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | None = None) -> str:
-    """Tables 4, then 2 and 3, of these results.
+    """Render Tables 4, then 2 and 3, of these results.
 
     Args:
         paths: folders of `ksub evaluate xnli` or `glue`, or results.json files; one named twice counts once, and
@@ -61,7 +61,7 @@ def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | No
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The results of a folder (several where several models were evaluated together), each with its "_folder".
+    """Read the results of a folder (several where several models were evaluated together), each with its "_folder".
 
     Raises:
         UserError: none, unfinished or damaged ones.
@@ -85,7 +85,7 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 
 def _makes_a_table(result: Any) -> bool:
-    """Whether results are whole: what makes no table of its own makes none with others."""
+    """Return whether results are complete: they can be rendered as a table."""
     try:
         if result["task"] == "glue":
             return bool(tables.glue_table([result], "markdown"))
@@ -95,7 +95,7 @@ def _makes_a_table(result: Any) -> bool:
 
 
 def _content(result: dict[str, Any]) -> str:
-    """All that results.json holds, wherever it lies."""
+    """Return all that results.json holds, wherever it lies."""
     return json.dumps({key: value for key, value in result.items() if key != "_folder"}, sort_keys=True)
 
 
@@ -124,7 +124,7 @@ def _against_paper(group: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _against_baseline(group: list[dict[str, Any]], baseline: dict[str, Any] | None) -> list[list[str]]:
-    """Differences on the languages both have, and the p of their mean over rows, languages and seeds."""
+    """Return differences on the languages both have, and the p of their mean over rows, languages and seeds."""
     rows = []
     for result in group if baseline is not None else []:
         if result is baseline:
@@ -141,10 +141,13 @@ def _against_baseline(group: list[dict[str, Any]], baseline: dict[str, Any] | No
 
 
 def _paired(ours: dict[str, Any], theirs: dict[str, Any], languages: list[str]) -> float | None:
-    """p of the difference in mean accuracy; None where the test rows are not the same.
+    """Return the p of the difference in mean accuracy; None where the test rows are not the same.
 
-    XNLI's languages are parallel: a row counts once, with the mean over languages and seeds, for its translations are
-    not independent.
+    XNLI's languages are parallel: a row counts once, with the mean over languages and seeds, because its translations
+    are not independent.
+
+    Raises:
+        UserError: a damaged predictions.json.
     """
     per_row = []
     labels = []
@@ -192,7 +195,11 @@ def _glue_differences(group: list[dict[str, Any]], baseline: dict[str, Any] | No
 
 
 def _glue_p(ours: dict[str, Any], theirs: dict[str, Any], task: str) -> str:
-    """p of the difference of two best cells in what chose them; a dash where the rows are not the same."""
+    """Return the p of two best cells in the metric that chose them; a dash where the rows are not the same.
+
+    Raises:
+        UserError: a damaged predictions.json.
+    """
     stored = []
     for result in (ours, theirs):
         path = Path(result["_folder"]) / "predictions.json"
@@ -210,7 +217,7 @@ def _glue_p(ours: dict[str, Any], theirs: dict[str, Any], task: str) -> str:
 
 
 def _numbers(stored: Any) -> np.ndarray:
-    """Answers as they are kept: a string of digits, or a list of numbers."""
+    """Return stored answers, a string of digits or a list of numbers, as an array."""
     return np.array([int(digit) for digit in stored] if isinstance(stored, str) else stored, dtype=np.float64)
 
 

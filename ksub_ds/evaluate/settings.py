@@ -1,11 +1,11 @@
-"""What `ksub evaluate xnli` and `glue` take, with the values of the paper's Table 6 where it says something."""
+"""The settings of `ksub evaluate xnli` and `glue`; the defaults are the paper's Table 6 where it gives a value."""
 
 import dataclasses
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
@@ -13,9 +13,9 @@ from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TR
 
 XNLI_EPOCHS, GLUE_EPOCHS = {CROSS_LINGUAL: 10, TRANSLATE_TRAIN_ALL: 5}, 10
 GlueTaskName = Literal["sst2", "mnli", "qnli", "qqp", "rte", "mrpc", "cola", "stsb"]
-# What may differ between the workers of one evaluation: places, and how the work is done. Of these ranks_per_job
-# and attention touch the scores: by rounding, and as a seed does where dropout is drawn elsewhere or otherwise; each
-# fine-tuning's result says what it had.
+# What may differ between the workers of one evaluation: paths, and how the work is done. Of these, ranks_per_job and
+# attention touch the scores, by rounding and by drawing other dropout as another seed would; the result of each
+# fine-tuning names both.
 FREE_KEYS = (
     *("model", "data", "out", "tokenizer", "cache"),
     *("save_every_steps", "ranks_per_job", "attention", "keep_models"),
@@ -23,7 +23,11 @@ FREE_KEYS = (
 
 
 def positive_rate(name: str, value: float) -> None:
-    """Refuse a learning rate that cannot be.
+    """Refuse a learning rate that makes no sense.
+
+    Args:
+        name: the option, for the message.
+        value: the rate.
 
     Raises:
         UserError: not between 0 and 1.
@@ -74,11 +78,11 @@ class EvaluationSettings:
     cache: Path | None = None
     """Folder for tokenised rows. [$KSUB_CACHE, else ksub_ds in the user's cache folder]"""
 
-    def checked(self) -> Any:
-        """These settings, with the precision filled in.
+    def checked(self) -> Self:
+        """Return these settings, with the precision filled in.
 
         Raises:
-            UserError: a value that cannot be.
+            UserError: an impossible value.
         """
         positive = ("epochs", "max_length", "ranks_per_job", "save_every_steps", "max_train_examples")
         for name in (*positive, "max_test_examples"):
@@ -102,7 +106,7 @@ class EvaluationSettings:
         return dataclasses.replace(self, precision=precision)
 
     def check_ranks(self, *batch_sizes: int) -> None:
-        """Refuse more ranks than this machine has places for, or a batch that they cannot share.
+        """Refuse more ranks than this machine has room for, or a batch that they cannot share.
 
         Raises:
             UserError: with both numbers.
@@ -122,7 +126,7 @@ class EvaluationSettings:
                 raise UserError(f"--ranks-per-job {self.ranks_per_job}: does not divide the batch size {size}")
 
     def folders(self) -> dict[str, Path]:
-        """The results folder of each model: OUT, or OUT/<name> for several.
+        """Return the results folder of each model: OUT, or OUT/<name> for several.
 
         Raises:
             UserError: two models of one name.
@@ -136,13 +140,28 @@ class EvaluationSettings:
         return {model: self.out / name for model, name in zip(self.model, names, strict=True)}
 
     def identity(self) -> dict[str, Any]:
-        """All settings that touch the scores, as JSON values."""
+        """Return all settings that touch the scores, as JSON values."""
         values = dataclasses.asdict(self)
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in values.items()
             if key not in FREE_KEYS
         }
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all settings as JSON values."""
+        values = dataclasses.asdict(self)
+        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Return the settings that `as_json` gave."""
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        for key in ("out", "cache"):
+            given[key] = None if given[key] is None else Path(given[key])
+        return cls(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +180,12 @@ class XnliSettings(EvaluationSettings):
     languages: tuple[str, ...] = LANGUAGES
     """Train (translate-train-all) and test these only."""
 
-    def checked(self) -> "XnliSettings":
-        """As EvaluationSettings, with the epochs of the setting."""
+    def checked(self) -> Self:
+        """Return these settings, with precision, epochs and selection filled in and the languages in Table 4's order.
+
+        Raises:
+            UserError: an impossible value.
+        """
         positive_rate("--learning-rate", self.learning_rate)
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
@@ -191,8 +214,12 @@ class GlueSettings(EvaluationSettings):
     keep_models: bool = False
     """Keep the best epoch of every cell as a model folder, not only MNLI's."""
 
-    def checked(self) -> "GlueSettings":
-        """As EvaluationSettings, with Table 6's 10 epochs."""
+    def checked(self) -> Self:
+        """Return these settings, with the precision and Table 6's 10 epochs filled in, and tasks and grid in order.
+
+        Raises:
+            UserError: an impossible value.
+        """
         for rate in self.learning_rates:
             positive_rate("--learning-rates", rate)
         if not self.learning_rates or not self.batch_sizes or min(self.batch_sizes) < 1:

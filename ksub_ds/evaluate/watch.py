@@ -1,10 +1,10 @@
-"""Scoring each new checkpoint of a running pretraining, from the outside.
+"""Score each new checkpoint of a running pretraining from the outside.
 
     ksub evaluate watch --run run --data xnli --out curve           follows the run to its last step
     ksub evaluate watch --run run --data xnli --once --out curve    scores what is there and ends
 
 The run is only read: a checkpoint's files are linked (or copied) to OUT before anything else, so that the run may
-prune it meanwhile, and count only when all have the size and sha256 of their manifest. What is half written is waited
+prune it meanwhile, and count only when all have the size and sha256 of their manifest; a half-written one is waited
 for. OUT/curve.jsonl gets one line a checkpoint; OUT/xnli/global_step{N} holds the evaluation behind it.
 """
 
@@ -21,14 +21,17 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, write_json
 from ksub_ds.common.logging import MetricsWriter, get_logger, read_lines
 from ksub_ds.evaluate.data.rows import Source
-from ksub_ds.evaluate.settings import positive_rate
+from ksub_ds.evaluate.queue.worker import run_worker
+from ksub_ds.evaluate.registry import make_plans
+from ksub_ds.evaluate.settings import XnliSettings, positive_rate
 
-# Merged docstring, to be folded in:
-# """The folder of a curve: one watcher at a time, one set of settings, a line a checkpoint."""
+NICENESS = 10
 
 
 class Curve:
-    """OUT/curve.jsonl, locked as long as this is open (`with`), and OUT/watch.json, how it was scored.
+    """The folder of a curve: one watcher at a time, one set of settings, a line a checkpoint.
+
+    OUT/curve.jsonl is locked as long as this is open (`with`); OUT/watch.json says how its points are scored.
 
     Raises:
         UserError: OUT cannot be written, or another watcher is at work there.
@@ -60,7 +63,7 @@ class Curve:
         """Keep how the points are scored; points scored otherwise, or of another run, could not be compared.
 
         Raises:
-            UserError: naming the setting that was another.
+            UserError: the curve has other settings; the first of them is named.
         """
         path = self._out / "watch.json"
         before = read_json(path) if self.lines and path.exists() else settings
@@ -79,27 +82,24 @@ class Curve:
         return {line["step"] for line in self.lines}
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line; a kill cuts short no earlier one."""
+        """Add a line; a kill can cut short only this one."""
         self._writer.write(**line)
         self.lines.append(line)
-        get_logger().info(in_words(line))
+        get_logger().info(describe(line))
 
     def table(self) -> str:
-        """All lines, in words."""
-        return "\n".join(in_words(line) for line in sorted(self.lines, key=lambda line: line["step"]))
+        """Return all lines in words, by step."""
+        return "\n".join(describe(line) for line in sorted(self.lines, key=lambda line: line["step"]))
 
 
-def in_words(line: dict[str, Any]) -> str:
-    """A point of the curve as one line of text."""
+def describe(line: dict[str, Any]) -> str:
+    """Describe a point of the curve in one line of text."""
     text = f"step {line['step']:,}"
     if "masked_accuracy" in line:
         text += f": masked accuracy {100 * line['masked_accuracy']:.1f} %, held-out loss {line['loss']:.3f}"
     if "xnli" in line:
         text += f", XNLI average {100 * line['xnli']['average']:.1f} %"
     return text
-
-
-NICENESS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class WatchSettings:
     max_test_examples: int = 500
     """Validation and test rows of each language."""
     learning_rate: float = 5e-5
-    """Of the short fine-tune: higher than Table 6's, for it is short."""
+    """Of the short fine-tune: higher than Table 6's, because it is short."""
     eval_sequences: int = 32
     """Held-out sequences per language for the masked accuracy."""
     poll_seconds: float = 30.0
@@ -131,7 +131,7 @@ class WatchSettings:
     patience_seconds: float = 60.0
     """With --once: wait so long for a checkpoint that is half written."""
     use_gpu: bool = False
-    """Compute on a GPU; by default on the CPU, for the run needs the GPUs."""
+    """Compute on a GPU; by default on the CPU, because the run needs the GPUs."""
 
 
 def watch(settings: WatchSettings) -> None:
@@ -166,7 +166,11 @@ def watch(settings: WatchSettings) -> None:
 
 
 def _check(settings: WatchSettings) -> None:
-    """Refuse values that would be met only after a checkpoint was scored, or spoil its line of the curve."""
+    """Refuse values that would fail only after a checkpoint was scored, or spoil its line of the curve.
+
+    Raises:
+        UserError: an impossible value.
+    """
     for name in ("epochs", "max_train_examples", "max_test_examples", "eval_sequences"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
@@ -182,14 +186,14 @@ def _check(settings: WatchSettings) -> None:
 
 
 def _scored_by(settings: WatchSettings) -> dict[str, Any]:
-    """What two points of one curve must have in common."""
+    """Return what all points of one curve must have in common."""
     keys = ("setting", "epochs", "max_train_examples", "max_test_examples", "learning_rate", "eval_sequences")
     identity = {"run": str(settings.run.resolve()), "with --data": settings.data is not None}
     return identity | {key: getattr(settings, key) for key in keys}
 
 
 def _score_new(settings: WatchSettings, run: Any, curve: Curve) -> list[str]:
-    """Score every whole checkpoint that is not in the curve; names of those that are not whole yet."""
+    """Score every whole checkpoint that is not in the curve; return the names of those that are not whole yet."""
     from ksub_ds.pretrain import checkpoint
 
     waiting = []
@@ -209,7 +213,7 @@ def _score_new(settings: WatchSettings, run: Any, curve: Curve) -> list[str]:
 
 
 def _take(path: Path, into: Path) -> Path | None:
-    """A copy of a checkpoint that the run cannot take away, or None when it is not whole."""
+    """Copy a checkpoint to where the run cannot delete it; return None when it is not whole."""
     from ksub_ds.pretrain import checkpoint
 
     shutil.rmtree(into, ignore_errors=True)
@@ -245,7 +249,7 @@ def _score(settings: WatchSettings, run: Any, path: Path) -> dict[str, Any]:
 
 
 def _masked_accuracy(settings: WatchSettings, run: Any, model: Any) -> dict[str, Any]:
-    """Loss and masked accuracy on the run's held-out rows, per language; empty where the shards are gone."""
+    """Return loss and masked accuracy on the run's held-out rows, per language; nothing where the shards are gone."""
     from ksub_ds.corpus.batches import HeldOutBatches
     from ksub_ds.corpus.shards.dataset import ShardDataset
     from ksub_ds.pretrain.heldout_eval import evaluate
@@ -263,10 +267,6 @@ def _masked_accuracy(settings: WatchSettings, run: Any, model: Any) -> dict[str,
 
 
 def _xnli(settings: WatchSettings, model: Path, out: Path) -> dict[str, Any]:
-    from ksub_ds.evaluate.queue.worker import drain
-    from ksub_ds.evaluate.registry import make_plans
-    from ksub_ds.evaluate.settings import XnliSettings
-
     assert settings.data is not None
     plans = make_plans(
         XnliSettings(
@@ -280,7 +280,7 @@ def _xnli(settings: WatchSettings, model: Path, out: Path) -> dict[str, Any]:
             max_test_examples=settings.max_test_examples,
         )
     )
-    drain(plans)
+    run_worker(plans)
     shutil.rmtree(out / "work", ignore_errors=True)  # a model per checkpoint would fill the disk
     results = read_json(out / "results.json")
     accuracy = {language: scores["accuracy"] for language, scores in results["test"].items()}

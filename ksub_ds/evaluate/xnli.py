@@ -6,7 +6,8 @@ Jobs: one fine-tuning a seed; then one test a language and seed, which one worke
 as are its share. The settings are Table 6's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,25 +16,38 @@ from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.evaluate.benchmark import EvaluationPlan
+from ksub_ds.evaluate.benchmark import BenchmarkPlan, FineTuneJob
 from ksub_ds.evaluate.data import metrics, tables
 from ksub_ds.evaluate.data.rows import Rows
 from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, NLI_LABELS, XNLI_COLUMNS
 from ksub_ds.evaluate.finetune.classifier import load_trained
-from ksub_ds.evaluate.finetune.job import TrainingJob, train_classifier
 from ksub_ds.evaluate.finetune.scoring import predict
+from ksub_ds.evaluate.finetune.training import ClassifierTraining
 from ksub_ds.evaluate.queue.queue import Job
+from ksub_ds.evaluate.settings import XnliSettings
 from ksub_ds.pretrain.builders import set_attention
 
 
-class XnliPlan(EvaluationPlan):
-    """The queue of one model's XNLI evaluation; arguments and errors as EvaluationPlan's."""
+@dataclass(frozen=True)
+class LanguageTestJob(Job):
+    """Test the classifier of one seed on one language."""
+
+    seed: int
+    language: str
+
+
+class XnliPlan(BenchmarkPlan[XnliSettings]):
+    """The queue of one model's XNLI evaluation; arguments and errors as BenchmarkPlan's."""
 
     kind = "xnli"
     _trained: tuple[int, Any] | None = None  # (seed, model) of the last tests
 
     def find_splits(self) -> list[tuple[str, str]]:
-        """As EvaluationPlan; languages that lack files are named here and in the results."""
+        """Return (language, split) of all files; languages that lack one are logged, and named in the results.
+
+        Raises:
+            UserError: no language has a training, validation or test set.
+        """
         wanted, english = self.settings.languages, ("en",)
         used = {
             "train": english if self.settings.setting == CROSS_LINGUAL else wanted,
@@ -58,33 +72,32 @@ class XnliPlan(EvaluationPlan):
         return [(language, split) for split, languages in self.found.items() for language in languages]
 
     def make_jobs(self) -> list[Job]:
-        """As EvaluationPlan."""
-        jobs = []
+        """Return a fine-tuning for each seed, and after it a test for each language."""
+        rate, size = self.settings.learning_rate, self.settings.batch_size
+        jobs: list[Job] = []
         for seed in self.settings.seeds:
-            trained = Job(f"finetune-seed{seed}", (), f"finetune-seed{seed}", {"kind": "finetune", "seed": seed})
-            jobs.append(trained)
+            name = _training_name(seed)
+            jobs.append(FineTuneJob(name, (), name, self.kind, rate, size, seed))
             for language in self.found["test"]:
-                about = {"kind": "test", "seed": seed, "language": language}
-                jobs.append(Job(f"test-seed{seed}-{language}", (trained.name,), f"test-seed{seed}", about))
+                test = _test_name(seed, language)
+                jobs.append(LanguageTestJob(test, (name,), f"test-seed{seed}", seed, language))
         return jobs
 
     def read(self, part: str, split: str, limit: int | None) -> Rows:
-        """As EvaluationPlan."""
+        """Read the first `limit` rows of a split of a language."""
         return self.source.read(part, split, XNLI_COLUMNS, limit)
 
     # ---------------------------------------------------------------- work
 
-    def run(self, jobs: list[Job], still_ours: Callable[[], None]) -> list[dict[str, Any]]:
-        """Do one fine-tuning, or the tests of some languages in one pass."""
-        if jobs[0].settings["kind"] == "test":
-            return self._test(jobs, still_ours)
-        return super().run(jobs, still_ours)
+    def run(self, jobs: Sequence[Job], check_lease: Callable[[], None]) -> list[dict[str, Any]]:
+        """Do a fine-tuning, or the tests of some languages in one pass."""
+        tests = [job for job in jobs if isinstance(job, LanguageTestJob)]
+        return self._test(tests, check_lease) if tests else super().run(jobs, check_lease)
 
-    def train(self, job: Job, check: Callable[[], None], several_ranks: bool = False) -> dict[str, Any]:
-        """One fine-tuning; its model is left in WORK/model."""
-        settings = self.settings
+    def training(self, job: FineTuneJob) -> ClassifierTraining:
+        """Return what a fine-tuning trains: its model is left in WORK/model."""
         first, *others = [self.encoded(language, "train") for language in self.found["train"]]
-        training = TrainingJob(
+        return ClassifierTraining(
             self.model,
             None,
             len(NLI_LABELS),
@@ -93,14 +106,13 @@ class XnliPlan(EvaluationPlan):
             self.queue.work(job.name),
             self.identity,
             self.encoder,
-            self.tuning(settings.learning_rate, settings.batch_size, job.settings["seed"]),
+            self.tuning(job),
             keep_model=True,
-            attention=settings.attention,
+            attention=self.settings.attention,
         )
-        return train_classifier(training, check, several_ranks)
 
     def _validate(self, model: Any) -> dict[str, Any]:
-        """Accuracy on validation; `score` is their mean over the languages selected on."""
+        """Return the accuracy on validation; `score` is its mean over the languages selected on."""
         scores = {}
         for language, (predictions, labels) in self._predict(
             model, self.found["validation"], "validation", what="validation"
@@ -111,32 +123,32 @@ class XnliPlan(EvaluationPlan):
     def _predict(
         self, model: Any, languages: list[str], split: str, check: Callable[[], None] = lambda: None, what: str = ""
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """language -> (predicted classes, labels), all languages in one pass."""
+        """Return language -> (predicted classes, labels), all languages in one pass."""
         first, *others = [self.encoded(language, split) for language in languages]
         every = first.joined(others)
-        classes = predict(model, every, self.settings.precision, check, what).argmax(axis=1)
+        classes = predict(model, every, self.precision, check, what).argmax(axis=1)
         cuts = np.cumsum([len(self.encoded(language, split)) for language in languages])[:-1]
         parts = zip(np.split(classes, cuts), np.split(every.labels.astype(np.int64), cuts), strict=True)
         return dict(zip(languages, parts, strict=True))
 
-    def _test(self, jobs: list[Job], still_ours: Callable[[], None]) -> list[dict[str, Any]]:
-        seed = jobs[0].settings["seed"]
+    def _test(self, jobs: list[LanguageTestJob], check_lease: Callable[[], None]) -> list[dict[str, Any]]:
+        seed = jobs[0].seed  # of all of them: they are of one group
         if self._trained is None or self._trained[0] != seed:
-            folder = self.queue.work(f"finetune-seed{seed}") / "model"
+            folder = self.queue.work(_training_name(seed)) / "model"
             model = load_trained(folder).to(distributed.device())
             set_attention(model, self.settings.attention)
             self._trained = seed, model
-        languages = [job.settings["language"] for job in jobs]
+        languages = [job.language for job in jobs]
         what = f"testing {' '.join(languages)}"
         results = []
-        for predictions, labels in self._predict(self._trained[1], languages, "test", still_ours, what).values():
+        for predictions, labels in self._predict(self._trained[1], languages, "test", check_lease, what).values():
             results.append({"predictions": _digits(predictions), "labels": _digits(labels)})
         return results
 
     # ---------------------------------------------------------------- results
 
     def origin(self) -> dict[str, Any]:
-        """As EvaluationPlan, with the languages."""
+        """Return what was evaluated, and on what; with the languages."""
         origin = super().origin()
         languages = {"train_languages": self.found["train"], "test_languages": self.found["test"]}
         return origin | {"data": {**origin["data"], **languages, "missing": self.missing}}
@@ -145,13 +157,13 @@ class XnliPlan(EvaluationPlan):
         """Write results.json, predictions.json and table.md."""
         seeds = self.settings.seeds
         tests = {
-            (seed, language): self.queue.result(f"test-seed{seed}-{language}")
+            (seed, language): self.queue.result(_test_name(seed, language))
             for seed in seeds
             for language in self.found["test"]
         }
         right = {language: [_right(tests[seed, language]) for seed in seeds] for language in self.found["test"]}
         result = join(right, seeds)
-        fine = {seed: self.queue.result(f"finetune-seed{seed}") for seed in seeds}
+        fine = {seed: self.queue.result(_training_name(seed)) for seed in seeds}
         results = {
             "task": "xnli",
             "setting": self.settings.setting,
@@ -172,11 +184,20 @@ class XnliPlan(EvaluationPlan):
         self.write_results(results, tables.xnli_table([results], "markdown"))
 
 
+def _training_name(seed: int) -> str:
+    return f"finetune-seed{seed}"
+
+
+def _test_name(seed: int, language: str) -> str:
+    return f"test-seed{seed}-{language}"
+
+
 def join(right: dict[str, list[np.ndarray]], seeds: tuple[int, ...]) -> dict[str, Any]:
-    """The `test`, `average` and `seeds` of results.json.
+    """Return the `test`, `average` and `seeds` of results.json.
 
     Args:
         right: for each language and seed, (n,) whether a row was right.
+        seeds: in the order of `right`.
 
     Returns:
         Accuracies are means over the seeds, counts their sums, so accuracy = correct / count.
@@ -206,7 +227,7 @@ def join(right: dict[str, list[np.ndarray]], seeds: tuple[int, ...]) -> dict[str
 
 
 def _digits(classes: np.ndarray) -> str:
-    """Class numbers below 10 as a string, one digit a row."""
+    """Write class numbers below 10 as a string, one digit a row."""
     return "".join(map(str, classes.tolist()))
 
 

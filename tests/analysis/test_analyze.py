@@ -17,7 +17,8 @@ from transformers import AutoModel, AutoTokenizer
 from ksub_ds.analysis import measure as measure_module
 from ksub_ds.analysis.analyze import names_of
 from ksub_ds.analysis.encoders import open_encoder
-from ksub_ds.analysis.figures import STYLE, script_json
+from ksub_ds.analysis.explorer import script_json
+from ksub_ds.analysis.figures import STYLE
 from ksub_ds.analysis.sample import sample_text
 from ksub_ds.cli import main
 from ksub_ds.codes.positional import positional_codes
@@ -220,7 +221,7 @@ def test_mistakes_are_one_line(capsys, sub_model, plain_model, broken_model, tin
     assert "not empty" in told(sub_model, "--data", tiny_text, "--out", tmp_path / "full")
     assert "--points 0" in told(sub_model, *rest, "--points", "0")
     assert "3 names for 1 models" in told(sub_model, *rest, "--names", "a", "b", "c")
-    assert "stands twice" in told(sub_model, plain_model, *rest, "--names", "a", "a")
+    assert "is given twice" in told(sub_model, plain_model, *rest, "--names", "a", "a")
     assert "--tokenizer" in told(sub_model, *rest, "--tokenizer", plain_model)
     assert not (tmp_path / "out").exists()
 

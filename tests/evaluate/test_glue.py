@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ksub_ds.cli import main
-from ksub_ds.evaluate import glue
+from ksub_ds.evaluate import benchmark, glue
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -42,13 +42,13 @@ def test_grid_and_dependency(
 ) -> None:
     monkeypatch.setattr(glue, "MNLI_MATCHED_ROWS", 7)
     bodies = []
-    real = glue.train_classifier
+    real = benchmark.train_classifier
 
-    def noting(job: Any, *arguments: Any) -> Any:
-        bodies.append((job.work.name, job.num_labels, job.settings.regression, job.body))
-        return real(job, *arguments)
+    def noting(training: Any, *arguments: Any) -> Any:
+        bodies.append((training.work.name, training.num_labels, training.settings.regression, training.body))
+        return real(training, *arguments)
 
-    monkeypatch.setattr(glue, "train_classifier", noting)
+    monkeypatch.setattr(benchmark, "train_classifier", noting)
     out = tmp_path / "out"
     grid = ("--learning-rates", 1e-4, 1e-3, "--batch-sizes", 8, "--tasks", "stsb", "rte", "cola", "mnli")
     assert evaluate(tiny_model, tiny_glue, out, *grid) == 0

@@ -119,11 +119,14 @@ def test_another_family_and_its_attention(tiny_tokenizer: Path, tiny_xnli: Path,
         (["--max-length", "600"], "has positions for 512 tokens"),
         (["--data", "nowhere"], "--data nowhere: is not a folder"),
         (["--model", "nowhere/else/at/all"], "is not a model folder; give one"),
-        (["--model", "xlm-robrta-base"], r"is no folder, not in the hub's cache, and the hub cannot be asked \(HF_HUB"),
+        (
+            ["--model", "xlm-robrta-base"],
+            r"is not a folder, not in the hub's cache, and the hub cannot be asked \(HF_HUB",
+        ),
         (["--ranks-per-job", "999"], r"--ranks-per-job 999: this machine has \d+ (cores|GPUs)"),
         (["--ranks-per-job", "2", "--batch-size", "3"], "--ranks-per-job 2: does not divide the batch size 3"),
-        (["--tokenizer", "tokn"], "--tokenizer tokn: is no folder, not in the hub's cache"),
-        (["--data", "facebok/xnli"], "--data facebok/xnli: is no folder, not in the hub's cache"),
+        (["--tokenizer", "tokn"], "--tokenizer tokn: is not a folder, not in the hub's cache"),
+        (["--data", "facebok/xnli"], "--data facebok/xnli: is not a folder, not in the hub's cache"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -163,6 +166,7 @@ def _worker(command: list[str]) -> None:
 
     torch.set_num_threads(1)
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and children inherit that
     sys.exit(main(command))
 
 

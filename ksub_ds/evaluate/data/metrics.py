@@ -15,10 +15,11 @@ _AT_ONCE = 250  # resamples in memory together
 
 
 def classification(predictions: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
-    """Chosen scores of class predictions.
+    """Return chosen scores of class predictions.
 
     Args:
-        predictions, labels: (n,) class numbers.
+        predictions: (n,) class numbers.
+        labels: (n,) class numbers.
         names: some of "accuracy", "f1" (of class 1), "matthews".
     """
     from sklearn import metrics
@@ -39,7 +40,7 @@ def classification(predictions: np.ndarray, labels: np.ndarray, names: tuple[str
 
 
 def regression(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Pearson's and Spearman's correlation of real predictions with real labels, (n,) each."""
+    """Return Pearson's and Spearman's correlation of real predictions with real labels, (n,) each."""
     from scipy import stats
 
     if not np.isfinite(predictions).all():
@@ -58,13 +59,14 @@ def regression(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def bootstrap_intervals(right: dict[str, np.ndarray], seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of each accuracy and, under "average", of their unweighted mean.
+    """Return 95 % percentile intervals of each accuracy and, under "average", of their unweighted mean.
 
     Rows are drawn with replacement (Efron and Tibshirani 1993, chapter 13). Sets of equal size are taken as
     parallel, row by row, as XNLI's languages are: they share the drawn rows.
 
     Args:
         right: for each set (n,) the part of runs that had a row right (0 or 1 with one seed).
+        seed: of the draws.
     """
     draws: dict[int, np.ndarray] = {}
     means: dict[str, np.ndarray] = {}
@@ -88,10 +90,12 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def paired_test(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Whether two models differ on the same rows: a two-sided permutation test by flipping signs.
+    """Test whether two models differ on the same rows: a two-sided permutation test by flipping signs.
 
     Args:
-        ours, theirs: (n,) scores of each row, for example the part of languages and seeds that were right.
+        ours: (n,) scores of each row, for example the part of languages and seeds that were right.
+        theirs: (n,) the other model's.
+        seed: of the signs.
 
     Returns:
         {"difference", "p"}: mean of ours minus theirs, and the probability of one at least as far from 0 if the two
@@ -114,13 +118,16 @@ def paired_test(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> dict[str
 def exchange_test(
     name: str, ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray, seed: int = 0
 ) -> dict[str, float]:
-    """Whether a score of two models differs on the same rows, for scores that are no mean over rows as well.
+    """Test whether a score of two models differs on the same rows, also for scores that are not a mean over rows.
 
     A two-sided permutation test: were the models alike, their answers to a row could be exchanged.
 
     Args:
         name: "accuracy"; "matthews", which is the correlation of two classes; or "pearson".
-        ours, theirs, labels: (n,) answers and labels.
+        ours: (n,) answers of one model.
+        theirs: (n,) answers of the other.
+        labels: (n,) labels.
+        seed: of the exchanges.
 
     Returns:
         {"difference", "p"}, as `paired_test`.
@@ -142,14 +149,14 @@ def exchange_test(
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:
-    """With mean 0 and standard deviation 1; constant ones as 0."""
+    """Scale values to mean 0 and standard deviation 1; constant ones become 0."""
     centred = values - values.mean()
     spread = float(centred.std())
     return centred / spread if spread > 0 else centred
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Pearson's, and 0 where one side is constant."""
+    """Return Pearson's correlation, 0 where one side is constant."""
     first, second = first - first.mean(), second - second.mean()
     spread = float(np.sqrt((first @ first) * (second @ second)))
     return float(first @ second) / spread if spread > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The paper's Tables 2, 3 and 4, in percent: what ours are put beside."""
+"""The paper's Tables 2, 3 and 4, in percent, to compare ours with."""
 
 from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
 
@@ -39,7 +39,7 @@ GLUE = {
 
 
 def glue_row(kind: str, num_tables: int | None) -> tuple[str, dict[str, float]] | None:
-    """The published row to put beside a model: plain, positional with as many tables, or the best balanced one."""
+    """Return the row to compare a model with: plain, positional with as many tables, or the best balanced one."""
     if kind == "plain":
         return "plain", GLUE["plain"][1]
     if kind == "clustered":

@@ -4,67 +4,22 @@
     FOLDER/<part>/{train,validation,test}.parquet
     facebook/xnli, nyu-mll/glue, ...                    by `datasets`; <part> is the configuration
 
-A part is a language (XNLI) or a task (GLUE). Every row is checked, and the first bad one is named: an evaluation on
-fewer rows than one thinks is worse than none.
+A part is a language (XNLI) or a task (GLUE). Every row is checked, and the first bad one is reported rather than
+skipped: an evaluation on fewer rows than expected is worse than none.
 """
 
 import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
-from ksub_ds.evaluate.data.hub import require_on_hub
-
-# Merged docstring, to be folded in:
-# """Labelled rows of a data set of the HuggingFace hub, by `datasets`; rows.py checks them.
-#
-# All raise UserError where `datasets` cannot load it.
-# """
-
-
-def hub_splits(name: str, part: str) -> Sequence[str]:
-    """The splits of a part; none where there is no such part."""
-    import datasets
-
-    try:
-        return datasets.get_dataset_split_names(name, part)
-    except ValueError:  # no such configuration
-        return ()
-    except Exception as error:  # the hub's client raises many kinds
-        raise _unreachable(name, error) from error
-
-
-def hub_version(name: str) -> str:
-    """What changes when the data set does."""
-    import datasets
-
-    try:
-        return str(datasets.load_dataset_builder(name, "en" if name.endswith("xnli") else "cola").hash)
-    except Exception as error:  # the hub's client raises many kinds
-        raise _unreachable(name, error) from error
-
-
-def hub_rows(name: str, part: str, split: str) -> Iterator[tuple[int, Any]]:
-    """The rows of a split, numbered from 1."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, part, split=split)
-    except Exception as error:  # the hub's client raises many kinds
-        raise _unreachable(name, error) from error
-    yield from enumerate(loaded, 1)
-
-
-def _unreachable(name: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:160]
-    return UserError(f"--data {name}: no such folder, and `datasets` cannot load it ({reason}); give a folder of files")
-
+from ksub_ds.evaluate.data.hub import hub_rows, hub_splits, hub_version, require_on_hub
 
 SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet")
 LONGEST_LINE = 4_000_000  # bytes; a sentence pair has hundreds
@@ -93,14 +48,14 @@ class Columns:
     synonyms: tuple[tuple[str, int], ...] = ()
 
     def names(self) -> tuple[str, ...]:
-        """All columns a row must have."""
+        """Return all columns a row must have."""
         return (self.first, *((self.second,) if self.second else ()), "label")
 
     def label(self, value: Any) -> float:
-        """A label as a number.
+        """Convert a label to a number.
 
         Raises:
-            ValueError: it is none of this task, with the reason.
+            ValueError: it is not a label of this task, with the reason.
         """
         if isinstance(value, str) and self.labels:
             spelt = {name: index for index, name in enumerate(self.labels)} | dict(self.synonyms)
@@ -121,7 +76,8 @@ class Rows:
     """The rows of one split.
 
     Attributes:
-        first, second: sentences; `second` is None for tasks of single sentences.
+        first: sentences.
+        second: the other sentences; None for tasks of single sentences.
         labels: one number a row.
         name: where they come from, for messages.
     """
@@ -135,12 +91,12 @@ class Rows:
         return len(self.labels)
 
     def part(self, start: int, stop: int) -> "Rows":
-        """Rows [start, stop)."""
+        """Return rows [start, stop)."""
         second = None if self.second is None else self.second[start:stop]
         return Rows(self.first[start:stop], second, self.labels[start:stop], f"{self.name}[{start}:{stop}]")
 
     def fingerprint(self) -> str:
-        """sha256 over texts and labels."""
+        """Return the sha256 over texts and labels."""
         digest = hashlib.sha256()
         for row in zip(self.first, self.second or [""] * len(self), self.labels, strict=True):
             digest.update(json.dumps(row).encode())
@@ -166,13 +122,13 @@ class Source:
             require_on_hub(f"--data {data}", self.data, "dataset", "README.md")
 
     def has(self, part: str, split: str) -> bool:
-        """Whether a split is there."""
+        """Return whether a split is there."""
         if self.folder is None:
             return split in hub_splits(self.data, part)
         return self._file(part, split) is not None
 
     def read(self, part: str, split: str, columns: Columns, limit: int | None = None) -> Rows:
-        """The rows of a split, or the first `limit` of them.
+        """Read the rows of a split, or the first `limit` of them.
 
         Raises:
             UserError: a missing, empty or damaged file, or a bad row (file and line are named).
@@ -189,7 +145,7 @@ class Source:
         return _checked(values, name, columns, limit)
 
     def fingerprint(self, part: str, split: str) -> str:
-        """sha256 of a split's file; of a hub data set, of what `datasets` calls its version."""
+        """Return the sha256 of a split's file; of a hub data set, of what `datasets` calls its version."""
         if self.folder is not None:
             path = self._file(part, split)
             assert path is not None, "ask `has` first"
@@ -223,7 +179,7 @@ def _checked(values: Iterator[tuple[int, Any]], name: str, columns: Columns, lim
         expected = expected or set(row)
         if set(row) != expected:
             raise UserError(
-                f"{name}: line {number} has {len(row)} columns, the first row {len(expected)}; mend the file"
+                f"{name}: line {number} has {len(row)} columns, the first row {len(expected)}; fix the file"
             )
         texts = [row[column] for column in columns.names()[:-1]]
         for column, text in zip(columns.names(), texts, strict=False):
@@ -287,6 +243,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _check_inflation(path: Path, inflated: int, read: int) -> None:
-    """Refuse what inflates beyond any text: so many bytes from so many read."""
+    """Refuse what inflates beyond any text.
+
+    Args:
+        path: the file, for the message.
+        inflated: bytes so far.
+        read: bytes of the file they came from.
+
+    Raises:
+        UserError: it is too much.
+    """
     if inflated > LARGEST_FILE or inflated > max(INFLATION_FREE, INFLATION_LIMIT * read):
         raise UserError(f"{path}: inflates to more than {inflated:,} bytes; not the file of a task")

@@ -28,7 +28,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def render(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], form: Format) -> str:
-    """One table; the title is a heading, a comment line or a caption."""
+    """Render one table; the title is a heading, a comment line or a caption."""
     if form == "csv":
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
@@ -65,17 +65,17 @@ def _latex(cell: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """0.5213 -> 52.1."""
+    """Format a share as percent: 0.5213 -> 52.1."""
     return NOTHING if value is None else f"{100 * value:.1f}"
 
 
 def signed(value: float | None) -> str:
-    """-0.0142 -> -1.4, in points."""
+    """Format a difference in points: -0.0142 -> -1.4."""
     return NOTHING if value is None else f"{100 * value:+.1f}"
 
 
 def short_name(result: dict[str, Any], others: Sequence[dict[str, Any]] = ()) -> str:
-    """The last part of a model's path, with its kind; more of the path where others end alike."""
+    """Return the last part of a model's path, with its kind; the whole path where others end alike."""
     path = Path(result["model"]["path"])
     alike = [each for each in others if Path(each["model"]["path"]).name == path.name and each is not result]
     return f"{path if alike else path.name or path} ({result['model'].get('kind', 'unknown')})"
@@ -85,7 +85,7 @@ def short_name(result: dict[str, Any], others: Sequence[dict[str, Any]] = ()) ->
 
 
 def xnli_table(results: Sequence[dict[str, Any]], form: Format) -> str:
-    """Table 4's rows: each result, the paper's row of its kind, and the difference."""
+    """Render Table 4's rows: each result, the paper's row of its kind, and the difference."""
     setting = results[0]["setting"]
     header = ["model", *LANGUAGES, "avg"]
     rows = []
@@ -102,7 +102,7 @@ def xnli_table(results: Sequence[dict[str, Any]], form: Format) -> str:
 
 
 def xnli_numbers(result: dict[str, Any]) -> list[float | None]:
-    """Accuracies in Table 4's order, then the average of those that are there."""
+    """Return accuracies in Table 4's order, then the average of those that are there."""
     test = result["test"]
     return [*(test[each]["accuracy"] if each in test else None for each in LANGUAGES), result["average"]]
 
@@ -116,7 +116,7 @@ def _intervals(result: dict[str, Any]) -> list[str]:
 
 
 def _notes(results: Sequence[dict[str, Any]]) -> str:
-    """What a reader must know of each row: seeds, epochs, what was left out."""
+    """Return what a reader must know of each row: seeds, epochs, what was left out."""
     lines = []
     for result in results:
         settings, missing = result["settings"], result["data"]["missing"]
@@ -138,7 +138,7 @@ def _notes(results: Sequence[dict[str, Any]]) -> str:
 
 
 def glue_table(results: Sequence[dict[str, Any]], form: Format) -> str:
-    """Tables 2 and 3's rows: best and median of the grid; the paper's row of each kind."""
+    """Render Tables 2 and 3's rows: best and median of the grid; the paper's row of each kind."""
     header = ["model", *GLUE_NAMES.values()]
     rows = []
     for result in results:
@@ -155,7 +155,7 @@ def glue_table(results: Sequence[dict[str, Any]], form: Format) -> str:
 
 
 def glue_cell(result: dict[str, Any], task: str, what: str) -> str:
-    """A task's numbers, two where the paper does not say which it means (MRPC and QQP: accuracy / F1)."""
+    """Return a task's numbers, two where the paper does not say which it means (MRPC and QQP: accuracy / F1)."""
     scores = result["test"].get(task)
     if scores is None:
         return NOTHING

@@ -1,6 +1,6 @@
-"""Opening any HuggingFace encoder with a fresh classification head, and saying what it is.
+"""Open any HuggingFace encoder with a fresh classification head, and describe it.
 
-Ours and others' alike go by the Auto classes; only safetensors are read.
+Our models and all others are opened by the Auto classes; only safetensors are read.
 """
 
 import contextlib
@@ -21,13 +21,14 @@ TOKENIZER_FILES = ("tokenizer.json", MODEL_NAME, "vocab.txt", "vocab.json")
 
 
 def load_classifier(path: str, num_labels: int, seed: int, body: str | None = None) -> Any:
-    """A sequence classification model in fp32: the weights of `path`, a head drawn from the seed.
+    """Open a sequence classification model in fp32: the weights of `path`, a head drawn from the seed.
 
     A head that is in the folder already, of an earlier fine-tuning, is drawn anew like any other.
 
     Args:
         path: a model folder, or a name on the hub.
         num_labels: classes; 1 for regression.
+        seed: of the head.
         body: take the weights below the head from this folder instead (the MNLI checkpoint, for RTE and others).
 
     Raises:
@@ -43,13 +44,13 @@ def load_classifier(path: str, num_labels: int, seed: int, body: str | None = No
         donor, _ = _load(body, None)
         theirs, ours = donor.base_model.state_dict(), model.base_model.state_dict()
         if {key: value.shape for key, value in theirs.items()} != {key: value.shape for key, value in ours.items()}:
-            raise UserError(f"{body}: is no fine-tuned form of {path}: their weights have other names or shapes")
+            raise UserError(f"{body}: is not a fine-tuned form of {path}: their weights have other names or shapes")
         model.base_model.load_state_dict(theirs)
     return model.train()
 
 
 def load_trained(path: str | Path) -> Any:
-    """A fine-tuned model, head and all, ready to score.
+    """Open a fine-tuned model with its head, ready to score.
 
     Raises:
         UserError: as `load_classifier`, and for a folder without a trained head.
@@ -58,7 +59,7 @@ def load_trained(path: str | Path) -> Any:
 
 
 def find_model(path: str) -> None:
-    """Refuse at once what is no model: transformers asks an unreachable hub again and again, and names no fix.
+    """Refuse at once what is not a model: transformers would ask an unreachable hub again and again and name no fix.
 
     Raises:
         UserError: neither a folder with safetensors nor a name in the cache or on the hub.
@@ -77,7 +78,7 @@ def find_model(path: str) -> None:
 
 
 def _draw_head(model: Any) -> None:
-    """New values for the linear layers of the head, as transformers draws them."""
+    """Draw new values for the linear layers of the head, as transformers does."""
     from torch import nn
 
     for name, module in model.named_modules():
@@ -88,7 +89,18 @@ def _draw_head(model: Any) -> None:
 
 
 def _load(path: str, num_labels: int | None) -> tuple[Any, bool]:
-    """The model, and whether the folder had a trained head; without `num_labels` it must have one."""
+    """Open a model.
+
+    Args:
+        path: folder or name.
+        num_labels: outputs of a new head; None = the folder must have a trained one.
+
+    Returns:
+        The model, and whether the folder had a trained head.
+
+    Raises:
+        UserError: not a model, a damaged one, or one without the head it must have.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -111,7 +123,7 @@ def _load(path: str, num_labels: int | None) -> tuple[Any, bool]:
     reshaped = {key for key, *_ in info["mismatched_keys"]}  # a head for other classes
     unfit = sorted(key for key in reshaped if key.split(".")[0] not in FRESH_HEADS)
     if unfit:
-        raise UserError(f"{path}: {unfit[0]!r} is not of the shape that config.json tells; the folder is damaged")
+        raise UserError(f"{path}: {unfit[0]!r} is not of the shape that config.json gives; the folder is damaged")
     trained = not any(key.split(".")[0] in FRESH_HEADS for key in set(info["missing_keys"]) - reshaped)
     if num_labels is None and not trained:
         raise UserError(f"{path}: has no trained classification head; give a fine-tuned checkpoint")
@@ -120,7 +132,11 @@ def _load(path: str, num_labels: int | None) -> tuple[Any, bool]:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """A new head is what we ask for: no report of it."""
+    """Hide the report of a new head, which is what we ask for.
+
+    Yields:
+        Nothing.
+    """
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -133,7 +149,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def open_encoder(model: str, tokenizer: str | None) -> PairEncoder:
-    """The tokenizer given, or the model folder's own.
+    """Open the tokenizer given, or the model folder's own.
 
     Raises:
         UserError: there is no such model or tokenizer; the model's folder holds none, and none is given.
@@ -151,7 +167,7 @@ def check_fit(model: str, encoder: PairEncoder, max_length: int) -> None:
     """Refuse a tokenizer with more tokens than the model, and rows longer than its positions.
 
     Raises:
-        UserError: with both numbers.
+        UserError: either is too large; both numbers are named.
     """
     config = _config(model)
     vocabulary = getattr(config, "vocab_size", None)
@@ -166,7 +182,7 @@ def check_fit(model: str, encoder: PairEncoder, max_length: int) -> None:
 
 
 def describe(model: str) -> dict[str, Any]:
-    """What the results say of a model: path, fingerprint of its files, architecture, kind of embedding.
+    """Describe a model for the results: path, fingerprint of its files, architecture, kind of embedding.
 
     Kind is "plain" (one row a token), "positional" (Algorithm 1) or "clustered" (other codes).
     """
@@ -188,7 +204,7 @@ def describe(model: str) -> dict[str, Any]:
 
 
 def _kind_of_codes(folder: Path, sizes: list[int]) -> str:
-    """Whether the codes among the weights are the digits of the token id."""
+    """Return "positional" if the codes among the weights are the digits of the token id, else "clustered"."""
     import numpy as np
     from safetensors import safe_open
 
@@ -206,7 +222,7 @@ def _kind_of_codes(folder: Path, sizes: list[int]) -> str:
 
 
 def fingerprint(model: str, config: Any = None) -> str:
-    """sha256 over configuration and weights of a folder; of a hub model its commit."""
+    """Return the sha256 over configuration and weights of a folder; of a hub model its commit."""
     folder = Path(model)
     if not folder.is_dir():
         return f"commit {getattr(config or _config(model), '_commit_hash', None)}"

@@ -1,4 +1,4 @@
-"""Fine-tuning one classifier: read `finetune` first. The same call again continues, to the last bit.
+"""Fine-tune one classifier: read `finetune` first. The same call again continues, bit for bit.
 
 The order of the batches is a function of (seed, epoch) and dropout of (seed, step, rank): another number of ranks
 draws other dropout, as another seed would. Weights, moments and the scores of the epochs so far are saved together.
@@ -19,13 +19,13 @@ from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.evaluate.finetune import state
+from ksub_ds.evaluate.finetune.batching import batches_per_epoch, training_batches
 from ksub_ds.evaluate.finetune.encoding import Encoded
-from ksub_ds.evaluate.finetune.scoring import batches_per_epoch, training_batches
-from ksub_ds.evaluate.finetune.train_step import RankUpdates, SingleUpdates, Updates, make_classifier_module
+from ksub_ds.evaluate.finetune.train_step import DeepSpeedStep, SingleProcessStep, TrainStep, make_classifier_module
 from ksub_ds.pretrain.prefetch import to_tensors
 from ksub_ds.pretrain.schedule import dropout_seed, learning_rate
 
-CLAIM_CHECK_STEPS = 20
+CHECK_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FineTuning:
 
 @dataclass
 class Outcome:
-    """What a fine-tuning gave.
+    """The result of a fine-tuning.
 
     Attributes:
         epochs: the validation scores after each epoch, as `validate` gave them, with "epoch" and "loss".
@@ -71,6 +71,8 @@ def finetune(
 
     Args:
         model: on its device; its initial weights are those of a fresh start.
+        train: the rows to train on.
+        settings: how to train.
         validate: model -> scores of an epoch; "score" is what the best one is chosen by.
         work: folder for the state between two tries.
         identity: what the state must belong to (model and data).
@@ -96,7 +98,7 @@ def finetune(
 
 
 class _Run:
-    """A fine-tuning on its way: its module and optimizer, its state on disk, and how far it is."""
+    """A fine-tuning in progress: its module and optimizer, its state on disk, and how far it is."""
 
     def __init__(
         self, model: Any, train: Encoded, settings: FineTuning, work: Path, identity: str, several_ranks: bool
@@ -106,15 +108,19 @@ class _Run:
         self.steps_an_epoch = batches_per_epoch(len(train), settings.batch_size)
         self.total_steps = settings.epochs * self.steps_an_epoch
         module = make_classifier_module(model, settings.regression, settings.precision)
-        self.updates, self.rank, self.world_size = _updates(module, settings, several_ranks)
+        self.train_step, self.rank, self.world_size = _build_step(module, settings, several_ranks)
         self.writes = self.rank == 0
         decisive = {key: value for key, value in asdict(settings).items() if key != "save_every_steps"}
         stamp = f"{identity}\0{json.dumps(decisive)}\0{len(train)}"
         self.stamp = hashlib.sha256(stamp.encode()).hexdigest()
-        self.position = state.load_state(work, self.updates, self.stamp)
+        self.position = state.load_state(work, self.train_step, self.stamp)
 
     def train_epoch(self, progress: Progress, check: Callable[[], None]) -> None:
-        """The updates that are left of the epoch that runs."""
+        """Do the updates that are left of the current epoch.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
         position, settings = self.position, self.settings
         epoch, first = divmod(position.step, self.steps_an_epoch)
         self.model.train()
@@ -125,29 +131,29 @@ class _Run:
                 raise UserError(
                     f"{self.work.name}: the loss is not finite at step {position.step}; try a lower learning rate"
                 )
-            if position.step % CLAIM_CHECK_STEPS == 0:
+            if position.step % CHECK_STEPS == 0:
                 check()
             done = position.step % self.steps_an_epoch or self.steps_an_epoch
             progress.advance(epoch=epoch + 1, loss=f"{position.loss_sum / done:.4f}")
             if self.writes and position.step % settings.save_every_steps == 0 and done != self.steps_an_epoch:
-                state.save_state(self.work, self.updates, position, self.stamp)
+                state.save_state(self.work, self.train_step, position, self.stamp)
 
     def update(self, rows: np.ndarray) -> float:
-        """One update by a batch; returns its mean loss."""
+        """Do one update by a batch and return its mean loss."""
         import torch
 
         settings, device = self.settings, next(self.model.parameters()).device
         batch, labels_B, weight = _share(self.train, rows, self.rank, self.world_size, settings.regression)
         torch.manual_seed(dropout_seed("fine-tuning", settings.seed, self.position.step, self.rank))
         inputs = to_tensors(batch, device)
-        loss, _ = self.updates.forward(labels_B=torch.from_numpy(labels_B).to(device), **inputs)
+        loss, _ = self.train_step.forward(labels_B=torch.from_numpy(labels_B).to(device), **inputs)
         rate = _learning_rate(settings, self.position.step, self.total_steps)
-        self.updates.apply(loss * (weight / len(rows)), rate)
+        self.train_step.apply(loss * (weight / len(rows)), rate)
         value: float = loss.item() * weight / len(rows)
         return distributed.all_reduce_sum([value])[0] if self.several_ranks else value
 
     def end_epoch(self, scores: dict[str, Any]) -> None:
-        """Note the scores of the epoch that is through."""
+        """Record the scores of the epoch that has ended."""
         position = self.position
         epoch = len(position.epochs) + 1
         position.epochs.append({"epoch": epoch, "loss": position.loss_sum / self.steps_an_epoch, **scores})
@@ -160,23 +166,28 @@ class _Run:
             return
         if _best(self.position.epochs) == len(self.position.epochs) - 1:
             state.save_best(self.work, self.model)
-        state.save_state(self.work, self.updates, self.position, self.stamp)
+        state.save_state(self.work, self.train_step, self.position, self.stamp)
 
 
-def _updates(module: Any, settings: FineTuning, several_ranks: bool) -> tuple[Updates, int, int]:
+def _build_step(module: Any, settings: FineTuning, several_ranks: bool) -> tuple[TrainStep, int, int]:
+    """Return the training step of this process, its rank and the number of ranks.
+
+    Raises:
+        UserError: the ranks cannot share a batch.
+    """
     chosen = (module, settings.learning_rate, settings.weight_decay, settings.gradient_clipping)
     if not several_ranks:
-        return SingleUpdates(*chosen), 0, 1
+        return SingleProcessStep(*chosen), 0, 1
     world_size = distributed.world_size()
     if settings.batch_size % world_size:
         raise UserError(f"--ranks-per-job {world_size}: does not divide the batch size {settings.batch_size}")
-    return RankUpdates(*chosen, settings.batch_size), distributed.rank(), world_size
+    return DeepSpeedStep(*chosen, settings.batch_size), distributed.rank(), world_size
 
 
 def _share(
     train: Encoded, rows: np.ndarray, rank: int, world_size: int, regression: bool
 ) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
-    """This rank's rows of a batch; a rank without any computes on one row that counts nothing."""
+    """Return this rank's rows of a batch, their labels and weight; a rank without any gets one row of weight 0."""
     own = rows[rank::world_size]
     weight = 1.0 if len(own) else 0.0
     own = own if len(own) else rows[:1]
@@ -193,5 +204,5 @@ def _learning_rate(settings: FineTuning, steps_done: int, total: int) -> float:
 
 
 def _best(epochs: list[dict[str, Any]]) -> int:
-    """Index of the first epoch with the highest score."""
+    """Return the index of the first epoch with the highest score."""
     return max(range(len(epochs)), key=lambda index: (epochs[index]["score"], -index))

@@ -1,60 +1,14 @@
-"""Predictions of a model for tokenised rows: batches of like length, in one pass over everything given."""
+"""Predict the outputs of tokenised rows: batches of like length, in one pass over everything given."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ksub_ds.common.logging import Progress
+from ksub_ds.evaluate.finetune.batching import scoring_batches
 from ksub_ds.evaluate.finetune.encoding import Encoded
 from ksub_ds.pretrain.prefetch import to_tensors
-
-# Merged docstring, to be folded in:
-# """Which rows make a batch: rows of about one length together, so that next to nothing is padded.
-#
-# Training batches have a fixed number of rows, and their order is a function of (seed, epoch) alone: rows are
-# shuffled, sorted by length inside windows of many batches, cut, and the batches shuffled again. Which rows meet in a
-# batch stays random up to their length.
-# """
-
-
-WINDOW_BATCHES = 64  # batches sorted together
-
-
-def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one epoch: every row once.
-
-    Args:
-        lengths: (n,) tokens of each row.
-
-    Returns:
-        Row numbers of each batch; all batches but one have `batch_size` rows.
-    """
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths))
-    batches: list[np.ndarray] = []
-    window = WINDOW_BATCHES * batch_size
-    for start in range(0, len(order), window):
-        rows = order[start : start + window]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        batches += [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    return [batches[index] for index in generator.permutation(len(batches))]
-
-
-def batches_per_epoch(count: int, batch_size: int) -> int:
-    """How many batches `training_batches` makes of `count` rows."""
-    return -(-count // batch_size)
-
-
-def scoring_batches(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
-    """Batches of about `tokens` tokens, longest rows first (so memory runs out at once or never); every row once."""
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, tokens // max(1, int(lengths[order[start]])))
-        yield order[start : start + size]
-        start += size
-
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 4_096, 65_536  # a batch; on a CPU its states should stay in the cache
 
@@ -66,10 +20,12 @@ def predict(
     check: Callable[[], None] = lambda: None,
     what: str = "",
 ) -> np.ndarray:
-    """Logits of every row, (n, classes) float32, in the order of the rows.
+    """Return the logits of every row, (n, classes) float32, in the order of the rows.
 
     Args:
         model: a sequence classification model; its mode is left as it was.
+        encoded: the rows.
+        precision: of the forward pass, "fp32" or "bf16".
         check: called between batches; may raise to give up.
         what: named in the progress; nothing is shown without it.
     """

@@ -10,7 +10,7 @@ from typing import Any
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path
 from ksub_ds.common.logging import get_logger
-from ksub_ds.evaluate.finetune.train_step import Updates
+from ksub_ds.evaluate.finetune.train_step import TrainStep
 
 
 @dataclass
@@ -19,8 +19,8 @@ class Position:
 
     Attributes:
         step: updates done.
-        loss_sum: over the steps of the epoch that runs.
-        epochs: scores of those that are through.
+        loss_sum: over the steps of the current epoch.
+        epochs: scores of those that have ended.
     """
 
     step: int = 0
@@ -28,22 +28,25 @@ class Position:
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
-def save_state(work: Path, updates: Updates, position: Position, stamp: str) -> None:
+def save_state(work: Path, train_step: TrainStep, position: Position, stamp: str) -> None:
     """Write WORK/state.safetensors."""
     from safetensors.torch import save_file
 
     tensors = {}
-    for name, parameter in updates.module.named_parameters():
+    for name, parameter in train_step.module.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach().contiguous()
-        for key, value in updates.optimizer.state.get(parameter, {}).items():
+        for key, value in train_step.optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value.detach().contiguous()
     about = {"stamp": stamp, "position": json.dumps(asdict(position))}
-    with _explained(work), atomic_path(work / "state.safetensors") as temporary:
+    with _explain_write_errors(work), atomic_path(work / "state.safetensors") as temporary:
         save_file(tensors, temporary, metadata=about)
 
 
-def load_state(work: Path, updates: Updates, stamp: str) -> Position:
-    """Put a saved state into module and optimizer. A state of something else, or a damaged one, is passed over."""
+def load_state(work: Path, train_step: TrainStep, stamp: str) -> Position:
+    """Load a saved state into module and optimizer and return its position.
+
+    A state of other data or settings, or a damaged one, is ignored: the fine-tuning begins anew.
+    """
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -55,7 +58,7 @@ def load_state(work: Path, updates: Updates, stamp: str) -> Position:
                 get_logger().info(f"{path}: is of another model, other data or settings; this fine-tuning begins anew")
                 return Position()
             names = set(stream.keys())
-            for name, parameter in updates.module.named_parameters():
+            for name, parameter in train_step.module.named_parameters():
                 parameter.copy_(stream.get_tensor(f"weight.{name}"))
                 state = {}
                 for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -63,7 +66,7 @@ def load_state(work: Path, updates: Updates, stamp: str) -> Position:
                         value = stream.get_tensor(f"{key}.{name}")
                         state[key] = value if key == "step" and parameter.is_cpu else value.to(parameter.device)
                 if state:
-                    updates.optimizer.state[parameter] = state
+                    train_step.optimizer.state[parameter] = state
             return Position(**json.loads(about["position"]))
     except FileNotFoundError:
         return Position()
@@ -77,12 +80,12 @@ def save_best(work: Path, model: Any) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-    with _explained(work), atomic_path(work / "best.safetensors") as temporary:
+    with _explain_write_errors(work), atomic_path(work / "best.safetensors") as temporary:
         save_file(tensors, temporary)
 
 
 def load_best(work: Path, model: Any) -> None:
-    """Put the best epoch's weights into a model."""
+    """Load the best epoch's weights into a model."""
     import torch
     from safetensors.torch import load_file
 
@@ -93,11 +96,18 @@ def load_best(work: Path, model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _explained(work: Path) -> Iterator[None]:
-    """A full disk is the user's to mend."""
+def _explain_write_errors(work: Path) -> Iterator[None]:
+    """Report a failed write as the user's error: the disk is full.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: the files cannot be written.
+    """
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{work}: cannot be written ({error}); free some space, the same command goes on") from error
+        raise UserError(f"{work}: cannot be written ({error}); free some space and run it again") from error

@@ -1,6 +1,6 @@
-"""One optimizer update, on this process alone or on several ranks through the pretraining's DeepSpeed engine.
+"""One optimizer update, in this process alone or on several ranks through the pretraining's DeepSpeed engine.
 
-Both sum the loss over the batch and divide by its size, so a batch gives the same update however it is shared out.
+Both sum the loss over the batch and divide by its size, so a batch gives the same update however it is divided.
 Weights and moments are fp32; bf16 is autocast inside the forward pass.
 """
 
@@ -13,7 +13,7 @@ BETAS, EPSILON = (0.9, 0.98), 1e-6  # as in pretraining; the paper's Table 6 nam
 
 
 def make_classifier_module(model: Any, regression: bool, precision: str) -> Any:
-    """The model as a module that maps a batch to (summed loss, logits): cross entropy, or squares for regression."""
+    """Wrap a model as a module that maps a batch to (summed loss, logits): cross entropy, or squares for regression."""
     import torch
     from torch.nn import functional
 
@@ -35,23 +35,23 @@ def make_classifier_module(model: Any, regression: bool, precision: str) -> Any:
     return Classifier()
 
 
-class Updates(Protocol):
+class TrainStep(Protocol):
     """Forward, backward and update of a module."""
 
     module: Any
     optimizer: Any
 
     def forward(self, **batch: Any) -> Any:
-        """The module's outputs."""
+        """Return the module's outputs."""
         ...
 
     def apply(self, loss: Any, learning_rate: float) -> None:
-        """Backward and one update of AdamW."""
+        """Go backward and do one update of AdamW."""
         ...
 
 
-class SingleUpdates:
-    """On this process alone."""
+class SingleProcessStep:
+    """A TrainStep in this process alone."""
 
     def __init__(self, module: Any, learning_rate: float, weight_decay: float, clipping: float):
         self.module, self._clipping = module, clipping
@@ -59,11 +59,11 @@ class SingleUpdates:
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def forward(self, **batch: Any) -> Any:
-        """As Updates."""
+        """Return the module's outputs."""
         return self.module(**batch)
 
     def apply(self, loss: Any, learning_rate: float) -> None:
-        """As Updates."""
+        """Go backward and do one update of AdamW."""
         import torch
 
         loss.backward()
@@ -75,8 +75,8 @@ class SingleUpdates:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class RankUpdates:
-    """On all ranks of this process group: DeepSpeed adds up the gradients."""
+class DeepSpeedStep:
+    """A TrainStep on all ranks of this process group: DeepSpeed adds up the gradients."""
 
     def __init__(self, module: Any, learning_rate: float, weight_decay: float, clipping: float, batch_size: int):
         world_size = distributed.world_size()
@@ -93,11 +93,11 @@ class RankUpdates:
         self.module, self.optimizer = self._engine.module, optimizer
 
     def forward(self, **batch: Any) -> Any:
-        """As Updates."""
+        """Return the module's outputs."""
         return self._engine(**batch)
 
     def apply(self, loss: Any, learning_rate: float) -> None:
-        """As Updates."""
+        """Go backward and do one update of AdamW."""
         self._engine.backward(loss)
         set_learning_rate(self._engine, learning_rate)
         self._engine.step()

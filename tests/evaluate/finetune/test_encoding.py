@@ -4,12 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ksub_ds.evaluate.data.rows import Rows
 from ksub_ds.evaluate.finetune.encoding import HuggingFacePairs, XlmrPairs, encode, load_encoder
-from ksub_ds.evaluate.finetune.scoring import scoring_batches, training_batches
 
 TEXT = ["the old house falls", "a bird", "", "river stone green walks sings falls under over near slowly today " * 4]
 
@@ -60,29 +57,6 @@ def test_cache_is_used_checked_and_made_anew(tiny_model: Path, tmp_path: Path) -
             encode(other, refuses, 16, tmp_path)
     stored.write_bytes(stored.read_bytes()[:-3])
     assert (encode(rows, encoder, 16, tmp_path).ids == first.ids).all()
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 700), st.integers(1, 40), st.integers(0, 3))
-def test_every_row_once_an_epoch(count: int, size: int, epoch: int) -> None:
-    lengths = np.random.default_rng(count).integers(4, 128, count)
-    batches = training_batches(lengths, size, seed=0, epoch=epoch)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(count))
-    assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1) and len(batches) == -(-count // size)
-    again = training_batches(lengths, size, seed=0, epoch=epoch)
-    assert all((one == other).all() for one, other in zip(batches, again, strict=True))
-    scoring = list(scoring_batches(lengths, 512))
-    assert sorted(np.concatenate(scoring).tolist()) == list(range(count))
-    assert all(len(rows) == 1 or len(rows) * lengths[rows].max() <= 512 for rows in scoring)
-
-
-def test_little_is_padded_and_epochs_differ() -> None:
-    lengths = np.random.default_rng(0).gamma(4, 12, 15_000).clip(6, 128).astype(int)  # about XNLI's
-    batches = training_batches(lengths, 32, seed=0, epoch=0)
-    padded = sum(len(rows) * lengths[rows].max() for rows in batches)
-    assert padded / lengths.sum() < 1.06
-    other = training_batches(lengths, 32, seed=0, epoch=1)
-    assert any((one != two).any() for one, two in zip(batches, other, strict=False) if len(one) == len(two))
 
 
 def test_a_batch_holds_its_rows(tiny_model: Path) -> None:
