@@ -1,1 +1,1 @@
-"""Floor 0: files, ranks and logs. Knows nothing of tokens or models."""
+"""Layer 0: errors, exit codes, files, logs, command lines and ranks. Knows nothing of tokens or models."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import exit_code_of_signal, run_main
 from ksub_ds.common.options import parse
 
 NAMES = ("xnli", "glue", "watch", "status")
@@ -36,14 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ends = [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]  # nohup
     before = {number: signal.signal(number, _end_in_order) for number in ends}
     try:
-        commands[arguments[0]](arguments)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr, flush=True)
-        return 130
+        return run_main(lambda: commands[arguments[0]](arguments))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -51,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _end_in_order(number: int, frame: Any) -> None:
     """SIGTERM, SIGHUP: leave by an exception, so that claims are given back."""
-    raise SystemExit(128 + number)
+    raise SystemExit(exit_code_of_signal(number))
 
 
 def parse_settings(arguments: Sequence[str]) -> Any:
