@@ -1,1 +1,1 @@
-"""How several machines start a run, watch it, and start it again."""
+"""Layer 5: start a run on several machines, watch it, and start it again."""

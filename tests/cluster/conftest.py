@@ -143,7 +143,7 @@ class Cluster:
         return self.hosts[host].processes("-m ksub_ds.pretrain", f"--out {name} ")
 
     def assert_nothing_left(self, name: str) -> None:
-        """No process of a run on any host: workers, guardians, launchers."""
+        """No process of a run on any host: workers, supervisors, launchers."""
 
         def left() -> list[Any]:
             kinds = (("ksub_ds.pretrain", f"--out {name} "), ("ksub_ds.cluster.worker",), ("deepspeed",), ("pdsh",))
