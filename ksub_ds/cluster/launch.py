@@ -11,7 +11,6 @@ and the host that failed.
 """
 
 import contextlib
-import fcntl
 import os
 import signal
 import socket
@@ -37,6 +36,7 @@ from ksub_ds.cluster.options import LaunchOptions, split_arguments
 from ksub_ds.cluster.worker import GRACE_SECONDS
 from ksub_ds.common.errors import RESUME, UserError
 from ksub_ds.common.exit_codes import FAILED, run_main
+from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import get_logger
 
 LOCK_SECONDS = 180.0  # a host that is cut off still holds the run folder, until its own watchdog ends it
@@ -75,13 +75,8 @@ def wait_for_lock(run: Path) -> None:
     """Wait until no process holds the run folder, at most three minutes; the next attempt would name the holder."""
     deadline = time.monotonic() + LOCK_SECONDS
     with contextlib.suppress(OSError), (run / ".lock").open("r+b") as stream:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.2)
-            else:
-                return
+        while not try_lock(stream) and time.monotonic() < deadline:
+            time.sleep(0.2)
 
 
 def last_checkpoint(run: Path) -> str:

@@ -9,7 +9,6 @@ for by Range. A file is published under its name only when it is as long as the 
 """
 
 import contextlib
-import fcntl
 import http.client
 import os
 import queue
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import fsync_path
+from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import Progress, get_logger
 
 LARGEST_FILE = 4 << 30  # bytes; Common Crawl's have about 150 MB
@@ -255,9 +255,4 @@ def _place(response: http.client.HTTPResponse, offset: int) -> tuple[int, int]:
 def _locked(path: Path) -> Iterator[bool]:
     """Try for an exclusive lock, without waiting; it goes with the process, however that ends."""
     with path.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield try_lock(stream)

@@ -13,7 +13,6 @@ each job has one result, whatever dies.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -29,6 +28,7 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import TEMPORARY_SUFFIX, fsync_path, json_bytes, read_json
+from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import get_logger
 
 # Merged docstring, to be folded in:
@@ -64,7 +64,7 @@ def make_once(path: Path, content: bytes, lock: bool = False) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as stream:
             if lock:  # before the file has its name: nobody sees it unlocked
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try_lock(stream)
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -103,12 +103,9 @@ def is_locked(path: Path) -> bool:
     """Whether a living process of this machine holds a lock on the file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not try_lock(descriptor, shared=True)
     finally:
         os.close(descriptor)
-    return False
 
 
 class Claim:
