@@ -24,11 +24,11 @@ STEPS = 12
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """These tests need root and minutes: they run when asked for."""
+    """Tests on several hosts need root and minutes: they run when asked for."""
     reason = None if os.environ.get("KSUB_CLUSTER") else "several hosts: run `make test-cluster` (KSUB_CLUSTER=1)"
     reason = reason or why_not()
     for item in items:
-        if Path(item.path).parent == Path(__file__).parent:
+        if Path(item.path).parent == Path(__file__).parent and "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(900))
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
