@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Evaluate with a worker on every slot of a hostfile, or with one worker here:
+# Evaluate with one worker on every slot of a hostfile, or with one worker on this machine:
 #
 #     launch/evaluate.sh --hostfile launch/hostfile.example xnli --model model --data xnli --setting cross-lingual --out results
 #     launch/evaluate.sh xnli --model model ...        (one worker: a laptop, or one task of srun or of a SLURM array)
 #
-# Workers share nothing but the --out folder: start as many as you like, on as many machines, at any time. The
-# options behind the task's name are those of `ksub evaluate`; no hyper-parameters live here.
+# Workers share only the --out folder: start any number, on any number of machines, at any time. The options
+# behind the task's name are those of `ksub evaluate`; there are no hyper-parameters here.
 set -eu
 script=$0
 if [ -n "${SLURM_SUBMIT_DIR:-}" ] && [ "${script##*/}" = slurm_script ]; then

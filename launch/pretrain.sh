@@ -7,9 +7,9 @@
 #
 # Launcher options (--hostfile, --launcher, --max-restarts, --include, ...) are for ksub_ds/cluster/launch.py and
 # `deepspeed`, the rest for `python -m ksub_ds.pretrain`; launch/pretrain.sh --help lists both. docs/cluster.md
-# tells how to use several hosts. No hyper-parameters live here.
+# explains how to use several hosts. There are no hyper-parameters here.
 #
-# Two programs read this file. DeepSpeed gives what stands behind a script to the script, the hostfile
+# Two programs read this file. DeepSpeed passes what follows a script to the script, the hostfile
 # too, and starts it as `python -u launch/pretrain.sh --local_rank=0 --hostfile FILE ...` on one machine.
 # So to Python this part is a string, and to the shell all but this part is one.
 set -eu
@@ -37,17 +37,15 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def main():
-    sys.path.insert(0, ROOT)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
-    from ksub_ds.cluster import launch, options
-    from ksub_ds.common.errors import UserError
+sys.path.insert(0, ROOT)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
-    try:
-        given = options.split_arguments(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+from ksub_ds.cluster import launch, options
+from ksub_ds.common.exit_codes import run_main
+
+
+def main():
+    given = options.split_arguments(sys.argv[1:])
     under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if {"-h", "--help"} & set(given.trainer):
         print(options.help_text(), "\n", flush=True)
@@ -56,13 +54,13 @@ def main():
         sys.argv = [sys.argv[0], *given.trainer]
         runpy.run_module("ksub_ds.pretrain", run_name="__main__", alter_sys=True)
     elif under_launcher and os.environ.get("LOCAL_RANK", "0") != "0":
-        sys.exit(0)  # one such process per slot or GPU was started; the first one starts the run
+        return 0  # one such process per slot or GPU was started; the first one starts the run
     else:
         if under_launcher:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the outer launcher's choice for one rank
-        sys.exit(launch.main(sys.argv[1:]))
+        return launch.Launch(given).run()
 
 
-main()
+sys.exit(run_main(main))
 PYTHON = ""
 PYTHON

@@ -1,7 +1,7 @@
-"""Common Crawl to token shards of 15 languages: check, deduplicate, identify, filter, tokenise, pack.
+r"""Common Crawl to token shards of 15 languages: check, deduplicate, identify, filter, tokenise, pack.
 
     python preprocessing/shard_cc.py --input wet --tokenizer sentencepiece.bpe.model --out cc15
-    mpirun -n 8 python preprocessing/shard_cc.py --snapshot 2019-09 --segments 0:40 --cache cache \\
+    mpirun -n 8 python preprocessing/shard_cc.py --snapshot 2019-09 --segments 0:40 --cache cache \
         --tokenizer sentencepiece.bpe.model --out cc15
 
 `wet` holds WET files. Any number of ranks gives the same bytes. The work is in ksub_ds/corpus/commoncrawl/pipeline.py.
@@ -12,7 +12,7 @@ import io
 import sys
 
 from ksub_ds.common.distributed import is_main
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import run_main
 from ksub_ds.common.mpi import MPIComm
 from ksub_ds.common.options import parse
 from ksub_ds.corpus.commoncrawl.config import ShardCC
@@ -22,27 +22,19 @@ from ksub_ds.corpus.statistics import corpus_table
 
 
 def main() -> None:
-    """Run; a user's mistake is one line and exit code 2, Ctrl-C one line and 130."""
-    try:
-        with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO()):  # the help, once
-            settings = parse(ShardCC, None, "preprocessing/shard_cc.py")
-        ranks = MPIComm()
-        with ranks.together():
-            if settings.dry_run:
-                lines = [dry_run(settings, ranks)]
-            else:
-                report = shard_cc(settings, ranks)
-                lines = [corpus_table(settings.out), exit_line(report)]
-        if ranks.is_main:
-            print("\n".join(lines))
-    except UserError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    """Parse the command line, make the shards and print their table."""
+    with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO()):  # the help, once
+        settings = parse(ShardCC, None, "preprocessing/shard_cc.py")
+    ranks = MPIComm()
+    with ranks.together():
+        if settings.dry_run:
+            lines = [dry_run(settings, ranks)]
+        else:
+            report = shard_cc(settings, ranks)
+            lines = [corpus_table(settings.out), exit_line(report)]
+    if ranks.is_main:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

@@ -10,26 +10,23 @@ ksub_ds/corpus/text/pipeline.py.
 
 import sys
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, describe_os_error
+from ksub_ds.common.exit_codes import run_main
 from ksub_ds.common.options import parse
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 
 
 def main() -> None:
-    """Run; a user's mistake is one line and exit code 2, Ctrl-C one line and 130."""
+    """Parse the command line and make the shards.
+
+    Raises:
+        UserError: the disk refused a file, or what the functions called here raise.
+    """
     try:
         shard_text(parse(ShardText, None, "preprocessing/shard_text.py"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror}; mend it, the same command continues", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+        raise UserError(describe_os_error(error)) from error
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

@@ -1,4 +1,4 @@
-"""`python -m ksub_ds.cli` is `ksub`."""
+"""Run `ksub` as `python -m ksub_ds.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`ksub codes ...`: make, look at and extend code files."""
+"""`ksub codes ...`: make, inspect and extend code files."""
 
 import difflib
 from collections.abc import Sequence
@@ -26,6 +26,9 @@ def positional(
         num_tokens: N, the size of the vocabulary. [the tokenizer's]
         tokenizer: SentencePiece .model or HuggingFace folder; its fingerprint goes into the file.
         reserve_special_tokens: Give <s>, </s>, <pad>, <unk>, <mask> rows of their own in every table.
+
+    Raises:
+        UserError: options that contradict each other, or numbers that give no codes.
     """
     from ksub_ds.codes.positional import positional_codes
 
@@ -53,11 +56,14 @@ def positional(
 
 
 def inspect(path: Positional[Path], embedding_dim: int = 512) -> None:
-    """Print what a code file holds, after checking it.
+    """Check a code file and print what it holds.
 
     Args:
         path: The code file.
         embedding_dim: d, the width at which parameters are counted.
+
+    Raises:
+        UserError: the file is damaged, or d is smaller than the number of tables.
     """
     from ksub_ds.codes.inspection import describe
     from ksub_ds.codes.table import CodeTable
@@ -72,7 +78,7 @@ def inspect(path: Positional[Path], embedding_dim: int = 512) -> None:
 
 
 def cluster(arguments: Sequence[str]) -> None:
-    """`ksub codes cluster` has its options in vectors/build.py, shared with preprocessing/build_codes.py."""
+    """Make codes by Algorithm 2, with the options of vectors/build.py, as preprocessing/build_codes.py does."""
     from ksub_ds.common import distributed
     from ksub_ds.vectors.build import ClusterVectors, build_codes, report
 
@@ -88,13 +94,16 @@ def neighbours(
     tokenizer: Path,
     count: int = 10,
 ) -> None:
-    """Print the tokens that share most codes with a token: its leaf first, then by the number of shared codes.
+    """Print the tokens that share the most codes with a token: its leaf first, then by the number of shared codes.
 
     Args:
         path: The code file.
-        token: A token as the vocabulary spells it ("▁water", with the mark of a word's beginning).
+        token: A token as the vocabulary spells it ("▁water", with the mark of a word start).
         tokenizer: SentencePiece .model or HuggingFace folder that the codes were made for.
         count: How many to print.
+
+    Raises:
+        UserError: the codes are not for this tokenizer, or the token is not in it.
     """
     from ksub_ds.codes.inspection import code_neighbours
     from ksub_ds.codes.table import CodeTable
@@ -111,7 +120,7 @@ def neighbours(
         alike = difflib.get_close_matches(token, [each for each in tokens if each[:2] == token[:2]], n=3)
         marked = [each for each in (f"▁{token}", f"Ġ{token}") if each in tokens]
         near = ", ".join(dict.fromkeys([*marked, *alike]))
-        raise UserError(f"{token!r} is no token of {tokenizer}" + (f"; near: {near}" if near else ""))
+        raise UserError(f"{token!r} is not a token of {tokenizer}" + (f"; near: {near}" if near else ""))
     own = tokens.index(token)
     width = max(len(f"{code}") for code in table.table_sizes)
 
@@ -125,7 +134,7 @@ def neighbours(
 
 
 def extend(arguments: Sequence[str]) -> None:
-    """`ksub codes extend` has its options in vectors/extend.py."""
+    """Give new tokens unused codes, with the options of vectors/extend.py."""
     from ksub_ds.vectors.build import report
     from ksub_ds.vectors.extend import ExtendCodes, extend_code_file
 

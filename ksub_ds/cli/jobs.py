@@ -1,23 +1,27 @@
-"""`ksub submit`: jobs for SLURM, whose options are parsed here as the job will parse them."""
+"""`ksub submit`: jobs for SLURM, whose options are parsed before they are submitted."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ksub_ds.common.options import parse
 
+if TYPE_CHECKING:
+    from ksub_ds.cluster.submit import Submit
+
 
 def submit(arguments: Sequence[str]) -> int:
-    """Submit a job, or print what would be submitted."""
+    """Submit a job, or print what would be submitted; return the exit code."""
     from ksub_ds.cluster.submit import submit as submit_job
 
     return submit_job(arguments, check_job)
 
 
-def check_job(settings: Any, arguments: list[str]) -> None:
-    """Parse what `ksub submit` is to hand to a job, as the job will, and check what needs no file.
+def check_job(settings: "Submit", arguments: list[str]) -> None:
+    """Parse a job's options as the job will, and check what needs no file.
 
     Args:
-        settings: of `ksub submit` (cluster/submit.py).
+        settings: those of `ksub submit`.
+        arguments: the words behind `--`, for the job.
     """
     if settings.job == "pretrain":
         from ksub_ds.pretrain.engine import find_deepspeed_config

@@ -1,4 +1,4 @@
-"""`ksub export`, `compress`, `analyze`, `report` and `corpus stats`: what is done with a model, a run or shards."""
+"""`ksub export`, `compress`, `analyze`, `report` and `corpus stats`: commands on a model, a run or shards."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ def corpus_stats(shards: Positional[Path], verify: bool = False) -> None:
     """Print tokens and bytes per language of a shards folder beside the paper's Table 7.
 
     Args:
-        shards: A folder of token shards: of shard_cc.py or shard_text.py.
-        verify: Also read all of every shard and compare its checksum; else only its head and length are looked at.
+        shards: A folder of token shards, made by shard_cc.py or shard_text.py.
+        verify: Read every shard in full and compare its checksum; else only its header and length are checked.
     """
     from ksub_ds.corpus.shards.dataset import ShardDataset
     from ksub_ds.corpus.statistics import corpus_table
@@ -25,7 +25,7 @@ def corpus_stats(shards: Positional[Path], verify: bool = False) -> None:
 
 
 def compress(arguments: Sequence[str]) -> None:
-    """`ksub compress` has its options in convert/compress.py."""
+    """Fit small tables to a trained model's embedding, with the options of convert/compress.py."""
     from ksub_ds.convert.compress import CompressModel, compress_model
 
     compress_model(parse(CompressModel, arguments, "ksub compress"))
@@ -46,21 +46,24 @@ def export(
         run: A run folder of `ksub pretrain`, or a folder of `ksub compress`.
         out: The folder to write.
         step: Export the checkpoint of this step. [the newest]
-        remote_code: Bring the model's code along: the folder opens without ksub_ds, by trust_remote_code=True.
-        dense: A plain XLM-R or RoBERTa with its N x d matrix, which any tool opens.
-        onnx: Write model.onnx too, compared with onnxruntime.
-        license: Of the weights, for the model card, as the Hub spells it (apache-2.0, cc-by-4.0).
+        remote_code: Add the model's code: the folder then opens without ksub_ds, by trust_remote_code=True.
+        dense: Write a plain XLM-R or RoBERTa with its N x d matrix, which any tool opens.
+        onnx: Write model.onnx too, checked with onnxruntime.
+        license: License of the weights, for the model card, as the Hub spells it (apache-2.0, cc-by-4.0).
+
+    Raises:
+        UserError: options that contradict each other, or a run that cannot be exported.
     """
     from ksub_ds.convert.export import export_run
 
     if remote_code and dense:
-        raise UserError("--remote-code and --dense: a dense folder needs no code of ours; give one of them")
+        raise UserError("--remote-code and --dense: a dense folder needs no code of ours; give only one of them")
     form: Literal["ksub", "remote-code", "dense"] = "dense" if dense else "remote-code" if remote_code else "ksub"
     export_run(run, out, step, form, onnx, license)
 
 
 def analyze(arguments: Sequence[str]) -> None:
-    """`ksub analyze` has its options in analysis/analyze.py."""
+    """Analyze embeddings and hidden states, with the options of analysis/analyze.py."""
     from ksub_ds.analysis.analyze import Analyze, summary
     from ksub_ds.analysis.analyze import analyze as run_analysis
 
@@ -81,12 +84,15 @@ def report(
         format: How to print the tables.
         baseline: The result that the others are compared with. [the first with a plain embedding]
         html: Write the report of a pretraining run to this file.
+
+    Raises:
+        UserError: no results, or options that contradict each other.
     """
     if not results:
         raise UserError("give the --out folders of `ksub evaluate xnli` or `glue`, or a run folder and --html FILE")
     if html is not None:
         if baseline is not None or format != "markdown":
-            raise UserError("--html: --baseline and --format are of the tables alone; leave them out")
+            raise UserError("--html: --baseline and --format are for the tables only; leave them out")
         from ksub_ds.analysis.run_report import write_report
 
         write_report(results[0], html, results[1:])

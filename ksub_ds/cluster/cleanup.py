@@ -17,8 +17,8 @@ from ksub_ds.cluster.launch_spec import LAUNCH_ID
 GONE_SECONDS = 20.0  # a killed process may hang in the kernel (a dead network disk)
 
 
-def of_launch(launch_id: str) -> list[int]:
-    """Process ids on this host that belong to a launch, without this process."""
+def processes_of_launch(launch_id: str) -> list[int]:
+    """Return the ids of the processes on this host that belong to a launch, without this process."""
     word, found = f"{LAUNCH_ID}={launch_id}".encode(), []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):  # ended meanwhile, or another user's
@@ -34,10 +34,18 @@ def _is_zombie(pid: int) -> bool:
         return True
 
 
-def sweep(launch_id: str, patience: float) -> int:
-    """Kill what is left of a launch on this host after `patience` seconds; returns how many processes that were."""
+def kill_orphans(launch_id: str, patience: float) -> int:
+    """Kill what is left of a launch on this host.
+
+    Args:
+        launch_id: the id of the launch.
+        patience: seconds in which the processes may end by themselves.
+
+    Returns:
+        How many processes had to be killed.
+    """
     end = time.monotonic() + patience
-    while (left := of_launch(launch_id)) and time.monotonic() < end:
+    while (left := processes_of_launch(launch_id)) and time.monotonic() < end:
         time.sleep(0.1)
     count, end = len(left), time.monotonic() + GONE_SECONDS
     while left and time.monotonic() < end:
@@ -45,9 +53,9 @@ def sweep(launch_id: str, patience: float) -> int:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
-        left = of_launch(launch_id)
+        left = processes_of_launch(launch_id)
     return count
 
 
 if __name__ == "__main__":
-    print(sweep(sys.argv[1], float(sys.argv[2])))
+    print(kill_orphans(sys.argv[1], float(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""Hostfiles, DeepSpeed's and MPI's kind: `host slots=N` a line, `#` begins a comment."""
+"""Hostfiles as DeepSpeed and MPI read them: lines of `host slots=N`, comments after `#`."""
 
 import re
 import socket
@@ -6,16 +6,16 @@ from pathlib import Path
 
 from ksub_ds.common.errors import UserError
 
-# Host names reach shells (pdsh, ssh) and option parsers: nothing but names and addresses gets through.
+# Host names reach shells (pdsh, ssh) and option parsers: only names and addresses may pass.
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 
 
 def read_hostfile(path: str) -> dict[str, int]:
-    """{host: slots}, in the order of the file.
+    """Read a hostfile into {host: slots}, in the order of the file.
 
     Raises:
-        UserError: the file cannot be read, or DeepSpeed would pass over a line in silence: none at all, another
-            form, a host named twice, no slots.
+        UserError: the file cannot be read, names no host, or has a line that DeepSpeed would silently skip: of
+            another form, with a host named twice, or without slots.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -44,10 +44,10 @@ def read_hostfile(path: str) -> dict[str, int]:
 
 
 def chosen_hosts(hosts: dict[str, int], include: str, exclude: str) -> dict[str, int]:
-    """The hosts that DeepSpeed's --include or --exclude (`node1@node2:0,1`) leave.
+    """Return the hosts that DeepSpeed's --include or --exclude (`node1@node2:0,1`) leave.
 
     Raises:
-        UserError: a host that is not in the file, or none is left.
+        UserError: a host is not in the file, or no host is left.
     """
     for name, text in (("--include", include), ("--exclude", exclude)):
         parts = [part for part in text.split("@") if part]
@@ -64,7 +64,7 @@ def chosen_hosts(hosts: dict[str, int], include: str, exclude: str) -> dict[str,
 
 
 def without_hosts(filter_text: str, gone: set[str]) -> str:
-    """An --include or --exclude that no longer names hosts that are gone."""
+    """Return an --include or --exclude without the hosts that are gone."""
     return "@".join(part for part in filter_text.split("@") if part.split(":")[0] not in gone)
 
 
@@ -74,7 +74,7 @@ def write_hostfile(path: Path, hosts: dict[str, int]) -> None:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a name or address is this machine's own."""
+    """Return whether a name or address is this machine's own."""
     if host in ("localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()):
         return True
     try:

@@ -1,8 +1,8 @@
-"""What one host says about itself before a run starts; `preflight` asks every host.
+"""The check of one host before a run starts; `preflight` runs it on every host.
 
     echo '{"folder": "/home/me", "out": "run", "data": "shards"}' | python -m ksub_ds.cluster.inspection
 
-Reads one JSON object on stdin (see `Question`), prints one on stdout (see `Answer`).
+Reads one JSON object on stdin (see `HostCheck`), prints one on stdout (see `HostReport`).
 """
 
 import hashlib
@@ -22,23 +22,23 @@ LEAST_FREE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a host is asked. Empty text: not asked."""
+class HostCheck:
+    """What to check on a host; an empty text is not checked."""
 
-    folder: str  # the working folder; other paths may stand relative to it
+    folder: str  # the working folder; other paths may be relative to it
     out: str = ""
     codes: str = ""
     data: str = ""
     slots: int = 1
-    port: int = 0  # to be free here; 0: find one
-    peer: str = ""  # a host that must find this one: gives the address to meet at
+    port: int = 0  # must be free here; 0: find one
+    peer: str = ""  # another host, which must reach this one: asks for the rendezvous address
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What it says: `problems` are whole sentences for the user."""
+class HostReport:
+    """What was found on a host."""
 
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # sentences for the user
     versions: dict[str, str] = field(default_factory=dict)
     codes: str = ""  # their sha256
     data: str = ""  # the fingerprint of the shards
@@ -48,7 +48,7 @@ class Answer:
 
 
 def versions() -> dict[str, str]:
-    """Version of everything that must be the same on all hosts; our own source by its content."""
+    """Return the versions that must be the same on all hosts; that of our own source is a hash of its content."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -62,36 +62,36 @@ def versions() -> dict[str, str]:
     return found
 
 
-def inspect(question: Question) -> Answer:
-    """Look at everything; one problem does not hide the next."""
+def inspect(check: HostCheck) -> HostReport:
+    """Check everything on this host; one problem does not hide the next."""
     problems = []
     try:
-        os.chdir(question.folder)
+        os.chdir(check.folder)
     except OSError as error:
-        problem = f"working folder {question.folder}: {error.strerror}; the run needs the same folders on all hosts"
-        return Answer(problems=[problem], versions=versions(), hostname=socket.gethostname())
+        problem = f"working folder {check.folder}: {error.strerror}; the run needs the same folders on all hosts"
+        return HostReport(problems=[problem], versions=versions(), hostname=socket.gethostname())
     codes = data = address = ""
     port = 0
     try:
-        codes = _sha256_of_codes(question.codes) if question.codes else ""
+        codes = _sha256_of_codes(check.codes) if check.codes else ""
     except UserError as error:
         problems.append(f"--codes: {error}")
     try:
-        data = _fingerprint_of_shards(question.data) if question.data else ""
+        data = _fingerprint_of_shards(check.data) if check.data else ""
     except UserError as error:
         problems.append(f"--data: {error}")
-    if question.out and (problem := _cannot_write(Path(question.out))):
+    if check.out and (problem := _cannot_write(Path(check.out))):
         problems.append(problem)
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if gpus and question.slots > gpus:
-        problems.append(f"slots={question.slots}, but it has {gpus} GPUs; write slots={gpus} in the hostfile")
-    if question.peer:
+    if gpus and check.slots > gpus:
+        problems.append(f"slots={check.slots}, but it has {gpus} GPUs; write slots={gpus} in the hostfile")
+    if check.peer:
         try:
-            address, port = _own_address(question.peer), _port(question.port)
+            address, port = _own_address(check.peer), _port(check.port)
         except OSError as error:
-            taken = f"port {question.port} is taken; choose another --master_port"
-            problems.append(taken if question.port else f"does not find {question.peer} ({error})")
-    return Answer(problems, versions(), codes, data, socket.gethostname(), address, port)
+            taken = f"port {check.port} is taken; choose another --master_port"
+            problems.append(taken if check.port else f"cannot resolve {check.peer} ({error})")
+    return HostReport(problems, versions(), codes, data, socket.gethostname(), address, port)
 
 
 def _sha256_of_codes(path: str) -> str:
@@ -107,7 +107,7 @@ def _fingerprint_of_shards(folder: str) -> str:
 
 
 def _cannot_write(out: Path) -> str:
-    """Why the run folder cannot be written, or nothing. Of one that is not there, the folder around it is tried."""
+    """Return why the run folder cannot be written, or nothing; if it is missing, its nearest parent is tried."""
     try:
         there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
         probe = there / f".probe-{socket.gethostname()}-{os.getpid()}"
@@ -125,7 +125,7 @@ def _cannot_write(out: Path) -> str:
 
 
 def _own_address(peer: str) -> str:
-    """The address of this host on the way to another; no packet is sent."""
+    """Return the address of this host on the route to another; no packet is sent."""
     if not peer or peer == "localhost":
         return "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -141,4 +141,4 @@ def _port(wanted: int) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(inspect(Question(**json.load(sys.stdin))))))
+    print(json.dumps(asdict(inspect(HostCheck(**json.load(sys.stdin))))))

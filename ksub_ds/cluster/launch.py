@@ -1,16 +1,16 @@
-"""Start a run on every slot of a hostfile, watch it, and start it again: what launch/pretrain.sh calls.
+"""Start a run on every slot of a hostfile, watch it, and restart it: what launch/pretrain.sh calls.
 
     python -m ksub_ds.cluster.launch --hostfile hosts --max-restarts 3 --preset tiny --codes codes.safetensors ...
 
-Check the hosts (preflight), start the ranks, and when an attempt fails where a restart may help: end what is
-left of it on every host, see which hosts still answer, and start again from the last good checkpoint.
+Check the hosts (preflight) and start the ranks. When an attempt fails and a restart may help: kill what is left
+of it on every host, find the hosts that still answer, wait until the run folder is free, and start again from the
+last good checkpoint.
 
-Exit codes are those of `python -m ksub_ds.pretrain`: 0 done, 2 the user's mistake, 70 failed, 75 to be started
-again, 128 + n after signal n. The last line names the rank and the host that failed.
+Exit codes are those of `python -m ksub_ds.pretrain` (ksub_ds/common/exit_codes.py). The last line names the rank
+and the host that failed.
 """
 
 import contextlib
-import fcntl
 import os
 import signal
 import socket
@@ -21,88 +21,79 @@ import uuid
 from pathlib import Path
 
 from ksub_ds.cluster import launchers, preflight, remote
-from ksub_ds.cluster.attempt import Attempt, HostLogs, Outcome
-from ksub_ds.cluster.exit_status import FAILED, USER_ERROR, judge
+from ksub_ds.cluster.attempt import Attempt, AttemptOutcome, HostLogs
+from ksub_ds.cluster.exit_status import classify_exit
 from ksub_ds.cluster.hostfile import chosen_hosts, is_this_machine, read_hostfile, without_hosts
-from ksub_ds.cluster.inspection import Question
-from ksub_ds.cluster.launch_spec import LAUNCH_ID, PLAIN_WORD, Errand, travelling_environment, write_environment_file
-from ksub_ds.cluster.options import Options, split_arguments
-from ksub_ds.cluster.preflight import reachable
+from ksub_ds.cluster.inspection import HostCheck
+from ksub_ds.cluster.launch_spec import (
+    LAUNCH_ID,
+    PLAIN_WORD,
+    LaunchSpec,
+    travelling_environment,
+    write_environment_file,
+)
+from ksub_ds.cluster.options import LaunchOptions, split_arguments
 from ksub_ds.cluster.worker import GRACE_SECONDS
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import RESUME, UserError
+from ksub_ds.common.exit_codes import FAILED, run_main
+from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import get_logger
 from ksub_ds.pretrain.checkpoint import MANIFEST, checkpoints
 
-# Merged docstring, to be folded in:
-# """Between two attempts: which hosts are left, is the run folder free, and where does the run continue."""
-
-
 LOCK_SECONDS = 180.0  # a host that is cut off still holds the run folder, until its own watchdog ends it
-
-
-def hosts_left(hosts: dict[str, int], min_hosts: int | None, host_wait: float, ssh_port: str | None) -> dict[str, int]:
-    """The hosts to restart on; waits up to `host_wait` seconds for lost ones to come back.
-
-    Args:
-        min_hosts: go on with fewer, but not fewer than these; None: all or none.
-
-    Raises:
-        UserError: too few of them answer.
-    """
-    deadline = time.monotonic() + host_wait
-    least = len(hosts) if min_hosts is None else min_hosts
-    while True:
-        gone = reachable(list(hosts), ssh_port)
-        left = {host: slots for host, slots in hosts.items() if host not in gone}
-        if not gone or (time.monotonic() > deadline and len(left) >= least):
-            return left
-        if time.monotonic() > deadline:
-            fix = "" if min_hosts else "; --min-hosts N would go on with fewer"
-            raise UserError(f"no restart: {', '.join(gone)} cannot be reached{fix}; the same command continues")
-        time.sleep(1)
-
-
-def wait_for_lock(run: Path) -> None:
-    """Wait until nobody holds the run folder; after three minutes the next attempt will say who does."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    with contextlib.suppress(OSError), (run / ".lock").open("r+b") as stream:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.2)
-            else:
-                return
-
-
-def last_checkpoint(run: Path) -> str:
-    """The newest checkpoint of a run, in words. Damaged ones are passed over when the run continues, not here."""
-    found = [path for path in checkpoints(run / "checkpoints") if (path / MANIFEST).exists()]
-    return f"last checkpoint: {found[0]}" if found else "there is no checkpoint yet"
-
-
-# What an outer launcher, or DeepSpeed's, has said to this process.
-RANKS_OF_OTHERS = (
+# Variables of an outer launcher, or DeepSpeed's, for this process alone.
+OUTER_RANK = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE"),
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code; a user's mistake is one line."""
-    try:
-        return Launch(split_arguments(sys.argv[1:] if arguments is None else arguments)).run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr, flush=True)
-        return 130
+def hosts_left(hosts: dict[str, int], min_hosts: int | None, host_wait: float, ssh_port: str | None) -> dict[str, int]:
+    """Find the hosts to restart on, after waiting for lost ones to come back.
+
+    Args:
+        hosts: {host: slots} of the run.
+        min_hosts: continue with fewer hosts, but not fewer than this; None: with all of them or not at all.
+        host_wait: seconds to wait for lost hosts.
+        ssh_port: ssh's port, if not the default.
+
+    Raises:
+        UserError: too few hosts answer.
+    """
+    deadline = time.monotonic() + host_wait
+    least = len(hosts) if min_hosts is None else min_hosts
+    while True:
+        gone = preflight.unreachable(list(hosts), ssh_port)
+        left = {host: slots for host, slots in hosts.items() if host not in gone}
+        if not gone or (time.monotonic() > deadline and len(left) >= least):
+            return left
+        if time.monotonic() > deadline:
+            fix = "" if min_hosts else "; --min-hosts N would continue with fewer"
+            raise UserError(f"no restart: {', '.join(gone)} cannot be reached{fix}; {RESUME}")
+        time.sleep(1)
+
+
+def wait_for_lock(run: Path) -> None:
+    """Wait until no process holds the run folder, at most three minutes; the next attempt would name the holder."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    with contextlib.suppress(OSError), (run / ".lock").open("r+b") as stream:
+        while not try_lock(stream) and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def last_checkpoint(run: Path) -> str:
+    """Return the newest checkpoint of a run, in words; damaged ones are skipped when the run resumes, not here."""
+    found = [path for path in checkpoints(run / "checkpoints") if (path / MANIFEST).exists()]
+    return f"last checkpoint: {found[0]}" if found else "there is no checkpoint yet"
 
 
 class Launch:
-    """One call of launch/pretrain.sh."""
+    """One call of launch/pretrain.sh: its options, hosts and logs, for all attempts.
 
-    def __init__(self, options: Options):
+    Raises:
+        UserError: options or hostfile that cannot be used.
+    """
+
+    def __init__(self, options: LaunchOptions):
         self.options = options
         filters = [options.deepspeed.get(name) or "" for name in ("--include", "--exclude")]
         self.hostfile = options.deepspeed.get("--hostfile")
@@ -121,7 +112,7 @@ class Launch:
         self.hostnames: dict[str, str] = {}
 
     def _log_folder(self) -> Path | None:
-        """RUN/logs, where RUN is or may become a run folder."""
+        """Return RUN/logs, if RUN is a run folder or can become one."""
         if not self.options.of_trainer("--out"):
             return None
         with contextlib.suppress(OSError):
@@ -131,23 +122,23 @@ class Launch:
         return None
 
     def run(self) -> int:
-        """Attempts until one ends well, or no further one may help."""
+        """Start attempts until one ends well or no further one may help; return the exit code."""
         hosts, restarts = dict(self.hosts), 0
         while True:
-            meeting = self._check(hosts)
+            rendezvous = self._check(hosts)
             started = time.time()
-            outcome, stopped_by = self._attempt(hosts, *meeting)
-            self._sweep(hosts, outcome, patience=0 if stopped_by is None else GRACE_SECONDS + 5)
-            verdict = judge(outcome, self._failure_since(started), stopped_by)
-            if verdict.code == FAILED and not outcome.ranks:
-                print("\n".join(outcome.noise[-15:]), file=sys.stderr)
-            if not verdict.restart_may_help or restarts >= self.options.max_restarts:
-                if verdict.line:
-                    where = f"; {last_checkpoint(self.out)}" if verdict.code == FAILED else ""
-                    print(verdict.line + where, file=sys.stderr, flush=True)
-                return verdict.code
+            outcome, stopped_by = self._attempt(hosts, *rendezvous)
+            self._kill_orphans(hosts, outcome, patience=0 if stopped_by is None else GRACE_SECONDS + 5)
+            status = classify_exit(outcome, self._failure_since(started), stopped_by)
+            if status.code == FAILED and not outcome.ranks:
+                print("\n".join(outcome.launcher_output[-15:]), file=sys.stderr)
+            if not status.restart_may_help or restarts >= self.options.max_restarts:
+                if status.line:
+                    where = f"; {last_checkpoint(self.out)}" if status.code == FAILED else ""
+                    print(status.line + where, file=sys.stderr, flush=True)
+                return status.code
             restarts += 1
-            print(verdict.line, file=sys.stderr, flush=True)
+            print(status.line, file=sys.stderr, flush=True)
             if not self.local:
                 hosts = hosts_left(self.hosts, self.options.min_hosts, self.options.host_wait, self.ssh_port)
             wait_for_lock(self.out)
@@ -156,19 +147,19 @@ class Launch:
             get_logger().info(f"restart {restarts} of {self.options.max_restarts} on {on}; {best}")
 
     def _check(self, hosts: dict[str, int]) -> tuple[str, int]:
-        """Preflight of all hosts; where the ranks meet.
+        """Check all hosts before a start, and return address and port where the ranks meet.
 
         Raises:
             UserError: a host is not ready (each problem is printed, host by host).
         """
         port = self.options.deepspeed.get("--master_port") or "0"
         if not port.isdecimal() or int(port) > 65535:
-            raise UserError(f"--master_port {port}: is no port")
+            raise UserError(f"--master_port {port}: is not a port")
         if self.local:
             return "127.0.0.1" if self.hosts else "", int(port) or free_port()
         given = self.options.of_trainer
-        question = Question(str(Path.cwd()), out=given("--out"), codes=given("--codes"), data=given("--data"))
-        ready = preflight.preflight(hosts, question, self.ssh_port, int(port))
+        check = HostCheck(str(Path.cwd()), out=given("--out"), codes=given("--codes"), data=given("--data"))
+        ready = preflight.preflight(hosts, check, self.ssh_port, int(port))
         for host, problem in ready.problems:
             print(f"error: {host}: {problem}", file=sys.stderr)
         if ready.problems:
@@ -177,12 +168,12 @@ class Launch:
         self.hostnames = ready.hostnames
         return self.options.deepspeed.get("--master_addr") or ready.address, ready.port
 
-    def _attempt(self, hosts: dict[str, int], address: str, port: int) -> tuple[Outcome, int | None]:
-        """One start of all ranks; returns how it ended, and the signal that asked this program to stop."""
+    def _attempt(self, hosts: dict[str, int], address: str, port: int) -> tuple[AttemptOutcome, int | None]:
+        """Start all ranks once; return how they ended, and the signal that asked this program to stop."""
         travelling = travelling_environment()
-        if self.launcher == "openmpi":  # the others are told by DeepSpeed's per-host launcher
+        if self.launcher == "openmpi":  # elsewhere DeepSpeed's per-host launcher sets them
             travelling |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        errand = Errand(self.id, str(Path.cwd()), travelling, self.options.trainer)
+        spec = LaunchSpec(self.id, str(Path.cwd()), travelling, self.options.trainer)
         logs = HostLogs(self.logs)
         hostnames = self.hostnames or dict.fromkeys([socket.gethostname()], next(iter(hosts), socket.gethostname()))
         work = Path.cwd() if self.local else Path("/")  # DeepSpeed writes it into a shell line
@@ -190,8 +181,8 @@ class Launch:
             environment = self._environment(Path(scratch) / "deepspeed_env")
             options = self._options_for(hosts)
             hostfile = Path(scratch) / "hostfile"
-            starts = launchers.starts(self.launcher, hosts, options, errand, hostfile, address, port)
-            attempt = Attempt(starts, environment, work, logs, hostnames, self._ask_to_stop)
+            commands = launchers.launch_commands(self.launcher, hosts, options, spec, hostfile, address, port)
+            attempt = Attempt(commands, environment, work, logs, hostnames, self._ask_to_stop)
             try:
                 outcome = attempt.run()
             finally:
@@ -203,8 +194,8 @@ class Launch:
         return outcome, stopped_by
 
     def _environment(self, path: Path) -> dict[str, str]:
-        """Of the launcher's processes; writes DeepSpeed's environment file, for those on other hosts, to `path`."""
-        environment = {name: value for name, value in os.environ.items() if name not in RANKS_OF_OTHERS}
+        """Return the environment of the launcher's processes; write that of those on other hosts to `path`."""
+        environment = {name: value for name, value in os.environ.items() if name not in OUTER_RANK}
         environment[LAUNCH_ID] = self.id
         if self.local:
             if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):  # noqa: PTH110
@@ -223,7 +214,7 @@ class Launch:
         return environment
 
     def _options_for(self, hosts: dict[str, int]) -> dict[str, str | None]:
-        """DeepSpeed's options with the hosts that are gone taken out of --include and --exclude."""
+        """Return DeepSpeed's options without the hosts that are gone in --include and --exclude."""
         options, gone = dict(self.options.deepspeed), set(self.hosts) - set(hosts)
         for name in ("--include", "--exclude"):
             if options.get(name):
@@ -234,24 +225,24 @@ class Launch:
         return options
 
     def _ask_to_stop(self, number: int) -> None:
-        """The STOP file: the ranks save and end at the next step. Where it does not reach them, the lifeline does."""
+        """Write the STOP file: the ranks save and end at the next step. The lifeline reaches those it does not."""
         get_logger().info(f"{signal.Signals(number).name}: saving and stopping; once more to end at once")
         with contextlib.suppress(OSError):
             if self.out.is_dir():
                 (self.out / "STOP").write_text("requeue\n" if number == signal.SIGUSR1 else "")
 
-    def _sweep(self, hosts: dict[str, int], outcome: Outcome, patience: float) -> None:
-        """End what is left of this launch on every host that answers; `patience` is for ranks that are saving."""
+    def _kill_orphans(self, hosts: dict[str, int], outcome: AttemptOutcome, patience: float) -> None:
+        """Kill what is left of this launch on every host that answers; `patience` is for ranks that are saving."""
         words = remote.python_module("ksub_ds.cluster.cleanup", self.id, str(patience))
         names = [host for host in hosts if host not in outcome.lost] if not self.local else ["localhost"]
         for host, result in remote.run_on_all(names, self.ssh_port, words, timeout=patience + 60).items():
             if result.code != 0:
                 outcome.lost.setdefault(host, f"it cannot be reached: {result.last_line()}")
             elif result.output.strip() != "0":
-                get_logger().info(f"{host}: ended {result.output.strip()} processes that were left")
+                get_logger().info(f"{host}: killed {result.output.strip()} processes that were left")
 
     def _failure_since(self, started: float) -> Path:
-        """RUN/failure.json, after removing one that is older than this attempt."""
+        """Return the path of RUN/failure.json, after removing one that is older than this attempt."""
         path = self.out / "failure.json"
         with contextlib.suppress(OSError):
             if path.stat().st_mtime < started - 1:
@@ -260,10 +251,20 @@ class Launch:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses."""
+    """Return a port of this machine that is not in use."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the launcher and return its exit code.
+
+    Args:
+        arguments: the words of the command line. [those of this process]
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    return run_main(lambda: Launch(split_arguments(words)).run())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What travels to every rank: one word that no shell can read as more than a word.
 
 DeepSpeed's launchers build shell lines from arguments and variables without quoting them. So arguments,
-variables and the working folder go as one URL-safe base64 word, and the rank's guardian opens it.
+variables and the working folder travel as one URL-safe base64 word, which the rank's supervisor unpacks.
 """
 
 import base64
@@ -12,15 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 LAUNCH_ID = "KSUB_LAUNCH_ID"  # in the environment of every process of a launch, and of no other
-# Variables that reach the other hosts. Secrets do not.
-TRAVELS = re.compile(r"(HF_|OMP_|MKL_|TORCH_|TOKENIZERS_|KSUB_|WANDB_|DS_|NCCL_|GLOO_|CUDA_HOME$|LD_LIBRARY_PATH$)")
-SECRET = re.compile(r"TOKEN$|KEY|SECRET|PASSWORD")
+# Variables that programs on other hosts need too, for `launch/pretrain.sh` and `launch/evaluate.sh` alike.
+TRAVELS = re.compile(
+    r"HF_|OMP_|MKL_|TORCH_|TOKENIZERS_|KSUB_|WANDB_|DS_|NCCL_|GLOO_"
+    r"|(CUDA_HOME|LD_LIBRARY_PATH|PYTHONPATH|XDG_CACHE_HOME)$"
+)
+SECRET = re.compile(r"TOKEN(?!IZERS|_PATH$)|KEY|SECRET|PASSWORD", re.IGNORECASE)
 PLAIN_WORD = re.compile(r"[\w@%+=:,./-]*")
 
 
 @dataclass(frozen=True)
-class Errand:
-    """What a rank is to run, and where."""
+class LaunchSpec:
+    """What a rank runs, and where."""
 
     launch_id: str
     folder: str  # the working folder
@@ -28,17 +31,17 @@ class Errand:
     arguments: list[str]  # of `python -m ksub_ds.pretrain`
 
     def pack(self) -> str:
-        """As one word of letters, digits, - and _."""
+        """Return the spec as one word of letters, digits, - and _."""
         return base64.urlsafe_b64encode(json.dumps(asdict(self)).encode()).decode().rstrip("=")
 
     @staticmethod
-    def unpack(word: str) -> "Errand":
-        """The errand in a word."""
-        return Errand(**json.loads(base64.urlsafe_b64decode(word + "=" * (-len(word) % 4))))
+    def unpack(word: str) -> "LaunchSpec":
+        """Return the spec that was packed into a word."""
+        return LaunchSpec(**json.loads(base64.urlsafe_b64decode(word + "=" * (-len(word) % 4))))
 
 
 def travelling_environment() -> dict[str, str]:
-    """The variables of this process that other hosts should have too."""
+    """Return the variables of this process that programs on other hosts need too; secrets are never among them."""
     return {
         name: value
         for name, value in sorted(os.environ.items())
@@ -47,10 +50,14 @@ def travelling_environment() -> dict[str, str]:
 
 
 def write_environment_file(path: Path, folder: Path) -> None:
-    """Write DeepSpeed's environment file: the user's own (~/.deepspeed_env, ./.deepspeed_env), then what travels.
+    """Write DeepSpeed's environment file: what travels, then the user's own (~/.deepspeed_env, ./.deepspeed_env).
 
     It reaches the launcher's own processes on every host before they start Python (LD_LIBRARY_PATH). DeepSpeed
     writes the values into a shell line, so only plain words go in.
+
+    Args:
+        path: the file to write.
+        folder: the working folder, which may hold a .deepspeed_env.
     """
     values = {name: value for name, value in travelling_environment().items() if PLAIN_WORD.fullmatch(value)}
     for home in (Path.home(), folder):

@@ -1,4 +1,4 @@
-"""The command line of launch/pretrain.sh: launcher options apart, everything else for the trainer."""
+"""The command line of launch/pretrain.sh: options of the launcher, and the trainer's arguments."""
 
 from dataclasses import dataclass, field
 
@@ -14,24 +14,24 @@ TAKES_NONE = ("--no_ssh", "--no_ssh_check", "--force_multi", "--bind_cores_to_ra
 SHORT = {"-H": "--hostfile", "-i": "--include", "-e": "--exclude"}
 # Ours.
 OURS = {
-    "--max-restarts": "start again after a failure, from the last good checkpoint, at most N times [0]",
-    "--min-hosts": "go on with fewer hosts when some are lost, but not fewer than N [all]",
-    "--host-wait": "seconds to wait for lost hosts before going on without them or giving up [60]",
+    "--max-restarts": "restart after a failure, from the last good checkpoint, at most N times [0]",
+    "--min-hosts": "continue with fewer hosts when some are lost, but not fewer than N [all]",
+    "--host-wait": "seconds to wait for lost hosts before continuing without them or giving up [60]",
 }
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the launcher was told."""
+class LaunchOptions:
+    """The command line, divided."""
 
-    deepspeed: dict[str, str | None] = field(default_factory=dict)  # a name without a value has None
+    deepspeed: dict[str, str | None] = field(default_factory=dict)  # None: an option without a value
     trainer: list[str] = field(default_factory=list)
     max_restarts: int = 0
     min_hosts: int | None = None  # None: all
     host_wait: int = 60
 
     def of_trainer(self, name: str) -> str:
-        """The value of one of the trainer's options, or nothing. As tyro, the last one counts."""
+        """Return the value of one of the trainer's options, or an empty text; the last one counts, as in tyro."""
         value = ""
         for index, word in enumerate(self.trainer):
             if word == name and index + 1 < len(self.trainer):
@@ -41,11 +41,11 @@ class Options:
         return value
 
 
-def split_arguments(arguments: list[str]) -> Options:
-    """Tell launcher options from the trainer's arguments.
+def split_arguments(arguments: list[str]) -> LaunchOptions:
+    """Divide a command line into launcher options and the trainer's arguments.
 
     Raises:
-        UserError: an option without its value, or a number that is none.
+        UserError: an option lacks its value, or a number is not one.
     """
     deepspeed: dict[str, str | None] = {}
     ours: dict[str, int] = {}
@@ -66,7 +66,7 @@ def split_arguments(arguments: list[str]) -> Options:
             deepspeed[word] = None
         elif name not in ("--local_rank", "--local-rank"):
             trainer.append(word)
-    return Options(deepspeed, trainer, **ours)
+    return LaunchOptions(deepspeed, trainer, **ours)
 
 
 def _number(name: str, text: str) -> int:
@@ -76,9 +76,9 @@ def _number(name: str, text: str) -> int:
 
 
 def help_text() -> str:
-    """The launcher's part of --help."""
-    lines = ["launcher options:", "  --hostfile FILE    `host slots=N` a line; without it, all GPUs of this machine"]
+    """Return the launcher's part of --help."""
+    lines = ["launcher options:", "  --hostfile FILE    lines of `host slots=N`; without it, all GPUs of this machine"]
     lines.append("  --launcher NAME    for several hosts: pdsh, ssh or openmpi [pdsh; ssh where it is missing]")
     lines += [f"  {name} N    {text}" for name, text in OURS.items()]
-    lines.append("  for deepspeed: " + " ".join((*TAKES_VALUE[1:], *TAKES_NONE)))
+    lines.append("  passed to deepspeed: " + " ".join((*TAKES_VALUE[1:], *TAKES_NONE)))
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Before anything starts: ask every host, and name what is wrong host by host.
+"""Check every host before anything starts, and name what is wrong host by host.
 
-Unreachable, other versions, missing or damaged shards and codes, no room in the run folder, more slots than
+Unreachable, other versions, missing or damaged shards and codes, no space in the run folder, more slots than
 GPUs, a port that is taken. One round of ssh, all hosts at once.
 """
 
@@ -8,8 +8,8 @@ import dataclasses
 import json
 from dataclasses import asdict, dataclass
 
-from ksub_ds.cluster.inspection import Answer, Question, versions
-from ksub_ds.cluster.remote import SSH_FAILED, Result, python_module, run_on_all
+from ksub_ds.cluster.inspection import HostCheck, HostReport, versions
+from ksub_ds.cluster.remote import SSH_FAILED, CommandResult, python_module, run_on_all
 
 REACHABLE_SECONDS = 20.0
 INSPECTION_SECONDS = 600.0  # reading all shards once
@@ -17,7 +17,7 @@ INSPECTION_SECONDS = 600.0  # reading all shards once
 
 @dataclass(frozen=True)
 class Readiness:
-    """What the hosts say: problems as (host, sentence), and where the ranks meet."""
+    """The result of a preflight: problems as (host, sentence), and where the ranks meet."""
 
     problems: list[tuple[str, str]]
     address: str
@@ -25,40 +25,48 @@ class Readiness:
     hostnames: dict[str, str]  # a host's own name -> its name in the hostfile
 
 
-def reachable(hosts: list[str], ssh_port: str | None) -> dict[str, str]:
-    """{host: why not} of the hosts that do not answer."""
+def unreachable(hosts: list[str], ssh_port: str | None) -> dict[str, str]:
+    """Return the hosts that do not answer, each with the reason."""
     results = run_on_all(hosts, ssh_port, ["true"], timeout=REACHABLE_SECONDS)
     return {host: f"cannot be reached: {result.last_line()}" for host, result in results.items() if result.code != 0}
 
 
-def preflight(hosts: dict[str, int], question: Question, ssh_port: str | None, meeting_port: int) -> Readiness:
-    """Ask all hosts; the first one also where the ranks can meet."""
+def preflight(hosts: dict[str, int], check: HostCheck, ssh_port: str | None, rendezvous_port: int) -> Readiness:
+    """Check all hosts, and find on the first one where the ranks can meet.
+
+    Args:
+        hosts: {host: slots}.
+        check: what to check on every host.
+        ssh_port: ssh's port, if not the default.
+        rendezvous_port: the port that must be free on the first host; 0: find one.
+    """
     names = list(hosts)
-    questions = {}
+    checks = {}
     for host, slots in hosts.items():
-        questions[host] = dataclasses.replace(question, slots=slots)
+        checks[host] = dataclasses.replace(check, slots=slots)
         if host == names[0]:
             peer = names[1] if len(names) > 1 else "localhost"
-            questions[host] = dataclasses.replace(questions[host], peer=peer, port=meeting_port)
-    texts = {host: json.dumps(asdict(each)) for host, each in questions.items()}
+            checks[host] = dataclasses.replace(checks[host], peer=peer, port=rendezvous_port)
+    texts = {host: json.dumps(asdict(each)) for host, each in checks.items()}
     words = python_module("ksub_ds.cluster.inspection")
     results = run_on_all(hosts, ssh_port, words, texts, INSPECTION_SECONDS)
     problems: list[tuple[str, str]] = []
-    answers: dict[str, Answer] = {}
+    reports: dict[str, HostReport] = {}
     for host, result in results.items():
-        answer = _read(result)
-        if isinstance(answer, str):
-            problems.append((host, answer))
+        report = _read(result)
+        if isinstance(report, str):
+            problems.append((host, report))
         else:
-            answers[host] = answer
-            problems += [(host, problem) for problem in answer.problems]
-    problems += _differences(answers)
-    first = answers.get(names[0], Answer())
-    hostnames = {answer.hostname: host for host, answer in answers.items()}
+            reports[host] = report
+            problems += [(host, problem) for problem in report.problems]
+    problems += _differences(reports)
+    first = reports.get(names[0], HostReport())
+    hostnames = {report.hostname: host for host, report in reports.items()}
     return Readiness(problems, first.address, first.port, hostnames)
 
 
-def _read(result: Result) -> Answer | str:
+def _read(result: CommandResult) -> HostReport | str:
+    """Return the report that a host printed, or why there is none."""
     if result.code is None:
         return f"gave no answer in {INSPECTION_SECONDS:.0f} s: it hangs, or is too slow in reading all shards once"
     if result.code == SSH_FAILED:
@@ -66,21 +74,21 @@ def _read(result: Result) -> Answer | str:
     if result.code == 127 or "No module named" in result.errors or "No such file" in result.errors:
         return f"has no ksub_ds at the same path as here ({result.last_line()}); install the same environment there"
     try:
-        return Answer(**json.loads(result.output.strip().splitlines()[-1]))
+        return HostReport(**json.loads(result.output.strip().splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
         return f"the inspection failed: {result.last_line()}"
 
 
-def _differences(answers: dict[str, Answer]) -> list[tuple[str, str]]:
-    """Against this machine's versions, and against the first host's codes and shards."""
+def _differences(reports: dict[str, HostReport]) -> list[tuple[str, str]]:
+    """Compare versions with this machine's, codes and shards with the first host's."""
     ours, problems = versions(), []
-    for host, answer in answers.items():
+    for host, report in reports.items():
         for name, version in ours.items():
-            theirs = answer.versions.get(name)
+            theirs = report.versions.get(name)
             if theirs != version:
                 problems.append((host, f"{name} is {theirs}, here {version}; install the same on all hosts"))
     for name in ("codes", "data"):
-        known = {host: getattr(answer, name) for host, answer in answers.items() if getattr(answer, name)}
+        known = {host: getattr(report, name) for host, report in reports.items() if getattr(report, name)}
         for host, value in known.items():
             first_host, first_value = next(iter(known.items()))
             if value != first_value:

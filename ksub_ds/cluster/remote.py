@@ -1,4 +1,4 @@
-"""Commands on other hosts: ssh without questions and with an end, every word quoted."""
+"""Commands on other hosts: ssh that never prompts and always ends, with every word quoted."""
 
 import shlex
 import shutil
@@ -19,47 +19,55 @@ SSH_FAILED = 255
 
 
 @dataclass(frozen=True)
-class Result:
-    """How a command on a host ended; `code` is None when it did not in time."""
+class CommandResult:
+    """How a command on a host ended; `code` is None if it did not end in time."""
 
     code: int | None
     output: str
     errors: str
 
     def last_line(self) -> str:
-        """The last thing it said."""
+        """Return the last line of its output, or its exit code if it printed nothing."""
         lines = (self.errors.strip() or self.output.strip()).splitlines()
         return lines[-1] if lines else f"exit code {self.code}"
 
 
 def ssh(host: str, port: str | None, *words: str) -> list[str]:
-    """The command line that runs `words` on a host."""
+    """Return the command line that runs `words` on a host."""
     at = ["-p", port] if port else []
     return ["ssh", *NO_QUESTIONS, *KEEP_ALIVE, *at, host, shlex.join(words)]
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
-    """The words that run a module of ours on any host that has this environment at the same path."""
+    """Return the words that run a module of ours on any host that has this environment at the same path."""
     return ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", module, *arguments]
 
 
-def run_on(host: str, port: str | None, words: list[str], text: str = "", timeout: float = 60.0) -> Result:
-    """Run a command on a host, this machine without ssh."""
+def run_on(host: str, port: str | None, words: list[str], text: str = "", timeout: float = 60.0) -> CommandResult:
+    """Run a command on a host, without ssh if it is this machine.
+
+    Args:
+        host: its name or address.
+        port: ssh's port, if not the default.
+        words: the command.
+        text: its standard input.
+        timeout: seconds.
+    """
     here = is_this_machine(host)
     if not here and shutil.which("ssh") is None:
-        return Result(SSH_FAILED, "", "ssh is not installed here")
+        return CommandResult(SSH_FAILED, "", "ssh is not installed here")
     try:
         command = words if here else ssh(host, port, *words)
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return Result(None, "", f"no answer in {timeout:.0f} s")
-    return Result(done.returncode, done.stdout, done.stderr)
+        return CommandResult(None, "", f"no answer in {timeout:.0f} s")
+    return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
 def run_on_all(
     hosts: Iterable[str], port: str | None, words: list[str], text: dict[str, str] | None = None, timeout: float = 60.0
-) -> dict[str, Result]:
-    """Run a command on all hosts at once."""
+) -> dict[str, CommandResult]:
+    """Run a command on all hosts at once; the arguments are those of `run_on`, `text` by host."""
     names = list(hosts)
     with ThreadPoolExecutor(max_workers=min(64, max(1, len(names)))) as pool:
         texts = [(text or {}).get(host, "") for host in names]

@@ -1,4 +1,4 @@
-"""`ksub submit`: a job of ours for SLURM, as the sbatch line that one would type.
+"""`ksub submit`: submit one of our jobs to SLURM, with the sbatch line that one would type.
 
 ksub submit --dry-run --nodes 4 --time 12:00:00 -- --preset tiny --codes codes.safetensors --data shards --out run
 """
@@ -24,8 +24,11 @@ ARRAY = re.compile(r"\d+(-\d+)?(:\d+)?(,\d+(-\d+)?(:\d+)?)*(%\d+)?")
 
 @dataclass(frozen=True)
 class Submit:
-    """Submit a job to SLURM. What stands behind `--` goes to the job: `ksub pretrain`'s options, and
-    --max-restarts N; for --job evaluate those of `ksub evaluate`, for shard_cc those of preprocessing/shard_cc.py."""
+    """Submit a job to SLURM.
+
+    What follows `--` goes to the job: `ksub pretrain`'s options, and --max-restarts N; for --job evaluate those of
+    `ksub evaluate`, for shard_cc those of preprocessing/shard_cc.py.
+    """
 
     job: Literal["pretrain", "evaluate", "shard_cc"] = "pretrain"
     """Which script of launch/."""
@@ -34,12 +37,12 @@ class Submit:
     ntasks_per_node: int | None = None
     """Ranks on each node: one per GPU. [--gpus-per-node, else the script's]"""
     gpus_per_node: int | None = None
-    """GPUs on each node. [none asked for]"""
+    """GPUs on each node. [none requested]"""
     cpus_per_task: int | None = None
     """Cores for each rank. [SLURM's default]"""
     time: str | None = None
-    """Longest time of one start, as sbatch takes it: 12:00:00, 2-00:00:00. A pretraining that needs longer is
-    requeued and continues. [the partition's]"""
+    """Time limit of one start, as sbatch takes it: 12:00:00, 2-00:00:00. A pretraining that needs longer is
+    requeued and resumes. [the partition's]"""
     array: str | None = None
     """Array of workers, for --job evaluate: 0-15. [the script's: 0-3]"""
     partition: str | None = None
@@ -49,19 +52,23 @@ class Submit:
     job_name: str | None = None
     """Name in the queue. [the script's]"""
     dry_run: bool = False
-    """Print the line, submit nothing."""
+    """Print the sbatch line, submit nothing."""
 
     @property
     def ranks(self) -> int:
-        """Tasks on all nodes."""
+        """Number of tasks on all nodes."""
         return (self.nodes or 1) * (self.ntasks_per_node or self.gpus_per_node or 1)
 
 
 def command_line(settings: Submit, arguments: Sequence[str]) -> list[str]:
-    """The words of the sbatch line.
+    """Return the words of the sbatch line.
+
+    Args:
+        settings: those of `ksub submit`.
+        arguments: the words behind `--`, for the job.
 
     Raises:
-        UserError: a value that sbatch would refuse, or an array of a job that is one.
+        UserError: a value that sbatch would refuse, or an array for a job that is not an array.
     """
     for name in ("nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task"):
         value = getattr(settings, name)
@@ -77,7 +84,7 @@ def command_line(settings: Submit, arguments: Sequence[str]) -> list[str]:
     if settings.array is not None and settings.job != "evaluate":
         raise UserError(f"--array {settings.array}: {settings.job} is one job, not an array; only evaluate is")
     if settings.job == "pretrain" and not any(word == "--out" or word.startswith("--out=") for word in arguments):
-        raise UserError("--out is missing behind `--`: give the run folder, it is how the job is asked to stop")
+        raise UserError("--out is missing behind `--`: name the run folder, through which the job is asked to stop")
     values = {
         "nodes": settings.nodes,
         "ntasks-per-node": settings.ntasks_per_node or settings.gpus_per_node,
@@ -94,10 +101,10 @@ def command_line(settings: Submit, arguments: Sequence[str]) -> list[str]:
 
 
 def without_restarts(arguments: Sequence[str]) -> list[str]:
-    """The options of the trainer alone: launch/pretrain.sbatch keeps --max-restarts N to itself.
+    """Return the trainer's options: launch/pretrain.sbatch keeps --max-restarts N to itself.
 
     Raises:
-        UserError: N is no whole number, as the script would say.
+        UserError: N is not a whole number.
     """
     left: list[str] = []
     words = iter(arguments)
@@ -111,10 +118,14 @@ def without_restarts(arguments: Sequence[str]) -> list[str]:
 
 
 def submit(arguments: Sequence[str], parse: Callable[[Submit, list[str]], object]) -> int:
-    """Parse, then print or run the sbatch line; returns its exit code.
+    """Parse the command line, then print or run the sbatch line.
 
     Args:
-        parse: parses the words behind `--` as the job itself will, which may be hours later.
+        arguments: the words behind `ksub submit`.
+        parse: parses the words behind `--` as the job will, so that mistakes show now, not hours later.
+
+    Returns:
+        The exit code of sbatch.
 
     Raises:
         UserError: a value that sbatch or the job would refuse.

@@ -1,11 +1,13 @@
 """The ranks of a run: start together, add up and agree, end together.
 
-A rank that fails alone leaves the others waiting in their next reduction. So whatever can go wrong
-for the user runs under `raise_on_all_ranks`: every rank raises when one does. What goes wrong without a
-word (a killed process, a cut network, a rank that hangs) is the `Watchdog`'s, started here:
+A rank that fails alone leaves the others waiting in their next collective. So whatever the user may have
+got wrong runs under `raise_on_all_ranks`: when one rank raises, all do. Failures that raise nothing (a
+killed process, a cut network, a rank that hangs) are left to the `Watchdog`, which is started here:
 
-    KSUB_TIMEOUT_SECONDS    a rank that stands still for so long hangs; a collective ends after it [600]
-    KSUB_SILENCE_SECONDS    a rank without a sign of life for so long is lost [60]
+    KSUB_TIMEOUT_SECONDS    a rank without progress for so long hangs; a collective times out after it [600]
+    KSUB_SILENCE_SECONDS    a rank without a heartbeat for so long is lost [60]
+
+The ranks meet at MASTER_ADDR:MASTER_PORT, in torch's TCPStore.
 """
 
 import atexit
@@ -16,29 +18,106 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from ksub_ds.common.errors import UserError
-from ksub_ds.common.rank_env import RankInfo, device, has_gpu, integer, is_main, rank_info, world_size
-from ksub_ds.common.rank_env import local_rank as local_rank  # asked for here with the rest
+from ksub_ds.common.errors import UserError, describe_os_error
+from ksub_ds.common.rank_env import RankInfo, device, env_integer, has_gpu, is_main, rank_info, world_size
+from ksub_ds.common.rank_env import local_rank as local_rank  # callers find all about ranks in this module
 from ksub_ds.common.rank_env import rank as rank
 from ksub_ds.common.watchdog import Watchdog, connector
 
-# Merged docstring, to be folded in:
-# """Where the ranks of a run find each other: an address, a store there, and the watchdog over it."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
+TIMEOUT_SECONDS = 600
 SILENCE_SECONDS = 60
+BACKEND_GRACE_SECONDS = 30  # torch's own timeout comes later than ours, which names the rank
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+Result = TypeVar("Result")
+_watchdog: Watchdog | None = None
+_had_peers = False  # whether this process has been one of several ranks
 
 
-def set_rendezvous_address(here: RankInfo) -> None:
-    """Fill in RANK ... MASTER_PORT, which torch reads, when the launcher left them out.
+def watchdog() -> Watchdog | None:
+    """Return this rank's watchdog, once `init_distributed` has started it."""
+    return _watchdog
+
+
+def mark_progress(where: str | None = None) -> None:
+    """Tell the watchdog that this rank has reached the next point that all ranks reach.
+
+    Args:
+        where: the point, for the message about a rank that hangs. [the last one given]
+    """
+    if _watchdog is not None:
+        _watchdog.mark_progress(where)
+
+
+# ------------------------------------------------------------ start
+
+
+def init_distributed() -> RankInfo:
+    """Start the process group (nccl on GPUs, gloo otherwise) and the watchdog; safe to call twice.
+
+    Returns:
+        This rank's place among all.
+
+    Raises:
+        UserError: the environment names ranks but no address to meet at (MASTER_ADDR), or its port is taken.
+        RuntimeError: not all ranks came in time; the missing ones are named.
+    """
+    global _watchdog, _had_peers
+    import torch
+    import torch.distributed as dist
+
+    info = rank_info()
+    if dist.is_available() and dist.is_initialized():
+        return info
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _share_cores(info)
+    # DeepSpeed's cache of compiled operators is shared by all environments of a user, which then
+    # rebuild each other's files.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))  # noqa: PTH118
+    if has_gpu():
+        torch.cuda.set_device(info.local_rank % torch.cuda.device_count())
+    set_rendezvous_address(info)
+
+    import deepspeed
+    import deepspeed.ops
+
+    if not has_gpu():
+        # 40 s of g++ at the first start, for an operator that only inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    patience = env_integer("KSUB_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
+    timeout = timedelta(seconds=patience + BACKEND_GRACE_SECONDS)
+    # DeepSpeed makes its data-parallel group without a timeout, so the default has to change as well.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    if info.world_size > 1:
+        _had_peers = True
+        _watchdog = rendezvous(info, patience, timeout)
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    if info.world_size == 1:
+        _watchdog = Watchdog(0, [socket.gethostname()])
+    return info
+
+
+def _share_cores(info: RankInfo) -> None:
+    """Give each rank of this machine its part of the cores, unless OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and info.local_size > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // info.local_size))
+
+
+def set_rendezvous_address(info: RankInfo) -> None:
+    """Set RANK ... MASTER_PORT, which torch reads, where the launcher left them out.
 
     Raises:
         UserError: several ranks and no MASTER_ADDR.
     """
     environment = os.environ
-    if here.world_size == 1:
+    if info.world_size == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -48,36 +127,39 @@ def set_rendezvous_address(here: RankInfo) -> None:
 
         communicator = MPI.COMM_WORLD
         environment["MASTER_ADDR"] = communicator.bcast(socket.gethostbyname(socket.gethostname()), root=0)
-    elif "MASTER_ADDR" not in environment and integer("SLURM_STEP_NUM_NODES", 0) == 1:
+    elif "MASTER_ADDR" not in environment and env_integer("SLURM_STEP_NUM_NODES", 0) == 1:
         environment["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_ADDR" not in environment:
         raise UserError(
-            f"MASTER_ADDR is not set, but this is rank {here.rank} of {here.world_size}; "
+            f"MASTER_ADDR is not set, but this is rank {info.rank} of {info.world_size}; "
             "export MASTER_ADDR=<name or address of the first host>"
         )
     job = environment.get("SLURM_JOB_ID", "0")
     environment.setdefault("MASTER_PORT", str(20000 + int(job) % 20000) if job != "0" else "29500")
-    environment.update(RANK=str(here.rank), LOCAL_RANK=str(here.local_rank), WORLD_SIZE=str(here.world_size))
+    environment.update(RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world_size))
 
 
-def rendezvous(here: RankInfo, patience: float, timeout: timedelta) -> Watchdog:
-    """Wait for all ranks at rank 0's store, start the watchdog and give it back, then torch's process group.
+def rendezvous(info: RankInfo, patience: float, timeout: timedelta) -> Watchdog:
+    """Wait for all ranks at rank 0's store, start the watchdog, then torch's process group.
 
     Args:
-        here: this rank's place among several.
+        info: this rank among several.
         patience: seconds to wait for the others.
         timeout: after which torch's collectives give up.
 
+    Returns:
+        The running watchdog.
+
     Raises:
         UserError: the port is taken.
-        RuntimeError: not all ranks came in time; those that are missing are named.
+        RuntimeError: not all ranks came in time; the missing ones are named.
     """
     import torch.distributed as dist
 
-    address, port = os.environ["MASTER_ADDR"], integer("MASTER_PORT")
+    address, port = os.environ["MASTER_ADDR"], env_integer("MASTER_PORT")
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, for all attempts
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    serves = here.rank == 0 and not served
+    serves = info.rank == 0 and not served
     try:
         store = dist.TCPStore(
             address, port, is_master=serves, timeout=timedelta(seconds=patience), wait_for_workers=False
@@ -86,96 +168,29 @@ def rendezvous(here: RankInfo, patience: float, timeout: timedelta) -> Watchdog:
         if serves and "EADDRINUSE" in str(error):
             raise UserError(f"MASTER_PORT {port} is taken on {address}; export another MASTER_PORT") from None
         raise RuntimeError(f"no answer from rank 0 at {address}:{port} for {patience} s") from None
-    store.set(f"ksub/{attempt}/here/{here.rank}", socket.gethostname())
+    store.set(f"ksub/{attempt}/here/{info.rank}", socket.gethostname())
     deadline = time.monotonic() + patience
-    keys = [f"ksub/{attempt}/here/{rank}" for rank in range(here.world_size)]
+    keys = [f"ksub/{attempt}/here/{rank}" for rank in range(info.world_size)]
     while not store.check(keys):
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             raise RuntimeError(f"rank {', '.join(map(str, missing))} did not come to {address}:{port} in {patience} s")
         time.sleep(0.02)
     hosts = [host.decode() for host in store.multi_get(keys)]
-    silence = integer("KSUB_SILENCE_SECONDS", SILENCE_SECONDS)
+    silence = env_integer("KSUB_SILENCE_SECONDS", SILENCE_SECONDS)
     connect = connector(address, port, f"ksub/{attempt}", timedelta(seconds=silence))
-    watchdog = Watchdog(here.rank, hosts, connect, patience, silence)
+    watchdog = Watchdog(info.rank, hosts, connect, patience, silence)
     backend = "nccl" if has_gpu() else "gloo"
     group_store = dist.PrefixStore(f"group/{attempt}", store)
-    dist.init_process_group(backend, store=group_store, rank=here.rank, world_size=here.world_size, timeout=timeout)
+    dist.init_process_group(backend, store=group_store, rank=info.rank, world_size=info.world_size, timeout=timeout)
     return watchdog
 
 
-TIMEOUT_SECONDS = 600
-BACKEND_GRACE_SECONDS = 30  # torch's own timeout comes later than ours, which names the rank
-DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-Result = TypeVar("Result")
-_watchdog: Watchdog | None = None
-_met = False  # whether this process was one of several ranks
+# ------------------------------------------------------------ add up and agree
 
 
-def watchdog() -> Watchdog | None:
-    """This rank's watchdog, once `init_distributed` has started it."""
-    return _watchdog
-
-
-def mark_progress(where: str | None = None) -> None:
-    """Tell the watchdog that this rank has come to the next point that all ranks come to."""
-    if _watchdog is not None:
-        _watchdog.mark_progress(where)
-
-
-def init_distributed() -> RankInfo:
-    """Start the process group (nccl on GPUs, gloo otherwise) and the watchdog; safe to call twice.
-
-    Raises:
-        UserError: the environment names ranks but no place to meet (MASTER_ADDR), or its port is taken.
-        RuntimeError: not all ranks came in time; those that are missing are named.
-    """
-    global _watchdog, _met
-    import torch
-    import torch.distributed as dist
-
-    here = rank_info()
-    if dist.is_available() and dist.is_initialized():
-        return here
-    if not has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _share_cores(here)
-    # DeepSpeed's cache of compiled operators is shared by all environments of a user, which then
-    # rebuild each other's files.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))  # noqa: PTH118
-    if has_gpu():
-        torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
-    set_rendezvous_address(here)
-
-    import deepspeed
-    import deepspeed.ops
-
-    if not has_gpu():
-        # 40 s of g++ at the first start, for an operator that only inference uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    patience = integer("KSUB_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
-    timeout = timedelta(seconds=patience + BACKEND_GRACE_SECONDS)
-    # DeepSpeed makes its data-parallel group without a timeout, so the default has to change as well.
-    dist.distributed_c10d.default_pg_timeout = timeout
-    if here.world_size > 1:
-        _met = True
-        _watchdog = rendezvous(here, patience, timeout)
-    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
-    if here.world_size == 1:
-        _watchdog = Watchdog(0, [socket.gethostname()])
-    return here
-
-
-def _share_cores(here: RankInfo) -> None:
-    """Give each rank of this machine its part of the cores, unless OMP_NUM_THREADS says otherwise."""
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ and here.local_size > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
-
-
-def to_number(tensor: Any) -> float:
-    """The value of a tensor of one number. On a GPU this waits for all that is queued, collectives among it."""
+def to_number(tensor: "Tensor") -> float:
+    """Read a tensor of one number. On a GPU this waits for all that is queued, collectives included."""
     return float(tensor.item())
 
 
@@ -193,7 +208,7 @@ def all_reduce_sum(values: list[float]) -> list[float]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value on every rank."""
     if world_size() == 1:
         return value
     import torch.distributed as dist
@@ -204,7 +219,7 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def broadcast_tensor(tensor: Any) -> None:
+def broadcast_tensor(tensor: "Tensor") -> None:
     """Overwrite `tensor` with rank 0's, on every rank."""
     if world_size() > 1:
         import torch.distributed as dist
@@ -214,7 +229,7 @@ def broadcast_tensor(tensor: Any) -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
+    """Return every rank's value, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     import torch.distributed as dist
@@ -226,10 +241,13 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
-    """Call `function` on every rank; when any rank meets a UserError, every rank raises it.
+    """Call `function` on every rank; when it fails on any, every rank raises the error of the lowest such rank.
 
-    All ranks must call this at the same point. The lowest failing rank's message wins. A full disk, or one that may
-    not be written, is the user's to mend as well.
+    All ranks must call this at the same point.
+
+    Raises:
+        UserError: `function` raised it on any rank, or met a disk that is full or may not be written.
+        OSError: any other one that `function` raised on this rank.
     """
     problem, result = None, None
     try:
@@ -237,9 +255,9 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
     except UserError as error:
         problem = str(error)
     except OSError as error:
-        if error.errno not in DISK_REFUSES:
+        if error.errno not in DISK_ERRORS:
             raise
-        problem = f"{error.filename or 'the disk'}: {error.strerror}; mend it, the same command continues"
+        problem = describe_os_error(error)
     problems = gather_objects(problem)
     for failed_rank, text in enumerate(problems):
         if text is not None:
@@ -248,19 +266,24 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
 
 
 def raise_agreed(text: str) -> NoReturn:
-    """Raise a UserError that every rank raises at this point; rank 0 alone will print it."""
-    error = UserError(text)
-    error.agreed = True
-    raise error
+    """Raise an error that every rank raises at this point, so that rank 0 alone prints it.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(text, agreed=True)
 
 
 def on_main(function: Callable[[], Result]) -> Result | None:
-    """Call `function` on rank 0 only (None elsewhere); its UserError is raised on every rank."""
+    """Call `function` on rank 0 only and return its result there; its UserError is raised on every rank."""
     return raise_on_all_ranks(lambda: function() if is_main() else None)
 
 
+# ------------------------------------------------------------ end
+
+
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
+    """Stop the watchdog and leave the process group, if there is one."""
     global _watchdog
     import torch.distributed as dist
 
@@ -274,10 +297,10 @@ def shutdown() -> None:
 def leave(code: int) -> NoReturn:
     """End this process with an exit code, after `shutdown`.
 
-    A rank among several does not unwind the interpreter: a thread of torch or gloo that is still at work in C++ would
-    abort a run that is through ("terminate called without an active exception", now and then on a busy machine).
+    One rank of several does not unwind the interpreter: a thread of torch or gloo that still works in C++ would
+    abort a run that is finished ("terminate called without an active exception", now and then on a busy machine).
     """
-    if not _met:
+    if not _had_peers:
         sys.exit(code)
     atexit._run_exitfuncs()
     mpi = sys.modules.get("mpi4py.MPI")

@@ -1,11 +1,25 @@
-"""The one exception that means "the user can mend this"."""
+"""`UserError`, the one exception that means "the user can fix this"."""
+
+RESUME = "run the same command again to resume"
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: a file, a key, a value.
 
     The message is one line that names the thing at fault and the fix. Commands print it as
-    `error: ...` and exit with code 2; no traceback. `assert` stays for mistakes of ours.
+    `error: ...` and exit with code 2, without a traceback. `assert` is for mistakes of ours.
+
+    Attributes:
+        agreed: every rank raises this error at the same point, so rank 0 alone prints it.
     """
 
-    agreed = False  # raised by every rank at the same point (common/distributed)
+    def __init__(self, message: str, agreed: bool = False):
+        super().__init__(message)
+        self.agreed = agreed
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the line for a user whose file or disk caused an OSError: file, reason, and what to do."""
+    reason = error.strerror or " ".join(str(error).split())
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{reason}; fix it, then {RESUME}"

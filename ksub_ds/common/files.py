@@ -1,4 +1,4 @@
-"""Writing so that a file is either whole or absent, and reading it back with a clear error.
+"""Atomic writes, which leave a file either whole or absent, and reads with a clear error.
 
 Every file that must be whole is written through here (logs and metrics are appended): a temporary
 name in the same folder, fsync, rename, fsync of the folder. A kill at any moment leaves the old file
@@ -20,7 +20,7 @@ from typing import Any
 from ksub_ds.common.errors import UserError
 
 TEMPORARY_SUFFIX = ".partial"
-LEFTOVER = re.compile(r"\..+\.[0-9a-f]+\.(partial|old)")  # names that only a kill leaves
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]+\.(partial|old)")  # names that only a killed process leaves
 
 
 def fsync_path(path: Path) -> None:
@@ -53,7 +53,13 @@ def _own_name(path: Path) -> str:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write to; publish it as `path` when the block ends well.
 
-    The temporary name is nobody else's (process ids repeat in containers), so two writers cannot mix their bytes.
+    The temporary name is unique (process ids repeat in containers), so two writers cannot mix their bytes.
+
+    Yields:
+        The temporary path.
+
+    Raises:
+        UserError: the folder of `path` cannot be made.
     """
     path = Path(path)
     try:
@@ -90,11 +96,15 @@ def _flush_folder(folder: Path) -> None:
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """Give a temporary folder to fill; publish it as `folder`, replacing an older one, when the block ends well.
 
-    An older one goes aside only when the new one is whole on the disk, and comes back if that one cannot be named. A
-    kill between the two renames leaves it beside, as .NAME.*.old.
+    The older one is moved aside only when the new one is whole on the disk, and moved back if the new one cannot be
+    renamed. A kill between the two renames leaves it beside, as .NAME.*.old.
+
+    Yields:
+        The temporary folder.
 
     Raises:
-        UserError: there can be no folder at this place.
+        UserError: no folder can be made at this path.
+        OSError: the disk refused a write or a rename; the older folder is still there.
     """
     folder = Path(folder)
     name = _own_name(folder)
@@ -128,7 +138,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:
-    """JSON and a newline in UTF-8; what UTF-8 cannot hold (bytes of a path) is escaped, and read back the same."""
+    """Encode JSON and a newline in UTF-8; what UTF-8 cannot hold (bytes of a path) is escaped and reads back equal."""
     text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace")
 
@@ -157,11 +167,11 @@ def canonical_safetensors(content: bytes) -> bytes:
 
 
 def sha256_bytes(data: Any) -> str:
-    """Hexadecimal sha256 of a bytes-like object (a contiguous numpy array is one)."""
+    """Return the hexadecimal sha256 of a bytes-like object (a contiguous numpy array is one)."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hexadecimal sha256 of a file's content."""
+    """Return the hexadecimal sha256 of a file's content."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What a run tells: log lines, metrics.jsonl, progress with a rate and an ETA."""
+"""What a run reports: log lines, metrics.jsonl, progress with a rate and an ETA."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 def get_logger() -> logging.Logger:
-    """The project's logger: plain lines on stderr, once per process."""
+    """Return the project's logger: plain lines on stderr, set up once per process."""
     logger = logging.getLogger("ksub_ds")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
@@ -37,7 +37,7 @@ class MetricsWriter:
     """metrics.jsonl: one JSON object per line, each with its `step`.
 
     A resumed run goes back to its checkpoint, so lines beyond `resume_step` (and a last line cut
-    short by a kill) are dropped first: afterwards every step stands in the file exactly once.
+    short by a kill) are dropped first: afterwards every step is in the file exactly once.
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
@@ -58,7 +58,7 @@ class MetricsWriter:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl or evaluation.jsonl; without those that a kill cut short, empty without a file."""
+    """Read a metrics.jsonl or evaluation.jsonl without lines that a kill cut short; a missing file is empty."""
     if not path.exists():
         return []
     lines = []
@@ -76,7 +76,7 @@ class Progress:
     """Progress of long work: a bar on a terminal, a plain line every ten seconds in a log.
 
     Args:
-        total: how many units there are to do; None when that is not known.
+        total: number of units; None when unknown.
         unit: what is counted, for example "documents".
         description: what is being done.
         done: units already done before this start (a resumed run).
@@ -89,7 +89,7 @@ class Progress:
         self._bar = _terminal_bar(self) if sys.stderr.isatty() else None
 
     def advance(self, count: int = 1, **info: Any) -> None:
-        """Count `count` more units; `info` stands beside them (loss=..., files=...)."""
+        """Count `count` more units and show `info` (loss=..., files=...) beside them."""
         self.done += count
         if self._bar:
             self._bar[0].update(self._bar[1], completed=self.done, info=_pairs(info))
@@ -98,7 +98,7 @@ class Progress:
             get_logger().info(self.line(**info))
 
     def line(self, **info: Any) -> str:
-        """The state as one line of text."""
+        """Return the state as one line of text."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = (self.done - self._start_done) / seconds
         text = f"{self.description}: {self.done:,}"
@@ -143,6 +143,6 @@ def _terminal_bar(progress: Progress) -> tuple[Any, Any]:
 
 
 def format_seconds(seconds: float) -> str:
-    """12345.6 -> '3:25:46'."""
+    """Format seconds as H:MM:SS: 12345.6 -> '3:25:46'."""
     seconds = int(seconds + 0.5)
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -1,4 +1,4 @@
-"""Command lines to settings: tyro parses, and what it says in a frame becomes our one line.
+"""Command lines parsed into settings by tyro, whose framed messages become our one line.
 
 Settings are dataclasses, or the parameters of a function; their docstrings are the help.
 """
@@ -17,7 +17,7 @@ Settings = TypeVar("Settings")
 
 
 def parse(kind: type[Settings], arguments: Sequence[str] | None, prog: str) -> Settings:
-    """The settings that a command line gives.
+    """Parse a command line into settings.
 
     Args:
         kind: a dataclass.
@@ -25,8 +25,8 @@ def parse(kind: type[Settings], arguments: Sequence[str] | None, prog: str) -> S
         prog: the command, as the user types it.
 
     Raises:
-        UserError: what is wrong with the arguments; ranks that parse the same agree on it.
-        SystemExit: --help, which is printed.
+        UserError: what is wrong with the arguments; all ranks raise it, as they parse the same words.
+        SystemExit: --help was given, and is printed.
     """
     return _parse(kind, arguments, prog, inspect.getdoc(kind))
 
@@ -35,7 +35,8 @@ def call(function: Callable[..., object], arguments: Sequence[str], prog: str) -
     """Call a function whose parameters are the options.
 
     Raises:
-        UserError, SystemExit: as `parse`, or from the function.
+        UserError: the arguments are wrong, or the function raised it.
+        SystemExit: --help was given, and is printed.
     """
     bind = functools.wraps(function)(lambda *values, **named: functools.partial(function, *values, **named))
     _parse(bind, arguments, prog, None)()
@@ -51,13 +52,11 @@ def _parse(kind: Any, arguments: Sequence[str] | None, prog: str, description: s
     except SystemExit as leave:
         if not leave.code:
             raise
-    error = UserError(f"{_one_line(said.getvalue())}; see `{prog} --help`")
-    error.agreed = True
-    raise error
+    raise UserError(f"{_one_line(said.getvalue())}; see `{prog} --help`", agreed=True)
 
 
 def _one_line(box: str) -> str:
-    """tyro's framed message without the frame: what is wrong, and of an unknown option the nearest one there is."""
+    """Return tyro's message without its frame: what is wrong, and the option nearest to an unknown one."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│ ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
     rows = [line if re.search(r"\w", line) else "" for line in lines]  # rules divide paragraphs, as empty lines do

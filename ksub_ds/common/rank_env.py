@@ -1,31 +1,43 @@
-"""Who am I among the processes of this run, as the variables of its launcher say? (Where they meet: meeting.py.)
+"""Which rank this process is and how many there are, as the launcher's variables say.
 
 deepspeed / torchrun    RANK, LOCAL_RANK, WORLD_SIZE
 srun                    SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS (inside a job step only)
 mpirun                  OMPI_COMM_WORLD_RANK, _LOCAL_RANK, _SIZE
 nothing                 one process
+
+Where the ranks meet is distributed.py's: `set_rendezvous_address`.
 """
 
 import os
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ksub_ds.common.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 
 class RankInfo(NamedTuple):
-    """Where this process stands."""
+    """The place of this process among those of the run.
+
+    Attributes:
+        rank: index among all processes, from 0.
+        local_rank: index among the processes of this machine, from 0.
+        world_size: number of processes.
+        local_size: number of processes on this machine; 0 if the launcher does not say.
+    """
 
     rank: int
     local_rank: int
     world_size: int
-    local_size: int  # processes on this machine; 0 when nobody says
+    local_size: int
 
 
-def integer(name: str, default: int | None = None) -> int:
-    """A number from the environment.
+def env_integer(name: str, default: int | None = None) -> int:
+    """Read a whole number from the environment.
 
     Raises:
-        UserError: it is set to something else, or not set and there is no default.
+        UserError: the variable is not a number, or is missing and has no default.
     """
     text = os.environ.get(name)
     if text is None and default is not None:
@@ -39,55 +51,60 @@ def integer(name: str, default: int | None = None) -> int:
 
 
 def rank_info() -> RankInfo:
-    """Read rank and world size from the launcher's environment, without starting anything."""
+    """Read rank and world size from the launcher's environment, without starting anything.
+
+    Raises:
+        UserError: a variable of the launcher is not a number.
+    """
     environment = os.environ
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        local_size = integer("LOCAL_WORLD_SIZE", integer("LOCAL_SIZE", 0))
-        return RankInfo(integer("RANK"), integer("LOCAL_RANK", 0), integer("WORLD_SIZE"), local_size)
+        local_size = env_integer("LOCAL_WORLD_SIZE", env_integer("LOCAL_SIZE", 0))
+        return RankInfo(env_integer("RANK"), env_integer("LOCAL_RANK", 0), env_integer("WORLD_SIZE"), local_size)
     if "OMPI_COMM_WORLD_SIZE" in environment:
         names = ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")
-        return RankInfo(*(integer(f"OMPI_COMM_WORLD_{name}") for name in names))
+        return RankInfo(*(env_integer(f"OMPI_COMM_WORLD_{name}") for name in names))
     # A batch script's own shell has SLURM_PROCID too, but no step: there the command is one process.
     if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
-        return RankInfo(integer("SLURM_PROCID"), integer("SLURM_LOCALID"), integer("SLURM_STEP_NUM_TASKS"), 0)
+        tasks = env_integer("SLURM_STEP_NUM_TASKS")
+        return RankInfo(env_integer("SLURM_PROCID"), env_integer("SLURM_LOCALID"), tasks, 0)
     return RankInfo(0, 0, 1, 1)
 
 
 def rank() -> int:
-    """Index of this process among all, from 0."""
+    """Return the index of this process among all, from 0."""
     return rank_info().rank
 
 
 def local_rank() -> int:
-    """Index of this process on its machine, from 0: the GPU it uses."""
+    """Return the index of this process on its machine, from 0: the GPU it uses."""
     return rank_info().local_rank
 
 
 def world_size() -> int:
-    """How many processes the run has."""
+    """Return the number of processes of the run."""
     return rank_info().world_size
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the one that writes and prints."""
+    """Return whether this is rank 0, the one that writes and prints."""
     return rank() == 0
 
 
 def has_gpu() -> bool:
-    """Whether this process computes on a GPU."""
+    """Return whether this process computes on a GPU."""
     import torch
 
     return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
-def device() -> Any:
-    """The torch device of this process."""
+def device() -> "torch.device":
+    """Return the torch device of this process."""
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
 def has_mpi() -> bool:
-    """Whether mpirun or srun started several processes, and so MPI can join them."""
+    """Return whether mpirun or srun started several processes, so that MPI can join them."""
     by_srun = "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" not in os.environ
     return world_size() > 1 and ("OMPI_COMM_WORLD_SIZE" in os.environ or by_srun)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import exit_code_of_signal, run_main
 from ksub_ds.common.options import parse
 from ksub_ds.evaluate.queue.status import StatusSettings, status
 from ksub_ds.evaluate.queue.worker import run_worker
@@ -48,14 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ends = [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])]  # nohup
     before = {number: signal.signal(number, _exit_by_exception) for number in ends}
     try:
-        COMMANDS[arguments[0]].run(parse_settings(arguments))
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr, flush=True)
-        return 130
+        return run_main(lambda: COMMANDS[arguments[0]].run(parse_settings(arguments)))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -67,7 +61,7 @@ def _exit_by_exception(number: int, frame: Any) -> None:
     Raises:
         SystemExit: always, with the exit code of the signal.
     """
-    raise SystemExit(128 + number)
+    raise SystemExit(exit_code_of_signal(number))
 
 
 def parse_settings(arguments: Sequence[str]) -> Any:

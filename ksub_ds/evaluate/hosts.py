@@ -8,7 +8,6 @@ connects them.
 """
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -19,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.cluster.hostfile import is_this_machine, read_hostfile
+from ksub_ds.cluster.launch_spec import travelling_environment
 from ksub_ds.common.errors import UserError
 
-# Variables a worker on another machine needs; ssh takes none along.
-TRAVELS = re.compile(r"(HF_|KSUB_|OMP_|MKL_|TORCH_|TOKENIZERS_|XDG_CACHE_HOME$|PYTHONPATH$|LD_LIBRARY_PATH$)")
-SECRET = re.compile(r"TOKEN$|KEY|SECRET|PASSWORD")
 SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 
 
@@ -35,8 +32,7 @@ def worker_command(host: str, place: int, slots: int, arguments: Sequence[str]) 
     command = [sys.executable, "-m", "ksub_ds.evaluate", *arguments]
     if is_this_machine(host):
         return command, dict(os.environ) | own
-    travels = {name: value for name, value in os.environ.items() if TRAVELS.match(name) and not SECRET.search(name)}
-    setting = [f"{name}={value}" for name, value in sorted((travels | own).items())]
+    setting = [f"{name}={value}" for name, value in sorted((travelling_environment() | own).items())]
     line = f"cd {shlex.quote(str(Path.cwd()))} && exec env {shlex.join([*setting, *command])}"
     return [*SSH, host, line], dict(os.environ)
 

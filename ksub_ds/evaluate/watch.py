@@ -8,7 +8,6 @@ prune it meanwhile, and count only when all have the size and sha256 of their ma
 for. OUT/curve.jsonl gets one line a checkpoint; OUT/xnli/global_step{N} holds the evaluation behind it.
 """
 
-import fcntl
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, write_json
+from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import MetricsWriter, get_logger, read_lines
 from ksub_ds.evaluate.data.rows import Source
 from ksub_ds.evaluate.queue.worker import run_worker
@@ -45,10 +45,15 @@ class Curve:
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = try_lock(self._lock)
         except OSError as error:
             os.close(self._lock)
-            raise UserError(f"--out {out}: another `ksub evaluate watch` is at work there") from error
+            raise UserError(
+                f"--out {out}: its file system cannot lock files ({error.strerror}); choose another folder"
+            ) from error
+        if not held:
+            os.close(self._lock)
+            raise UserError(f"--out {out}: another `ksub evaluate watch` is at work there")
         path = out / "curve.jsonl"
         self._writer = MetricsWriter(path, resume_step=2**62)  # drops a last line that a kill cut short
         self.lines = read_lines(path)

@@ -1,5 +1,6 @@
 """The masked language model over sub-embeddings, whatever encoder stands above: the exact masked-token loss, tied to
-the input tables without an N x d matrix."""
+the input tables without an N x d matrix.
+"""
 
 from typing import Any, ClassVar
 

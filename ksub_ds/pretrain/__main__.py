@@ -3,7 +3,7 @@
     python -m ksub_ds.pretrain --preset tiny --codes codes.safetensors --data shards --out run --max-steps 40
     launch/pretrain.sh --hostfile launch/hostfile.example --preset tiny ...    (the same, on 2 ranks)
 
-Exit codes:
+Exit codes (ksub_ds/common/exit_codes.py has all):
 
     0     the last step was reached, or an (empty) STOP file or --max-hours ended the run in order
     2     the user's mistake, or a run that cannot go on (NaN, full disk): starting again changes nothing
@@ -25,9 +25,10 @@ import sys
 from collections.abc import Sequence
 
 from ksub_ds.common import distributed
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import RESUME, UserError
+from ksub_ds.common.exit_codes import INTERRUPTED, USER_ERROR
 from ksub_ds.common.options import parse
-from ksub_ds.common.watchdog import EXIT_INTERRUPTED, EXIT_USER_ERROR, Failure, Watchdog
+from ksub_ds.common.watchdog import Failure, Watchdog
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(recipe)
     except KeyboardInterrupt:  # before the first step or after the last; in between the loop saves and returns
-        return end_early("interrupted; the same command continues", EXIT_INTERRUPTED)
+        return end_early(f"interrupted; {RESUME}", INTERRUPTED)
     except UserError as error:
-        return end_early(str(error), EXIT_USER_ERROR, error.agreed)
+        return end_early(str(error), USER_ERROR, error.agreed)
     except Exception as error:
         return (distributed.watchdog() or _alone()).end_by(error)
     finally:
@@ -67,7 +68,7 @@ def end_early(reason: str, exit_code: int, agreed: bool = False) -> int:
     elif agreed and not distributed.is_main():
         return watchdog.wait_for_main(exit_code)
     rank, host = watchdog.rank, watchdog.hosts[watchdog.rank]
-    if watchdog.world_size > 1 and not agreed and exit_code == EXIT_USER_ERROR:
+    if watchdog.world_size > 1 and not agreed and exit_code == USER_ERROR:
         reason += f" (rank {rank} on {host})"
     return watchdog.end(Failure(rank, host, watchdog.step, reason, exit_code, restart_may_help=False))
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from ksub_ds.common import distributed
+from ksub_ds.common.exit_codes import DONE, REQUEUE, exit_code_of_signal
 
-EXIT_REQUEUE = 75  # sysexits' EX_TEMPFAIL: try again
-REQUEUE = "requeue"  # in the STOP file: a scheduler asks, and will start the run again
+REQUEUE_WORD = "requeue"  # in the STOP file: a scheduler asks, and will start the run again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -51,13 +51,13 @@ class StopRequest:
     def exit_code(self) -> int:
         """Return the exit code that belongs to `reason`, as this rank sees it; 0 for a person's STOP or --max-hours."""
         if self.signal_number is not None:
-            return EXIT_REQUEUE if self.signal_number == signal.SIGUSR1 else 128 + self.signal_number
+            return REQUEUE if self.signal_number == signal.SIGUSR1 else exit_code_of_signal(self.signal_number)
         if distributed.is_main():
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                return EXIT_REQUEUE if self._stop_file.read_text(encoding="utf-8").strip() == REQUEUE else 0
+                return REQUEUE if self._stop_file.read_text(encoding="utf-8").strip() == REQUEUE_WORD else DONE
             if self._out_of_time and os.environ.get("KSUB_REQUEUE") == "1":
-                return EXIT_REQUEUE
-        return 0
+                return REQUEUE
+        return DONE
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number

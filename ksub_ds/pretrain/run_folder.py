@@ -17,7 +17,6 @@ All methods that write run on rank 0 only (`distributed.on_main`).
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shlex
 import socket
@@ -28,6 +27,7 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, atomic_path, read_json, write_json
+from ksub_ds.common.lock import try_lock
 from ksub_ds.common.watchdog import Failure
 from ksub_ds.pretrain.recipe import changed_keys, read_recipe
 
@@ -82,19 +82,19 @@ class RunFolder:
                 f"--out {self.path}: cannot be written ({error.strerror}); choose another folder"
             ) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            raise UserError(
-                f"--out {self.path}: in use by {holder}; wait for it, stop it (touch {self.stop}), "
-                "or choose another folder"
-            ) from error
+            held = try_lock(descriptor)
         except OSError as error:
             os.close(descriptor)
             raise UserError(
                 f"--out {self.path}: its file system cannot lock files ({error.strerror}); choose another folder"
             ) from error
+        if not held:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise UserError(
+                f"--out {self.path}: in use by {holder}; wait for it, stop it (touch {self.stop}), "
+                "or choose another folder"
+            )
         if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
             return descriptor
         os.close(descriptor)

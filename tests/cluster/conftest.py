@@ -24,11 +24,11 @@ STEPS = 12
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """These tests need root and minutes: they run when asked for."""
+    """Tests on several hosts need root and minutes: they run when asked for."""
     reason = None if os.environ.get("KSUB_CLUSTER") else "several hosts: run `make test-cluster` (KSUB_CLUSTER=1)"
     reason = reason or why_not()
     for item in items:
-        if Path(item.path).parent == Path(__file__).parent:
+        if Path(item.path).parent == Path(__file__).parent and "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(900))
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -143,7 +143,7 @@ class Cluster:
         return self.hosts[host].processes("-m ksub_ds.pretrain", f"--out {name} ")
 
     def assert_nothing_left(self, name: str) -> None:
-        """No process of a run on any host: workers, guardians, launchers."""
+        """No process of a run on any host: workers, supervisors, launchers."""
 
         def left() -> list[Any]:
             kinds = (("ksub_ds.pretrain", f"--out {name} "), ("ksub_ds.cluster.worker",), ("deepspeed",), ("pdsh",))

@@ -139,11 +139,11 @@ def test_an_older_folder_stays_when_the_new_one_does_not_fit(tmp_path, monkeypat
         pass
 
 
-def test_a_disk_that_refuses_is_the_users_to_mend():
+def test_a_disk_that_refuses_is_for_the_user_to_fix():
     def refuse(number):
         raise OSError(number, os.strerror(number), "RUN/codes.safetensors")
 
-    with pytest.raises(UserError, match=r"RUN/codes\.safetensors: No space left on device; mend it"):
+    with pytest.raises(UserError, match=r"RUN/codes\.safetensors: No space left on device; fix it, then run the same"):
         distributed.on_main(lambda: refuse(errno.ENOSPC))
     with pytest.raises(ConnectionResetError):  # not the disk
         distributed.on_main(lambda: refuse(errno.ECONNRESET))

@@ -63,7 +63,7 @@ def test_alone() -> None:
     assert ranks.share([3, 1, 2]) == [0, 1, 2]
     assert ranks.each([3, 1, 2], lambda unit: unit * unit) == [0, 1, 4]
     assert ranks.exchange([np.arange(3, dtype=np.uint64)])[0].tolist() == [0, 1, 2]
-    with pytest.raises(UserError, match="/nowhere/file: No such file or directory; mend it and rerun"):
+    with pytest.raises(UserError, match="/nowhere/file: No such file or directory; fix it, then run the same command"):
         ranks.each([1], lambda unit: open("/nowhere/file"))  # noqa: SIM115
     with pytest.raises(RuntimeError, match="ours"), ranks.together():
         raise RuntimeError("ours")

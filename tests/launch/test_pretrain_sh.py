@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ksub_ds.cluster.launch_spec import Errand
+from ksub_ds.cluster.launch_spec import LaunchSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "pretrain.sh"
@@ -68,14 +68,14 @@ def test_other_wrong_launcher_options(tmp_path: Path) -> None:
         (["--hostfile", EXAMPLE, "--exclude=localhost"], "leaves no host"),
         (["--hostfile", EXAMPLE, "--max-restarts", "some"], "--max-restarts some: must be a whole number"),
         (["--hostfile", EXAMPLE, "--min-hosts", "2"], "the hostfile has 1 hosts"),
-        (["--hostfile", EXAMPLE, "--master_port", "port"], "--master_port port: is no port"),
+        (["--hostfile", EXAMPLE, "--master_port", "port"], "--master_port port: is not a port"),
         (["--hostfile", EXAMPLE, "--force_multi", "--launcher", "rsh"], "choose one of pdsh, ssh, openmpi"),
     ):
         done = call(SCRIPT, *options, cwd=tmp_path)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1) and message in done.stderr
 
 
-def passed(folder: Path, *arguments: object, **variables: str) -> tuple[list[str], dict[str, str], Errand]:
+def passed(folder: Path, *arguments: object, **variables: str) -> tuple[list[str], dict[str, str], LaunchSpec]:
     """What the script gives to `deepspeed`: its options, its environment, and what every rank is to run."""
     program, seen = folder / "deepspeed", folder / "seen.json"
     lines = ("import json, os, sys", f"json.dump([sys.argv[1:], dict(os.environ)], open({str(seen)!r}, 'w'))")
@@ -87,19 +87,19 @@ def passed(folder: Path, *arguments: object, **variables: str) -> tuple[list[str
     assert done.returncode == 70 and "no rank started" in done.stderr.splitlines()[-1], done.stderr
     options, found = json.loads(seen.read_text())
     seen.unlink()
-    return options[:-1], found, Errand.unpack(options[-1])
+    return options[:-1], found, LaunchSpec.unpack(options[-1])
 
 
 def test_options_are_divided_and_never_reparsed(tmp_path: Path) -> None:
     words = ["--out", "a run; $(touch hacked) 'x' \"y\" *", "--max-steps=3"]
-    launcher, _, errand = passed(tmp_path, "--hostfile", EXAMPLE, *words, "--master_port=1234", "--bind_cores_to_rank")
-    assert errand.arguments == words and errand.folder == str(tmp_path)
+    launcher, _, spec = passed(tmp_path, "--hostfile", EXAMPLE, *words, "--master_port=1234", "--bind_cores_to_rank")
+    assert spec.arguments == words and spec.folder == str(tmp_path)
     assert launcher[-3:] == ["--no_local_rank", "--module", "ksub_ds.cluster.worker"]
     for name, value in (("--master_port", "1234"), ("--master_addr", "127.0.0.1")):
         assert launcher[launcher.index(name) + 1] == value
     assert {"--no_ssh_check", "--bind_cores_to_rank"} <= set(launcher)
     assert [path.name for path in tmp_path.iterdir()] == ["deepspeed"]
-    assert re.fullmatch(r"[\w-]+", errand.pack())
+    assert re.fullmatch(r"[\w-]+", spec.pack())
 
 
 def test_outer_ranks_are_cleared(tmp_path: Path) -> None:

@@ -6,13 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from ksub_ds.common.watchdog import EXIT_FAILED, EXIT_USER_ERROR, Heartbeats
+from ksub_ds.common.exit_codes import FAILED, USER_ERROR
 
 from .runs import HERE, Bench, environment
 
@@ -51,16 +49,16 @@ def run_broken(bench: Bench, name: str, how: str, rank: int, call: int) -> tuple
 def test_a_rank_that_raises_then_one_that_is_killed(bench: Bench) -> None:
     codes, lines, failure = run_broken(bench, "broken", "raises", 1, 4)
     here = socket.gethostname()
-    assert codes == [EXIT_FAILED, EXIT_FAILED], lines
+    assert codes == [FAILED, FAILED], lines
     assert lines[-1].startswith(f"failed: rank 1 on {here} at step 4: KeyError: 'a bug on this rank alone'")
     assert sum(line.startswith("Traceback") for line in lines) == 1
     assert (failure["rank"], failure["host"], failure["step"]) == (1, here, 4)
-    assert failure["restart_may_help"] and failure["exit_code"] == EXIT_FAILED
+    assert failure["restart_may_help"] and failure["exit_code"] == FAILED
     log = (bench.folder / "broken" / "train.log").read_text()
     assert log.splitlines()[-1].endswith(lines[-1])
 
     codes, lines, failure = run_broken(bench, "broken", "killed", 0, 4)  # rank 0 serves the store
-    assert codes == [-signal.SIGKILL, EXIT_FAILED], lines
+    assert codes == [-signal.SIGKILL, FAILED], lines
     assert any("continuing from" in line for line in lines)
     assert lines[-1].startswith(f"failed: rank 0 on {here} at step ") and "Traceback" not in "".join(lines)
     assert failure["rank"] == 0 and failure["step"] > 4
@@ -71,7 +69,7 @@ def test_a_rank_that_hangs_is_named(bench: Bench) -> None:
     seconds = time.time() - (bench.folder / "hanging" / "metrics.jsonl").stat().st_mtime  # since the step before
     print(f"measured: a rank hangs: {seconds:.1f} s with a timeout of 2")
     assert seconds < 2 + 60  # as docs/cluster.md says
-    assert codes == [EXIT_FAILED, EXIT_FAILED], lines
+    assert codes == [FAILED, FAILED], lines
     assert lines[-1].startswith(
         f"failed: rank 1 on {socket.gethostname()} at step 3: hangs: for 0:00:02 it is at step 3"
     )
@@ -81,51 +79,9 @@ def test_a_rank_that_hangs_is_named(bench: Bench) -> None:
 
 def test_a_mistake_that_one_rank_alone_meets(bench: Bench) -> None:
     codes, lines, failure = run_broken(bench, "mistaken", "errs", 1, 2)
-    assert codes == [EXIT_USER_ERROR, EXIT_USER_ERROR], lines
+    assert codes == [USER_ERROR, USER_ERROR], lines
     assert lines[-1] == f"error: the disk of this rank alone is full (rank 1 on {socket.gethostname()})"
     assert "Traceback" not in "".join(lines) and not failure["restart_may_help"]
-
-
-class Store:
-    """Beats as ranks write them, in a real store."""
-
-    def __init__(self, ranks: int):
-        self.store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, timeout=timedelta(seconds=5))
-        self.signs = Heartbeats(ranks)
-
-    def beat(self, rank: int, count: int, position: int, waits: bool = False) -> None:
-        self.store.set(f"beat/{rank}", json.dumps([count, position, waits, f"step {position}", "wait (c10d.py:1)"]))
-
-
-def test_who_hangs() -> None:
-    """The rank behind the others; among ranks at one point, the one that is in no collective."""
-    watch = Store(3)
-    for rank, position, waits in ((0, 7, True), (1, 6, True), (2, 7, True)):
-        watch.beat(rank, 1, position, waits)
-    watch.signs.read(watch.store)
-    assert watch.signs.hanging() == (1, "step 6", "wait (c10d.py:1)")
-    for rank, waits in ((0, True), (1, True), (2, False)):
-        watch.beat(rank, 2, 7, waits)
-    watch.signs.read(watch.store)
-    hanging = watch.signs.hanging()
-    assert hanging is not None and hanging[0] == 2 and watch.signs.anyone_waits()
-    watch.beat(2, 3, 7, True)
-    watch.signs.read(watch.store)
-    assert watch.signs.hanging() is None
-
-
-def test_who_is_silent() -> None:
-    watch = Store(2)
-    watch.beat(0, 1, 1)
-    watch.beat(1, 1, 1)
-    watch.signs.read(watch.store)
-    time.sleep(0.1)
-    watch.beat(0, 2, 1)
-    watch.signs.read(watch.store)
-    assert watch.signs.silent(0.05) == [1] and watch.signs.silent(5) == []
-    watch.store.set("beat/1", "done")  # a rank that is through may be silent
-    watch.signs.read(watch.store)
-    assert watch.signs.silent(0.05) == []
 
 
 def test_a_rank_that_never_comes_is_named(bench: Bench, tmp_path: Path) -> None:
@@ -135,5 +91,5 @@ def test_a_rank_that_never_comes_is_named(bench: Bench, tmp_path: Path) -> None:
     done = subprocess.run(
         command, env=environment() | WATCH | place | patience, capture_output=True, text=True, timeout=200
     )
-    assert done.returncode == EXIT_FAILED, done.stderr
+    assert done.returncode == FAILED, done.stderr
     assert f"rank 1, 2 did not come to 127.0.0.1:{place['MASTER_PORT']} in 1 s" in done.stderr.splitlines()[-1]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from ksub_ds.common.exit_codes import REQUEUE
 from ksub_ds.pretrain.checkpoint import step_of
-from ksub_ds.pretrain.preemption import EXIT_REQUEUE, StopRequest
+from ksub_ds.pretrain.preemption import StopRequest
 
 from .runs import Bench, losses
 
@@ -70,16 +71,16 @@ def test_who_asks_decides_the_exit_code(tmp_path: Path, monkeypatch: pytest.Monk
         stop_file.touch()
         assert stop.reason() is not None and stop.exit_code() == 0
         stop_file.write_text("requeue\n")
-        assert stop.exit_code() == EXIT_REQUEUE == 75
+        assert stop.exit_code() == REQUEUE == 75
         stop_file.unlink()
         signal.raise_signal(signal.SIGUSR1)
-        assert stop.reason() == "SIGUSR1 received" and stop.exit_code() == EXIT_REQUEUE
+        assert stop.reason() == "SIGUSR1 received" and stop.exit_code() == REQUEUE
     with StopRequest(stop_file, None) as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.exit_code() == 128 + signal.SIGTERM
     with StopRequest(stop_file, 1e-9) as stop:
         assert stop.reason() == "--max-hours 1e-09 is over" and stop.exit_code() == 0
         monkeypatch.setenv("KSUB_REQUEUE", "1")
-        assert stop.exit_code() == EXIT_REQUEUE
+        assert stop.exit_code() == REQUEUE
         stop_file.touch()  # a person's wish goes before
         assert stop.exit_code() == 0

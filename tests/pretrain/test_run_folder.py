@@ -10,7 +10,6 @@ import pytest
 
 from ksub_ds.cluster import launch
 from ksub_ds.common.errors import UserError
-from ksub_ds.pretrain import run_folder
 from ksub_ds.pretrain.run_folder import RunFolder
 
 
@@ -18,7 +17,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(UserError, match="its file system cannot lock files"):
         RunFolder(tmp_path / "run").lock()
 
@@ -63,7 +62,7 @@ def test_a_restart_waits_for_the_folder(tmp_path: Path, monkeypatch: pytest.Monk
             (tmp_path / "run" / ".lock").touch()
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch.fcntl, "flock", as_on_nfs)
+        patch.setattr(fcntl, "flock", as_on_nfs)
         patch.setattr(launch.time, "sleep", release)
         (tmp_path / "run" / "recipe.json").touch()  # a run: the lock's file stays
         launch.wait_for_lock(tmp_path / "run")

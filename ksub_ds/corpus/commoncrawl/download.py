@@ -9,7 +9,6 @@ by Range. A file gets its name only when it is as long as the server said.
 """
 
 import contextlib
-import fcntl
 import http.client
 import os
 import queue
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import fsync_path
+from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import Progress, get_logger
 
 LARGEST_FILE = 4 << 30  # bytes; Common Crawl's have about 150 MB
@@ -273,9 +273,4 @@ def _body_range(response: http.client.HTTPResponse, offset: int) -> tuple[int, i
 def _locked(path: Path) -> Iterator[bool]:
     """Yield whether an exclusive lock could be taken, without waiting; a process that ends frees it."""
     with path.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield try_lock(stream)

@@ -5,7 +5,6 @@ OUT/tokenizer/      a copy of the tokenizer
 OUT/manifest.json   written last, when every language is there
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import LEFTOVER, atomic_folder, read_json, sha256_file, write_json
+from ksub_ds.common.lock import try_lock
 from ksub_ds.corpus.shards.dataset import FORMAT_VERSION, dataset_fingerprint
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
 
@@ -40,13 +40,17 @@ def locked(folder: Path) -> Iterator[None]:
     """Lock the folder for this process; the lock ends with the process at the latest.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or its file system cannot lock files.
     """
     with open(folder / ".lock", "w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = try_lock(stream)
         except OSError as error:
-            raise UserError(f"--out {folder}: another run is writing shards there; wait for it") from error
+            raise UserError(
+                f"--out {folder}: its file system cannot lock files ({error.strerror}); choose another folder"
+            ) from error
+        if not held:
+            raise UserError(f"--out {folder}: another run is writing shards there; wait for it")
         yield
 
 

@@ -9,7 +9,6 @@ number, and a holder that was only delayed finds a higher number than its own.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import TEMPORARY_SUFFIX, fsync_path, json_bytes
+from ksub_ds.common.lock import try_lock
 
 HEARTBEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 90.0  # without a heartbeat, seen from another machine
@@ -58,7 +58,7 @@ def make_once(path: Path, content: bytes, lock: bool = False) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as stream:
             if lock:  # before the file has its name: nobody sees it unlocked
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try_lock(stream)
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -97,12 +97,9 @@ def is_locked(path: Path) -> bool:
     """Return whether a living process of this machine holds a lock on the file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not try_lock(descriptor, shared=True)
     finally:
         os.close(descriptor)
-    return False
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def test_ctrl_c_is_one_line(tiny_tokenizer: Path, tmp_path: Path, make_documents
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 130
     assert [line for line in errors.splitlines() if not line[:1].isdigit()] == [
-        "interrupted; the same command continues"
+        "interrupted; run the same command again to resume"
     ]
     assert not list((tmp_path / "out").glob(".en.*.partial"))
 
@@ -411,4 +411,4 @@ def test_a_full_disk_is_one_line(tiny_text: Path, tiny_tokenizer: Path, tmp_path
     options = f" --input {tiny_text} --tokenizer {tiny_tokenizer} --out {tmp_path / 'out'} --sequence-length 64"
     done = subprocess.run(["bash", "-c", command + options], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "File too large; mend it" in done.stderr.strip().splitlines()[-1]
+    assert "File too large; fix it" in done.stderr.strip().splitlines()[-1]

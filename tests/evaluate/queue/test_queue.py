@@ -216,6 +216,6 @@ def test_a_folder_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(leases_module.fcntl, "flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     with pytest.raises(UserError, match=r"No locks available.* file locks"):
         run_worker([WritingPlan(tmp_path)])

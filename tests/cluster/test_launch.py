@@ -1,4 +1,4 @@
-"""The rooms behind launch/pretrain.sh, without a cluster: what travels, who is killed, what is said at the end."""
+"""What launch/pretrain.sh calls, without a cluster: what travels, what is killed, what the last line says."""
 
 import json
 import os
@@ -11,31 +11,33 @@ from pathlib import Path
 import pytest
 
 from ksub_ds.cluster import hostfile, inspection, launchers, remote
-from ksub_ds.cluster.attempt import Outcome, Rank
-from ksub_ds.cluster.cleanup import of_launch
-from ksub_ds.cluster.exit_status import judge
-from ksub_ds.cluster.launch_spec import LAUNCH_ID, Errand, travelling_environment, write_environment_file
+from ksub_ds.cluster.attempt import AttemptOutcome, RankStatus
+from ksub_ds.cluster.cleanup import processes_of_launch
+from ksub_ds.cluster.exit_status import classify_exit
+from ksub_ds.cluster.launch_spec import LAUNCH_ID, LaunchSpec, travelling_environment, write_environment_file
 from ksub_ds.cluster.options import split_arguments
 from ksub_ds.common.errors import UserError
 
 
 def test_words_survive_a_shell() -> None:
-    errand = Errand("id", "/a folder/$(x)", {"HF_HOME": "a'b\"c"}, ["--out", "r;n *", "$HOME", "\\", "ü"])
-    word = errand.pack()
+    spec = LaunchSpec("id", "/a folder/$(x)", {"HF_HOME": "a'b\"c"}, ["--out", "r;n *", "$HOME", "\\", "ü"])
+    word = spec.pack()
     shown = subprocess.run(["sh", "-c", f"printf %s {word}"], capture_output=True, text=True, check=True).stdout
-    assert Errand.unpack(shown) == errand
+    assert LaunchSpec.unpack(shown) == spec
 
 
 def test_environment_travels_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         monkeypatch.delenv(name)
-    values = {"HF_HOME": "/a b", "HF_TOKEN": "hf_x", "WANDB_API_KEY": "k", "OMP_NUM_THREADS": "2", "EDITOR": "vi"}
-    for name, value in (values | {"HOME": str(tmp_path / "home"), LAUNCH_ID: "outer"}).items():
+    values = {"HF_HOME": "/a b", "OMP_NUM_THREADS": "2", "PYTHONPATH": "/lib", "TOKENIZERS_PARALLELISM": "no"}
+    others = {"HF_TOKEN": "hf_x", "HF_TOKEN_2": "hf_y", "WANDB_API_KEY": "k", "KSUB_PASSWORD": "p", "EDITOR": "vi"}
+    for name, value in (values | others | {"HOME": str(tmp_path / "home"), LAUNCH_ID: "outer"}).items():
         monkeypatch.setenv(name, value)
-    assert travelling_environment() == {"HF_HOME": "/a b", "OMP_NUM_THREADS": "2"}
+    assert travelling_environment() == values
     (tmp_path / ".deepspeed_env").write_text("# mine\nNCCL_DEBUG=INFO\n\nOMP_NUM_THREADS=4\n")
     write_environment_file(tmp_path / "written", tmp_path)
-    assert (tmp_path / "written").read_text() == "OMP_NUM_THREADS=4\nNCCL_DEBUG=INFO\n"
+    lines = (tmp_path / "written").read_text().splitlines()
+    assert lines == ["OMP_NUM_THREADS=4", "PYTHONPATH=/lib", "TOKENIZERS_PARALLELISM=no", "NCCL_DEBUG=INFO"]
 
 
 def test_the_trainers_last_value_counts() -> None:
@@ -67,20 +69,20 @@ def test_a_host_is_a_name(tmp_path: Path, name: str) -> None:
         hostfile.read_hostfile(str(tmp_path / "hosts"))
 
 
-def outcome(*codes: int | None, spoken: str = "", lost: dict[str, str] | None = None) -> Outcome:
+def outcome(*codes: int | None, reported: str = "", lost: dict[str, str] | None = None) -> AttemptOutcome:
     """Ranks 0, 1, ... on node1, node2, ..., which ended in this order."""
-    ranks = {number: Rank(f"node{number + 1}", 0.0, code, number) for number, code in enumerate(codes)}
-    return Outcome(ranks, lost or {}, launcher_codes=[1], verdicts=[spoken] if spoken else [])
+    ranks = {number: RankStatus(f"node{number + 1}", 0.0, code, number) for number, code in enumerate(codes)}
+    return AttemptOutcome(ranks, lost or {}, launcher_codes=[1], failure_lines=[reported] if reported else [])
 
 
-def test_verdicts(tmp_path: Path) -> None:
+def test_exit_statuses(tmp_path: Path) -> None:
     record = tmp_path / "failure.json"
     for given, code, line, restart in (
         (outcome(0, 0), 0, "", False),
-        (outcome(2, 2, spoken="error: x"), 2, "error: x", False),
+        (outcome(2, 2, reported="error: x"), 2, "error: x", False),
         (outcome(2, -15), 2, "error: rank 0 on node1 ended first: exit code 2", False),
-        (outcome(70, -9, spoken="failed: rank 0 on node1: reset"), 70, "failed: rank 1 on node2 was killed by", True),
-        (outcome(70, 70, spoken="failed: rank 1 hangs"), 70, "failed: rank 1 hangs", True),
+        (outcome(70, -9, reported="failed: rank 0 on node1: reset"), 70, "failed: rank 1 on node2 was killed by", True),
+        (outcome(70, 70, reported="failed: rank 1 hangs"), 70, "failed: rank 1 hangs", True),
         (outcome(-15, 70), 70, "failed: rank 0 on node1 ended first: killed by signal 15 (SIGTERM)", True),
         (outcome(None, None), 70, "failed: the launcher ended with exit code 1, and with it rank 0 on node1", True),
         (outcome(70, None, lost={"node2": "cut"}), 70, "failed: host node2 (rank 1) is lost: cut", True),
@@ -88,56 +90,58 @@ def test_verdicts(tmp_path: Path) -> None:
         (outcome(143, 0), 70, "failed: rank 0 on node1 ended first: exit code 143", True),
         (outcome(), 70, "failed: no rank started", False),
     ):
-        verdict = judge(given, record, None)
-        assert (verdict.code, verdict.restart_may_help) == (code, restart), given
-        assert verdict.line.startswith(line) and bool(verdict.line) == bool(line), verdict
-    assert judge(outcome(0, 0), record, signal.SIGTERM).code == 143
+        status = classify_exit(given, record, None)
+        assert (status.code, status.restart_may_help) == (code, restart), given
+        assert status.line.startswith(line) and bool(status.line) == bool(line), status
+    assert classify_exit(outcome(0, 0), record, signal.SIGTERM).code == 143
     half = outcome(None, 70)
-    half.gone["node1"] = 247
-    assert judge(half, record, None).line.startswith("failed: rank 0 on node1 is gone: DeepSpeed's launcher there")
+    half.launcher_failed["node1"] = 247
+    assert classify_exit(half, record, None).line.startswith(
+        "failed: rank 0 on node1 is gone: DeepSpeed's launcher there"
+    )
     record.write_text(json.dumps({"rank": 1, "host": "node2", "step": 4, "reason": "hangs", "exit_code": 70}))
-    assert judge(outcome(70, -15), record, None).line == "failed: rank 1 on node2 at step 4: hangs"
+    assert classify_exit(outcome(70, -15), record, None).line == "failed: rank 1 on node2 at step 4: hangs"
 
 
-def guardian(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    word = Errand("the-launch", str(folder), {}, list(arguments)).pack()
+def supervisor(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    word = LaunchSpec("the-launch", str(folder), {}, list(arguments)).pack()
     command = [sys.executable, "-m", "ksub_ds.cluster.worker", word]
     changed = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=changed, text=True)
 
 
-def test_the_guardian_tells_how_its_rank_ended(tmp_path: Path) -> None:
-    done = guardian(tmp_path, "--help")
+def test_the_supervisor_reports_how_its_rank_ended(tmp_path: Path) -> None:
+    done = supervisor(tmp_path, "--help")
     lines = done.communicate(timeout=60)[1].splitlines()
     marks = [line.split("|")[:4] for line in lines]
     assert {tuple(mark[:3]) for mark in marks} == {("ksub", os.uname().nodename, "1")}
     assert marks[0][3] == "start" and lines[-1].endswith("|1|end|0")
     assert any("--max-steps" in line for line in lines[1:-1]) and done.returncode == 0
-    assert guardian(tmp_path / "missing").wait(timeout=60) == 2
+    assert supervisor(tmp_path / "missing").wait(timeout=60) == 2
 
 
-@pytest.mark.parametrize("cause", ["lifeline", "guardian killed", "worker killed"])
+@pytest.mark.parametrize("cause", ["lifeline", "supervisor killed", "worker killed"])
 def test_no_worker_outlives_its_launch(tmp_path: Path, cause: str) -> None:
     """The worker here waits for a rank 0 that never comes."""
     shards, codes = tmp_path / "shards", tmp_path / "codes"
-    process = guardian(tmp_path, *f"--preset tiny --data {shards} --codes {codes} --out run".split())
+    process = supervisor(tmp_path, *f"--preset tiny --data {shards} --codes {codes} --out run".split())
     assert process.stderr is not None
     worker = int(process.stderr.readline().split("|")[-1])
-    assert worker in of_launch("the-launch")
+    assert worker in processes_of_launch("the-launch")
     if cause == "lifeline":
         process.stderr.close()
     else:
-        os.kill(process.pid if cause.startswith("guardian") else worker, signal.SIGKILL)
+        os.kill(process.pid if cause.startswith("supervisor") else worker, signal.SIGKILL)
     code = process.wait(timeout=60)
     deadline = time.monotonic() + 30
-    while of_launch("the-launch") and time.monotonic() < deadline:
+    while processes_of_launch("the-launch") and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not of_launch("the-launch")
+    assert not processes_of_launch("the-launch")
     if cause == "worker killed":
         assert code == 137 and process.stderr.read().endswith("|1|end|-9\n")
 
 
-def test_the_sweep_ends_its_own_launch_only() -> None:
+def test_the_cleanup_ends_its_own_launch_only() -> None:
     changed = os.environ | {LAUNCH_ID: "mine"}
     sleepers = [subprocess.Popen(["sleep", "60"], env=changed | {LAUNCH_ID: name}) for name in ("mine", "other")]
     try:
@@ -151,12 +155,12 @@ def test_the_sweep_ends_its_own_launch_only() -> None:
 
 
 def test_a_host_inspects_itself(tmp_path: Path) -> None:
-    question = {"folder": str(tmp_path), "out": "run", "codes": "none", "data": "none", "peer": "localhost"}
+    check = {"folder": str(tmp_path), "out": "run", "codes": "none", "data": "none", "peer": "localhost"}
     words = remote.python_module("ksub_ds.cluster.inspection")
-    answer = json.loads(remote.run_on("localhost", None, words, json.dumps(question)).output)
-    assert [problem.split(":")[0] for problem in answer["problems"]] == ["--codes", "--data"]
-    assert answer["versions"] == inspection.versions() and answer["port"] > 0
+    report = json.loads(remote.run_on("localhost", None, words, json.dumps(check)).output)
+    assert [problem.split(":")[0] for problem in report["problems"]] == ["--codes", "--data"]
+    assert report["versions"] == inspection.versions() and report["port"] > 0
     assert list(tmp_path.iterdir()) == []  # whether the run folder can be made was tried beside it
     (tmp_path / "file").write_text("")
-    again = inspection.inspect(inspection.Question(str(tmp_path), out="file/run"))
+    again = inspection.inspect(inspection.HostCheck(str(tmp_path), out="file/run"))
     assert again.problems == ["--out file/run: cannot be written (Not a directory)"]

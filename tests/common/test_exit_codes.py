@@ -1,0 +1,70 @@
+"""Exit codes: what a program's end becomes on stderr and for the shell."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import BROKEN_PIPE, INTERRUPTED, exit_code_of_signal, run_main
+
+
+def raising(error: BaseException):
+    def main() -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "line"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 75, 75, ""),
+        (raising(UserError("--out: is missing")), 2, "error: --out: is missing\n"),
+        (raising(KeyboardInterrupt()), 130, "interrupted; run the same command again to resume\n"),
+    ],
+)
+def test_one_line_and_a_code(main, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(main) == code
+    assert capsys.readouterr().err == line
+
+
+def test_other_errors_and_exits_pass() -> None:
+    with pytest.raises(SystemExit):
+        run_main(raising(SystemExit(0)))
+    with pytest.raises(KeyError):
+        run_main(raising(KeyError("a bug")))
+
+
+def test_an_error_of_all_ranks_is_printed_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, agreed, lines in (("0", True, 1), ("1", True, 0), ("1", False, 1), ("one", True, 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert run_main(raising(UserError("no such file", agreed=agreed))) == 2
+        assert capsys.readouterr().err.count("error: no such file") == lines
+
+
+def test_codes_of_signals() -> None:
+    assert exit_code_of_signal(signal.SIGINT) == INTERRUPTED and exit_code_of_signal(signal.SIGPIPE) == BROKEN_PIPE
+
+
+PROGRAM = "import sys; from ksub_ds.common.exit_codes import run_main; sys.exit(run_main(lambda: print('x' * 10**6)))"
+
+
+def test_a_reader_that_has_exited() -> None:
+    writer = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout is not None and writer.stderr is not None
+    writer.stdout.close()
+    assert (writer.wait(60), writer.stderr.read()) == (141, b"")
+
+
+def test_the_import_is_cheap() -> None:
+    program = (
+        "import sys; import ksub_ds.common.exit_codes; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "tyro", "transformers"} & set(done.stdout.split())
