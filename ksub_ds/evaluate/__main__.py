@@ -31,7 +31,7 @@ Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
-class Command(Generic[Settings]):
+class Subcommand(Generic[Settings]):
     """One `ksub evaluate NAME`: its options, and what it does with them."""
 
     settings: type[Settings]
@@ -99,10 +99,10 @@ def _print_status(settings: StatusSettings) -> None:
     print(status(settings))
 
 
-COMMANDS: dict[str, Command[Any]] = {
-    **{name: Command(settings, _evaluate) for name, settings in SETTINGS.items()},
-    "watch": Command(WatchSettings, watch),
-    "status": Command(StatusSettings, _print_status),
+COMMANDS: dict[str, Subcommand[Any]] = {
+    **{name: Subcommand(settings, _evaluate) for name, settings in SETTINGS.items()},
+    "watch": Subcommand(WatchSettings, watch),
+    "status": Subcommand(StatusSettings, _print_status),
 }
 
 
