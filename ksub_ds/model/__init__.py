@@ -1,1 +1,1 @@
-"""Floor 2: sub-embedding tables, the exact softmax over them, and HuggingFace models built on both."""
+"""Sub-embedding tables, the exact softmax over them, and HuggingFace models built on both."""
