@@ -12,7 +12,7 @@ if [ -n "${SLURM_SUBMIT_DIR:-}" ] && [ "${script##*/}" = slurm_script ]; then
     script=$SLURM_SUBMIT_DIR/launch/evaluate.sh # sbatch runs a copy from its spool folder
 fi
 root=$(cd "$(dirname "$script")/.." && pwd)
-if [ -x "$root/.venv/bin/python" ] && ! python -c 'import ksub_ds' 2>/dev/null; then
+if [ -x "$root/.venv/bin/python" ] && ! python -c 'import sys, importlib.util; sys.exit(not importlib.util.find_spec("ksub_ds"))' 2>/dev/null; then
     PATH=$root/.venv/bin:$PATH
 fi
 if command -v python >/dev/null; then python=python; else python=python3; fi

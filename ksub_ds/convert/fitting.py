@@ -51,7 +51,7 @@ class Fit:
 def fit_tables(
     vectors: np.ndarray, table: CodeTable, mixing: Mixing = "linear", weights: np.ndarray | None = None
 ) -> Fit:
-    """The tables, and A, that come nearest to `vectors` under the codes.
+    """Fit tables, and A, to `vectors` under the codes.
 
     Args:
         vectors: (N, d).

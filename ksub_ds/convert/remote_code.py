@@ -32,7 +32,7 @@ class _Module:
 
 
 def write_remote_code(folder: Path, model: Any) -> None:
-    """Put the modelling file into a saved folder and name its classes in config.json."""
+    """Write the modelling file into a saved folder and name its classes in config.json."""
     import ksub_ds
 
     home, family = type(model).__module__, type(model).config_class.__name__.removesuffix("Config")
@@ -51,7 +51,7 @@ def write_remote_code(folder: Path, model: Any) -> None:
 
 
 def bundle(home: str, names: list[str]) -> str:
-    """Source of the named definitions of module `home` and of everything in this package that they use."""
+    """Return the source of the named definitions of module `home` and of everything in this package that they use."""
     modules: dict[str, _Module] = {}
     order: list[str] = []
     wanted: set[tuple[str, str]] = set()

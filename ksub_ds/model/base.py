@@ -1,6 +1,6 @@
-"""What every model over sub-embeddings shares, whatever encoder stands above: saving, loading, growing.
+"""What every model over sub-embeddings shares, whatever its encoder: saving, loading, resizing.
 
-Codes among the weights, the guard against the plain classes, resize_token_embeddings. The loss is masked_lm.py's.
+The codes are saved among the weights, with a guard against the plain classes. The loss is in masked_lm.py.
 """
 
 import copy
@@ -18,7 +18,11 @@ from ksub_ds.model.embedding import SubEmbedding
 
 
 def with_table(config: Any, table: CodeTable | None) -> tuple[Any, CodeTable]:
-    """The configuration with the table's sizes, and the table; without one, a stand-in on the meta device."""
+    """Return the configuration with the table's sizes, and the table; without one, a stand-in on the meta device.
+
+    Raises:
+        ValueError: the table has another number of tokens, or there is none outside the meta device.
+    """
     if table is not None:
         if config.vocab_size != table.num_tokens:
             raise ValueError(f"config.vocab_size {config.vocab_size} is not the code table's {table.num_tokens} tokens")
@@ -32,11 +36,11 @@ def with_table(config: Any, table: CodeTable | None) -> tuple[Any, CodeTable]:
 
 
 class SubEmbeddingModel(PreTrainedModel):
-    """What all our models share: initial values, saving with the guard, loading with a check of the codes."""
+    """Base class of our models: initial values, saving with the guard, loading with a check of the codes."""
 
-    # The guard stored beside our weights has a shape no model can take: RobertaForMaskedLM and its kin would else
-    # read our folder, find no embedding, and go on with a random one after a mere warning.
-    # (Who passes ignore_mismatched_sizes=True has asked for just that.)
+    # The guard stored beside our weights has a shape that no model accepts. Without it, RobertaForMaskedLM and its
+    # like would read our folder, find no embedding, and continue with a random one after a mere warning.
+    # (Users who pass ignore_mismatched_sizes=True have asked for just that.)
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.(word|tok)_embeddings\.weight$"]
 
     @torch.no_grad()
@@ -52,14 +56,14 @@ class SubEmbeddingModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """As transformers', with the codes among the weights and a guard against the plain classes."""
+        """Save as transformers does, with the codes among the weights and a guard against the plain classes."""
         stored = dict(self.state_dict() if state_dict is None else state_dict)
         stored[f"{self.embedding_name()}.weight"] = torch.zeros(0)
         super().save_pretrained(save_directory, *args, state_dict=stored, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'.
+        """Load as transformers does, and check the codes.
 
         Raises:
             ValueError: the stored codes are absent or damaged.
@@ -75,24 +79,28 @@ class SubEmbeddingModel(PreTrainedModel):
         return loaded
 
     def embedding_name(self) -> str:
-        """The name of the sub-embedding among the modules."""
+        """Return the name of the sub-embedding among the modules."""
         return next(name for name, module in self.named_modules() if isinstance(module, SubEmbedding))
 
     def get_input_embeddings(self) -> SubEmbedding:
-        """The one sub-embedding, which the decoder is tied to."""
+        """Return the one sub-embedding, which the decoder is tied to."""
         return self.get_submodule(self.embedding_name())
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Only another SubEmbedding fits: the loss is tied to it."""
+        """Replace the sub-embedding by another one.
+
+        Raises:
+            ValueError: it is not a SubEmbedding, which the loss needs.
+        """
         if not isinstance(value, SubEmbedding):
             raise ValueError(f"the input embedding must be a SubEmbedding, not {type(value).__name__}")
         self.set_submodule(self.embedding_name(), value)
 
     def get_output_embeddings(self) -> None:
-        """None: the decoder is tied inside the model, there is no output matrix to tie or resize."""
+        """Return None: the decoder is tied inside the model, and there is no output matrix to tie or resize."""
 
     def code_table(self) -> CodeTable:
-        """The codes this model was built with."""
+        """Return the codes of this model."""
         return self.get_input_embeddings().code_table()
 
     def resize_token_embeddings(
@@ -102,7 +110,7 @@ class SubEmbeddingModel(PreTrainedModel):
         mean_resizing: bool = True,
         vectors: Any = None,
     ) -> SubEmbedding:
-        """Give new tokens unused codes, or take the last tokens away. The tables stay: only the bias grows.
+        """Give new tokens unused codes, or remove the last tokens. The tables stay as they are: only the bias grows.
 
         Logits of the old tokens stay the same bit for bit. A new token's bias is the mean of the old ones.
 
@@ -113,8 +121,11 @@ class SubEmbeddingModel(PreTrainedModel):
             vectors: (new tokens, d) vectors like this model's embeddings: each new token goes to the nearest leaf
                 with a free code (`extend_codes`).
 
+        Returns:
+            The sub-embedding, with the new codes.
+
         Raises:
-            ValueError: the tables have fewer unused codes than there are new tokens (with the count).
+            ValueError: the size is below 1, or the tables have fewer unused codes than there are new tokens.
         """
         layer = self.get_input_embeddings()
         old = self.config.vocab_size
@@ -137,4 +148,4 @@ class SubEmbeddingModel(PreTrainedModel):
         return layer
 
     def _resize_bias(self, size: int, mean_resizing: bool) -> None:
-        """Models without a bias per token have nothing to do."""
+        """Resize the bias per token, in models that have one."""

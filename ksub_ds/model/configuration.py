@@ -36,10 +36,10 @@ class KSubRobertaConfig(RobertaConfig):
     embedding_mixing: bool = False
 
     def validate_architecture(self) -> None:
-        """Called by transformers when a configuration is built.
+        """Check the sizes; transformers calls this when a configuration is built.
 
         Raises:
-            ValueError: sizes that do not fit each other.
+            ValueError: the sizes do not fit each other.
         """
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -57,17 +57,17 @@ class KSubRobertaConfig(RobertaConfig):
 
     @classmethod
     def roberta_medium(cls, **overrides: Any) -> "KSubRobertaConfig":
-        """RoBERTa-MEDIUM of the paper's Table 5: 8 layers, d = 512, vocabulary of roberta-base."""
+        """Return RoBERTa-MEDIUM of the paper's Table 5: 8 layers, d = 512, vocabulary of roberta-base."""
         return cls._preset({"vocab_size": 50265}, overrides)
 
     @classmethod
     def xlmr_medium(cls, **overrides: Any) -> "KSubRobertaConfig":
-        """XLM-R-MEDIUM of the paper's Table 5: 8 layers, d = 512, vocabulary of xlm-roberta-base."""
+        """Return XLM-R-MEDIUM of the paper's Table 5: 8 layers, d = 512, vocabulary of xlm-roberta-base."""
         return cls._preset({"vocab_size": 250002}, overrides)
 
     @classmethod
     def small(cls, **overrides: Any) -> "KSubRobertaConfig":
-        """6 layers, d = 384 (10.6M parameters outside the embedding): for experiments; give your codes' vocab_size."""
+        """Return 6 layers, d = 384 (10.6M parameters outside the embedding): for experiments; pass your vocab_size."""
         fields = {
             "hidden_size": 384,
             "num_hidden_layers": 6,
@@ -78,7 +78,7 @@ class KSubRobertaConfig(RobertaConfig):
 
     @classmethod
     def tiny(cls, **overrides: Any) -> "KSubRobertaConfig":
-        """2 layers, d = 128: for trials and tests; give the vocab_size of your codes."""
+        """Return 2 layers, d = 128: for trials and tests; pass the vocab_size of your codes."""
         fields = {
             "hidden_size": 128,
             "num_hidden_layers": 2,

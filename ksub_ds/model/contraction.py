@@ -201,6 +201,7 @@ class SumBy:
         self.matrix = csr_matrix(index[order], order, ones, (size, len(index)))
 
     def __call__(self, values: Tensor) -> Tensor:
+        """Add up the columns of (R, T) values: (R, size)."""
         return (self.matrix @ values.t()).t()
 
 

@@ -72,7 +72,7 @@ class Teacher:
         bias = model.decoder_bias if isinstance(model, SubMaskedLM) else model.get_output_embeddings().bias
         self.bias = None if bias is None else bias.detach()[: self.num_tokens].to(device)
         if not isinstance(model, SubMaskedLM):
-            model.set_output_embeddings(_Through())  # its "logits" are now the decoder's inputs
+            model.set_output_embeddings(_Identity())  # its "logits" are now the decoder's inputs
         self.model = model.to(device).eval().requires_grad_(False)
         self.columns: list[Tensor] = []  # of each table: where its codes stand among all tables', by token
         self.width = 0
@@ -82,7 +82,7 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> SoftTargets:
-        """What it predicts at the labelled positions of a batch (batch, length), in the order of `labels != -100`."""
+        """Predict at the labelled positions of a batch (batch, length), in the order of `labels != -100`."""
         positions = labels != -100
         if isinstance(self.model, SubMaskedLM):
             states = self.model._decoder_input_at(input_ids, positions, attention_mask)
@@ -103,8 +103,8 @@ class Teacher:
         return SoftTargets(marginals, totals, entropy.float())
 
 
-class _Through(nn.Module):
-    """A decoder that hands its input on."""
+class _Identity(nn.Module):
+    """A decoder that returns its input."""
 
     bias = None
 

@@ -118,4 +118,5 @@ class SubEmbedding(nn.Module):
         self._structure = None  # the codes may have been overwritten in place
 
     def extra_repr(self) -> str:
+        """Describe the sizes, for `repr`."""
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, tables={self.table_sizes}"

@@ -1,7 +1,7 @@
-"""Other encoder families over sub-embeddings: BERT, ELECTRA, DistilBERT and ModernBERT, both ends.
+"""Other encoder families over sub-embeddings: BERT, ELECTRA, DistilBERT and ModernBERT.
 
 transformers' own class builds everything with a vocabulary of a few tokens; then our embedding takes the place of
-its word embedding, and the decoder goes. RoBERTa, XLM-R and CamemBERT are one network and have their classes in
+its word embedding, and the decoder is removed. RoBERTa, XLM-R and CamemBERT are one network and have their classes in
 modeling.py. Each family has a model type of its own, so that its folder is never taken for a plain one.
 """
 
@@ -42,7 +42,7 @@ class GraftedModel(SubEmbeddingModel):
     Args:
         config: `config.vocab_size` must be the table's number of tokens.
         table: the codes; None only when transformers loads a saved folder.
-        keywords: what transformers' class takes besides, such as `add_pooling_layer`.
+        keywords: further arguments of transformers' class, such as `add_pooling_layer`.
     """
 
     bare_class: ClassVar[type | None] = None  # our class of the encoder inside; None: this is it
@@ -65,11 +65,11 @@ class GraftedModel(SubEmbeddingModel):
         self._replace_decoder(table.num_tokens)
 
     def _replace_decoder(self, num_tokens: int) -> None:
-        """Nothing, without a masked-token head."""
+        """Replace the decoder, in models with a masked-token head."""
 
 
 class TokenBias(nn.Module):
-    """What is left of a decoder whose matrix is the embedding: one bias a token."""
+    """A decoder without its matrix, which is the embedding: one bias per token."""
 
     def __init__(self, num_tokens: int):
         super().__init__()
@@ -213,7 +213,7 @@ class KSubModernBertConfig(ModernBertConfig):
 
 
 class GraftedModernBert(GraftedModel):
-    """What ModernBERT's classes share: initial values for an embedding and a decoder without `weight`."""
+    """Base class of our ModernBERT models: initial values for an embedding and a decoder without `weight`."""
 
     config_class = KSubModernBertConfig
     place = "embeddings.tok_embeddings"

@@ -12,15 +12,15 @@ from ksub_ds.model.replacement import CLASSES
 
 
 def _classes() -> dict[str, Any]:
-    """Plain classes and ours, by name."""
+    """Return the plain classes and ours, by name."""
     return {each.__name__: each for pair in CLASSES.items() for each in pair}
 
 
 def open_config(name: str | Path) -> PretrainedConfig:
-    """The configuration of a model that can be compressed, from a folder or by its name.
+    """Read the configuration of a model that can be compressed, from a folder or by its name.
 
     Raises:
-        UserError: nothing of that name, or another kind of model.
+        UserError: there is no such model, or it is of another kind.
     """
     register()
     path = Path(name)
@@ -40,7 +40,7 @@ def open_config(name: str | Path) -> PretrainedConfig:
 
 
 def open_model(name: str | Path) -> PreTrainedModel:
-    """A model that can be compressed, from safetensors only and without its own code.
+    """Open a model that can be compressed, from safetensors only and without its own code.
 
     Raises:
         UserError: as `open_config`, or only pickled weights.

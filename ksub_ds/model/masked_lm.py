@@ -1,5 +1,6 @@
-"""The masked language model over sub-embeddings, whatever encoder stands above: the exact masked-token loss, tied to
-the input tables without an N x d matrix.
+"""The masked language model over sub-embeddings, whatever its encoder.
+
+Its loss is the exact masked-token loss, tied to the input tables without an N x d matrix.
 """
 
 from typing import Any, ClassVar
@@ -16,22 +17,22 @@ from ksub_ds.model.softmax import factorized_cross_entropy, log_partition
 class SubMaskedLM(SubEmbeddingModel):
     """A masked language model whose loss is exact over all N tokens and never holds N logits.
 
-    A family says where its head and its bias are: `_decoder_input` and `_decoder_bias_module`.
+    Each family defines where its head and its bias are: `_decoder_input` and `_decoder_bias_module`.
     """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
     def _decoder_input(self, states: Tensor) -> Tensor:
-        """(..., h) last states of the encoder -> (..., d) decoder inputs: the head without the decoder."""
+        """Apply the head without the decoder: (..., h) last states of the encoder -> (..., d) decoder inputs."""
         raise NotImplementedError
 
     def _decoder_bias_module(self) -> nn.Module:
-        """The module whose `bias` is the decoder's, (N,), or None."""
+        """Return the module whose `bias` is the decoder's, (N,) or None."""
         raise NotImplementedError
 
     @property
     def decoder_bias(self) -> Tensor | None:
-        """(N,) the bias per token, or None."""
+        """The bias per token, (N,), or None."""
         return self._decoder_bias_module().bias
 
     def _resize_bias(self, size: int, mean_resizing: bool) -> None:
@@ -56,18 +57,24 @@ class SubMaskedLM(SubEmbeddingModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | tuple:
-        """Loss at the labelled positions, or dense logits when there are no labels.
+        """Compute the loss at the labelled positions, or dense logits when there are no labels.
 
         Args:
-            input_ids, attention_mask: (batch, length).
+            input_ids: (batch, length) token ids.
+            attention_mask: (batch, length), 0 at padding.
             labels: (batch, length) token ids, -100 where nothing is predicted. Only labelled
                 positions reach the head; the logits are then None unless `output_logits`.
             loss_reduction: "mean" over labelled positions, or "sum".
             output_logits: also return (batch, length, N) logits. N is wide.
             output_correct: also return, as `correct`, at how many labelled positions the label is the most
                 probable token.
-            soft_targets, soft_weight: a teacher's distributions at the labelled positions (distillation.py), and
-                their share of the loss.
+            soft_targets: a teacher's distributions at the labelled positions (distillation.py), or None.
+            soft_weight: their share of the loss.
+            return_dict: return a `MaskedLMOutput` rather than a tuple. [as the configuration says]
+            **kwargs: passed to the encoder.
+
+        Returns:
+            Loss, logits, and the encoder's hidden states and attentions if asked for.
         """
         outputs = self.base_model(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         states = outputs.last_hidden_state
@@ -78,8 +85,8 @@ class SubMaskedLM(SubEmbeddingModel):
             decoder_input, targets, bias = self._decoder_input(states[labelled]), labels[labelled], self.decoder_bias
             loss = factorized_cross_entropy(decoder_input, embedding, targets, bias, reduction=loss_reduction)
             if soft_targets is not None and soft_weight:
-                change = _distillation_delta(decoder_input, embedding, targets, bias, soft_targets)
-                loss = loss + soft_weight * (change / len(targets) if loss_reduction == "mean" else change)
+                delta = _distillation_delta(decoder_input, embedding, targets, bias, soft_targets)
+                loss = loss + soft_weight * (delta / len(targets) if loss_reduction == "mean" else delta)
             if output_correct:
                 _, best = embedding.predict_topk(decoder_input, 1, bias)
                 correct = (best.squeeze(1) == targets).sum()
@@ -101,8 +108,8 @@ class SubMaskedLM(SubEmbeddingModel):
     def score_masked(
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[float, int, int]:
-        """Summed loss, number of labelled positions whose most probable token is the label, and their count."""
-        # By way of forward: there alone ZeRO 3 gathers the weights that it has shared out.
+        """Return the summed loss, how many labels are the most probable token, and the number of labelled positions."""
+        # Through forward, the only place where ZeRO 3 gathers the partitioned weights.
         output = self(
             input_ids, attention_mask=attention_mask, labels=labels, loss_reduction="sum", output_correct=True
         )
@@ -112,10 +119,13 @@ class SubMaskedLM(SubEmbeddingModel):
     def predict_topk(
         self, input_ids: Tensor, positions: Tensor, k: int, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The k most probable tokens at chosen positions, without N logits.
+        """Find the k most probable tokens at chosen positions, without N logits.
 
         Args:
+            input_ids: (batch, length) token ids.
             positions: (batch, length) booleans; P of them true.
+            k: how many, 1 <= k <= N.
+            attention_mask: (batch, length), 0 at padding.
 
         Returns:
             (P, k) probabilities and (P, k) token ids, most probable first.
@@ -130,14 +140,14 @@ class SubMaskedLM(SubEmbeddingModel):
 def _distillation_delta(
     hidden: Tensor, layer: SubEmbedding, labels: Tensor, bias: Tensor | None, soft_targets: Any
 ) -> Tensor:
-    """KL to the teacher minus cross-entropy of the labels, summed over the rows: log Z cancels (distillation.py)."""
+    """Return the KL to the teacher minus the cross-entropy of the labels, summed over rows: log Z cancels."""
     parts = layer.to_tables(hidden).split(layer.widths, dim=-1)
-    change = -soft_targets.entropy
+    delta = -soft_targets.entropy
     label_codes = layer.codes[labels].long()
     marginals = soft_targets.marginals.split(layer.table_sizes, dim=1)
     for k, (part, table) in enumerate(zip(parts, layer.tables, strict=True)):
         scores = part.float() @ table.float().t()  # as exact as log Z: rounded ones make a divergence below 0
-        change = change + scores.gather(1, label_codes[:, k : k + 1]).sum() - (scores * marginals[k]).sum()
+        delta = delta + scores.gather(1, label_codes[:, k : k + 1]).sum() - (scores * marginals[k]).sum()
     if bias is not None:
-        change = change + bias[labels].float().sum() - (bias.float() * soft_targets.totals).sum()
-    return change
+        delta = delta + bias[labels].float().sum() - (bias.float() * soft_targets.totals).sum()
+    return delta

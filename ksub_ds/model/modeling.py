@@ -28,7 +28,7 @@ from ksub_ds.model.masked_lm import SubMaskedLM
 
 
 class KSubRobertaPreTrainedModel(SubEmbeddingModel, RobertaPreTrainedModel):
-    """What our RoBERTa models share."""
+    """Base class of our RoBERTa models."""
 
     config_class = KSubRobertaConfig
     config: KSubRobertaConfig
@@ -79,7 +79,7 @@ class KSubLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.decoder_bias else None
 
     def forward(self, states: Tensor) -> Tensor:
-        """(..., d) states -> (..., d) decoder inputs."""
+        """Turn (..., d) states into (..., d) decoder inputs."""
         return self.layer_norm(F.gelu(self.dense(states)))
 
 

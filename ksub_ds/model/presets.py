@@ -12,18 +12,18 @@ from ksub_ds.model.registration import register
 
 
 def preset_config(preset: str, **overrides: Any) -> PreTrainedConfig:
-    """The configuration of a preset (recipe.py names them all); give your codes' vocab_size."""
+    """Return the configuration of a preset (recipe.py lists them); pass the vocab_size of your codes."""
     if preset == "small_modernbert":
         return small_modernbert(**overrides)
     return getattr(KSubRobertaConfig, preset)(**overrides)
 
 
 def small_modernbert(**overrides: Any) -> KSubModernBertConfig:
-    """The size of `small` (6 layers, d = 384, 10.6M parameters in the layers) as ModernBERT.
+    """Return ModernBERT in the size of `small` (6 layers, d = 384, 10.6M parameters in the layers).
 
     For little text and small machines: it uses its context after fewer steps than RoBERTa's (experiments/xnli), with
     rotary positions, the norm before each sublayer and a higher peak learning rate. Dropout is RoBERTa's, not
-    ModernBERT's 0, for fine-tuning on little data; the classifier reads the mean of the states, for <s> has learnt
+    ModernBERT's 0, for fine-tuning on little data; the classifier reads the mean of the states, since <s> learns
     nothing in pretraining.
     """
     share = 0.1
@@ -48,6 +48,6 @@ def small_modernbert(**overrides: Any) -> KSubModernBertConfig:
 
 
 def fresh_masked_lm(config: PreTrainedConfig, table: CodeTable) -> SubMaskedLM:
-    """The masked language model of one of our configurations, with random weights."""
+    """Build the masked language model of one of our configurations, with random weights."""
     register()
     return MODEL_FOR_MASKED_LM_MAPPING[type(config)](config, table)

@@ -3,7 +3,7 @@
     small = replace_embeddings(model, table)     fresh tables, every other weight kept
     plain = to_plain(small)                      the N x d matrix written out: any tool reads it
 
-Fitting the tables to the old embedding is compression (compress.py).
+Fitting the tables to the old embedding is compression (ksub_ds/convert/compress.py).
 """
 
 import copy
@@ -58,12 +58,12 @@ CLASSES: dict[type, type[SubEmbeddingModel]] = {
     modernbert.ModernBertForMaskedLM: families.KSubModernBertForMaskedLM,
     modernbert.ModernBertForSequenceClassification: families.KSubModernBertForSequenceClassification,
 }
-OURS_ALONE = ("table_sizes", "embedding_mixing")  # configuration fields that no plain model has
-OF_A_FILE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
+OUR_FIELDS = ("table_sizes", "embedding_mixing")  # configuration fields that no plain model has
+FILE_FIELDS = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
 
 
 def replace_embeddings(model: PreTrainedModel, table: CodeTable, mixing: bool = False) -> SubEmbeddingModel:
-    """The model with fresh sub-embedding tables at both ends; every other weight is kept.
+    """Give a model fresh sub-embedding tables at both ends; every other weight is kept.
 
     Args:
         model: an encoder of the BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT or ModernBERT family: bare,
@@ -73,7 +73,7 @@ def replace_embeddings(model: PreTrainedModel, table: CodeTable, mixing: bool = 
 
     Returns:
         A new model of our class for the family; `save_pretrained` writes a folder that transformers' Auto classes
-        open after `import ksub_ds`. The given model is left alone.
+        open after `import ksub_ds`. The given model is not changed.
 
     Raises:
         ValueError: another kind of model, a decoder, or more codes than tokens.
@@ -102,7 +102,7 @@ def replace_embeddings(model: PreTrainedModel, table: CodeTable, mixing: bool = 
 
 
 def to_plain(model: SubEmbeddingModel, plain_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """The plain transformers model that computes the same: the N x d matrix written out, tied to its decoder.
+    """Build the plain transformers model that computes the same: the N x d matrix written out, tied to its decoder.
 
     Args:
         model: one of ours.
@@ -134,7 +134,7 @@ def to_plain(model: SubEmbeddingModel, plain_class: type[PreTrainedModel] | None
 
 
 def embedding_matrix(model: PreTrainedModel) -> Tensor:
-    """(N, d) the input embedding of a plain model or of one of ours, without a gradient.
+    """Return the (N, d) input embedding of a plain model or of one of ours, without a gradient.
 
     Raises:
         ValueError: the decoder of the model has another matrix, so one set of tables cannot stand for both.
@@ -161,8 +161,8 @@ def _our_class(model: PreTrainedModel) -> type[SubEmbeddingModel]:
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    """What two configurations of one family share."""
-    drop = {*OURS_ALONE, *OF_A_FILE, "vocab_size", "decoder_bias"}
+    """Return the fields that two configurations of one family share."""
+    drop = {*OUR_FIELDS, *FILE_FIELDS, "vocab_size", "decoder_bias"}
     fields = {key: value for key, value in copy.deepcopy(config).to_dict().items() if key not in drop}
     if "modernbert" in config.model_type:
         fields["decoder_bias"] = config.decoder_bias
@@ -170,14 +170,14 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def _decoder_bias(ours: type, model: PreTrainedModel) -> dict[str, bool]:
-    """Ours without a bias stays without."""
+    """Return the setting that keeps our model without a bias as it is."""
     if isinstance(model, modeling.KSubRobertaPreTrainedModel):
         return {"decoder_bias": model.config.decoder_bias}
     return {}
 
 
 def _vocabulary_names(model: PreTrainedModel) -> set[str]:
-    """Names of the tensors with a row per token (embedding, decoder, bias), and of our tables and codes."""
+    """Return the names of the tensors with a row per token (embedding, decoder, bias), and of our tables and codes."""
     owners = [model.get_input_embeddings(), model.get_output_embeddings()]
     if isinstance(model, SubMaskedLM):
         owners.append(model._decoder_bias_module())
@@ -187,7 +187,7 @@ def _vocabulary_names(model: PreTrainedModel) -> set[str]:
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
-    """All tensors of an embedding or decoder; of a head with layers of its own, the bias alone."""
+    """Return all tensors of an embedding or decoder; of a head with layers of its own, only the bias."""
     if isinstance(module, SubEmbedding | nn.Embedding | nn.Linear):
         return [*module.parameters(), *module.buffers()]
     return [] if module.bias is None else [module.bias]

@@ -39,7 +39,7 @@ class TopKSearch:
         self.most_states = max(level.num_states for level in levels)
 
     def __call__(self, scores: list[Tensor], bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-        """Top k of sum over tables of scores[table][r, code] + bias[token].
+        """Find the top k of sum over tables of scores[table][r, code] + bias[token].
 
         Args:
             scores: K matrices (R, M_k).

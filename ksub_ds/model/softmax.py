@@ -43,8 +43,9 @@ def factorized_cross_entropy(
     Args:
         hidden: (..., d) decoder inputs, any float type; sums are in float32.
         layer: the tied sub-embedding; its tables receive gradients.
-        labels: (...) token ids; rows with `ignore_index` count for nothing.
+        labels: (...) token ids.
         bias: (N,) or None.
+        ignore_index: the label of rows that do not count.
         reduction: "mean" over the labelled rows (nan when there are none, as torch's), or "sum".
 
     Returns:

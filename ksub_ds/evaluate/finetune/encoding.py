@@ -152,6 +152,9 @@ class HuggingFacePairs:
     def __init__(self, path: str):
         from transformers import AutoTokenizer
 
+        from ksub_ds.model.registration import register
+
+        register()
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
         except Exception as error:  # the library raises many kinds

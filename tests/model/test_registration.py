@@ -1,0 +1,88 @@
+"""Registration with transformers' Auto classes: by `import ksub_ds` in any order, but not in our own programs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ksub_ds.model.registration import CLASSES
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOK_UP = """
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+types = ("ksub_roberta", "ksub_bert", "ksub_electra", "ksub_distilbert", "ksub_modernbert")
+for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification):
+    print(*(auto._model_mapping[type(AutoConfig.for_model(name))].__name__ for name in types))
+"""
+HEAVY = "print(*sorted({'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules)))"
+
+
+def output(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import ksub_ds",
+        "from transformers import AutoConfig; import ksub_ds",
+        "from transformers import AutoModelForMaskedLM; import ksub_ds",
+        "import ksub_ds; from transformers import BertModel",
+    ],
+)
+def test_import_registers_every_class_in_any_order(imports):
+    wanted = [" ".join(each.__name__ for each in classes) for classes in CLASSES.values()]
+    assert output("-c", imports + LOOK_UP).strip().split("\n") == wanted
+
+
+def test_ksub_help_imports_neither_torch_nor_transformers(tmp_path):
+    script = tmp_path / "ksub"  # what pip makes of the entry point
+    script.write_text(
+        f"import sys\nfrom ksub_ds.cli import main\nassert main(['--help']) == 0\n{HEAVY}\n", encoding="utf-8"
+    )
+    assert output(str(script)).endswith("of a command.\n\n")
+
+
+@pytest.mark.parametrize("module", ["ksub_ds.cli", "ksub_ds.cluster.launch", "ksub_ds.cluster.worker"])
+def test_our_modules_start_light(module, tmp_path):
+    """`python -m` in a process that prints, when it ends, which heavy packages were imported."""
+    (tmp_path / "sitecustomize.py").write_text(f"import atexit, sys\natexit.register(lambda: {HEAVY})\n")
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-u", "-m", module, "--help"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.stdout.endswith("\n\n") or done.stdout == "\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "ours"),
+    [
+        ("/usr/local/bin/ksub", True),
+        (str(ROOT / "launch/pretrain.sh"), True),
+        (str(ROOT / "preprocessing/shard_cc.py"), True),
+        (str(ROOT / "ksub_ds/pretrain/__main__.py"), True),
+        (str(ROOT / "experiments/demo/fill_mask.py"), False),
+        ("/home/me/train.py", False),
+        ("-c", False),
+        ("", False),
+    ],
+)
+def test_our_own_programs_are_known(program, ours, monkeypatch):
+    import ksub_ds
+
+    monkeypatch.setattr(sys, "argv", [program, "-m", "ksub_ds.cli"])
+    assert ksub_ds._is_own_program() is ours
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"), [(["-m", "ksub_ds.pretrain"], True), (["-mksub_ds.pretrain"], True), (["-m", "pytest"], False)]
+)
+def test_a_module_of_ours_is_known_while_python_looks_for_it(words, ours, monkeypatch):
+    import ksub_ds
+
+    monkeypatch.setattr(sys, "argv", ["-m", "--out", "run"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", *words, "--out", "run"])
+    assert ksub_ds._is_own_program() is ours
