@@ -1,7 +1,7 @@
-"""Tokenising batches of text over processes, in order.
+"""Tokenising batches of text in several processes, in order.
 
-The processes are spawned (not forked: threads and locks of the parent stay out) and each gets the
-tokenizer once. The result does not depend on their number.
+The processes are spawned (not forked: the parent's threads and locks stay out) and each opens the tokenizer once. The
+result does not depend on their number.
 """
 
 import multiprocessing
@@ -38,7 +38,14 @@ class ParallelEncoder:
             self._pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer,))
 
     def encode(self, batches: Iterable[list[str]]) -> Iterator[tuple[list[str], Encoded]]:
-        """(texts, their ids) batch by batch, in the order given; at most a few batches are in memory."""
+        """Encode batch by batch, in the order given; at most a few batches are in memory.
+
+        Yields:
+            Texts, and the ids of each.
+
+        Raises:
+            UserError: a worker process was killed.
+        """
         if self._pool is None:
             for texts in batches:
                 yield texts, self._tokenizer.encode_batch(texts)
@@ -60,7 +67,7 @@ class ParallelEncoder:
 
     @staticmethod
     def _submit(pool: ProcessPoolExecutor, texts: list[str]) -> Future[Encoded]:
-        """Submitting may start a process: it inherits a blocked SIGINT, so that a Ctrl-C is the parent's alone."""
+        """Submit a batch with SIGINT blocked: a process started here inherits that, and leaves a Ctrl-C to the parent."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return pool.submit(_encode_in_worker, texts)
