@@ -67,7 +67,7 @@ class ParallelEncoder:
 
     @staticmethod
     def _submit(pool: ProcessPoolExecutor, texts: list[str]) -> Future[Encoded]:
-        """Submit a batch with SIGINT blocked: a process started here inherits that, and leaves a Ctrl-C to the parent."""
+        """Submit a batch with SIGINT blocked: a process started here inherits that and leaves Ctrl-C to the parent."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return pool.submit(_encode_in_worker, texts)
