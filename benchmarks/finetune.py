@@ -141,9 +141,6 @@ def measure_scoring(
             found += output.predictions.argmax(axis=1).tolist()
         answers["theirs"] = found
 
-    encoder_forget = getattr(getattr(encoder, "_tokenizer", None), "forget", None)
-    if encoder_forget is not None:
-        encoder_forget()
     count = sum(map(len, rows))
     best = best_of({"ours": ours, "Trainer, run_xnli": theirs}, 1)
     differing = sum(a != b for a, b in zip(answers["ours"], answers["theirs"], strict=True))

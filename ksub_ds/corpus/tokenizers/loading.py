@@ -1,16 +1,16 @@
-"""Opening a tokenizer: a lone SentencePiece `.model` in XLM-R's layout, or a HuggingFace folder.
+"""Opening a tokenizer: a single SentencePiece `.model` in XLM-R's layout, or a HuggingFace folder.
 
     tokenizer = load_tokenizer("sentencepiece.bpe.model")   # XLM-R's kind
     tokenizer = load_tokenizer("roberta-base-folder")       # any fast tokenizer with a mask token
 
-Text never becomes a special token: "</s>" in a document is encoded as characters. That is what
-packing relies on (a `</s>` in a row is always a border), and it keeps text from forging one.
+Text never becomes a special token: "</s>" in a document is encoded as characters. Packing relies on that (a `</s>` in
+a row is always a border between documents). `xlmr.py` holds XLM-R's layout, `engine.py` turns text into ids for both
+kinds, and `parallel.py` does so in several processes.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +18,8 @@ import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
+from ksub_ds.corpus.tokenizers.engine import HIDDEN, BulkEncoder
 from ksub_ds.corpus.tokenizers.xlmr import MODEL_NAME, XlmrTokenizer
-
-CHARACTERS_AT_ONCE = 1 << 18  # given to HuggingFace's encoder, which needs some hundred times that in memory
-_BETWEEN_WORDS = re.compile(r"\w[ \n]\w")
 
 
 class Tokenizer(Protocol):
@@ -37,15 +35,15 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32, without special tokens around it."""
+        """Return the token ids of each text, int32, without special tokens around it."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; special tokens show by name."""
+        """Return the text of token ids; special tokens show by name."""
         ...
 
     def tokens(self) -> list[str]:
-        """The N tokens by id, spelt as in the vocabulary ("▁water")."""
+        """Return the N tokens by id, spelt as in the vocabulary ("▁water")."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -92,56 +90,31 @@ class HuggingFaceTokenizer:
         self.unk_id = self.pad_id if unknown is None else int(unknown)  # byte-level BPE never needs it
         self.special_ids = tuple(sorted({int(index) for index in source.all_special_ids}))
         self._decoder = source.backend_tokenizer
-        definition = _text_only(json.loads(self._decoder.to_str()))
-        self._encoder = type(self._decoder).from_str(json.dumps(definition))
-        canonical = json.dumps([definition, self.special_ids], sort_keys=True)
+        self._encoder = BulkEncoder(self._describe, str(folder))
+        canonical = json.dumps([self._describe(), self.special_ids], sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32, without special tokens around it."""
-        parts: list[list[np.ndarray]] = [[] for _ in texts]
-        waiting: list[tuple[int, str]] = []
-        size = 0
-        for number, text in enumerate(texts):
-            for piece in _cut(text):
-                waiting.append((number, piece))
-                size += len(piece)
-                if size >= CHARACTERS_AT_ONCE:
-                    self._encode_waiting(waiting, parts)
-                    waiting, size = [], 0
-        self._encode_waiting(waiting, parts)
-        return [np.concatenate([np.zeros(0, dtype=np.int32), *part]).astype(np.int32) for part in parts]
+    def _describe(self) -> dict[str, Any]:
+        return _text_only(json.loads(self._decoder.to_str()))
 
-    def _encode_waiting(self, waiting: list[tuple[int, str]], parts: list[list[np.ndarray]]) -> None:
-        encodings = self._encoder.encode_batch_fast([piece for _, piece in waiting], add_special_tokens=False)
-        for (number, _), encoding in zip(waiting, encodings, strict=True):
-            parts[number].append(np.array(encoding.ids, dtype=np.int32))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFaceTokenizer, (self._folder,)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the token ids of each text, int32, without special tokens around it."""
+        return self._encoder.encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; special tokens show by name."""
+        """Return the text of token ids; special tokens show by name."""
         return self._decoder.decode([int(index) for index in ids], skip_special_tokens=False)
 
     def tokens(self) -> list[str]:
-        """The N tokens by id, spelt as in the vocabulary; an id without a token is an empty string."""
+        """Return the N tokens by id, spelt as in the vocabulary; an id without a token is an empty string."""
         return [self._decoder.id_to_token(index) or "" for index in range(self.vocab_size)]
 
     def save(self, folder: Path) -> None:
         """Write a folder that transformers' AutoTokenizer opens."""
         _open_folder(self._folder).save_pretrained(folder)
-
-
-def _cut(text: str) -> Iterator[str]:
-    """The text in pieces of about CHARACTERS_AT_ONCE, cut before a single blank or newline between two words.
-
-    There it changes no id. Where none comes for as long again, in what is no text, it is cut anywhere.
-    """
-    begin = 0
-    while len(text) - begin > 2 * CHARACTERS_AT_ONCE:
-        found = _BETWEEN_WORDS.search(text, begin + CHARACTERS_AT_ONCE, begin + 2 * CHARACTERS_AT_ONCE)
-        end = found.start() + 1 if found else begin + 2 * CHARACTERS_AT_ONCE
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
 
 
 def _open_folder(folder: Path) -> Any:
@@ -154,7 +127,7 @@ def _open_folder(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many kinds for a damaged file
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: transformers cannot open this tokenizer ({reason}); save it anew") from error
+        raise UserError(f"{folder}: transformers cannot open this tokenizer ({reason}); save it again") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{folder}: has no fast form (tokenizer.json); convert it with transformers first")
     return tokenizer
@@ -168,13 +141,13 @@ def _required(folder: Path, name: str, *candidates: int | None) -> int:
 
 
 def _text_only(definition: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a tokenizer.json that turn text into ids, with every special token out of the text's reach."""
+    """Keep what turns text into ids of a tokenizer.json, and rename special tokens so that no text spells one."""
     special = {token["content"] for token in definition["added_tokens"] if token["special"]}
     model = definition["model"]
     kept = {model.get("unk_token")}  # some models look it up by name
-    rename = {token: f"\0special {token}" for token in special - kept}
+    rename = {token: HIDDEN.format(token) for token in special - kept}
     if model["type"] == "Unigram":
-        rename = {token: f"\0special {token}" for token in special}
+        rename = {token: HIDDEN.format(token) for token in special}
         model["vocab"] = [[rename.get(piece, piece), score] for piece, score in model["vocab"]]
     else:
         model["vocab"] = {rename.get(piece, piece): index for piece, index in model["vocab"].items()}

@@ -1,7 +1,7 @@
-"""Tokenising batches of text over processes, in order.
+"""Tokenising batches of text in several processes, in order.
 
-The processes are spawned (not forked: threads and locks of the parent stay out) and each gets the
-tokenizer once. The result does not depend on their number.
+The processes are spawned (not forked: the parent's threads and locks stay out) and each opens the tokenizer once. The
+result does not depend on their number.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
 
-Encoded = list[np.ndarray]
+_Ids = list[np.ndarray]  # of a batch, text by text
 _BATCHES_AHEAD = 2  # per process: keeps them busy without reading the whole input into memory
 
 _process_tokenizer: Tokenizer | None = None  # of a worker process
@@ -37,13 +37,20 @@ class ParallelEncoder:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer,))
 
-    def encode(self, batches: Iterable[list[str]]) -> Iterator[tuple[list[str], Encoded]]:
-        """(texts, their ids) batch by batch, in the order given; at most a few batches are in memory."""
+    def encode(self, batches: Iterable[list[str]]) -> Iterator[tuple[list[str], _Ids]]:
+        """Encode batch by batch, in the order given; at most a few batches are in memory.
+
+        Yields:
+            Texts, and the ids of each.
+
+        Raises:
+            UserError: a worker process was killed.
+        """
         if self._pool is None:
             for texts in batches:
                 yield texts, self._tokenizer.encode_batch(texts)
             return
-        pending: deque[tuple[list[str], Future[Encoded]]] = deque()
+        pending: deque[tuple[list[str], Future[_Ids]]] = deque()
         try:
             for texts in batches:
                 pending.append((texts, self._submit(self._pool, texts)))
@@ -59,8 +66,8 @@ class ParallelEncoder:
             ) from error
 
     @staticmethod
-    def _submit(pool: ProcessPoolExecutor, texts: list[str]) -> Future[Encoded]:
-        """Submitting may start a process: it inherits a blocked SIGINT, so that a Ctrl-C is the parent's alone."""
+    def _submit(pool: ProcessPoolExecutor, texts: list[str]) -> Future[_Ids]:
+        """Submit a batch with SIGINT blocked: a process started here inherits that and leaves Ctrl-C to the parent."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return pool.submit(_encode_in_worker, texts)
@@ -89,6 +96,6 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(texts: list[str]) -> Encoded:
+def _encode_in_worker(texts: list[str]) -> _Ids:
     assert _process_tokenizer is not None, "the worker was not started by ParallelEncoder"
     return _process_tokenizer.encode_batch(texts)

@@ -1,34 +1,26 @@
-"""XLM-R's tokenizer in bulk: the ids of transformers' XLMRobertaTokenizer, several times faster.
+"""XLM-R's tokenizer: a SentencePiece unigram model in the layout of transformers' XLMRobertaTokenizer.
 
-A SentencePiece unigram model in XLM-R's layout: model id = piece id + 1 from piece 3 on; <s> 0,
-<pad> 1, </s> 2, <unk> 3; <mask> comes last. The text is cut at ASCII white space, every different
-word is normalised (HuggingFace's own normaliser) and segmented (unigram.py) once and then looked up,
-so that frequent words cost one dictionary look-up.
-
-One difference from transformers is meant: text that spells a special token ("</s>", "<mask>") is
+A token's id is the piece's id + 1 from piece 3 on; <s> 0, <pad> 1, </s> 2, <unk> 3; <mask> comes last. The ids of a
+text are those of transformers, with one intended difference: text that spells a special token ("</s>", "<mask>") is
 encoded as the ordinary characters it is made of, never as the special token.
 """
 
+import base64
 import hashlib
 import json
-import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.tokenizers.long_words import units, units_in_steps
-from ksub_ds.corpus.tokenizers.unigram import SPACE, UnigramSegmenter
+from ksub_ds.corpus.tokenizers.engine import HIDDEN, BulkEncoder
 
+SPACE = "▁"  # SentencePiece's mark for the start of a word
 MODEL_NAME = "sentencepiece.bpe.model"
 SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}  # and <mask>, the last id
-CACHED_WORDS = 300_000  # about 100 MB a process; the ids do not depend on it
-CACHED_BYTES = 32 << 20  # of these words and their ids
-BYTES_AT_ONCE = 1 << 20  # of text: a page can have a million different words, or normalise to ten times its size
-LONG_WORD = 1 << 14  # bytes; longer ones are encoded in steps, and not remembered
 
 
 class XlmrTokenizer:
@@ -45,12 +37,6 @@ class XlmrTokenizer:
     def __init__(self, model: bytes, name: str):
         self._model, self._name = model, name
         proto = parse_model(model, name)
-        self._normalizer = _normalizer(proto.normalizer_spec.precompiled_charsmap)
-        printable = [chr(code) for code in range(33, 127)]
-        self._ascii_stays = self._normalizer is None or all(self._normalizer(c) == c for c in printable)
-        kept = {mark: self._normalizer is None or bool(self._normalizer(mark)) for mark in " \t\n\r\x0b\x0c"}
-        self._deleted = [mark.encode() for mark in kept if not kept[mark]]
-        self._separator = re.compile(b"[%s]+" % "".join(mark for mark in kept if kept[mark]).encode())
         pieces = [piece.piece for piece in proto.pieces]
         self.vocab_size = len(pieces) + 2
         self.bos_id, self.pad_id, self.eos_id, self.unk_id = 0, 1, 2, 3
@@ -58,106 +44,47 @@ class XlmrTokenizer:
         self.special_ids: tuple[int, ...] = (0, 1, 2, 3, self.mask_id)
         self.fingerprint = hashlib.sha256(b"sentencepiece in XLM-R layout\0" + model).hexdigest()
         self._tokens: list[str] = [*SPECIAL_TOKENS, *pieces[3:], "<mask>"]
-        scores = np.array([0.0, 0.0, 0.0, *(piece.score for piece in proto.pieces[3:])])
-        # A piece with a word's mark inside can stand in no word.
-        usable = [i for i in range(3, len(pieces)) if SPACE not in pieces[i][1:]]
-        self._segmenter = UnigramSegmenter(
-            [pieces[i] for i in usable],
-            scores[usable],
-            np.array(usable) + 1,
-            self.unk_id,
-            worst_score=float(scores.min()),
-        )
-        self._cache: dict[bytes, bytes] = {}
-        self._cached_bytes = 0
+        self._encoder = BulkEncoder(self._describe, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return XlmrTokenizer, (self._model, self._name)
 
+    def _describe(self) -> dict[str, Any]:
+        """Return the tokenizer.json that transformers makes of the model, as far as it turns text into ids."""
+        proto = parse_model(self._model, self._name)
+        charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
+        special = [(HIDDEN.format(token), 0.0) for token in SPECIAL_TOKENS]
+        scores = [piece.score for piece in proto.pieces]
+        pieces = zip(self._tokens[4:-1], scores[3:], strict=True)
+        split_words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [],
+            "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap} if charsmap else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, split_words]},
+            "post_processor": None,
+            "decoder": None,
+            "model": {
+                "type": "Unigram",
+                "unk_id": self.unk_id,
+                "vocab": [*special, *pieces, (HIDDEN.format("<mask>"), 0.0)],
+                "byte_fallback": False,
+            },
+        }
+
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32, without special tokens around it."""
-        parts: list[list[bytes]] = [[] for _ in texts]
-        waiting: list[tuple[int, list[bytes]]] = []  # the number of a text, and words of it
-        size = 0
-        for number, text in enumerate(texts):
-            for raw in self._cut(text.encode()):
-                waiting.append((number, self._split(raw)))
-                size += len(raw)
-                if size >= BYTES_AT_ONCE:
-                    self._encode_waiting(waiting, parts)
-                    waiting, size = [], 0
-        self._encode_waiting(waiting, parts)
-        return [np.frombuffer(b"".join(part), dtype="<i4") for part in parts]
-
-    def _cut(self, raw: bytes) -> Iterator[bytes]:
-        """A text in pieces of BYTES_AT_ONCE, or what more it takes to the next white space."""
-        begin = 0
-        while found := self._separator.search(raw, begin + BYTES_AT_ONCE):
-            yield raw[begin : found.start()]
-            begin = found.end()
-        yield raw[begin:]
-
-    def _encode_waiting(self, waiting: list[tuple[int, list[bytes]]], parts: list[list[bytes]]) -> None:
-        """Append the ids of each run of words to the parts of its text."""
-        words = set[bytes]().union(*(run for _, run in waiting))
-        missing = words.difference(self._cache)
-        if len(self._cache) + len(missing) > CACHED_WORDS or self._cached_bytes > CACHED_BYTES:
-            self.forget()
-            missing = words
-        long = {word: self._encode_long(word) for word in missing if len(word) > LONG_WORD}
-        new = dict(self._encode_words(sorted(missing.difference(long), key=len)))
-        self._cached_bytes += sum(map(len, new)) + sum(map(len, new.values()))
-        self._cache.update(new)
-        known = self._cache | long if long else self._cache
-        for number, run in waiting:
-            parts[number].append(b"".join(map(known.__getitem__, run)))
-
-    def _encode_long(self, word: bytes) -> bytes:
-        """The ids of a word of more than LONG_WORD bytes; normalising can make many small ones of it."""
-        ids = []
-        for step in units_in_steps(word.decode(), self._normalizer or str):
-            different = list(dict.fromkeys(step))
-            known = dict(zip(different, self._segmenter.segment(different), strict=True))
-            ids.append(b"".join([known[unit] for unit in step]))
-        return b"".join(ids)
-
-    def _split(self, raw: bytes) -> list[bytes]:
-        """Cut at ASCII white space, which always parts words, unless the normaliser deletes that character."""
-        if any(mark in raw for mark in self._deleted):
-            return list(filter(None, self._separator.split(raw)))
-        return raw.split()
-
-    def _encode_words(self, words: list[bytes]) -> Iterable[tuple[bytes, bytes]]:
-        """(word, its ids as bytes). What the normaliser makes of a word can be none, one or more words."""
-        normal = [word.decode() for word in words]
-        normalize = self._normalizer
-        if normalize is not None:
-            plain = self._ascii_stays
-            normal = [w if plain and w.isascii() and w.isprintable() else normalize(w) for w in normal]
-        # Most words stay one word; nothing, several, or a mark spelt out in the text takes the long way.
-        odd = [i for i, word in enumerate(normal) if SPACE in word or word.split() != [word]]
-        parts = {i: units(normal[i]) for i in odd}
-        for i in odd:
-            normal[i] = ""  # encoded apart, below
-        encoded = self._segmenter.segment(normal)
-        if odd:
-            flat = iter(self._segmenter.segment([unit for i in odd for unit in parts[i]]))
-            for i in odd:
-                encoded[i] = b"".join(next(flat) for _ in parts[i])
-        return zip(words, encoded, strict=True)
-
-    def forget(self) -> None:
-        """Drop the remembered words (the ids do not depend on them)."""
-        self._cache.clear()
-        self._cached_bytes = 0
+        """Return the token ids of each text, int32, without special tokens around it."""
+        return self._encoder.encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; special tokens show as `<s>`, `<mask>` and so on."""
+        """Return the text of token ids; special tokens show as `<s>`, `<mask>` and so on."""
         text = "".join(self._tokens[index] for index in ids).replace(SPACE, " ")
         return text.removeprefix(" ")
 
     def tokens(self) -> list[str]:
-        """The N tokens by id, spelt as in the vocabulary ("▁water")."""
+        """Return the N tokens by id, spelt as in the vocabulary ("▁water")."""
         return list(self._tokens)
 
     def save(self, folder: Path) -> None:
@@ -180,7 +107,7 @@ class XlmrTokenizer:
         (folder / MODEL_NAME).write_bytes(self._model)
 
     def same_vocabulary(self, tokenizer_json: dict[str, Any]) -> bool:
-        """Whether a tokenizer.json found beside the model gives the same ids, so that the model can stand for it."""
+        """Return whether a tokenizer.json beside the model gives the same ids, so that the model can replace it."""
         model = tokenizer_json.get("model", {})
         added = {token["content"]: token["id"] for token in tokenizer_json.get("added_tokens", [])}
         vocabulary = [entry[0] for entry in model.get("vocab", [])] if model.get("type") == "Unigram" else []
@@ -190,11 +117,21 @@ class XlmrTokenizer:
 
 
 def parse_model(model: bytes, name: str) -> Any:
-    """The SentencePiece model as a protobuf message, checked to be of XLM-R's kind."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2  # its classes are made at run time
+    """Read a SentencePiece model and check that it is of XLM-R's kind.
 
-    proto: Any = vars(sentencepiece_model_pb2)["ModelProto"]()
+    Args:
+        model: the bytes of the `.model` file.
+        name: what to call it in error messages.
+
+    Returns:
+        The ModelProto message.
+
+    Raises:
+        UserError: damaged, of another kind, or protobuf is too old to read it.
+    """
+    from google.protobuf.message import DecodeError
+
+    proto = _empty_message()
     try:
         proto.ParseFromString(model)
     except DecodeError as error:
@@ -216,7 +153,14 @@ def parse_model(model: bytes, name: str) -> Any:
     return proto
 
 
-def _normalizer(charsmap: bytes) -> Any:
-    from tokenizers import normalizers
+def _empty_message() -> Any:
+    import google.protobuf
 
-    return normalizers.Precompiled(charsmap).normalize_str if charsmap else None
+    try:
+        from sentencepiece import sentencepiece_model_pb2  # its classes are made at run time
+    except Exception as error:  # protobuf's VersionError, which old versions of it lack
+        raise UserError(
+            f"protobuf {google.protobuf.__version__} is older than sentencepiece needs to read a .model file; "
+            "pip install -U 'protobuf>=7.36.1'"
+        ) from error
+    return vars(sentencepiece_model_pb2)["ModelProto"]()

@@ -47,11 +47,11 @@ class Encoded:
         return len(self.ends)
 
     def lengths(self) -> np.ndarray:
-        """(n,) tokens of each row."""
+        """Return the number of tokens of each row, (n,)."""
         return np.diff(self.ends, prepend=0)
 
     def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The inputs of some rows, (len(rows), longest of them) int64; a mask only where something is padded."""
+        """Return the inputs of some rows, (len(rows), longest of them) int64; a mask only if something is padded."""
         ends = self.ends[rows]
         lengths = self.lengths()[rows] if len(rows) > 64 else ends - np.where(rows > 0, self.ends[rows - 1], 0)
         columns = np.arange(lengths.max())
@@ -66,7 +66,7 @@ class Encoded:
         return batch
 
     def joined(self, others: "list[Encoded]") -> "Encoded":
-        """These rows, then those of the others."""
+        """Return these rows, then those of the others."""
         every = [self, *others]
         starts = np.cumsum([0, *(len(each.ids) for each in every[:-1])])
         types = None
@@ -89,7 +89,7 @@ class PairEncoder(Protocol):
     fingerprint: str
 
     def encode(self, first: list[str], second: list[str] | None, max_length: int) -> list[tuple[list[int], list[int]]]:
-        """(ids, token types) of each row; the types may be empty."""
+        """Return the ids and the token types of each row; the types may be empty."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -98,7 +98,7 @@ class PairEncoder(Protocol):
 
 
 def load_encoder(path: str) -> PairEncoder:
-    """The encoder of a tokenizer: a folder, a lone SentencePiece .model in XLM-R's layout, or a name on the hub.
+    """Open the encoder of a tokenizer: a folder, a single SentencePiece .model in XLM-R's layout, or a name on the hub.
 
     Raises:
         UserError: none of these.
@@ -112,7 +112,7 @@ def load_encoder(path: str) -> PairEncoder:
 
 
 class XlmrPairs:
-    """Pairs in XLM-R's pattern by our own bulk tokenizer."""
+    """Pairs in XLM-R's pattern, by the tokenizer that also encodes the training text."""
 
     def __init__(self, tokenizer: XlmrTokenizer):
         self._tokenizer = tokenizer
@@ -138,7 +138,7 @@ class XlmrPairs:
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens of each sentence stay when both must fit into `room`: those of tokenizers' LongestFirst."""
+    """Return how many tokens of each sentence stay when both must fit into `room`, as in tokenizers' LongestFirst."""
     short, long = min(first, second), max(first, second)
     kept_long = min(long, max(short, room - short))
     if short + kept_long > room:
@@ -183,7 +183,7 @@ class HuggingFacePairs:
 
 
 def cache_folder() -> Path:
-    """Where tokenised rows are kept: $KSUB_CACHE, or ksub_ds in the user's cache folder."""
+    """Return where tokenised rows are kept: $KSUB_CACHE, or ksub_ds in the user's cache folder."""
     base = os.environ.get("KSUB_CACHE")
     return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ksub_ds"
 
@@ -192,6 +192,8 @@ def encode(rows: Rows, encoder: PairEncoder, max_length: int, cache: Path | None
     """Tokenise rows, or take them from the cache.
 
     Args:
+        rows: what to tokenise.
+        encoder: by what.
         max_length: tokens of a row, the special ones included.
         cache: folder of the cache. [`cache_folder()`]
     """

@@ -1,0 +1,97 @@
+"""The engine: splintr-rs where it proves itself, else `tokenizers`, the same ids either way."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ksub_ds.corpus.tokenizers import engine
+from ksub_ds.corpus.tokenizers.engine import SplintrEngine, TokenizersEngine, check_texts, cut, expected_ids
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+
+TEXTS = [*check_texts(), "The old river sings.", "a<UNK>b 語", "</s> <mask> <unk>", "το παλιό\nσπίτι " * 30]
+
+
+@pytest.fixture(params=["tiny_tokenizer", "tiny_bpe"])
+def path(request: pytest.FixtureRequest) -> Any:
+    """A tokenizer of each kind."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The warnings logged."""
+    found: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning", lambda self, message: found.append(message))
+    return found
+
+
+def ids_of(path: Path, kind: type) -> list[list[int]]:
+    """The ids of TEXTS, by an engine of this kind."""
+    tokenizer: Any = load_tokenizer(path)
+    ids = [array.tolist() for array in tokenizer.encode_batch(TEXTS)]
+    assert isinstance(tokenizer._encoder._engine, kind)
+    return ids
+
+
+def test_without_splintr_the_ids_are_the_same(path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ids_of(path, SplintrEngine)
+    assert not warnings
+    monkeypatch.setitem(sys.modules, "splintr", None)
+    assert ids_of(path, TokenizersEngine) == expected
+    assert len(warnings) == 1 and str(path) in warnings[0] and "is not installed" in warnings[0]
+
+
+def test_an_engine_with_other_ids_is_not_used(path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ids_of(path, SplintrEngine)
+    encode = SplintrEngine._encode
+    monkeypatch.setattr(SplintrEngine, "_encode", lambda self, text: encode(self, text)[: 1 if "語" in text else None])
+    assert ids_of(path, TokenizersEngine) == expected
+    assert len(warnings) == 1 and "gives other ids for" in warnings[0]
+
+
+def test_the_check_expects_what_the_whole_vocabulary_gives(path: Path) -> None:
+    tokenizer: Any = load_tokenizer(path)
+    texts = check_texts()
+    assert len(set(texts)) > 300
+    whole = TokenizersEngine(tokenizer._describe()).encode(texts)
+    for found, expected in zip(expected_ids(tokenizer._describe(), texts), whole, strict=True):
+        assert np.array_equal(found, expected) and found.dtype == np.int32
+
+
+def test_near_ties_are_decided_in_float64() -> None:
+    """Of equal ways the first wins, and sums that float32 cannot tell apart differ."""
+    pieces = [["<s>", 0.0], ["</s>", 0.0], ["<pad>", 0.0], ["\0unk", 0.0], ["<mask>", 0.0], ["▁", -1.0], ["i", -7.1]]
+    pieces += [["ii", -9.3], ["a", -10.00000001], ["b", -10.0], ["ab", -20.000000005], ["x", -30.0]]
+    model = {"type": "Unigram", "unk_id": 3, "vocab": pieces, "byte_fallback": False}
+    mark = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    split = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, mark]}
+    parts = {"normalizer": None, "pre_tokenizer": split, "post_processor": None, "decoder": None}
+    description = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], **parts, "model": model}
+    opened = engine.open_engine(lambda: json.loads(json.dumps(description)), "ties")
+    assert isinstance(opened, SplintrEngine)
+    assert [ids.tolist() for ids in opened.encode(["iii", "ab"])] == [[5, 6, 7], [5, 10]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["river", "語", " ", "\n", "  ", "\u0301", "e", "▁", "."]), max_size=80).map("".join))
+def test_texts_are_cut_where_it_changes_no_id(tiny_tokenizer: Path, tiny_bpe: Path, text: str) -> None:
+    for path in (tiny_tokenizer, tiny_bpe):
+        tokenizer = load_tokenizer(path)
+        whole = [ids.tolist() for ids in tokenizer.encode_batch([text, "", text])]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "CHARACTERS_AT_ONCE", 15)
+            assert "".join(cut(text)) == text
+            assert [ids.tolist() for ids in tokenizer.encode_batch([text, "", text])] == whole
+
+
+def test_long_texts_are_cut_and_endless_words_are_not(make_documents: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CHARACTERS_AT_ONCE", 150)
+    text = "\n".join(make_documents("en", 30, seed=3))
+    assert len(list(cut(text))) > 20 and list(cut("x" * 1000)) == ["x" * 1000]
