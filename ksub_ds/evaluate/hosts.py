@@ -20,6 +20,7 @@ from typing import Any
 from ksub_ds.cluster.hostfile import is_this_machine, read_hostfile
 from ksub_ds.cluster.launch_spec import travelling_environment
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import run_main
 
 SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 
@@ -75,7 +76,8 @@ def start_workers(hosts: dict[str, int], arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Separate the hostfile from the other arguments, start the workers, and return the exit code.
 
-    A user's error is one line on stderr and exit code 2.
+    Raises:
+        UserError: --hostfile has no value, or names a file that cannot be used.
     """
     rest, hostfile = [], None
     words = iter(arguments)
@@ -89,14 +91,10 @@ def main(arguments: Sequence[str]) -> int:
         from ksub_ds.evaluate.__main__ import main as evaluate_main
 
         return evaluate_main(rest)
-    try:
-        if not hostfile:
-            raise UserError("--hostfile: needs a value")
-        return start_workers(read_hostfile(hostfile), rest)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    if not hostfile:
+        raise UserError("--hostfile: needs a value")
+    return start_workers(read_hostfile(hostfile), rest)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(lambda: main(sys.argv[1:])))
