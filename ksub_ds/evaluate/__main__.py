@@ -8,7 +8,7 @@ queue of jobs (queue/queue.py), a worker does them (queue/worker.py), and whoeve
 results.
 
 Exit codes: 0 all is done; 2 the user's mistake, one line on stderr; 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP (a closed
-terminal or ssh): the leased jobs are given back, and the same command continues.
+terminal or ssh): the leased jobs are given back, and the same command resumes.
 """
 
 import os

@@ -62,7 +62,7 @@ class Recipe:
     max_steps: int | None = None
     """Optimizer steps. [preset: 250000; the small ones 10000, tiny 1000]"""
     max_hours: float | None = None
-    """Save and stop after this many hours; the same command continues (launch/pretrain.sbatch runs it again by
+    """Save and stop after this many hours; the same command resumes (launch/pretrain.sbatch runs it again by
     itself). [no limit]"""
 
     # ---- optimizer (AdamW, linear warm-up and decay) ----

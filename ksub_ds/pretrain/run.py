@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from ksub_ds.common import distributed
+from ksub_ds.common.errors import RESUME
 from ksub_ds.common.logging import add_log_file, get_logger
 from ksub_ds.corpus.batches import HeldOutBatches, TrainingBatches
 from ksub_ds.pretrain import builders, checkpoint
@@ -95,7 +96,7 @@ def _train(run: ResolvedRun, folder: RunFolder) -> int:
         log.info(f"done: step {state.step:,}. Next: ksub export {shlex.quote(str(folder.path))} --out model")
         return 0
     distributed.on_main(folder.clear_stop_file)
-    log.info(f"stopped after step {state.step:,} of {recipe.max_steps:,} ({reason}), saved; the same command continues")
+    log.info(f"stopped after step {state.step:,} of {recipe.max_steps:,} ({reason}), saved; {RESUME}")
     return exit_codes[0] if exit_codes else 0
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import RESUME, UserError
 from ksub_ds.common.files import read_json, write_json
 from ksub_ds.common.logging import Progress
 from ksub_ds.common.mpi import MPIComm
@@ -141,8 +141,5 @@ class StageRunner:
         except OSError as error:
             reason = error.strerror or " ".join(str(error).split())
             where = f" ({error.filename})" if error.filename else ""
-            raise UserError(
-                f"{stage.name} of {self._names[unit]}: {reason}{where}; "
-                "fix it, then run the same command again to resume"
-            ) from error
+            raise UserError(f"{stage.name} of {self._names[unit]}: {reason}{where}; fix it, then {RESUME}") from error
         return result

@@ -60,14 +60,14 @@ class Columns:
         if isinstance(value, str) and self.labels:
             spelt = {name: index for index, name in enumerate(self.labels)} | dict(self.synonyms)
             if value not in spelt:
-                raise ValueError(f"label {value!r} is none of {', '.join(self.labels)}")
+                raise ValueError(f"label {value!r} is not one of {', '.join(self.labels)}")
             return float(spelt[value])
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST_LABEL:  # nor NaN
             raise ValueError(f"label {repr(value)[:20]} is not a number")
         if value == UNLABELLED:
             raise ValueError("label -1 stands for an unlabelled row, which cannot be learnt from or scored; remove it")
         if self.labels and (value != int(value) or not 0 <= value < len(self.labels)):
-            raise ValueError(f"label {value!r} is none of 0 to {len(self.labels) - 1} ({', '.join(self.labels)})")
+            raise ValueError(f"label {value!r} is not one of 0 to {len(self.labels) - 1} ({', '.join(self.labels)})")
         return float(value)
 
 
