@@ -64,7 +64,8 @@ def test_a_reader_that_has_exited() -> None:
 
 def test_the_import_is_cheap() -> None:
     program = (
-        "import sys; import ksub_ds.common.exit_codes; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+        "import sys; sys.argv[0] = 'ksub'; import ksub_ds.common.exit_codes\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "tyro", "transformers"} & set(done.stdout.split())
