@@ -174,7 +174,7 @@ def test_neighbours_command(tiny_shards, tmp_path, capsys):
 
     assert main(["codes", "neighbours", str(out), "--tokenizer", folder, "river"]) == 2
     error = capsys.readouterr().err
-    assert "'river' is no token of" in error and "near: ▁river" in error and error.count("\n") == 1
+    assert "'river' is not a token of" in error and "near: ▁river" in error and error.count("\n") == 1
 
     other = tmp_path / "other.safetensors"
     positional_codes(77, 2).save(other)

@@ -164,7 +164,8 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
         stream.write(A + b"".join(long_line) + packer.flush())
         stream.write(gzip.compress(b"".join(record(n, b"b" * (1 << 21)) for n in range(10, 20)), 1))
     code = (
-        "import sys; from pathlib import Path; from ksub_ds.corpus.commoncrawl.wet import read_wet\n"
+        "import sys; sys.argv[0] = 'ksub'; from pathlib import Path\n"
+        "from ksub_ds.corpus.commoncrawl.wet import read_wet\n"
         "print(sum(1 for _ in read_wet(Path(sys.argv[1])))); print(open('/proc/self/status').read())"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
