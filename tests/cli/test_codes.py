@@ -42,7 +42,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_pat
 
 
 def test_help_imports_no_torch_and_names_every_command():
-    code = "import sys; sys.argv[0] = 'ksub'; from ksub_ds.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; sys.argv[0] = 'ksub'; from ksub_ds.cli import main; main(['--help'])\n"
+    code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for command in ("codes positional", "codes inspect", "corpus stats", "pretrain", "export"):
