@@ -1,6 +1,6 @@
 """The README's picture: time and memory of the loss, forward and backward, against the size of the vocabulary.
 
-    python benchmarks/loss_picture.py            about 5 minutes on one quiet core; needs 12 GB of memory
+    python benchmarks/loss_picture.py            5 to 11 minutes on one quiet core; needs 12 GB of memory
     python benchmarks/loss_picture.py --draw     only draw what benchmarks/results/loss_sweep.json holds
 
 512 rows, d = 512, float32, one thread. Every point is measured in a fresh process: first the memory of one call beyond

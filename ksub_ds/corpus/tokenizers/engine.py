@@ -22,7 +22,8 @@ from ksub_ds.common.logging import get_logger
 HIDDEN = "\0special {}"  # how special tokens are renamed: no text is cut into a word that holds a blank
 CHARACTERS_AT_ONCE = 1 << 18  # `tokenizers` needs some hundred times that in memory
 CHECKED_TEXTS = 400
-_UNKNOWN = "<UNK>"  # splintr finds a Unigram model's unknown token by this name, or by <unk>, not by its id
+_UNKNOWN = "<unk>"  # splintr-rs finds a Unigram model's unknown token by this name, not by its id
+_LESS_THAN, _NO_CHARACTER = "\U0010fffe", "\U0010ffff"  # code points that are no characters: see `_name_unknown`
 _BETWEEN_WORDS = re.compile(r"\w[ \n]\w")
 
 # For the check at opening: words of many scripts, and what tokenizers tend to disagree about.
@@ -35,7 +36,23 @@ _HOSTILE = ["", " ", "  ", "\n", "\r\n", "\t", "\x00", "\x01", "\x0b", "\x0c", "
 _HOSTILE += ["\u0301", "e\u0301", "\u0345", "\u0e33", "\u1100\u1161", "\u115f", "\u1680", "\u200b", "\u200d", "\u200e"]
 _HOSTILE += ["\u2028", "\u202e", "\u2581", "\u2581\u2581", "\u3000", "\ue000", "\ufb01", "\ufdfa", "\ufeff", "\ufffd"]
 _HOSTILE += ["\U0001f600", "\U0001f468\u200d\U0001f469", "\U000e0001", "\U0010ffff", "①", "…", "½", "ﷺ", "<s>", "</s>"]
-_HOSTILE += ["<pad>", "<unk>", "<mask>", "[MASK]", "[CLS]", "a" * 300, "語" * 60, "_" * 40, "0" * 25, "'s", "'LL", "Ġ"]
+_HOSTILE += [
+    "<pad>",
+    "<unk>",
+    "<mask>",
+    "<UNK>",
+    "＜unk＞",
+    "\U0010fffe",
+    "[MASK]",
+    "[CLS]",
+    "a" * 300,
+    "語" * 60,
+    "_" * 40,
+    "0" * 25,
+    "'s",
+    "'LL",
+    "Ġ",
+]
 
 
 class Engine(Protocol):
@@ -69,24 +86,18 @@ class SplintrEngine:
 
     Args:
         description: of the tokenizer, as in a tokenizer.json.
-        exact: opens the engine for texts that spell the unknown token's name.
 
     Raises:
         ImportError: splintr-rs is not installed.
         ValueError: splintr-rs does not support this tokenizer.
     """
 
-    def __init__(self, description: dict[str, Any], exact: Callable[[], Engine]):
+    def __init__(self, description: dict[str, Any]):
         splintr = importlib.import_module("splintr")
-        self._unknown: int | None = None  # the unknown token's id, where a text could spell its name
-        if description["model"]["type"] == "Unigram":
-            description = {**description, "model": _name_unknown(description["model"])}
-            self._unknown = description["model"]["unk_id"]
-            normalizer = _without_model(description).normalizer
-            self._normalize: Callable[[str], str] = str if normalizer is None else normalizer.normalize_str
+        self._caches_words = description["model"]["type"] != "Unigram"  # a bounded number of them, of any length
+        if not self._caches_words:
+            description = _name_unknown(description)
         self._tokenizer = splintr.from_json_bytes(_json(description).encode())
-        self._open_exact = exact
-        self._exact: Engine | None = None  # opened when first needed
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Return the token ids of each text, int32."""
@@ -94,24 +105,31 @@ class SplintrEngine:
 
     def _encode(self, text: str) -> np.ndarray:
         ids = np.frombuffer(self._tokenizer.encode_flat(text), dtype="<i4")
-        if self._unknown is not None and self._unknown in ids and _UNKNOWN in self._normalize(text):
-            # Perhaps not an unknown character but the token's name spelt out, which is ordinary text.
-            self._exact = self._exact or self._open_exact()
-            return self._exact.encode([text])[0]
+        if self._caches_words and len(text) > 2 * CHARACTERS_AT_ONCE:  # endless words, or `cut` would have cut it
+            self._tokenizer.clear_cache()
         return ids
 
 
-def _name_unknown(model: dict[str, Any]) -> dict[str, Any]:
-    """Return a Unigram model whose unknown token has the name that splintr-rs looks for.
+def _name_unknown(description: dict[str, Any]) -> dict[str, Any]:
+    """Give the unknown token of a Unigram tokenizer the name that splintr-rs looks for.
+
+    No text may spell that name. So "<" is replaced, in all other pieces and by the last steps of the normaliser, by a
+    code point that no piece holds; where a text holds that one, it becomes another that is as unknown.
 
     Raises:
-        ValueError: it has none, or another piece has that name.
+        ValueError: there is no unknown token, or a piece holds one of the two code points.
     """
+    model = description["model"]
     unknown, vocabulary = model.get("unk_id"), model["vocab"]
-    if unknown is None or any(piece in (_UNKNOWN, "<unk>") for piece, _ in vocabulary):
+    if unknown is None or any(_LESS_THAN in piece or _NO_CHARACTER in piece for piece, _ in vocabulary):
         raise ValueError("its unknown token cannot be named")
-    named = (_UNKNOWN, vocabulary[unknown][1])
-    return {**model, "vocab": [*vocabulary[:unknown], named, *vocabulary[unknown + 1 :]]}
+    pieces = [[piece.replace("<", _LESS_THAN), score] for piece, score in vocabulary]
+    pieces[unknown][0] = _UNKNOWN
+    steps = [description["normalizer"]] if description.get("normalizer") else []
+    for found, content in ((_LESS_THAN, _NO_CHARACTER), ("<", _LESS_THAN)):
+        steps.append({"type": "Replace", "pattern": {"String": found}, "content": content})
+    normalizer = {"type": "Sequence", "normalizers": steps}
+    return {**description, "normalizer": normalizer, "model": {**model, "vocab": pieces}}
 
 
 def _without_model(description: dict[str, Any]) -> Any:
@@ -169,7 +187,7 @@ def open_engine(describe: Callable[[], dict[str, Any]], name: str) -> Engine:
     """
     description, texts = describe(), check_texts()
     try:
-        engine = SplintrEngine(description, lambda: TokenizersEngine(describe()))
+        engine = SplintrEngine(description)
         pairs = zip(engine.encode(texts), expected_ids(description, texts), strict=True)
         wrong = sum(not np.array_equal(found, expected) for found, expected in pairs)
         if not wrong:
@@ -177,7 +195,9 @@ def open_engine(describe: Callable[[], dict[str, Any]], name: str) -> Engine:
         reason = f"gives other ids for {wrong} of {len(texts)} texts"
     except ImportError:
         reason = "is not installed (pip install 'splintr-rs>=0.22,<0.23')"
-    except Exception as error:  # the library raises several kinds
+    except BaseException as error:  # the library raises several kinds; a panic of its Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = f"does not support it ({' '.join(str(error).split())[:100]})"
     get_logger().warning(f"{name}: splintr-rs {reason}; tokenising with the slower `tokenizers`, same ids")
     return TokenizersEngine(description)

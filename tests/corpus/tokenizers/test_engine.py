@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,46 @@ def test_an_engine_with_other_ids_is_not_used(path: Path, warnings: list[str], m
     monkeypatch.setattr(SplintrEngine, "_encode", lambda self, text: encode(self, text)[: 1 if "語" in text else None])
     assert ids_of(path, TokenizersEngine) == expected
     assert len(warnings) == 1 and "gives other ids for" in warnings[0]
+
+
+def test_a_panic_of_the_engine_is_no_end(path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyO3's PanicException is no Exception; an interrupt is none either, and passes."""
+    panic = type("PanicException", (BaseException,), {})
+    expected = ids_of(path, SplintrEngine)
+
+    def broken(error: BaseException) -> Any:
+        def open_tokenizer(content: bytes) -> None:
+            raise error
+
+        return SimpleNamespace(from_json_bytes=open_tokenizer)
+
+    monkeypatch.setitem(sys.modules, "splintr", broken(panic("index out of bounds")))
+    assert ids_of(path, TokenizersEngine) == expected
+    assert len(warnings) == 1 and "does not support it (index out of bounds)" in warnings[0]
+    monkeypatch.setitem(sys.modules, "splintr", broken(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        load_tokenizer(path).encode_batch(["a"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from(["<", ">", "unk", "UNK", "＜", "ꙮ", "\U0010fffe", "\U0010ffff", "a", " "]), max_size=30)
+)
+def test_the_name_of_the_unknown_token_is_ordinary_text(tiny_tokenizer: Path, parts: list[str]) -> None:
+    description = load_tokenizer(tiny_tokenizer)._describe()  # type: ignore[attr-defined]
+    text = "".join(parts)
+    found, expected = (engine(description).encode([text])[0] for engine in (SplintrEngine, TokenizersEngine))
+    assert found.tolist() == expected.tolist()
+
+
+def test_endless_words_are_not_cached(tiny_bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CHARACTERS_AT_ONCE", 100)
+    tokenizer: Any = load_tokenizer(tiny_bpe)
+    tokenizer.encode_batch(["river stone"])
+    splintr = tokenizer._encoder._engine._tokenizer
+    assert splintr.cache_len > 0
+    tokenizer.encode_batch(["a" * 1000])
+    assert splintr.cache_len == 0
 
 
 def test_the_check_expects_what_the_whole_vocabulary_gives(path: Path) -> None:
