@@ -5,7 +5,7 @@
 1. All stages but language identification (read, check, hash, deduplicate, filter, tokenise, pack), one process on
    one core, against the same stages built from datatrove (corpus_datatrove.py: WarcReader, sentence deduplication
    set to lines, DocumentTokenizer), on the same files, in turns. datatrove needs a separate environment
-   (pip install "datatrove[io,processing]"). Target: 3 x the pages per second.
+   (pip install "datatrove[io,processing]" spacy orjson). Target: 3 x the pages per second.
 2. The same run with language identification; against the figures of CCNet's paper (Wenzek et al. 2020, section 4.3),
    measured on their machines and pages: 600 documents/s/core for hashing, 40 for everything after it. Theirs include
    the download, and a language model that takes 13 % of the time. Targets: 5 x and 10 x.

@@ -19,9 +19,9 @@ _HOMES = {
     "SubEmbedding": "ksub_ds.model.embedding",
     "factorized_cross_entropy": "ksub_ds.model.softmax",
     "KSubRobertaConfig": "ksub_ds.model.configuration",
-    "KSubRobertaModel": "ksub_ds.model.modeling",
-    "KSubRobertaForMaskedLM": "ksub_ds.model.modeling",
-    "KSubRobertaForSequenceClassification": "ksub_ds.model.modeling",
+    "KSubRobertaModel": "ksub_ds.model.roberta",
+    "KSubRobertaForMaskedLM": "ksub_ds.model.roberta",
+    "KSubRobertaForSequenceClassification": "ksub_ds.model.roberta",
     "replace_embeddings": "ksub_ds.model.replacement",
     "compress": "ksub_ds.convert.compress",
 }

@@ -25,7 +25,7 @@ from ksub_ds.corpus.masking import IGNORE, MaskingRule, mask_tokens, sequence_ke
 from ksub_ds.corpus.statistics import token_frequency
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.embedding import SubEmbedding
-from ksub_ds.model.modeling import KSubRobertaForMaskedLM
+from ksub_ds.model.roberta import KSubRobertaForMaskedLM
 from ksub_ds.model.softmax import factorized_cross_entropy
 
 INITIAL_STD = 0.02

@@ -24,8 +24,8 @@ from baselines import logistic_regression
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json, write_json
-from ksub_ds.evaluate.data.tables import percent, render, write_text
 from ksub_ds.evaluate.data.tasks import LANGUAGES
+from ksub_ds.evaluate.result_tables import percent, render, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("clustered", "plain", "positional")

@@ -55,7 +55,7 @@ COMMANDS = {
         "pretrain a masked language model on DeepSpeed; the same command again resumes", "pretrain.__main__:main"
     ),
     "submit": words(
-        "submit a pretraining, evaluation or data job to SLURM; --dry-run prints the sbatch line", "cli.jobs:submit"
+        "submit a pretraining, evaluation or data job to SLURM; --dry-run prints the sbatch line", "cli.submit:submit"
     ),
     "analyze": words(
         "measure similarities and PCA of embeddings and hidden states, with figures (Figures 2 to 10)",

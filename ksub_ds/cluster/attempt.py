@@ -1,6 +1,6 @@
 """One start of all ranks, watched to its end.
 
-The supervisor of every rank sends tagged lines (ksub_ds/cluster/worker.py), which show the ranks that run, how the
+The supervisor of every rank sends tagged lines (ksub_ds/cluster/supervisor.py), which show the ranks that run, how the
 others ended, and which are silent. After the first failure the other ranks get a moment to end by themselves and
 to report why; then the launcher is killed, and with it, by their lifelines, all supervisors and workers.
 """

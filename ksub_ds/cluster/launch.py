@@ -23,8 +23,8 @@ from pathlib import Path
 from ksub_ds.cluster import launchers, preflight, remote
 from ksub_ds.cluster.attempt import Attempt, AttemptOutcome, HostLogs
 from ksub_ds.cluster.exit_status import classify_exit
+from ksub_ds.cluster.host_check import HostCheck
 from ksub_ds.cluster.hostfile import chosen_hosts, is_this_machine, read_hostfile, without_hosts
-from ksub_ds.cluster.inspection import HostCheck
 from ksub_ds.cluster.launch_spec import (
     LAUNCH_ID,
     PLAIN_WORD,
@@ -33,7 +33,7 @@ from ksub_ds.cluster.launch_spec import (
     write_environment_file,
 )
 from ksub_ds.cluster.options import LaunchOptions, split_arguments
-from ksub_ds.cluster.worker import GRACE_SECONDS
+from ksub_ds.cluster.supervisor import GRACE_SECONDS
 from ksub_ds.common.errors import RESUME, UserError
 from ksub_ds.common.exit_codes import FAILED, run_main
 from ksub_ds.common.lock import try_lock

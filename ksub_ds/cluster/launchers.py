@@ -1,4 +1,4 @@
-"""The command lines that start one supervisor (`ksub_ds.cluster.worker`) per slot.
+"""The command lines that start one supervisor (`ksub_ds.cluster.supervisor`) per slot.
 
 local     `deepspeed` on this machine, no ssh
 pdsh      `deepspeed --launcher pdsh`, its default for several hosts
@@ -19,7 +19,7 @@ from ksub_ds.cluster.remote import python_module, ssh
 from ksub_ds.common.errors import UserError
 
 REMOTE = ("pdsh", "ssh", "openmpi")
-SUPERVISOR = "ksub_ds.cluster.worker"
+SUPERVISOR = "ksub_ds.cluster.supervisor"
 
 
 @dataclass(frozen=True)

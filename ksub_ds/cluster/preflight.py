@@ -8,7 +8,7 @@ import dataclasses
 import json
 from dataclasses import asdict, dataclass
 
-from ksub_ds.cluster.inspection import HostCheck, HostReport, versions
+from ksub_ds.cluster.host_check import HostCheck, HostReport, versions
 from ksub_ds.cluster.remote import SSH_FAILED, CommandResult, python_module, run_on_all
 
 REACHABLE_SECONDS = 20.0
@@ -48,7 +48,7 @@ def preflight(hosts: dict[str, int], check: HostCheck, ssh_port: str | None, ren
             peer = names[1] if len(names) > 1 else "localhost"
             checks[host] = dataclasses.replace(checks[host], peer=peer, port=rendezvous_port)
     texts = {host: json.dumps(asdict(each)) for host, each in checks.items()}
-    words = python_module("ksub_ds.cluster.inspection")
+    words = python_module("ksub_ds.cluster.host_check")
     results = run_on_all(hosts, ssh_port, words, texts, INSPECTION_SECONDS)
     problems: list[tuple[str, str]] = []
     reports: dict[str, HostReport] = {}

@@ -100,8 +100,8 @@ def _plain(source: ExportSource) -> Any:
     from transformers import XLMRobertaForMaskedLM
 
     from ksub_ds.corpus.tokenizers.xlmr import XlmrTokenizer
-    from ksub_ds.model.modeling import KSubRobertaForMaskedLM
     from ksub_ds.model.replacement import to_plain
+    from ksub_ds.model.roberta import KSubRobertaForMaskedLM
 
     is_xlmr = isinstance(source.tokenizer, XlmrTokenizer) and isinstance(source.model, KSubRobertaForMaskedLM)
     try:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ksub_ds.common.files import sha256_bytes, write_json
-from ksub_ds.evaluate.data import tables
+from ksub_ds.evaluate import result_tables
 from ksub_ds.evaluate.data.rows import Rows, Source
 from ksub_ds.evaluate.finetune.classifier import check_fit, describe, open_encoder
 from ksub_ds.evaluate.finetune.encoding import Encoded, encode
 from ksub_ds.evaluate.finetune.loop import FineTuning
 from ksub_ds.evaluate.finetune.ranks import RankTask, train_on_ranks
-from ksub_ds.evaluate.finetune.training import ClassifierTraining, forget_state, train_classifier
+from ksub_ds.evaluate.finetune.train_classifier import ClassifierTraining, forget_state, train_classifier
 from ksub_ds.evaluate.queue.queue import Job, Queue
 from ksub_ds.evaluate.queue.worker import Plan
 from ksub_ds.evaluate.settings import EvaluationSettings
@@ -155,7 +155,7 @@ class BenchmarkPlan(Plan, Generic[Settings]):
 
     def write_results(self, results: dict[str, Any], table: str) -> None:
         """Write table.md, then results.json: whoever sees the latter finds all files."""
-        tables.write_text(self.folder / "table.md", table)
+        result_tables.write_text(self.folder / "table.md", table)
         write_json(self.folder / "results.json", results)
 
     def summary(self) -> str:

@@ -32,7 +32,7 @@ def main(path: Path, parent: int) -> int:
         parent: process id of the worker.
     """
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
-    from ksub_ds.evaluate.finetune.training import train_classifier
+    from ksub_ds.evaluate.finetune.train_classifier import train_classifier
     from ksub_ds.evaluate.registry import plan_of
 
     try:

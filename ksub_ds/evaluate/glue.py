@@ -15,13 +15,14 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.evaluate import result_tables
 from ksub_ds.evaluate.benchmark import BenchmarkPlan, FineTuneJob
-from ksub_ds.evaluate.data import metrics, tables
+from ksub_ds.evaluate.data import metrics
 from ksub_ds.evaluate.data.rows import Rows
 from ksub_ds.evaluate.data.tasks import GLUE_TASKS, MNLI_MATCHED_ROWS
 from ksub_ds.evaluate.finetune.classifier import fingerprint, load_trained
 from ksub_ds.evaluate.finetune.scoring import predict
-from ksub_ds.evaluate.finetune.training import ClassifierTraining
+from ksub_ds.evaluate.finetune.train_classifier import ClassifierTraining
 from ksub_ds.evaluate.queue.queue import Job
 from ksub_ds.evaluate.settings import GlueSettings
 
@@ -222,7 +223,7 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
         }
         predictions = self._predictions({task: scores["best"]["cell"] for task, scores in test.items()})
         write_json(self.folder / "predictions.json", predictions)
-        self.write_results(results, tables.glue_table([results], "markdown"))
+        self.write_results(results, result_tables.glue_table([results], "markdown"))
 
 
 def score(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
-from ksub_ds.evaluate.data import paper_results, tables
+from ksub_ds.evaluate import result_tables
+from ksub_ds.evaluate.data import paper_results
 from ksub_ds.evaluate.data.metrics import exchange_test, paired_test
-from ksub_ds.evaluate.data.tables import Format, short_name, signed
 from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
+from ksub_ds.evaluate.result_tables import Format, short_name, signed
 
 
 def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | None = None) -> str:
@@ -45,18 +46,18 @@ def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | No
     for setting in (CROSS_LINGUAL, TRANSLATE_TRAIN_ALL):
         group = [result for result in found if result["setting"] == setting]
         if group:
-            parts.append(tables.xnli_table(group, form))
+            parts.append(result_tables.xnli_table(group, form))
             rows = [*_against_paper(group), *_against_baseline(group, _baseline(group, chosen))]
             if rows:
                 header = ["difference, points", *LANGUAGES, "avg", "p"]
-                parts.append(tables.render(f"XNLI, {setting}: differences", header, rows, form))
+                parts.append(result_tables.render(f"XNLI, {setting}: differences", header, rows, form))
     group = [result for result in found if result["task"] == "glue"]
     if group:
-        parts.append(tables.glue_table(group, form))
+        parts.append(result_tables.glue_table(group, form))
         rows = _glue_differences(group, _baseline(group, chosen))
         if rows:
-            header = ["difference, points", *tables.GLUE_NAMES.values()]
-            parts.append(tables.render("GLUE: differences of the best cells", header, rows, form))
+            header = ["difference, points", *result_tables.GLUE_NAMES.values()]
+            parts.append(result_tables.render("GLUE: differences of the best cells", header, rows, form))
     return "\n".join(parts)
 
 
@@ -88,8 +89,8 @@ def _makes_a_table(result: Any) -> bool:
     """Return whether results are complete: they can be rendered as a table."""
     try:
         if result["task"] == "glue":
-            return bool(tables.glue_table([result], "markdown"))
-        return result["setting"] in paper_results.XNLI and bool(tables.xnli_table([result], "markdown"))
+            return bool(result_tables.glue_table([result], "markdown"))
+        return result["setting"] in paper_results.XNLI and bool(result_tables.xnli_table([result], "markdown"))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return False
 
@@ -115,10 +116,12 @@ def _against_paper(group: list[dict[str, Any]]) -> list[list[str]]:
             continue
         whole = set(result["test"]) == set(LANGUAGES)  # an average over fewer languages compares with nothing
         cells = [
-            signed(result["test"][each]["accuracy"] - theirs[each] / 100) if each in result["test"] else tables.NOTHING
+            signed(result["test"][each]["accuracy"] - theirs[each] / 100)
+            if each in result["test"]
+            else result_tables.NOTHING
             for each in LANGUAGES
         ]
-        average = signed(result["average"] - theirs["average"] / 100) if whole else tables.NOTHING
+        average = signed(result["average"] - theirs["average"] / 100) if whole else result_tables.NOTHING
         rows.append([f"{short_name(result, group)} - paper, {kind}", *cells, average, ""])
     return rows
 
@@ -134,7 +137,7 @@ def _against_baseline(group: list[dict[str, Any]], baseline: dict[str, Any] | No
         gaps = {each: result["test"][each]["accuracy"] - baseline["test"][each]["accuracy"] for each in common}
         p = _paired(result, baseline, common)
         cells = [signed(gaps.get(each)) for each in LANGUAGES]
-        average = signed(float(np.mean(list(gaps.values())))) if common else tables.NOTHING
+        average = signed(float(np.mean(list(gaps.values())))) if common else result_tables.NOTHING
         told = "other test rows" if p is None else f"{p:.4f}"
         rows.append([f"{short_name(result, group)} - {short_name(baseline, group)}", *cells, average, told])
     return rows
@@ -204,7 +207,7 @@ def _glue_p(ours: dict[str, Any], theirs: dict[str, Any], task: str) -> str:
     for result in (ours, theirs):
         path = Path(result["_folder"]) / "predictions.json"
         if task not in result["test"] or not path.exists():
-            return tables.NOTHING
+            return result_tables.NOTHING
         values = read_json(path)
         try:
             stored.append([_numbers(values[part][task]) for part in ("labels", "predictions")])
@@ -212,7 +215,7 @@ def _glue_p(ours: dict[str, Any], theirs: dict[str, Any], task: str) -> str:
             raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
     (labels, answers), (other_labels, other_answers) = stored
     if not np.array_equal(labels, other_labels) or not len(labels) == len(answers) == len(other_answers):
-        return tables.NOTHING
+        return result_tables.NOTHING
     return f"{exchange_test(GLUE_TASKS[task].metrics[0], answers, other_answers, labels)['p']:.4f}"
 
 
@@ -223,4 +226,4 @@ def _numbers(stored: Any) -> np.ndarray:
 
 def _gap(result: dict[str, Any], task: str, theirs: float) -> str:
     scores = result["test"].get(task)
-    return tables.NOTHING if scores is None else signed(scores["best"]["score"] - theirs)
+    return result_tables.NOTHING if scores is None else signed(scores["best"]["score"] - theirs)

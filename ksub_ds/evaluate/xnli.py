@@ -16,13 +16,14 @@ from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.evaluate import result_tables
 from ksub_ds.evaluate.benchmark import BenchmarkPlan, FineTuneJob
-from ksub_ds.evaluate.data import metrics, tables
+from ksub_ds.evaluate.data import metrics
 from ksub_ds.evaluate.data.rows import Rows
 from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, NLI_LABELS, XNLI_COLUMNS
 from ksub_ds.evaluate.finetune.classifier import load_trained
 from ksub_ds.evaluate.finetune.scoring import predict
-from ksub_ds.evaluate.finetune.training import ClassifierTraining
+from ksub_ds.evaluate.finetune.train_classifier import ClassifierTraining
 from ksub_ds.evaluate.queue.queue import Job
 from ksub_ds.evaluate.settings import XnliSettings
 from ksub_ds.pretrain.builders import set_attention
@@ -181,7 +182,7 @@ class XnliPlan(BenchmarkPlan[XnliSettings]):
             },
         }
         write_json(self.folder / "predictions.json", predictions)
-        self.write_results(results, tables.xnli_table([results], "markdown"))
+        self.write_results(results, result_tables.xnli_table([results], "markdown"))
 
 
 def _training_name(seed: int) -> str:

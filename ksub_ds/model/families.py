@@ -2,7 +2,7 @@
 
 transformers' own class builds everything with a vocabulary of a few tokens; then our embedding takes the place of
 its word embedding, and the decoder is removed. RoBERTa, XLM-R and CamemBERT are one network and have their classes in
-modeling.py. Each family has a model type of its own, so that its folder is never taken for a plain one.
+roberta.py. Each family has a model type of its own, so that its folder is never taken for a plain one.
 """
 
 from typing import Any, ClassVar

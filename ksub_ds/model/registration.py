@@ -2,25 +2,25 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from ksub_ds.model import families, modeling
+from ksub_ds.model import families, roberta
 
 CLASSES = {
     AutoModel: (
-        modeling.KSubRobertaModel,
+        roberta.KSubRobertaModel,
         families.KSubBertModel,
         families.KSubElectraModel,
         families.KSubDistilBertModel,
         families.KSubModernBertModel,
     ),
     AutoModelForMaskedLM: (
-        modeling.KSubRobertaForMaskedLM,
+        roberta.KSubRobertaForMaskedLM,
         families.KSubBertForMaskedLM,
         families.KSubElectraForMaskedLM,
         families.KSubDistilBertForMaskedLM,
         families.KSubModernBertForMaskedLM,
     ),
     AutoModelForSequenceClassification: (
-        modeling.KSubRobertaForSequenceClassification,
+        roberta.KSubRobertaForSequenceClassification,
         families.KSubBertForSequenceClassification,
         families.KSubElectraForSequenceClassification,
         families.KSubDistilBertForSequenceClassification,

@@ -29,22 +29,22 @@ from transformers.models.electra import modeling_electra as electra
 from transformers.models.modernbert import modeling_modernbert as modernbert
 
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.model import families, modeling
+from ksub_ds.model import families, roberta
 from ksub_ds.model.base import SubEmbeddingModel
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.masked_lm import SubMaskedLM
 
 # Plain class -> ours. The first of several plain classes of one of ours is what `to_plain` makes.
 CLASSES: dict[type, type[SubEmbeddingModel]] = {
-    RobertaModel: modeling.KSubRobertaModel,
-    RobertaForMaskedLM: modeling.KSubRobertaForMaskedLM,
-    RobertaForSequenceClassification: modeling.KSubRobertaForSequenceClassification,
-    XLMRobertaModel: modeling.KSubRobertaModel,
-    XLMRobertaForMaskedLM: modeling.KSubRobertaForMaskedLM,
-    XLMRobertaForSequenceClassification: modeling.KSubRobertaForSequenceClassification,
-    CamembertModel: modeling.KSubRobertaModel,
-    CamembertForMaskedLM: modeling.KSubRobertaForMaskedLM,
-    CamembertForSequenceClassification: modeling.KSubRobertaForSequenceClassification,
+    RobertaModel: roberta.KSubRobertaModel,
+    RobertaForMaskedLM: roberta.KSubRobertaForMaskedLM,
+    RobertaForSequenceClassification: roberta.KSubRobertaForSequenceClassification,
+    XLMRobertaModel: roberta.KSubRobertaModel,
+    XLMRobertaForMaskedLM: roberta.KSubRobertaForMaskedLM,
+    XLMRobertaForSequenceClassification: roberta.KSubRobertaForSequenceClassification,
+    CamembertModel: roberta.KSubRobertaModel,
+    CamembertForMaskedLM: roberta.KSubRobertaForMaskedLM,
+    CamembertForSequenceClassification: roberta.KSubRobertaForSequenceClassification,
     bert.BertModel: families.KSubBertModel,
     bert.BertForMaskedLM: families.KSubBertForMaskedLM,
     bert.BertForSequenceClassification: families.KSubBertForSequenceClassification,
@@ -115,7 +115,7 @@ def to_plain(model: SubEmbeddingModel, plain_class: type[PreTrainedModel] | None
     chosen = candidates[0] if plain_class is None else plain_class
     if chosen not in candidates:
         raise ValueError(f"{type(model).__name__} has no plain form {chosen.__name__}")
-    if isinstance(model, modeling.KSubRobertaForMaskedLM) and model.decoder_bias is None:
+    if isinstance(model, roberta.KSubRobertaForMaskedLM) and model.decoder_bias is None:
         raise ValueError("a head without a bias per token (decoder_bias=False) has no plain form")
     config = chosen.config_class(**_fields(model.config), vocab_size=model.config.vocab_size)
     keywords = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
@@ -171,7 +171,7 @@ def _fields(config: Any) -> dict[str, Any]:
 
 def _decoder_bias(ours: type, model: PreTrainedModel) -> dict[str, bool]:
     """Return the setting that keeps our model without a bias as it is."""
-    if isinstance(model, modeling.KSubRobertaPreTrainedModel):
+    if isinstance(model, roberta.KSubRobertaPreTrainedModel):
         return {"decoder_bias": model.config.decoder_bias}
     return {}
 

@@ -146,7 +146,7 @@ class Cluster:
         """No process of a run on any host: workers, supervisors, launchers."""
 
         def left() -> list[Any]:
-            kinds = (("ksub_ds.pretrain", f"--out {name} "), ("ksub_ds.cluster.worker",), ("deepspeed",), ("pdsh",))
+            kinds = (("ksub_ds.pretrain", f"--out {name} "), ("ksub_ds.cluster.supervisor",), ("deepspeed",), ("pdsh",))
             return [
                 (h.name, kind, h.processes(*kind)) for h in self.hosts.hosts for kind in kinds if h.processes(*kind)
             ]

@@ -21,7 +21,7 @@ SEED = int(os.environ.get("KSUB_CHAOS_SEED", "0"))
 # What is killed: (host, words of its command line). Everything that a run consists of.
 VICTIMS = (
     *((host, ("-m ksub_ds.pretrain", "--out chaos ")) for host in (1, 2)),
-    *((host, ("-m ksub_ds.cluster.worker",)) for host in (1, 2)),
+    *((host, ("-m ksub_ds.cluster.supervisor",)) for host in (1, 2)),
     *((host, ("-m deepspeed.launcher.launch",)) for host in (1, 2)),
     (0, ("pdsh",)),
     (0, ("bin/deepspeed",)),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ksub_ds.cluster import hostfile, inspection, launchers, remote
+from ksub_ds.cluster import host_check, hostfile, launchers, remote
 from ksub_ds.cluster.attempt import AttemptOutcome, RankStatus
 from ksub_ds.cluster.cleanup import processes_of_launch
 from ksub_ds.cluster.exit_status import classify_exit
@@ -105,7 +105,7 @@ def test_exit_statuses(tmp_path: Path) -> None:
 
 def supervisor(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     word = LaunchSpec("the-launch", str(folder), {}, list(arguments)).pack()
-    command = [sys.executable, "-m", "ksub_ds.cluster.worker", word]
+    command = [sys.executable, "-m", "ksub_ds.cluster.supervisor", word]
     changed = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, env=changed, text=True)
 
@@ -156,11 +156,11 @@ def test_the_cleanup_ends_its_own_launch_only() -> None:
 
 def test_a_host_inspects_itself(tmp_path: Path) -> None:
     check = {"folder": str(tmp_path), "out": "run", "codes": "none", "data": "none", "peer": "localhost"}
-    words = remote.python_module("ksub_ds.cluster.inspection")
+    words = remote.python_module("ksub_ds.cluster.host_check")
     report = json.loads(remote.run_on("localhost", None, words, json.dumps(check)).output)
     assert [problem.split(":")[0] for problem in report["problems"]] == ["--codes", "--data"]
-    assert report["versions"] == inspection.versions() and report["port"] > 0
+    assert report["versions"] == host_check.versions() and report["port"] > 0
     assert list(tmp_path.iterdir()) == []  # whether the run folder can be made was tried beside it
     (tmp_path / "file").write_text("")
-    again = inspection.inspect(inspection.HostCheck(str(tmp_path), out="file/run"))
+    again = host_check.inspect(host_check.HostCheck(str(tmp_path), out="file/run"))
     assert again.problems == ["--out file/run: cannot be written (Not a directory)"]

@@ -94,7 +94,7 @@ def test_options_are_divided_and_never_reparsed(tmp_path: Path) -> None:
     words = ["--out", "a run; $(touch hacked) 'x' \"y\" *", "--max-steps=3"]
     launcher, _, spec = passed(tmp_path, "--hostfile", EXAMPLE, *words, "--master_port=1234", "--bind_cores_to_rank")
     assert spec.arguments == words and spec.folder == str(tmp_path)
-    assert launcher[-3:] == ["--no_local_rank", "--module", "ksub_ds.cluster.worker"]
+    assert launcher[-3:] == ["--no_local_rank", "--module", "ksub_ds.cluster.supervisor"]
     for name, value in (("--master_port", "1234"), ("--master_addr", "127.0.0.1")):
         assert launcher[launcher.index(name) + 1] == value
     assert {"--no_ssh_check", "--bind_cores_to_rank"} <= set(launcher)

@@ -46,7 +46,7 @@ def test_ksub_help_imports_neither_torch_nor_transformers(tmp_path):
     assert output(str(script)).endswith("of a command.\n\n")
 
 
-@pytest.mark.parametrize("module", ["ksub_ds.cli", "ksub_ds.cluster.launch", "ksub_ds.cluster.worker"])
+@pytest.mark.parametrize("module", ["ksub_ds.cli", "ksub_ds.cluster.launch", "ksub_ds.cluster.supervisor"])
 def test_our_modules_start_light(module, tmp_path):
     """`python -m` in a process that prints, when it ends, which heavy packages were imported."""
     (tmp_path / "sitecustomize.py").write_text(f"import atexit, sys\natexit.register(lambda: {HEAVY})\n")

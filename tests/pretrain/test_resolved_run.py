@@ -9,7 +9,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 from ksub_ds.model.configuration import KSubRobertaConfig
-from ksub_ds.model.modeling import KSubRobertaForMaskedLM
+from ksub_ds.model.roberta import KSubRobertaForMaskedLM
 from ksub_ds.pretrain.__main__ import main
 from ksub_ds.pretrain.recipe import Recipe
 from ksub_ds.pretrain.resolved_run import ResolvedRun, open_sources, resolve_settings

@@ -15,7 +15,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.model.configuration import KSubRobertaConfig
-from ksub_ds.model.modeling import KSubRobertaForMaskedLM, KSubRobertaForSequenceClassification
+from ksub_ds.model.roberta import KSubRobertaForMaskedLM, KSubRobertaForSequenceClassification
 from ksub_ds.pretrain.checkpoint import FILES, FORMAT
 from ksub_ds.vectors.sources import load_vectors
 

@@ -13,8 +13,8 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import format_seconds
 from ksub_ds.corpus.commoncrawl.dedup import Mode, hash_paragraphs, keep_mask, paragraph_mask
 from ksub_ds.corpus.commoncrawl.documents import Document
-from ksub_ds.corpus.commoncrawl.filter import Counts, Selection, keep_paragraphs, select_batch
 from ksub_ds.corpus.commoncrawl.inputs import WetFile
+from ksub_ds.corpus.commoncrawl.page_selection import Counts, Selection, keep_paragraphs, select_batch
 from ksub_ds.corpus.commoncrawl.wet import Page, read_wet
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
 

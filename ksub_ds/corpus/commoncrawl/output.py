@@ -14,8 +14,8 @@ from ksub_ds.common.files import read_json, write_json
 from ksub_ds.common.mpi import MPIComm
 from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.dedup import rule
-from ksub_ds.corpus.commoncrawl.filter import Selection, content_hash
 from ksub_ds.corpus.commoncrawl.inputs import WetFile
+from ksub_ds.corpus.commoncrawl.page_selection import Selection, content_hash
 from ksub_ds.corpus.commoncrawl.report import FORMAT, QUARANTINE, REPORT, build_report, write_quarantine
 from ksub_ds.corpus.commoncrawl.stages import Result, fingerprint
 from ksub_ds.corpus.shards.dataset import MANIFEST

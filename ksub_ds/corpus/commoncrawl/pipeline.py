@@ -31,10 +31,10 @@ from ksub_ds.corpus.commoncrawl.config import ShardCC, check
 from ksub_ds.corpus.commoncrawl.dedup import Deduplication, hash_files, rule
 from ksub_ds.corpus.commoncrawl.documents import write_ccnet
 from ksub_ds.corpus.commoncrawl.estimate import estimate
-from ksub_ds.corpus.commoncrawl.filter import Selection, read_file, select_file
 from ksub_ds.corpus.commoncrawl.inputs import WetFile, describe, fetch_snapshot, find_wet_files
 from ksub_ds.corpus.commoncrawl.langid import load_identifier
 from ksub_ds.corpus.commoncrawl.output import SOURCE, CrawlFolder, has_files
+from ksub_ds.corpus.commoncrawl.page_selection import Selection, read_file, select_file
 from ksub_ds.corpus.commoncrawl.perplexity import load_buckets
 from ksub_ds.corpus.commoncrawl.report import FORMAT, REPORT, exit_line
 from ksub_ds.corpus.commoncrawl.stages import Result, Stage, StageKey, StageRunner, fingerprint

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.files import atomic_path
-from ksub_ds.corpus.commoncrawl.filter import Counts
 from ksub_ds.corpus.commoncrawl.inputs import WetFile
+from ksub_ds.corpus.commoncrawl.page_selection import Counts
 from ksub_ds.corpus.commoncrawl.stages import Result
 
 FORMAT = 1  # of the intermediate files and of the report; part of every stage's key

@@ -13,7 +13,7 @@ import numpy as np
 
 from ksub_ds.common.files import atomic_folder, atomic_path, read_json, write_json
 from ksub_ds.corpus.commoncrawl.documents import read_documents
-from ksub_ds.corpus.commoncrawl.filter import Counts, count
+from ksub_ds.corpus.commoncrawl.page_selection import Counts, count
 from ksub_ds.corpus.commoncrawl.stages import StageKey
 from ksub_ds.corpus.shards.folder import is_whole
 from ksub_ds.corpus.shards.packing import Packing

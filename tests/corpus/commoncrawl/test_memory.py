@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from ksub_ds.common.languages import LANGUAGES
-from ksub_ds.corpus.commoncrawl import filter
-from ksub_ds.corpus.commoncrawl.filter import Selection, select_file
+from ksub_ds.corpus.commoncrawl import page_selection
 from ksub_ds.corpus.commoncrawl.inputs import describe
 from ksub_ds.corpus.commoncrawl.langid import load_identifier
+from ksub_ds.corpus.commoncrawl.page_selection import Selection, select_file
 from ksub_ds.corpus.commoncrawl.perplexity import load_buckets
 from ksub_ds.corpus.commoncrawl.wet import Limits
 from ksub_ds.corpus.shards import writer as shard_writer
@@ -74,17 +74,19 @@ def test_a_batch_counts_urls_and_pages(tmp_path: Path, monkeypatch: pytest.Monke
     pages = [wet_files.record(number, "a", url="u" * 50_000 if number < 40 else "u") for number in range(100)]
     path.write_bytes(wet_files.member(*pages))
     batches = []
-    select_batch = filter.select_batch
+    select_batch = page_selection.select_batch
 
     def watched(batch: list[Any], *rest: Any) -> list[Any]:
         batches.append(len(batch))
         return select_batch(batch, *rest)
 
-    monkeypatch.setattr(filter, "select_batch", watched)
-    monkeypatch.setattr(filter, "BATCH_CHARACTERS", 10_000)
+    monkeypatch.setattr(page_selection, "select_batch", watched)
+    monkeypatch.setattr(page_selection, "BATCH_CHARACTERS", 10_000)
     selection = Selection(load_identifier(threshold=0), load_buckets(None), LANGUAGES, ("all",), 1)
     file = describe(path, path.name)
-    select_file(file, filter.content_hash(file), None, tmp_path / "documents", deduplication=None, selection=selection)
+    select_file(
+        file, page_selection.content_hash(file), None, tmp_path / "documents", deduplication=None, selection=selection
+    )
     assert batches[:40] == [1] * 40 and sum(batches) == 100 and max(batches) == 20
 
 

@@ -20,7 +20,7 @@ import transformers  # noqa: F401 - imported once here, else by a process for ea
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.mpi import MPIComm
-from ksub_ds.corpus.commoncrawl import filter, pipeline, tokenize
+from ksub_ds.corpus.commoncrawl import page_selection, pipeline, tokenize
 from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.dedup import normalise
 from ksub_ds.corpus.commoncrawl.langid import load_identifier
@@ -75,7 +75,7 @@ def cached_identifier(*options: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filter, "BATCH_CHARACTERS", 4000)
+    monkeypatch.setattr(page_selection, "BATCH_CHARACTERS", 4000)
     monkeypatch.setattr(tokenize, "TOKENS_HELD", 900)
     monkeypatch.setattr(pipeline, "load_identifier", cached_identifier)
 
@@ -186,7 +186,7 @@ def test_a_rerun_does_what_is_missing(
     for path in (out / "en" / "train-00000.arrow", text_out / "el_all_0001.json.gz", out / "report.json"):
         path.write_bytes(path.read_bytes()[:100])
         with monkeypatch.context() as patch:
-            patch.setattr(filter, "hash_paragraphs", None)
+            patch.setattr(page_selection, "hash_paragraphs", None)
             assert run(wet_folder, tiny_tokenizer, out, **options) == first
         assert content(tmp_path) == before
     # Another setting of a late stage does not touch the early ones; the shards of a dropped language are removed.

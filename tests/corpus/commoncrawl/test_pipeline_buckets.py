@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from ksub_ds.common.mpi import MPIComm
-from ksub_ds.corpus.commoncrawl import filter
+from ksub_ds.corpus.commoncrawl import page_selection
 from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.pipeline import shard_cc
 
@@ -137,7 +137,7 @@ def test_buckets_of_a_run_and_of_one_with_other_models(
         tiny_tokenizer, out, (tmp_path / "in",), text_out=text_out, keep_work=True, min_length=100, sequence_length=64,
         lm_models=second, keep_buckets=("middle",),
     )  # fmt: skip
-    monkeypatch.setattr(filter, "hash_paragraphs", None)
+    monkeypatch.setattr(page_selection, "hash_paragraphs", None)
     report = shard_cc(settings, MPIComm())
     assert written(text_out) == expected[second]
     assert all(before[stage] == stamps(stage) for stage in kept_stages)

@@ -1,6 +1,6 @@
 """Tables: what users name is escaped in Markdown, LaTeX and CSV."""
 
-from ksub_ds.evaluate.data.tables import render
+from ksub_ds.evaluate.result_tables import render
 
 
 def test_cells_are_escaped() -> None:

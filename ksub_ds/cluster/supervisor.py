@@ -1,6 +1,6 @@
 """The supervisor of one worker, which DeepSpeed's launcher starts in the worker's place.
 
-    python -m ksub_ds.cluster.worker WORD     (WORD: a LaunchSpec, packed)
+    python -m ksub_ds.cluster.supervisor WORD     (WORD: a LaunchSpec, packed)
 
 It starts `python -m ksub_ds.pretrain` and passes its output on, each line tagged with host and rank:
 

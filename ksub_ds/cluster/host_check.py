@@ -1,6 +1,6 @@
 """The check of one host before a run starts; `preflight` runs it on every host.
 
-    echo '{"folder": "/home/me", "out": "run", "data": "shards"}' | python -m ksub_ds.cluster.inspection
+    echo '{"folder": "/home/me", "out": "run", "data": "shards"}' | python -m ksub_ds.cluster.host_check
 
 Reads one JSON object on stdin (see `HostCheck`), prints one on stdout (see `HostReport`).
 """
