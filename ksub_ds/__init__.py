@@ -33,7 +33,7 @@ def _is_own_program() -> bool:
     """Return whether the running program is one of this project's own.
 
     Registering imports torch and transformers, which takes seconds. Our programs (`ksub`, `python -m ksub_ds...`,
-    the scripts in launch/ and preprocessing/, and the processes these spawn) register where they open a model, so
+    the scripts in launch/, preprocessing/ and benchmarks/, and what these spawn) register where they open a model, so
     that `ksub --help`, the launcher and the workers of a tokenizing pool start at once.
     """
     program = sys.argv[0] if sys.argv else ""
@@ -41,7 +41,7 @@ def _is_own_program() -> bool:
         module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
         return module.split(".")[0] == "ksub_ds"
     path, package = Path(program).resolve(), Path(__file__).resolve().parent
-    scripts = (package.parent / "launch", package.parent / "preprocessing")
+    scripts = [package.parent / folder for folder in ("launch", "preprocessing", "benchmarks")]
     return path.name == "ksub" or package in path.parents or path.parent in scripts
 
 
