@@ -36,7 +36,7 @@ def test_label_order_is_that_of_the_published_data(tmp_path: Path) -> None:
     [
         (GOOD | {"label": -1}, "line 2: label -1 stands for an unlabelled row"),
         (GOOD | {"label": 3}, "line 2: label 3 is not one of 0 to 2"),
-        (GOOD | {"label": 0.5}, "line 2: label 0.5 is none"),
+        (GOOD | {"label": 0.5}, "line 2: label 0.5 is not one of 0 to 2"),
         (GOOD | {"label": "maybe"}, "line 2: label 'maybe' is not one of entailment, neutral, contradiction"),
         (GOOD | {"label": True}, "line 2: label True is not a number"),
         (GOOD | {"label": 10**400}, "line 2: label 10000000000000000000 is not a number"),
