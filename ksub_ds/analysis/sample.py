@@ -70,7 +70,7 @@ def sample_text(
         _take(DocumentReader(text.sources, text.skipped), tokenizer, share, sequence_length, rows)
         taken[language] = sum(len(row) - 2 for row in rows[start:])
         if not taken[language]:
-            why = ", ".join(f"{count} {reason}" for reason, count in text.skipped.items()) or "no document"
+            why = ", ".join(text.skipped.lines()) or "no document"
             raise UserError(f"--data {data}: language {language!r} has no readable text ({why})")
     ordinary = np.concatenate([row[1:-1] for row in rows])
     return TextSample(rows, taken, np.bincount(ordinary, minlength=tokenizer.vocab_size))

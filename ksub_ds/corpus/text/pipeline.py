@@ -7,7 +7,6 @@ settings, not on the number of processes.
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from ksub_ds.corpus.shards.packing import Packing
 from ksub_ds.corpus.shards.writer import LanguageWriter, check_shard_settings, split_of
 from ksub_ds.corpus.text.hub import DatasetSource
 from ksub_ds.corpus.text.reader import DocumentReader
+from ksub_ds.corpus.text.skipped import Skipped
 from ksub_ds.corpus.text.sources import LanguageText, find_text
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.corpus.tokenizers.parallel import ParallelEncoder
@@ -74,7 +74,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
     text = find_text(settings.input, settings.languages) if settings.input else {}
     if settings.datasets:
         streamed = [DatasetSource(name, settings.datasets_language) for name in settings.datasets]
-        text.setdefault(settings.datasets_language, LanguageText([], Counter())).sources.extend(streamed)
+        text.setdefault(settings.datasets_language, LanguageText([], Skipped())).sources.extend(streamed)
     tokenizer = load_tokenizer(settings.tokenizer)
     make_folder(settings.out)
     with locked(settings.out):
@@ -198,7 +198,7 @@ def shard_language(
             sizes = dict.fromkeys(SPLITS, 0)
             for document, ids in zip(texts, encoded, strict=True):
                 if not len(ids):
-                    text.skipped["no_token"] += 1
+                    text.skipped.add("no_token")
                     continue
                 raw = document.encode()
                 split = split_of(raw, recipe["validation_fraction"])
@@ -210,13 +210,12 @@ def shard_language(
             progress.advance(done - shown, language=language, tokens=f"{writer.counts['train']['tokens']:,}")
             shown = done
         part = writer.finish()
-        skipped = dict(sorted((+text.skipped).items()))
+        skipped = dict(sorted(text.skipped.counts.items()))
         files = part.pop("files")
         write_json(folder / "part.json", {"recipe": recipe, **part, "skipped": skipped, "files": files})
     progress.advance(max(text.size() // 1000 - shown, 0), language=language)
     if skipped:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
-        get_logger().info(f"{language}: skipped documents or files: {reasons}")
+        get_logger().info(f"{language}: skipped documents or files: {', '.join(text.skipped.lines())}")
 
 
 def _batches(reader: DocumentReader) -> Iterator[list[str]]:

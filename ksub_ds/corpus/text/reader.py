@@ -12,7 +12,6 @@ import gzip
 import json
 import os
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
@@ -20,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ksub_ds.corpus.text.hub import TEXT_COLUMNS, DatasetSource
+from ksub_ds.corpus.text.skipped import Skipped
 from ksub_ds.corpus.text.sources import PARQUET, TextFile
 
 PARQUET_ROWS = 16  # read at a time: a column may repeat one long text without taking space on the disk
@@ -33,11 +33,11 @@ class DocumentReader:
     """Iterates over the documents of some sources, in order.
 
     Attributes:
-        skipped: number of files and documents skipped so far, by reason: the caller's counter.
+        skipped: number of files and documents skipped so far, by reason: the caller's object.
         bytes_read: bytes read from the disk so far.
     """
 
-    def __init__(self, sources: Sequence[TextFile | DatasetSource], skipped: Counter[str]):
+    def __init__(self, sources: Sequence[TextFile | DatasetSource], skipped: Skipped):
         self._sources, self.skipped = sources, skipped
         self.bytes_read = 0
 
@@ -49,7 +49,7 @@ class DocumentReader:
                 silent = False
                 yield text
             if silent and self.skipped.total() == skipped:
-                self.skipped["empty_file"] += 1
+                self.skipped.add("empty_file")
             if isinstance(source, TextFile):
                 self.bytes_read = before + source.size
 
@@ -59,7 +59,7 @@ class DocumentReader:
             if reason is None:
                 yield text
             else:
-                self.skipped[reason] += 1
+                self.skipped.add(reason)
 
     def _dataset(self, source: DatasetSource) -> Iterator[Any]:
         for text in source.texts():
@@ -75,24 +75,24 @@ class DocumentReader:
                     self.bytes_read = max(self.bytes_read, before + raw.tell())
                     yield text
         except OSError:
-            self.skipped["unreadable_file"] += 1
+            self.skipped.add("unreadable_file")
 
     def _parquet(self, raw: IO[bytes], name: str) -> Iterator[Any]:
         try:
             table = pyarrow.parquet.ParquetFile(raw)
             columns = [column for column in TEXT_COLUMNS if column in table.schema_arrow.names]
             if not columns:
-                self.skipped["no_text_column"] += 1
+                self.skipped.add("no_text_column")
                 return
             for index in range(table.num_row_groups):
                 about = table.metadata.row_group(index)
                 if about.total_byte_size > max(INFLATION_FREE, INFLATION_LIMIT * os.fstat(raw.fileno()).st_size):
-                    self.skipped["inflates_too_much"] += 1
+                    self.skipped.add("inflates_too_much")
                     return
             for rows in table.iter_batches(PARQUET_ROWS, columns=columns[:1]):
                 yield from rows.column(0).to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError):  # OSError: a torn page
-            self.skipped["damaged_parquet"] += 1
+            self.skipped.add("damaged_parquet")
 
     def _lines_of_text(self, raw: IO[bytes], name: str) -> Iterator[Any]:
         compressed = name.endswith(".gz")
@@ -115,34 +115,34 @@ class DocumentReader:
                 if line:
                     yield line
                 else:
-                    self.skipped["line_too_long"] += 1
+                    self.skipped.add("line_too_long")
                 if _is_bomb(inflated, raw, compressed):
-                    self.skipped["inflates_too_much"] += 1
+                    self.skipped.add("inflates_too_much")
                     return
         except (EOFError, zlib.error, gzip.BadGzipFile):
-            self.skipped["damaged_gzip"] += 1
+            self.skipped.add("damaged_gzip")
 
 
 def _is_bomb(inflated: int, raw: IO[bytes], compressed: bool) -> bool:
     return compressed and inflated > INFLATION_FREE and inflated > INFLATION_LIMIT * raw.tell()
 
 
-def _json_texts(lines: Iterator[bytes], skipped: Counter[str]) -> Iterator[Any]:
+def _json_texts(lines: Iterator[bytes], skipped: Skipped) -> Iterator[Any]:
     for line in lines:
         if not line.strip():
             continue
         try:
             value: Any = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
-            skipped["not_utf8"] += 1
+            skipped.add("not_utf8")
             continue
         except (ValueError, RecursionError):
-            skipped["bad_json"] += 1
+            skipped.add("bad_json")
             continue
         yield value.get("text", value.get("raw_content")) if isinstance(value, dict) else None
 
 
-def _paragraphs(lines: Iterator[bytes], skipped: Counter[str]) -> Iterator[str]:
+def _paragraphs(lines: Iterator[bytes], skipped: Skipped) -> Iterator[str]:
     document: list[bytes] = []
     size = 0
     for line in lines:
@@ -156,14 +156,14 @@ def _paragraphs(lines: Iterator[bytes], skipped: Counter[str]) -> Iterator[str]:
     yield from _paragraph(document, size, skipped)
 
 
-def _paragraph(document: list[bytes], size: int, skipped: Counter[str]) -> Iterator[str]:
+def _paragraph(document: list[bytes], size: int, skipped: Skipped) -> Iterator[str]:
     if size > LONGEST_LINE:
-        skipped["too_long"] += 1
+        skipped.add("too_long")
     elif document:
         try:
             yield b"".join(document).decode("utf-8-sig")
         except UnicodeDecodeError:
-            skipped["not_utf8"] += 1
+            skipped.add("not_utf8")
 
 
 def rejection_reason(text: str) -> str | None:

@@ -8,7 +8,6 @@ hub.py opens data sets by name; reader.py reads both.
 
 import hashlib
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ksub_ds.common.files import sha256_file
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards.dataset import LANGUAGE_CODE
 from ksub_ds.corpus.text.hub import DatasetSource
+from ksub_ds.corpus.text.skipped import Skipped
 
 SUFFIXES = (".jsonl", ".json", ".txt")
 PARQUET = ".parquet"
@@ -48,7 +48,7 @@ class LanguageText:
     """The sources of one language, and how many files and documents were skipped, by reason."""
 
     sources: list[TextFile | DatasetSource]
-    skipped: Counter[str]
+    skipped: Skipped
 
     def fingerprint(self) -> str:
         """Return the sha256 of the names and contents of all sources."""
@@ -93,12 +93,12 @@ def find_text(folder: Path, languages: tuple[str, ...] = (), flag: str = "--inpu
         if languages and language not in languages:
             others.append(language)
             continue
-        text = found.setdefault(language, LanguageText([], Counter()))
+        text = found.setdefault(language, LanguageText([], Skipped()))
         for path in _files_below(entry, text.skipped):
             if not path.resolve().is_relative_to(root):
-                text.skipped["link_out_of_the_folder"] += 1
+                text.skipped.add("link_out_of_the_folder")
             elif not path.is_file():
-                text.skipped["not_a_regular_file"] += 1
+                text.skipped.add("not_a_regular_file")
             else:
                 text.sources.append(TextFile(path, path.relative_to(folder).as_posix()))
     if not found and not others:
@@ -116,14 +116,16 @@ def _is_text_name(name: str) -> bool:
     return name.removesuffix(".gz").endswith(SUFFIXES) or name.endswith(PARQUET)
 
 
-def _files_below(entry: Path, skipped: Counter[str]) -> list[Path]:
+def _files_below(entry: Path, skipped: Skipped) -> list[Path]:
     if not entry.is_dir():
         return [entry]
     if entry.is_symlink():
-        skipped["linked_folder"] += 1
+        skipped.add("linked_folder")
         return []
     paths = []
     for parent, folders, names in os.walk(entry):
-        skipped["linked_folder"] += sum((Path(parent) / name).is_symlink() for name in folders)
+        for name in folders:
+            if (Path(parent) / name).is_symlink():
+                skipped.add("linked_folder")
         paths += [Path(parent) / name for name in names if _is_text_name(name)]
     return sorted(paths)

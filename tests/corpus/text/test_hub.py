@@ -29,7 +29,7 @@ def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> 
 
 def read(folder: Path) -> tuple[list[str], Counter[str]]:
     text = find_text(folder)["en"]
-    return list(DocumentReader(text.sources, text.skipped)), text.skipped
+    return list(DocumentReader(text.sources, text.skipped)), text.skipped.counts
 
 
 def test_parquet_files_are_read_as_jsonl_is(tmp_path: Path, english: list[str]) -> None:

@@ -27,6 +27,7 @@ from ksub_ds.corpus.statistics import corpus_statistics, corpus_table
 from ksub_ds.corpus.text import pipeline, reader
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 from ksub_ds.corpus.text.reader import DocumentReader
+from ksub_ds.corpus.text.skipped import Skipped
 from ksub_ds.corpus.text.sources import find_text
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
@@ -106,7 +107,7 @@ def test_all_layouts(tmp_path: Path) -> None:
     write("README.md", "not text")
     write("english.txt", "not a code")
     found = find_text(tmp_path)
-    texts = {language: list(DocumentReader(entry.sources, Counter())) for language, entry in found.items()}
+    texts = {language: list(DocumentReader(entry.sources, Skipped())) for language, entry in found.items()}
     assert texts == {
         "en": ["five", "six", "one", "two", "three\nstill three\n", "four"],
         "zh-Hant": ["七\r\n", "八\r\n"],
@@ -401,9 +402,9 @@ def test_a_parquet_bomb_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     parquet.write_table(pyarrow.table({"text": [text[:200_000] + "a" * 500_000] * 20}), path)  # stored once
     monkeypatch.setattr(reader, "INFLATION_FREE", 100_000)
     monkeypatch.setattr(reader, "INFLATION_LIMIT", 2)
-    skipped: Counter[str] = Counter()
+    skipped = Skipped()
     assert list(DocumentReader(find_text(tmp_path, ("en",))["en"].sources, skipped)) == []
-    assert skipped["inflates_too_much"] == 1
+    assert skipped.counts["inflates_too_much"] == 1
 
 
 def test_a_full_disk_is_one_line(tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
