@@ -12,6 +12,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
+from ksub_ds.model.sequence_length import longest_sequence
 from ksub_ds.vectors.hf_folder import is_hub_name
 
 HARMLESS = ("pooler.", "position_ids", "token_type_ids")  # may be missing from a checkpoint: no state comes from them
@@ -46,11 +47,7 @@ class Encoder:
     @property
     def longest_row(self) -> int | None:
         """The most tokens of a row, special ones included; None when the model sets no bound."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        if positions is None:
-            return None
-        # RoBERTa and its kin number positions from pad_token_id + 1, so two of them are never used
-        return positions - 2 if hasattr(self.model.embeddings, "padding_idx") else positions
+        return longest_sequence(self.model.config)
 
 
 def open_encoder(source: str, name: str, tokenizer: Path | None = None, codes: CodeTable | None = None) -> Encoder:

@@ -17,6 +17,7 @@ def positional(
     num_tokens: int | None = None,
     tokenizer: Path | None = None,
     reserve_special_tokens: bool = False,
+    table_size: int | None = None,
 ) -> None:
     """Make codes by Algorithm 1: f_k(n) is the k-th digit of n in base M, M the least with M^K >= N.
 
@@ -26,6 +27,7 @@ def positional(
         num_tokens: N, the size of the vocabulary. [the tokenizer's]
         tokenizer: SentencePiece .model or HuggingFace folder; its fingerprint goes into the file.
         reserve_special_tokens: Give <s>, </s>, <pad>, <unk>, <mask> rows of their own in every table.
+        table_size: M, more than needed, to leave codes free for tokens that are added later. [the least]
 
     Raises:
         UserError: options that contradict each other, or numbers that give no codes.
@@ -47,7 +49,7 @@ def positional(
     elif reserve_special_tokens:
         raise UserError("--reserve-special-tokens: give --tokenizer PATH too, it names the special tokens")
     try:
-        table = positional_codes(num_tokens, num_tables, special_ids)
+        table = positional_codes(num_tokens, num_tables, special_ids, table_size)
     except ValueError as error:
         raise UserError(str(error)) from error
     table.metadata.update(fingerprint)

@@ -10,6 +10,7 @@ to the nearest leaf that has a free last code, and gets the free code whose toke
 Rows that `reserve_special_tokens` gave to special tokens are not given to others.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -35,10 +36,11 @@ def extend_codes(table: CodeTable, count: int, vectors: object = None, known: ob
     sizes = tuple(size - reserved for size in table.table_sizes)
     free = math.prod(sizes) - (table.num_tokens - reserved)
     if count > free:
-        shape = " x ".join(map(str, sizes))
+        shape, needed = " x ".join(map(str, sizes)), table.num_tokens - reserved + count
+        fitting = next(size for size in itertools.count(max(sizes)) if size ** len(sizes) >= needed) + reserved
         raise ValueError(
             f"the code space is full: {count:,} new tokens, but of {math.prod(sizes):,} codes ({shape}) only "
-            f"{free:,} are unused; make new codes with larger tables"
+            f"{free:,} are unused; make new codes with --table-size {fitting} or more"
         )
     if vectors is None:
         added = _first_unused(table.codes, sizes, count)

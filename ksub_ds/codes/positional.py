@@ -27,16 +27,19 @@ def smallest_base(num_tokens: int, num_tables: int) -> int:
     return low
 
 
-def positional_codes(num_tokens: int, num_tables: int, special_ids: Iterable[int] = ()) -> CodeTable:
+def positional_codes(
+    num_tokens: int, num_tables: int, special_ids: Iterable[int] = (), table_size: int | None = None
+) -> CodeTable:
     """Make codes by Algorithm 1.
 
     Args:
         num_tokens: N >= 1.
         num_tables: K >= 1.
         special_ids: tokens that get a row of their own in every table (see `reserve_special_tokens`).
+        table_size: M, more than the least for N, to leave codes free for tokens that are added later. [the least]
 
     Raises:
-        ValueError: a count below 1, or a special id that is not a token.
+        ValueError: a count below 1, tables too small for N codes, or a special id that is not a token.
     """
     if num_tokens < 1 or num_tables < 1 or num_tokens * num_tables > MOST_CODES:
         raise ValueError(
@@ -47,7 +50,10 @@ def positional_codes(num_tokens: int, num_tables: int, special_ids: Iterable[int
     ordinary = num_tokens - len(special)
     if ordinary < 1:
         raise ValueError(f"all {num_tokens} tokens are special: none is left to code")
-    base = smallest_base(ordinary, num_tables)
+    least = smallest_base(ordinary, num_tables)
+    base = least if table_size is None else table_size - len(special)
+    if base < least:
+        raise ValueError(f"table size {table_size}: too small for {num_tokens:,} tokens; {least + len(special)} fits")
     digits, rest = np.empty((ordinary, num_tables), dtype=np.int32), np.arange(ordinary)
     for k in range(num_tables):
         rest, digits[:, k] = np.divmod(rest, base)

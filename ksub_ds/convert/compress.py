@@ -25,6 +25,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.convert.fitting import Mixing, fit_tables
+from ksub_ds.model.sequence_length import limit_tokenizer
 
 if TYPE_CHECKING:  # seconds of imports that --help does without
     from transformers import PreTrainedModel
@@ -234,6 +235,7 @@ def compress_model(settings: CompressModel) -> Path:
         small.save_pretrained(temporary)
         table.save(temporary / "codes.safetensors")
         _save_tokenizer(Path(settings.model), tokenizer, temporary)
+        limit_tokenizer(temporary, small.config)
         copy_sentence_files(Path(settings.model), temporary)
         source = {"model": settings.model, "codes_sha256": table.sha256}
         write_json(temporary / "compression.json", source | report.to_json())

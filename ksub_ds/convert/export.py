@@ -9,6 +9,7 @@ temporary folder, loaded back by transformers' Auto class, and both must give th
 one of our models (of `ksub compress`, or an earlier export) can stand for RUN.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from ksub_ds.convert.model_card import write_model_card
 from ksub_ds.convert.onnx import write_onnx
 from ksub_ds.convert.remote_code import write_remote_code
 from ksub_ds.convert.source import ExportSource, auto_class, head_of, open_source
+from ksub_ds.model.sequence_length import limit_tokenizer, longest_sequence
 
 TOLERANCE = 1e-5  # the reloaded model computes the same; only the order of sums may differ
 DENSE_TOLERANCE = 1e-4  # N x d products instead of table scores: another order of many sums
@@ -79,6 +81,7 @@ def _write(source: ExportSource, folder: Path, form: Form, licence: str | None) 
     saved.save_pretrained(folder)
     if source.tokenizer is not None:
         source.tokenizer.save(folder)
+        limit_tokenizer(folder, saved.config)
     difference = compare_with_reload(source.model, folder, source.tokenizer)
     tolerance = DENSE_TOLERANCE if form == "dense" else TOLERANCE
     if not difference <= tolerance:
@@ -87,8 +90,34 @@ def _write(source: ExportSource, folder: Path, form: Form, licence: str | None) 
         write_remote_code(folder, source.model)
     if source.folder is not None:
         copy_sentence_files(source.folder, folder)
+    _check_long_text(folder, source.name)
     write_model_card(folder, source, form, licence)
     return difference
+
+
+def _check_long_text(folder: Path, name: str) -> None:
+    """Read a text longer than the model as a user would: by the folder's tokenizer, and as a sentence encoder.
+
+    Raises:
+        UserError: the folder's model or tokenizer fails on it, or a number is not finite.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    longest = longest_sequence(AutoConfig.from_pretrained(folder))
+    text = "a " * (longest or 0) + "a b c"
+    try:
+        row = AutoTokenizer.from_pretrained(folder)(text, truncation=True, return_tensors="pt")
+        results = [next(iter(auto_class(folder).from_pretrained(folder).eval()(**row).values()))]
+        if (folder / "modules.json").is_file() and find_spec("sentence_transformers"):
+            from sentence_transformers import SentenceTransformer
+
+            results.append(SentenceTransformer(str(folder), device="cpu").encode(text, convert_to_tensor=True))
+    except Exception as error:  # whatever a user would see
+        raise UserError(f"{name}: a text of more than {longest} tokens fails in the export ({error})") from error
+    if not all(result.isfinite().all() for result in results):
+        raise UserError(f"{name}: the export gives numbers that are not finite for a long text")
 
 
 def _plain(source: ExportSource) -> Any:

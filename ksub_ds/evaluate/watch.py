@@ -24,6 +24,7 @@ from ksub_ds.evaluate.data.rows import Source
 from ksub_ds.evaluate.queue.worker import run_worker
 from ksub_ds.evaluate.registry import make_plans
 from ksub_ds.evaluate.settings import XnliSettings, positive_rate
+from ksub_ds.model.sequence_length import limit_tokenizer
 
 NICENESS = 10
 
@@ -249,6 +250,7 @@ def _score(settings: WatchSettings, run: Any, path: Path) -> dict[str, Any]:
         with atomic_folder(exported) as temporary:
             model.to("cpu").save_pretrained(temporary)
             run.tokenizer.save(temporary)
+            limit_tokenizer(temporary, model.config)
         line["xnli"] = _xnli(settings, exported, settings.out / "xnli" / path.name)
     return line
 

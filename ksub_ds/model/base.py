@@ -14,6 +14,7 @@ from transformers import initialization as init
 
 from ksub_ds.codes.extension import extend_codes
 from ksub_ds.codes.table import CodeTable
+from ksub_ds.model.adapters import active_module, offer_target_modules
 from ksub_ds.model.embedding import SubEmbedding
 
 
@@ -42,6 +43,10 @@ class SubEmbeddingModel(PreTrainedModel):
     # like would read our folder, find no embedding, and continue with a random one after a mere warning.
     # (Users who pass ignore_mismatched_sizes=True have asked for just that.)
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.(word|tok)_embeddings\.weight$"]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        offer_target_modules(self.config.model_type)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -84,7 +89,7 @@ class SubEmbeddingModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> SubEmbedding:
         """Return the one sub-embedding, which the decoder is tied to."""
-        return self.get_submodule(self.embedding_name())
+        return active_module(self, self.embedding_name())
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the sub-embedding by another one.

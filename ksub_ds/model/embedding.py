@@ -117,6 +117,14 @@ class SubEmbedding(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._structure = None  # the codes may have been overwritten in place
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # asked for by code that takes every embedding for an N x d matrix
+            raise AttributeError(
+                "a SubEmbedding has no `weight`: tokens share the rows of its `tables`, so no token has one to itself "
+                "(PEFT's trainable_token_indices included); dense_weight() returns a copy of the N x d matrix"
+            )
+        return super().__getattr__(name)
+
     def extra_repr(self) -> str:
         """Describe the sizes, for `repr`."""
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, tables={self.table_sizes}"

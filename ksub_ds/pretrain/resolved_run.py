@@ -14,6 +14,7 @@ from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
+from ksub_ds.model.sequence_length import longest_sequence
 from ksub_ds.pretrain.engine import check_precision, find_deepspeed_config, read_mechanics
 from ksub_ds.pretrain.recipe import BatchSizes, Recipe, divide_batch, resolve, to_json
 from ksub_ds.pretrain.warm_start import check_same_tokens, fingerprint, read_codes
@@ -205,10 +206,8 @@ def _check_length(recipe: Recipe, dataset: ShardDataset, config: Any) -> None:
     Raises:
         UserError: they are.
     """
-    longest = config.max_position_embeddings
-    if config.model_type == "ksub_roberta":
-        longest -= config.pad_token_id + 1  # RoBERTa's positions begin after the padding's
-    if dataset.sequence_length > longest:
+    longest = longest_sequence(config)
+    if longest is not None and dataset.sequence_length > longest:
         raise UserError(
             f"--data {recipe.data}: rows of {dataset.sequence_length} tokens, but the model has "
             f"positions for {longest}; make shards with --sequence-length {longest}"

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksub_ds import plain_codes, positional_codes
+from ksub_ds.codes.extension import extend_codes
 from ksub_ds.codes.positional import smallest_base
 
 
@@ -79,3 +80,14 @@ def test_counts_that_make_no_sense(arguments):
 def test_plain_is_one_table_with_a_row_per_token():
     table = plain_codes(7)
     assert table.table_sizes == (7,) and table.codes[:, 0].tolist() == list(range(7))
+
+
+def test_larger_tables_leave_room():
+    roomy = positional_codes(250_002, 3, table_size=64)
+    assert roomy.table_sizes == (64, 64, 64) and roomy.codes.max() == 63
+    roomy.verify()
+    assert extend_codes(roomy, 46).num_tokens == 250_048  # N rounded up to a multiple of 64
+    assert positional_codes(250_002, 3, table_size=63).sha256 == positional_codes(250_002, 3).sha256
+    with pytest.raises(ValueError, match="table size 62: too small for 250,002 tokens; 63 fits"):
+        positional_codes(250_002, 3, table_size=62)
+    assert positional_codes(100, 2, [0, 1], table_size=20).table_sizes == (20, 20)

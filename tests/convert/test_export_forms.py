@@ -19,6 +19,7 @@ from ksub_ds.pretrain.warm_start import read_codes
 from ..pretrain.runs import Bench, Outcome, environment
 
 pytestmark = pytest.mark.timeout(300)
+LONGEST = 512  # tokens, of a tiny model
 LOGITS = """
 import json, sys
 sys.modules["ksub_ds"] = None
@@ -90,6 +91,8 @@ def test_every_form_gives_the_same_logits_without_ksub_ds(taught: Path, tmp_path
     card = (ours / "README.md").read_text()
     for words in ('license: "cc-by-4.0"', "import ksub_ds", "16 16 16", "6 of 6 steps", "| all |", "distilled from"):
         assert words in card, words
+    for folder in (ours, tmp_path / "remote", tmp_path / "dense"):
+        assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == LONGEST
     model = AutoModelForMaskedLM.from_pretrained(ours).eval()
     with torch.no_grad():
         expected = model(torch.arange(5, 37).reshape(2, 16)).logits.double().flatten()[::97].tolist()
@@ -111,6 +114,35 @@ def test_onnx(
     run = taught if network == "roberta" else bench.folder / network
     export_run(run, tmp_path / "model", form=form, onnx=True)  # compares, and raises when they differ
     assert (tmp_path / "model" / "model.onnx").stat().st_size > 1000
+
+
+def test_a_classifier_becomes_onnx(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    from ksub_ds import KSubRobertaConfig, KSubRobertaForSequenceClassification, positional_codes
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+
+    for package in NEEDS:
+        pytest.importorskip(package, reason=f"{package} is optional: pip install {' '.join(NEEDS)}")
+    import onnxruntime
+
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    config = KSubRobertaConfig.tiny(vocab_size=tokenizer.vocab_size, pad_token_id=1)
+    config.num_labels = 3
+    KSubRobertaForSequenceClassification(config, positional_codes(tokenizer.vocab_size, 3)).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "out"), "--onnx"]) == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    row = {"input_ids": [[0, 5, 6, 2]], "attention_mask": [[1, 1, 1, 1]]}
+    assert session.run(None, row)[0].shape == (1, 3)
+
+
+def test_a_text_too_long_for_the_model_is_tried(
+    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the model's length in the tokenizer, the check fails as a user's pipeline would."""
+    monkeypatch.setattr("ksub_ds.convert.export.limit_tokenizer", lambda *_: None)
+    assert main(["export", str(taught), "--out", str(tmp_path / "out")]) == 2
+    assert f"a text of more than {LONGEST} tokens fails in the export" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_does_not_fit_is_one_line(bench: Bench, plain: Path, taught: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.tokenizers.xlmr import MODEL_NAME
 from ksub_ds.evaluate.data.hub import require_on_hub
 from ksub_ds.evaluate.finetune.encoding import PairEncoder, load_encoder
+from ksub_ds.model.sequence_length import longest_sequence
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
 FRESH_HEADS = ("classifier", "score", "pre_classifier", "classification_head")  # those that no pretraining trains
@@ -175,10 +176,9 @@ def check_fit(model: str, encoder: PairEncoder, max_length: int) -> None:
         raise UserError(
             f"--tokenizer: has {encoder.vocab_size:,} tokens, but {model} only {vocabulary:,}; give the model's own"
         )
-    positions = getattr(config, "max_position_embeddings", None)
-    offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
-    if positions is not None and max_length > positions - offset:
-        raise UserError(f"--max-length {max_length}: {model} has positions for {positions - offset} tokens")
+    longest = longest_sequence(config)
+    if longest is not None and max_length > longest:
+        raise UserError(f"--max-length {max_length}: {model} has positions for {longest} tokens")
 
 
 def describe(model: str) -> dict[str, Any]:

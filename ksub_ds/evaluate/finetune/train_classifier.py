@@ -11,6 +11,7 @@ from ksub_ds.common.files import atomic_folder
 from ksub_ds.evaluate.finetune.classifier import load_classifier
 from ksub_ds.evaluate.finetune.encoding import Encoded, PairEncoder
 from ksub_ds.evaluate.finetune.loop import FineTuning, finetune
+from ksub_ds.model.sequence_length import limit_tokenizer
 from ksub_ds.pretrain.builders import set_attention
 
 
@@ -70,6 +71,7 @@ def train_classifier(
         with atomic_folder(work / "model") as temporary:
             model.save_pretrained(temporary)
             training.encoder.save(temporary)
+            limit_tokenizer(temporary, model.config)
     return {
         "epochs": outcome.epochs,
         "best_epoch": outcome.best_epoch,
