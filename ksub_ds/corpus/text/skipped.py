@@ -37,3 +37,14 @@ class Skipped:
             f"{reason} {count:,}" + (f" (first: {self.examples[reason]})" if reason in self.examples else "")
             for reason, count in sorted(self.counts.items())
         ]
+
+
+def shown(text: str, longest: int = 60) -> str:
+    """Return text of a file as a line of the log can show it: cut, control characters and half characters escaped.
+
+    Args:
+        text: from a file, or a file's name; whatever it holds.
+        longest: characters that are shown.
+    """
+    cut = text[:longest]
+    return (cut if cut.isprintable() else ascii(cut)[1:-1]) + ("..." if len(text) > longest else "")

@@ -102,7 +102,7 @@ def test_mistakes_are_one_line(tmp_path: Path, tiny_tokenizer: Path) -> None:
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/train.jsonl").write_text('{"text": "x', encoding="utf-8")
     for name, words in (
-        (str(tmp_path / "body"), 'no column "text", only id, body'),
+        (str(tmp_path / "body"), 'no "text" or "raw_content", only id, body; give --text-column body'),
         (str(tmp_path / "test"), "train"),
         (str(tmp_path / "empty"), "cannot be opened"),
         (str(tmp_path / "body") + ":nosuch", "cannot be opened"),
