@@ -75,7 +75,8 @@ class FileContent:
             self._stream = io.BufferedReader(_FromUtf16(self._stream), PIECE)
             head = self._stream.peek(HEAD)
         elif utf16:
-            self.about = f"UTF-16 without a byte-order mark: {self.iconv(utf16.upper().replace('-', '', 1))}"
+            encoding = "UTF-16LE" if utf16 == "utf-16-le" else "UTF-16BE"
+            self.about = f"UTF-16 without a byte-order mark: {self.iconv(encoding)}"
         self.head = head
         suffix = SUFFIXES.get(self._suffixes.suffix)
         if suffix and not (self.compression or self.table or self.about) and _CONTROL.search(head[:HEAD]):
@@ -221,7 +222,7 @@ def _utf16_of(head: bytes) -> str | None:
         if head.startswith(mark):  # no UTF-8 starts so, unless two stray bytes stand before a good text
             return None if _is_text(head[2:]) else name
     even, odd = head[0::2].count(0), head[1::2].count(0)
-    if len(head) >= 4 and 20 * max(even, odd) > len(head) and 20 * min(even, odd) < max(even, odd):
+    if 1 < max(even, odd) > len(head) // 20 and 20 * min(even, odd) < max(even, odd):
         return "utf-16-be" if even > odd else "utf-16-le"
     return None
 

@@ -20,12 +20,12 @@ class Skipped:
 
         Args:
             reason: a key of the counts, such as "not_utf8".
-            example: where, and what was found; kept if it is the first of its reason.
+            example: where, and what was found; kept, with control characters escaped, if it is the first of its reason.
             count: how many.
         """
         self.counts[reason] += count
         if example:
-            self.examples.setdefault(reason, example)
+            self.examples.setdefault(reason, example if example.isprintable() else ascii(example)[1:-1])
 
     def total(self) -> int:
         """Return how much was left out, for all reasons."""
