@@ -3,9 +3,10 @@
     python preprocessing/shard_text.py --input text --tokenizer sentencepiece.bpe.model --out shards
     python preprocessing/shard_text.py --datasets wikipedia bookcorpus --tokenizer roberta-base --out english
 
-`text` holds <lang>.jsonl[.gz], <lang>.txt[.gz], <lang>.parquet or folders <lang>/ of these. The second line is
-RoBERTa-MEDIUM's data, streamed from the hub; `roberta-base` is the folder of that tokenizer. The work is in
-ksub_ds/corpus/text/pipeline.py.
+`text` holds <lang>.jsonl, <lang>.json, <lang>.txt, <lang>.parquet, <lang>.arrow, any of them compressed (.gz .xz .zst
+.bz2), or folders <lang>/ of these. --text-column says which key or column holds the text, where it is not "text";
+--line-documents that each line of a .txt is a document. The second line is RoBERTa-MEDIUM's data, streamed from the
+hub; `roberta-base` is the folder of that tokenizer. The work is in ksub_ds/corpus/text/pipeline.py.
 """
 
 import sys

@@ -24,6 +24,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, write_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.corpus.text.layout import TextLayout
 
 RESULT = "analysis.json"
 FORMAT = "ksub-analysis-1"
@@ -40,7 +41,7 @@ class Analyze:
     models: Positional[tuple[str, ...]]
     """Exported models, run folders, or any HuggingFace encoders; all in one set of figures."""
     data: Path
-    """Folder of text: <lang>.jsonl[.gz], <lang>.txt[.gz] or <lang>/."""
+    """Folder of text: <lang>.jsonl, .txt, .parquet (compressed or not) or <lang>/, as preprocessing/shard_text.py's."""
     out: Path
     """Folder to write; an earlier analysis there is replaced."""
     languages: tuple[str, ...] = ()
@@ -63,6 +64,14 @@ class Analyze:
     """Rows in one forward pass."""
     seed: int = 0
     """Of the points drawn."""
+    text_column: str | None = None
+    """Key or column of --data that holds the text. ["text", else "raw_content"]"""
+    line_documents: bool = False
+    """Each line of a .txt is a document. [blank lines separate documents]"""
+
+    def layout(self) -> TextLayout:
+        """Return how documents lie in the files."""
+        return TextLayout(self.text_column, self.line_documents)
 
 
 def analyze(settings: Analyze) -> Path:
@@ -86,7 +95,7 @@ def analyze(settings: Analyze) -> Path:
         key = (encoder.tokenizer.fingerprint, length)
         if key not in samples:
             samples[key] = sample_text(
-                settings.data, settings.languages, encoder.tokenizer, settings.num_tokens, length
+                settings.data, settings.languages, encoder.tokenizer, settings.num_tokens, length, settings.layout()
             )
         followed = _followed(settings.tokens, encoder.tokenizer.tokens(), name)
         measurements.append(
@@ -175,6 +184,7 @@ def as_json(measurements: Sequence[Any], settings: Analyze, figures: list[str]) 
             "sequence_length": settings.sequence_length,
             "points": settings.points,
             "seed": settings.seed,
+            **settings.layout().recipe(),
         },
         "versions": {
             "ksub_ds": ksub_ds.__version__,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.text.layout import DEFAULT_LAYOUT, TextLayout
 from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.sources import find_text
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
@@ -45,16 +46,22 @@ class Batch:
 
 
 def sample_text(
-    data: Path, languages: tuple[str, ...], tokenizer: Tokenizer, num_tokens: int, sequence_length: int
+    data: Path,
+    languages: tuple[str, ...],
+    tokenizer: Tokenizer,
+    num_tokens: int,
+    sequence_length: int,
+    layout: TextLayout = DEFAULT_LAYOUT,
 ) -> TextSample:
     """Take the beginning of every document, in order, until each language has its share of tokens.
 
     Args:
-        data: folder of <lang>.jsonl[.gz], <lang>.txt[.gz] or <lang>/.
+        data: folder of <lang>.jsonl, <lang>.txt, <lang>.parquet... or <lang>/, as sources.py finds them.
         languages: which; empty = all there are.
         tokenizer: the model's.
         num_tokens: in all; a language with less text gives what it has.
         sequence_length: tokens of a row, special ones included.
+        layout: how documents lie in the files.
 
     Raises:
         UserError: no such folder or language, or no text in it.
@@ -67,7 +74,7 @@ def sample_text(
     taken: dict[str, int] = {}
     for language, text in found.items():
         start = len(rows)
-        _take(DocumentReader(text.sources, text.skipped), tokenizer, share, sequence_length, rows)
+        _take(DocumentReader(text.sources, text.skipped, layout), tokenizer, share, sequence_length, rows)
         taken[language] = sum(len(row) - 2 for row in rows[start:])
         if not taken[language]:
             why = ", ".join(text.skipped.lines()) or "no document"

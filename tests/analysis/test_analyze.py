@@ -23,6 +23,8 @@ from ksub_ds.analysis.sample import sample_text
 from ksub_ds.cli import main
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.text.layout import TextLayout
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 from .devtools import browser
 
@@ -224,6 +226,16 @@ def test_mistakes_are_one_line(capsys, sub_model, plain_model, broken_model, tin
     assert "is given twice" in told(sub_model, plain_model, *rest, "--names", "a", "a")
     assert "--tokenizer" in told(sub_model, *rest, "--tokenizer", plain_model)
     assert not (tmp_path / "out").exists()
+
+
+def test_text_is_read_as_for_shards(tiny_tokenizer, tmp_path):
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    (tmp_path / "en.jsonl").write_text('{"body": "a small river"}\n{"body": "a stone"}\n')
+    with pytest.raises(UserError, match="only body; give --text-column body"):
+        sample_text(tmp_path, (), tokenizer, 600, 128)
+    (tmp_path / "tr.txt").write_text("kus\nve tas\n")
+    sample = sample_text(tmp_path, (), tokenizer, 600, 128, TextLayout("body", line_documents=True))
+    assert len(sample.rows) == 4
 
 
 def test_a_plain_model_is_coloured_by_a_code_file(plain_model):

@@ -3,7 +3,8 @@
     wikipedia              English Wikipedia (wikimedia/wikipedia, 20231101.en), one article a document
     bookcorpus             BooksCorpus, whose rows are sentences in the order of the books: rows are joined to
                            documents of about 10,000 characters
-    NAME, NAME:CONFIG      any other dataset of the hub, or a local folder of one, with a column "text"
+    NAME, NAME:CONFIG      any other dataset of the hub, or a local folder of one, also one of save_to_disk, with a
+                           column "text"
 
 The first two are what RoBERTa-MEDIUM is trained on. A hub dataset is taken at the commit that is found first, and
 that commit is part of the fingerprint of the shards.
@@ -12,11 +13,13 @@ that commit is part of the fingerprint of the shards.
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.text.layout import DEFAULT_LAYOUT, TextLayout
+from ksub_ds.corpus.text.saved import is_saved, saved_files
 
-TEXT_COLUMNS = ("text", "raw_content")
 JOINED_CHARACTERS = 10_000
 
 
@@ -50,12 +53,13 @@ class DatasetSource:
     Args:
         name: one of KNOWN, NAME or NAME:CONFIG.
         language: of the text; chooses Wikipedia's edition.
+        layout: which column holds the text.
 
     Raises:
         UserError: no such dataset or configuration, no train split, no network, no column of text.
     """
 
-    def __init__(self, name: str, language: str):
+    def __init__(self, name: str, language: str, layout: TextLayout = DEFAULT_LAYOUT):
         path, _, config = name.partition(":")
         if not path.strip("/"):
             raise UserError(f"--datasets {name or repr(name)}: write NAME, NAME:CONFIG or a folder of a dataset")
@@ -67,18 +71,51 @@ class DatasetSource:
         self._builder = self._open()
         rows = self._stream()
         columns = rows.column_names or list(next(self._rows(), {}))
-        found = [column for column in TEXT_COLUMNS if column in columns]
+        found = [column for column in layout.columns() if column in columns]
         if not found:
-            raise UserError(f'--datasets {name}: has no column "text", only {", ".join(columns) or "empty rows"}')
+            raise UserError(f"--datasets {name}: has {layout.missing(columns, _texts(rows, columns))}")
         self._column = found[0]
+        self._read_only(self._column)
 
     def _open(self) -> Any:
         import datasets
 
         try:
+            files = self._saved()
+            if files:
+                return datasets.load_dataset_builder("arrow", data_files={"train": files})
             return datasets.load_dataset_builder(self._path, self._config, revision=self._revision)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"--datasets {self.name}: cannot be opened ({_one_line(error)})") from error
+
+    def _saved(self) -> list[str]:
+        """Return the files of a data set that save_to_disk wrote, unless they are all of its folder.
+
+        `datasets` opens such a folder by itself, but takes all its arrow files for data.
+
+        Raises:
+            UserError: a configuration is given, or the folder is damaged.
+        """
+        folder = Path(self._path)
+        if not is_saved(folder):
+            return []
+        if self._config:
+            raise UserError(f"--datasets {self.name}: a saved data set has no configuration; give its folder alone")
+        files = saved_files(folder)
+        others = set(files[0].parent.glob("*.arrow")) - set(files) if files else ()
+        return [str(path) for path in files] if others else []
+
+    def _read_only(self, column: str) -> None:
+        """Leave all other columns out before files are compared: one may have columns that the first has not."""
+        features, cast = self._builder.info.features, getattr(self._builder, "_cast_table", None)
+        if features is None or cast is None:
+            return
+        self._builder.info.features = type(features)({column: features[column]})
+
+        def cast_one(table: Any, *arguments: Any, **options: Any) -> Any:
+            return cast(table.select([name for name in table.column_names if name == column]), *arguments, **options)
+
+        self._builder._cast_table = cast_one
 
     def _stream(self) -> Any:
         try:
@@ -103,7 +140,7 @@ class DatasetSource:
         Raises:
             UserError: the stream broke off.
         """
-        rows = (row.get(self._column) for row in self._rows())
+        rows = (_decoded(row.get(self._column)) for row in self._rows())
         return _join(rows) if self._joined else rows
 
     def _rows(self) -> Iterator[dict[str, Any]]:
@@ -130,6 +167,23 @@ def _join(rows: Iterable[Any]) -> Iterator[str]:
             lines, size = [], 0
     if lines:
         yield "\n".join(lines)
+
+
+def _texts(rows: Any, columns: list[str]) -> list[str]:
+    """Return the columns that hold strings, the likeliest last."""
+    kinds = {name: str(getattr(feature, "dtype", "")) for name, feature in (rows.features or {}).items()}
+    return [name for name in reversed(columns) if kinds.get(name, "string") in _TEXT_KINDS]
+
+
+_TEXT_KINDS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+
+
+def _decoded(value: Any) -> Any:
+    """Return the string that a binary value holds; anything else as it is."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
 
 
 def _one_line(error: Exception) -> str:

@@ -31,6 +31,7 @@ from ksub_ds.corpus.shards.folder import (
 from ksub_ds.corpus.shards.packing import Packing
 from ksub_ds.corpus.shards.writer import LanguageWriter, check_shard_settings, split_of
 from ksub_ds.corpus.text.hub import DatasetSource
+from ksub_ds.corpus.text.layout import TextLayout
 from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.skipped import Skipped
 from ksub_ds.corpus.text.sources import LanguageText, find_text
@@ -62,6 +63,14 @@ class ShardText:
     """Streamed from the hub: wikipedia, bookcorpus, NAME or NAME:CONFIG (column "text"); NAME may be a local folder."""
     datasets_language: str = "en"
     """Language of --datasets, and edition of wikipedia."""
+    text_column: str | None = None
+    """Key or column that holds the text, of JSON, tables and --datasets. ["text", else "raw_content"]"""
+    line_documents: bool = False
+    """Each line of a .txt is a document. [blank lines separate documents]"""
+
+    def layout(self) -> TextLayout:
+        """Return how documents lie in the files."""
+        return TextLayout(self.text_column, self.line_documents)
 
 
 def shard_text(settings: ShardText) -> dict[str, Any]:
@@ -71,9 +80,10 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
         UserError: a setting out of range, no text, or shards made with other settings in the way.
     """
     _check(settings)
+    layout = settings.layout()
     text = find_text(settings.input, settings.languages) if settings.input else {}
     if settings.datasets:
-        streamed = [DatasetSource(name, settings.datasets_language) for name in settings.datasets]
+        streamed = [DatasetSource(name, settings.datasets_language, layout) for name in settings.datasets]
         text.setdefault(settings.datasets_language, LanguageText([], Skipped())).sources.extend(streamed)
     tokenizer = load_tokenizer(settings.tokenizer)
     make_folder(settings.out)
@@ -95,7 +105,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
                 ParallelEncoder(tokenizer, settings.workers) as encoder,
             ):
                 for language, recipe in todo.items():
-                    shard_language(settings.out, language, text[language], recipe, packing, encoder, progress)
+                    shard_language(settings.out, language, text[language], recipe, packing, encoder, progress, layout)
         manifest = build_manifest(settings.out)
         if not any(entry["files"] for entry in manifest["languages"].values()):
             given = settings.input or " ".join(settings.datasets)
@@ -124,7 +134,11 @@ def _check(settings: ShardText) -> None:
 
 def _recipe_of(settings: ShardText, text: LanguageText) -> dict[str, Any]:
     """Return what, besides settings.json, decides a language's shards."""
-    return {"validation_fraction": settings.validation_fraction, "text": text.fingerprint()}
+    return {
+        "validation_fraction": settings.validation_fraction,
+        "text": text.fingerprint(),
+        **settings.layout().recipe(),
+    }
 
 
 def _is_done(folder: Path, language: str, recipe: dict[str, Any]) -> bool:
@@ -135,7 +149,7 @@ def _is_done(folder: Path, language: str, recipe: dict[str, Any]) -> bool:
     try:
         part = read_json(path)
         if part["recipe"] != recipe:
-            get_logger().info(f"{language}: text or --validation-fraction changed, doing it again")
+            get_logger().info(f"{language}: text, --validation-fraction or the way it is read changed, doing it again")
             return False
         damaged = [f["path"] for f in part["files"] if not is_whole(folder / f["path"], f["sha256"])]
     except (UserError, KeyError, TypeError):
@@ -177,6 +191,7 @@ def shard_language(
     packing: Packing,
     encoder: ParallelEncoder,
     progress: Progress,
+    layout: TextLayout,
 ) -> None:
     """Read, tokenise, pack and write one language; publish `out`/<lang>/ when it is whole.
 
@@ -188,8 +203,9 @@ def shard_language(
         packing: the form of a row.
         encoder: the processes that tokenise.
         progress: in kB of text on the disk.
+        layout: how documents lie in the files.
     """
-    reader = DocumentReader(text.sources, text.skipped)
+    reader = DocumentReader(text.sources, text.skipped, layout)
     shown = 0
     with atomic_folder(out / language) as folder:
         writer = LanguageWriter(folder, language, packing)

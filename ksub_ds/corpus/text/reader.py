@@ -1,65 +1,74 @@
 """Reading documents from files, damaged ones included.
 
-    .jsonl .json    one JSON object a line: {"text": ...}, or CCNet's {"raw_content": ...}
-    .txt            documents separated by blank lines
-    .parquet        a column "text" or "raw_content"
+    .jsonl .json        one JSON object a line: {"text": ...}, or CCNet's {"raw_content": ...}; an array of objects
+    .txt                documents separated by blank lines, or one a line (TextLayout)
+    .parquet .arrow     a column "text" or "raw_content"
 
-What cannot be read is skipped and counted by reason; a bad file never ends a run. Reading is streamed and bounded:
-neither an endless line nor a gzip bomb fills the memory.
+Any of them may be compressed (file_content.py). What cannot be read is skipped and counted by reason, the first of each
+with evidence; a bad file never ends a run. Reading is streamed and bounded: neither an endless line nor a compressed
+bomb fills the memory.
 """
 
-import gzip
-import json
-import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
-import pyarrow
-import pyarrow.parquet
+from ksub_ds.common.logging import get_logger
+from ksub_ds.corpus.text import file_content
+from ksub_ds.corpus.text.file_content import FileContent
+from ksub_ds.corpus.text.hub import DatasetSource
+from ksub_ds.corpus.text.json_text import json_texts
+from ksub_ds.corpus.text.layout import DEFAULT_LAYOUT, TextLayout
+from ksub_ds.corpus.text.skipped import Skipped, shown
+from ksub_ds.corpus.text.sources import ARROW, PARQUET, TextFile
+from ksub_ds.corpus.text.tables import arrow_texts, parquet_texts
 
-from ksub_ds.corpus.text.hub import TEXT_COLUMNS, DatasetSource
-from ksub_ds.corpus.text.skipped import Skipped
-from ksub_ds.corpus.text.sources import PARQUET, TextFile
-
-PARQUET_ROWS = 16  # read at a time: a column may repeat one long text without taking space on the disk
 LONGEST_DOCUMENT = 10_000_000  # characters
-LONGEST_LINE = 4 * LONGEST_DOCUMENT  # bytes
-INFLATION_LIMIT = 200  # text compresses 3 to 20 times; beyond this, past the first bytes, it is a bomb
-INFLATION_FREE = 64_000_000  # bytes
+# A .txt with this much and no blank line is told of: perhaps each of its lines is a document.
+SUSPECT_LINES, SUSPECT_BYTES = 20, 50_000
 
 
 class DocumentReader:
     """Iterates over the documents of some sources, in order.
+
+    Args:
+        sources: of documents.
+        skipped: where what is left out is counted.
+        layout: how documents lie in files.
 
     Attributes:
         skipped: number of files and documents skipped so far, by reason: the caller's object.
         bytes_read: bytes read from the disk so far.
     """
 
-    def __init__(self, sources: Sequence[TextFile | DatasetSource], skipped: Skipped):
-        self._sources, self.skipped = sources, skipped
+    def __init__(
+        self, sources: Sequence[TextFile | DatasetSource], skipped: Skipped, layout: TextLayout = DEFAULT_LAYOUT
+    ):
+        self._sources, self.skipped, self._layout = sources, skipped, layout
         self.bytes_read = 0
+        self._hinted = False
 
     def __iter__(self) -> Iterator[str]:
         for source in self._sources:
             before, silent, skipped = self.bytes_read, True, self.skipped.total()
             texts = self._dataset(source) if isinstance(source, DatasetSource) else self._file(source)
-            for text in self._usable(texts):
+            for text in self._usable(texts, shown(source.name, 200)):
                 silent = False
                 yield text
             if silent and self.skipped.total() == skipped:
-                self.skipped.add("empty_file")
+                self.skipped.add("empty_file", shown(source.name, 200))
             if isinstance(source, TextFile):
                 self.bytes_read = before + source.size
 
-    def _usable(self, texts: Iterable[Any]) -> Iterator[str]:
-        for text in texts:
+    def _usable(self, texts: Iterable[Any], name: str) -> Iterator[str]:
+        for number, text in enumerate(texts, 1):
             reason = rejection_reason(text) if isinstance(text, str) else "no_text_key"
             if reason is None:
                 yield text
             else:
-                self.skipped.add(reason)
+                found = (
+                    f"{len(text):,} characters" if isinstance(text, str) else f"a value of type {type(text).__name__}"
+                )
+                self.skipped.add(reason, f"{name}, text {number}: {found}")
 
     def _dataset(self, source: DatasetSource) -> Iterator[Any]:
         for text in source.texts():
@@ -70,100 +79,85 @@ class DocumentReader:
         before = self.bytes_read
         try:
             with open(source.path, "rb") as raw:
-                parse = self._parquet if source.name.endswith(PARQUET) else self._lines_of_text
-                for text in parse(raw, source.name):
+                for text in self._texts(raw, source):
                     self.bytes_read = max(self.bytes_read, before + raw.tell())
                     yield text
-        except OSError:
-            self.skipped.add("unreadable_file")
+        except OSError as error:
+            self.skipped.add("unreadable_file", f"{shown(source.name, 200)}: {error.strerror or error}")
 
-    def _parquet(self, raw: IO[bytes], name: str) -> Iterator[Any]:
-        try:
-            table = pyarrow.parquet.ParquetFile(raw)
-            columns = [column for column in TEXT_COLUMNS if column in table.schema_arrow.names]
-            if not columns:
-                self.skipped.add("no_text_column")
-                return
-            for index in range(table.num_row_groups):
-                about = table.metadata.row_group(index)
-                if about.total_byte_size > max(INFLATION_FREE, INFLATION_LIMIT * os.fstat(raw.fileno()).st_size):
-                    self.skipped.add("inflates_too_much")
-                    return
-            for rows in table.iter_batches(PARQUET_ROWS, columns=columns[:1]):
-                yield from rows.column(0).to_pylist()
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError):  # OSError: a torn page
-            self.skipped.add("damaged_parquet")
+    def _texts(self, raw: IO[bytes], source: TextFile) -> Iterator[Any]:
+        file = FileContent(raw, source.path, source.name, self.skipped)
+        table = file.table
+        if table is None and file.form in (PARQUET, ARROW) and not file.head.lstrip().startswith((b"{", b"[")):
+            table = file.form[1:]  # damaged, then, which its reader says
+        if table is not None and file.compression:
+            file.add("compressed_table", f"{table} data inside {file.compression}: decompress it")
+            return iter(())
+        if table is not None:
+            raw.seek(0)
+            if table == "parquet":
+                return parquet_texts(raw, file, self._layout)
+            return arrow_texts(raw, source.path, file, self._layout)
+        if file.form == ".txt":
+            return self._plain_text(file)
+        return json_texts(file, self._layout)
 
-    def _lines_of_text(self, raw: IO[bytes], name: str) -> Iterator[Any]:
-        compressed = name.endswith(".gz")
-        stream: IO[bytes] = gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw  # type: ignore[assignment]
-        lines = self._lines(stream, raw, compressed)
-        parse = _paragraphs if name.removesuffix(".gz").endswith(".txt") else _json_texts
-        return parse(lines, self.skipped)
+    def _plain_text(self, file: FileContent) -> Iterator[str]:
+        if "Git LFS" in file.about:
+            file.add("not_the_file")
+            return
+        blank = 0
+        document: list[bytes] = []
+        size = 0
+        for line in file.lines():
+            if not line.strip():
+                blank += 1
+            elif self._layout.line_documents:
+                yield from _decoded(line.rstrip(b"\r\n"), file)
+                continue
+            else:
+                size += len(line)
+                if size <= file_content.LONGEST_LINE:
+                    document.append(line)
+                continue
+            yield from self._paragraph(document, size, file)
+            document, size = [], 0
+        if not blank and file.line >= SUSPECT_LINES and size >= SUSPECT_BYTES:
+            self._hint(file, size)
+        yield from self._paragraph(document, size, file)
 
-    def _lines(self, stream: IO[bytes], raw: IO[bytes], compressed: bool) -> Iterator[bytes]:
-        inflated = 0
-        try:
-            while line := stream.readline(LONGEST_LINE):
-                inflated += len(line)
-                whole = len(line) < LONGEST_LINE or line.endswith(b"\n")
-                while not whole:  # drop the rest of it in pieces
-                    piece = stream.readline(1 << 20)
-                    inflated += len(piece)
-                    whole = not piece or piece.endswith(b"\n") or _is_bomb(inflated, raw, compressed)
-                    line = b""
-                if line:
-                    yield line
+    def _paragraph(self, document: list[bytes], size: int, file: FileContent) -> Iterator[str]:
+        if size > file_content.LONGEST_LINE:
+            file.add("too_long", f"a document of {size:,} bytes ends here; {_ONE_A_LINE}")
+        elif document:
+            for text in _decoded(b"".join(document), file):
+                if len(text) > LONGEST_DOCUMENT:
+                    file.add("too_long", f"a document of {len(text):,} characters ends here; {_ONE_A_LINE}")
                 else:
-                    self.skipped.add("line_too_long")
-                if _is_bomb(inflated, raw, compressed):
-                    self.skipped.add("inflates_too_much")
-                    return
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            self.skipped.add("damaged_gzip")
+                    yield text
+
+    def _hint(self, file: FileContent, size: int) -> None:
+        if not self._hinted:
+            self._hinted = True
+            get_logger().info(
+                f"warning: {file.name}: its {file.line:,} lines have no blank line among them and are one document of "
+                f"{size:,} bytes; {_ONE_A_LINE}"
+            )
 
 
-def _is_bomb(inflated: int, raw: IO[bytes], compressed: bool) -> bool:
-    return compressed and inflated > INFLATION_FREE and inflated > INFLATION_LIMIT * raw.tell()
+_ONE_A_LINE = "where each line is a document, give --line-documents"
 
 
-def _json_texts(lines: Iterator[bytes], skipped: Skipped) -> Iterator[Any]:
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            value: Any = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            skipped.add("not_utf8")
-            continue
-        except (ValueError, RecursionError):
-            skipped.add("bad_json")
-            continue
-        yield value.get("text", value.get("raw_content")) if isinstance(value, dict) else None
-
-
-def _paragraphs(lines: Iterator[bytes], skipped: Skipped) -> Iterator[str]:
-    document: list[bytes] = []
-    size = 0
-    for line in lines:
-        if line.strip():
-            size += len(line)
-            if size <= LONGEST_LINE:
-                document.append(line)
-            continue
-        yield from _paragraph(document, size, skipped)
-        document, size = [], 0
-    yield from _paragraph(document, size, skipped)
-
-
-def _paragraph(document: list[bytes], size: int, skipped: Skipped) -> Iterator[str]:
-    if size > LONGEST_LINE:
-        skipped.add("too_long")
-    elif document:
-        try:
-            yield b"".join(document).decode("utf-8-sig")
-        except UnicodeDecodeError:
-            skipped.add("not_utf8")
+def _decoded(raw: bytes, file: FileContent) -> Iterator[str]:
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        file.not_utf8(raw)
+        return
+    if "\0" in text and file.about:
+        file.add("nul_character")
+    else:
+        yield text
 
 
 def rejection_reason(text: str) -> str | None:

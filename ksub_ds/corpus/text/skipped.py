@@ -20,12 +20,12 @@ class Skipped:
 
         Args:
             reason: a key of the counts, such as "not_utf8".
-            example: where, and what was found; kept if it is the first of its reason.
+            example: where, and what was found; kept, with control characters escaped, if it is the first of its reason.
             count: how many.
         """
         self.counts[reason] += count
         if example:
-            self.examples.setdefault(reason, example)
+            self.examples.setdefault(reason, example if example.isprintable() else ascii(example)[1:-1])
 
     def total(self) -> int:
         """Return how much was left out, for all reasons."""
@@ -37,3 +37,14 @@ class Skipped:
             f"{reason} {count:,}" + (f" (first: {self.examples[reason]})" if reason in self.examples else "")
             for reason, count in sorted(self.counts.items())
         ]
+
+
+def shown(text: str, longest: int = 60) -> str:
+    """Return text of a file as a line of the log can show it: cut, control characters and half characters escaped.
+
+    Args:
+        text: from a file, or a file's name; whatever it holds.
+        longest: characters that are shown.
+    """
+    cut = text[:longest]
+    return (cut if cut.isprintable() else ascii(cut)[1:-1]) + ("..." if len(text) > longest else "")

@@ -9,17 +9,19 @@ hub.py opens data sets by name; reader.py reads both.
 import hashlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from ksub_ds.common.compression import SUFFIXES as COMPRESSED
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards.dataset import LANGUAGE_CODE
 from ksub_ds.corpus.text.hub import DatasetSource
+from ksub_ds.corpus.text.saved import is_saved, saved_files
 from ksub_ds.corpus.text.skipped import Skipped
 
 SUFFIXES = (".jsonl", ".json", ".txt")
-PARQUET = ".parquet"
+PARQUET, ARROW = ".parquet", ".arrow"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def find_text(folder: Path, languages: tuple[str, ...] = (), flag: str = "--inpu
 
 
 def _is_text_name(name: str) -> bool:
-    return name.removesuffix(".gz").endswith(SUFFIXES) or name.endswith(PARQUET)
+    path = PurePath(name.lower())
+    return (path.stem if path.suffix in COMPRESSED else path.name).endswith((*SUFFIXES, PARQUET, ARROW))
 
 
 def _files_below(entry: Path, skipped: Skipped) -> list[Path]:
@@ -127,5 +130,9 @@ def _files_below(entry: Path, skipped: Skipped) -> list[Path]:
         for name in folders:
             if (Path(parent) / name).is_symlink():
                 skipped.add("linked_folder")
+        if is_saved(Path(parent)):
+            paths += saved_files(Path(parent))
+            folders.clear()
+            continue
         paths += [Path(parent) / name for name in names if _is_text_name(name)]
     return sorted(paths)

@@ -1,9 +1,12 @@
 """Parquet files and sources that `datasets` opens: the same shards as from JSONL, rows joined, mistakes reported."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,8 +14,10 @@ import pytest
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.text import hub
 from ksub_ds.corpus.text.hub import KNOWN, DatasetSource, HubDataset
+from ksub_ds.corpus.text.layout import TextLayout
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 from ksub_ds.corpus.text.reader import DocumentReader
+from ksub_ds.corpus.text.skipped import Skipped
 from ksub_ds.corpus.text.sources import find_text
 
 
@@ -85,6 +90,76 @@ def test_text_of_a_folder_and_of_datasets_goes_together(tmp_path: Path, tiny_tex
     assert {name: entry["train"]["documents"] for name, entry in languages.items()} == {"el": 100, "en": 300, "tr": 47}
 
 
+def save(folder: Path, texts: list[str], **columns: list[Any]) -> Path:
+    """Write a data set as `datasets` does, in two files."""
+    datasets.Dataset.from_dict({"text": texts, **columns}).save_to_disk(folder, num_shards=2)
+    return folder
+
+
+def test_a_saved_dataset_is_what_its_state_names(
+    tmp_path: Path, tiny_text: Path, tiny_tokenizer: Path, english: list[str]
+) -> None:
+    """With a cache of map() beside it, as the train split of several, by name and as the folder of a language."""
+    save(tmp_path / "plain", english)
+    save(tmp_path / "mapped", english)
+    saved = datasets.load_from_disk(tmp_path / "mapped")
+    saved.map(lambda row: {"text": row["text"].upper()}, load_from_cache_file=False)
+    saved.filter(lambda row: len(row["text"]) > 80, load_from_cache_file=False)
+    assert len(list((tmp_path / "mapped").glob("cache-*.arrow"))) > 1
+    parts = {"train": english, "test": ["a stone"] * 50}
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in parts.items()}
+    ).save_to_disk(tmp_path / "splits")
+    expected = list(DocumentReader(find_text(tiny_text, ("en",))["en"].sources, Skipped()))
+    for name in ("plain", "mapped", "splits"):
+        assert list(DatasetSource(str(tmp_path / name), "en").texts()) == expected
+        (tmp_path / f"in-{name}").mkdir()
+        shutil.copytree(tmp_path / name, tmp_path / f"in-{name}/en")
+        texts, skipped = read(tmp_path / f"in-{name}")
+        assert texts == expected and not set(skipped) - {"held_out_split", "not_in_state_json"}
+
+
+def test_a_saved_dataset_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", ["a", "b"])
+    state = json.loads((folder / "state.json").read_text())
+    for changes, words in (
+        ({"_data_files": [{"filename": "data-00007-of-00008.arrow"}]}, "data-00007-of-00008.arrow, which is not there"),
+        ({"_data_files": [{"filename": "../secret.arrow"}]}, "names no file of its folder"),
+        ({"_data_files": 3}, "names no file of its folder"),
+        ({"_indices_data_files": [{"filename": "indices.arrow"}]}, "flatten_indices"),
+    ):
+        (folder / "state.json").write_text(json.dumps(state | changes))
+        with pytest.raises(UserError, match=words):
+            DatasetSource(str(folder), "en")
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="has no configuration"):
+        DatasetSource(f"{folder}:en", "en")
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "test")
+    with pytest.raises(UserError, match="without a split 'train', only test"):
+        DatasetSource(str(tmp_path / "test"), "en")
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "csv"])
+def test_files_may_differ_in_columns_that_are_not_needed(tmp_path: Path, form: str) -> None:
+    tables = pa.table({"text": ["a", "b"]}), pa.table({"url": ["x", "y"], "text": ["c", "d"], "n": [1, 2]})
+    for number, table in enumerate(tables):
+        frame, path = table.to_pandas(), tmp_path / f"{number}.{form}"
+        if form == "parquet":
+            pq.write_table(table, path)
+        elif form == "csv":
+            frame.to_csv(path, index=False)
+        else:
+            frame.to_json(path, orient="records", lines=True)
+    assert list(DatasetSource(str(tmp_path), "en").texts()) == ["a", "b", "c", "d"]
+
+
+def test_the_column_of_a_dataset_can_be_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1, 2], "Body": [b"a", "é".encode()]}), tmp_path / "train.parquet")
+    assert list(DatasetSource(str(tmp_path), "en", TextLayout("Body")).texts()) == ["a", "é"]
+    with pytest.raises(UserError, match='has no "body", only text, Body; give --text-column Body'):
+        DatasetSource(str(tmp_path), "en", TextLayout("body"))
+
+
 def test_rows_of_books_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [f"sentence number {number} of the book ." for number in range(1000)]
     write_parquet(tmp_path / "books/train.parquet", list(rows))
@@ -102,7 +177,7 @@ def test_mistakes_are_one_line(tmp_path: Path, tiny_tokenizer: Path) -> None:
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/train.jsonl").write_text('{"text": "x', encoding="utf-8")
     for name, words in (
-        (str(tmp_path / "body"), 'no column "text", only id, body'),
+        (str(tmp_path / "body"), 'no "text" or "raw_content", only id, body; give --text-column body'),
         (str(tmp_path / "test"), "train"),
         (str(tmp_path / "empty"), "cannot be opened"),
         (str(tmp_path / "body") + ":nosuch", "cannot be opened"),

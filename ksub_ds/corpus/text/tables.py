@@ -1,0 +1,165 @@
+"""Documents of tables: parquet files, and arrow files and streams as `datasets` saves them.
+
+Only the column of the text is read, so that files of one data set may differ in all others.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
+
+from ksub_ds.corpus.text import file_content
+from ksub_ds.corpus.text.file_content import FileContent
+from ksub_ds.corpus.text.layout import TextLayout
+
+ROWS = 16  # read at a time: a column may repeat one long text without taking space on the disk
+
+
+def parquet_texts(raw: IO[bytes], file: FileContent, layout: TextLayout) -> Iterator[Any]:
+    """Yield the values of the text column of a parquet file.
+
+    Args:
+        raw: the file at its start.
+        file: the same, for counting what is left out.
+        layout: which column holds the text.
+    """
+    try:
+        table = pyarrow.parquet.ParquetFile(raw)
+        column = text_column(table.schema_arrow, file, layout)
+        if column is None:
+            return
+        for index in range(table.num_row_groups):
+            if _is_bomb(table.metadata.row_group(index).total_byte_size, raw):
+                file.add("inflates_too_much", f"row group {index}")
+                return
+        for rows in table.iter_batches(ROWS, columns=[column]):
+            yield from _values(rows.column(0), file)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:  # OSError: a torn page
+        file.add("damaged_parquet", _one_line(error))
+
+
+def arrow_texts(raw: IO[bytes], path: Path, file: FileContent, layout: TextLayout) -> Iterator[Any]:
+    """Yield the values of the text column of an arrow file or stream.
+
+    Args:
+        raw: the file; its position follows what was read.
+        path: where it lies.
+        file: the same, for counting what is left out.
+        layout: which column holds the text.
+    """
+    try:
+        # A file is a stream between a magic number and a table of contents.
+        start = 8 if file.table == "arrow" else 0
+        with pyarrow.memory_map(str(path)) as mapped:
+            mapped.seek(start)
+            schema = pyarrow.ipc.open_stream(mapped).schema
+            column = text_column(schema, file, layout)
+            if column is None:
+                return
+            mapped.seek(start)
+            if any(_is_bomb(_inflated(message), raw) for message in pyarrow.ipc.MessageReader.open_stream(mapped)):
+                file.add("inflates_too_much", "a batch of rows")
+                return
+            mapped.seek(start)
+            characters = 0
+            wanted = pyarrow.ipc.IpcReadOptions(included_fields=[schema.names.index(column)])
+            for rows in pyarrow.ipc.open_stream(mapped, options=wanted):
+                rows.validate(full=True)  # the offsets of a damaged file point anywhere
+                for at in range(0, rows.num_rows, ROWS):
+                    for value in _values(rows.column(0).slice(at, ROWS), file):
+                        yield value
+                        characters += len(value) if isinstance(value, str) else 0
+                    if _is_bomb(characters, raw):  # a dictionary's texts may be repeated for a few bytes each
+                        file.add("inflates_too_much", f"to more than {characters:,} characters")
+                        return
+                raw.seek(mapped.tell())
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError, struct.error) as error:
+        file.add("damaged_arrow", _one_line(error))
+
+
+def text_column(schema: pyarrow.Schema, file: FileContent, layout: TextLayout) -> str | None:
+    """Return the column that holds the text; count the file and return None if there is none.
+
+    Args:
+        schema: of the table.
+        file: for counting.
+        layout: which columns are wanted.
+    """
+    kinds = dict(zip(schema.names, schema.types, strict=True))
+    there = [name for name in layout.columns() if name in kinds]
+    texts = [name for name in schema.names if _holds_text(kinds[name])]
+    found = next((name for name in there if name in texts or pyarrow.types.is_null(kinds[name])), None)
+    if found is None and there:
+        file.add("no_text_column", f'column "{there[0]}" holds {kinds[there[0]]}, not strings')
+    elif found is None:
+        file.add("no_text_column", layout.missing(schema.names, texts[::-1]))
+    return found
+
+
+def _holds_text(kind: pyarrow.DataType) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return any(getattr(pyarrow.types, f"is_{name}")(kind) for name in names)
+
+
+def _values(column: pyarrow.Array, file: FileContent) -> Iterator[Any]:
+    for value in column.to_pylist():
+        if isinstance(value, bytes):
+            try:
+                yield value.decode()
+            except UnicodeDecodeError:
+                file.not_utf8(value)
+        else:
+            yield value
+
+
+def _is_bomb(size: int, raw: IO[bytes]) -> bool:
+    return size > max(file_content.INFLATION_FREE, file_content.INFLATION_LIMIT * os.fstat(raw.fileno()).st_size)
+
+
+def _inflated(message: pyarrow.Message) -> int:
+    """Return how many bytes a message's compressed buffers say they take when they are decompressed.
+
+    pyarrow allocates what they say before it looks at the data, and says no number itself: it is read from the
+    message's flatbuffer (Message.header is a RecordBatch, or a DictionaryBatch with one in `data`).
+    """
+    if message.type not in ("record batch", "dictionary"):
+        return 0
+    metadata, body = message.metadata.to_pybytes(), message.body
+    table = _target(metadata, _field(metadata, _target(metadata, 0), 2))
+    if message.type == "dictionary":
+        table = _target(metadata, _field(metadata, table, 1))
+    buffers, compression = _field(metadata, table, 2), _field(metadata, table, 3)
+    if not buffers or not compression:
+        return 0
+    vector = _target(metadata, buffers)
+    (count,) = struct.unpack_from("<I", metadata, vector)
+    total = 0
+    for index in range(count):
+        offset, length = struct.unpack_from("<qq", metadata, vector + 4 + 16 * index)
+        if length >= 8:
+            (size,) = struct.unpack("<q", body.slice(offset, 8).to_pybytes())
+            total += max(size, 0)  # -1: this buffer is stored as it is
+    return total
+
+
+def _field(metadata: bytes, table: int, index: int) -> int:
+    """Return the position of a table's field in a flatbuffer, 0 if it is not there."""
+    vtable = table - struct.unpack_from("<i", metadata, table)[0]
+    (size,) = struct.unpack_from("<H", metadata, vtable)
+    slot = 4 + 2 * index
+    offset = struct.unpack_from("<H", metadata, vtable + slot)[0] if slot < size else 0
+    return table + offset if offset else 0
+
+
+def _target(metadata: bytes, position: int) -> int:
+    return position + int(struct.unpack_from("<I", metadata, position)[0])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
