@@ -20,11 +20,11 @@ import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json, sha256_file
+from ksub_ds.common.languages import LANGUAGE_CODE
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
-LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
 
 _SHARD_PATH = re.compile(rf"(?P<language>{LANGUAGE_CODE.pattern})/(?P<split>train|validation)-\d{{5}}\.arrow")
 

@@ -7,7 +7,7 @@ OUT/manifest.json   written last, when every language is there
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,17 @@ def parts(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*/part.json") if not path.parent.name.startswith("."))
 
 
-def build_manifest(folder: Path) -> dict[str, Any]:
-    """Build the manifest of all languages in the folder, published by this run or an earlier one."""
-    languages = {path.parent.name: read_json(path) for path in parts(folder)}
-    manifest = {**read_json(folder / "settings.json"), "languages": languages}
+def build_manifest(folder: Path, languages: Collection[str] | None = None) -> dict[str, Any]:
+    """Build the manifest of languages in the folder, published by this run or an earlier one.
+
+    Args:
+        folder: of the shards.
+        languages: to list; None = all there are.
+
+    Returns:
+        The manifest.
+    """
+    there = {path.parent.name: path for path in parts(folder)}
+    entries = {name: read_json(path) for name, path in there.items() if languages is None or name in languages}
+    manifest = {**read_json(folder / "settings.json"), "languages": entries}
     return {**manifest, "fingerprint": dataset_fingerprint(manifest)}

@@ -7,24 +7,27 @@ settings, not on the number of processes.
 """
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, write_json
+from ksub_ds.common.languages import language_name, standard_code
 from ksub_ds.common.logging import Progress, get_logger
-from ksub_ds.corpus.shards.dataset import LANGUAGE_CODE, MANIFEST, SPLITS
+from ksub_ds.corpus.shards.dataset import MANIFEST, SPLITS
 from ksub_ds.corpus.shards.folder import (
     build_manifest,
     claim_folder,
     is_whole,
     locked,
     make_folder,
+    parts,
     remove_leftovers,
     save_tokenizer,
 )
@@ -32,6 +35,7 @@ from ksub_ds.corpus.shards.packing import Packing
 from ksub_ds.corpus.shards.writer import LanguageWriter, check_shard_settings, split_of
 from ksub_ds.corpus.text.hub import DatasetSource
 from ksub_ds.corpus.text.layout import TextLayout
+from ksub_ds.corpus.text.left_out import LeftOut
 from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.skipped import Skipped
 from ksub_ds.corpus.text.sources import LanguageText, find_text
@@ -46,7 +50,8 @@ class ShardText:
     """Turn a folder of text into token shards for pretraining. The same command again makes what is missing."""
 
     input: Path | None = None
-    """Folder of <lang>.jsonl[.gz], <lang>.txt[.gz] (blank lines separate documents), <lang>.parquet or <lang>/."""
+    """Folder of <lang>.jsonl, <lang>.txt (blank lines separate documents), <lang>.parquet, <lang>.arrow or <lang>/;
+    also with .gz, .xz, .zst or .bz2."""
     tokenizer: Path = tyro.MISSING
     """A SentencePiece .model in XLM-R's layout, or the folder of a HuggingFace tokenizer."""
     out: Path = tyro.MISSING
@@ -59,6 +64,11 @@ class ShardText:
     """Processes that tokenise. [one per core]"""
     languages: tuple[str, ...] = ()
     """Only these languages of --input. [all that are there]"""
+    splits: tuple[Literal["train", "validation", "test"], ...] = ()
+    """Files of --input to take of those whose names say a split, as en.test.jsonl does; other names say train.
+    [train, and the files left out are named]"""
+    strict: bool = False
+    """Fail where a language or a file of --input is left out or cannot be read to its end."""
     datasets: tuple[str, ...] = ()
     """Streamed from the hub: wikipedia, bookcorpus, NAME or NAME:CONFIG (column "text"); NAME may be a local folder."""
     datasets_language: str = "en"
@@ -81,10 +91,10 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
     """
     _check(settings)
     layout = settings.layout()
-    text = find_text(settings.input, settings.languages) if settings.input else {}
-    if settings.datasets:
-        streamed = [DatasetSource(name, settings.datasets_language, layout) for name in settings.datasets]
-        text.setdefault(settings.datasets_language, LanguageText([], Skipped())).sources.extend(streamed)
+    text, others = _text_of(settings, layout)
+    left_out = LeftOut(text, others)
+    if settings.strict:
+        left_out.refuse("nothing was read")
     tokenizer = load_tokenizer(settings.tokenizer)
     make_folder(settings.out)
     with locked(settings.out):
@@ -106,12 +116,19 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
             ):
                 for language, recipe in todo.items():
                     shard_language(settings.out, language, text[language], recipe, packing, encoder, progress, layout)
-        manifest = build_manifest(settings.out)
+        manifest = build_manifest(settings.out, text)
         if not any(entry["files"] for entry in manifest["languages"].values()):
             given = settings.input or " ".join(settings.datasets)
+            left_out.report()
             raise UserError(f"{given}: no readable document in any language (see the counts above)")
+        left_out.add_unread(manifest)
+        if settings.strict and left_out.lines:
+            (settings.out / MANIFEST).unlink(missing_ok=True)
+            left_out.refuse(f"the shards stay, but {settings.out} gets no manifest")
         write_json(settings.out / MANIFEST, manifest)
-    _report(manifest, sorted(todo))
+        besides = [path.parent.name for path in parts(settings.out) if path.parent.name not in text]
+    left_out.report()
+    _report(manifest, sorted(todo), settings.out, besides)
     return manifest
 
 
@@ -121,7 +138,7 @@ def _check(settings: ShardText) -> None:
         raise UserError(f"--workers {settings.workers}: must be at least 1")
     for option, languages in (("languages", settings.languages), ("datasets-language", (settings.datasets_language,))):
         for language in languages:
-            if not LANGUAGE_CODE.fullmatch(language):
+            if language_name(language) is None:
                 raise UserError(f"--{option} {language}: is not a language code such as en or zh-Hant")
     if settings.input is None:
         if not settings.datasets:
@@ -130,6 +147,21 @@ def _check(settings: ShardText) -> None:
     inside = settings.out.resolve()
     if inside == settings.input.resolve() or inside.is_relative_to(settings.input.resolve()):
         raise UserError(f"--out {settings.out}: lies in the input folder; write the shards somewhere else")
+
+
+def _text_of(settings: ShardText, layout: TextLayout) -> tuple[dict[str, LanguageText], Skipped]:
+    """Return the text of each language, and what lies in the folder besides."""
+    others = Skipped()
+    text: dict[str, LanguageText] = {}
+    if settings.input:
+        text = find_text(settings.input, settings.languages, splits=settings.splits, others=others)
+    if settings.datasets:
+        streamed = [DatasetSource(name, settings.datasets_language, layout) for name in settings.datasets]
+        code = standard_code(settings.datasets_language)
+        own = language_name(settings.datasets_language) or code
+        language = next((name for name in text if standard_code(name) == code), own)
+        text.setdefault(language, LanguageText([], Skipped())).sources.extend(streamed)
+    return text, others
 
 
 def _recipe_of(settings: ShardText, text: LanguageText) -> dict[str, Any]:
@@ -159,16 +191,17 @@ def _is_done(folder: Path, language: str, recipe: dict[str, Any]) -> bool:
     return not damaged
 
 
-def _report(manifest: dict[str, Any], done: list[str]) -> None:
+def _report(manifest: dict[str, Any], done: list[str], out: Path, besides: list[str]) -> None:
     log = get_logger()
     languages = manifest["languages"]
-    unread = [language for language, entry in languages.items() if not entry["files"]]
-    if unread:
-        log.info(f"warning: no readable document in {', '.join(unread)}")
+    if besides:
+        folders = " ".join(shlex.quote(str(out / language)) for language in besides)
+        log.info(
+            f"warning: {out} holds {', '.join(besides)} from an earlier run, of which --input and --languages say "
+            f"nothing: not in the manifest, not trained on; to remove: rm -r {folders}"
+        )
     bare = [
-        language
-        for language, entry in languages.items()
-        if language not in unread and not entry["validation"]["sequences"]
+        language for language, entry in languages.items() if entry["files"] and not entry["validation"]["sequences"]
     ]
     if bare:
         log.info(

@@ -115,7 +115,7 @@ def test_all_layouts(tmp_path: Path) -> None:
     assert list(find_text(tmp_path, ("en",))) == ["en"]
 
 
-def hostile_files(folder: Path, outside: Path) -> None:
+def hostile_files(folder: Path) -> None:
     """A good document in each file, and something wrong beside it."""
     good = b'{"text": "a small river"}\n'
     files = {
@@ -134,10 +134,6 @@ def hostile_files(folder: Path, outside: Path) -> None:
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    (outside / "secret.jsonl").write_bytes(good)
-    (folder / "link.jsonl").symlink_to(outside / "secret.jsonl")
-    (folder / "linked").symlink_to(outside)
-    (folder / "dangling.jsonl").symlink_to(folder / "nothing.jsonl")
     os.mkfifo(folder / "pipe.jsonl")
 
 
@@ -147,8 +143,7 @@ def test_hostile_text_is_skipped_and_counted(
     monkeypatch.setattr(file_content, "LONGEST_LINE", 200_000)
     monkeypatch.setattr(file_content, "INFLATION_FREE", 1_000_000)
     (tmp_path / "in" / "en").mkdir(parents=True)
-    (tmp_path / "outside").mkdir()
-    hostile_files(tmp_path / "in" / "en", tmp_path / "outside")
+    hostile_files(tmp_path / "in" / "en")
     manifest = shard_text(ShardText(tmp_path / "in", tiny_tokenizer, tmp_path / "out", 64, 0.0, workers=1))
     assert manifest["languages"]["en"]["skipped"] == {
         "bad_json": 2,
@@ -156,11 +151,9 @@ def test_hostile_text_is_skipped_and_counted(
         "empty": 1,
         "inflates_too_much": 1,
         "line_too_long": 2,
-        "link_out_of_the_folder": 1,
-        "linked_folder": 1,
         "lone_surrogate": 1,
         "no_text_key": 5,
-        "not_a_regular_file": 2,
+        "not_a_regular_file": 1,
         "not_utf8": 2,
         "nul_character": 2,
         "too_long": 1,
