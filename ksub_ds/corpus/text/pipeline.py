@@ -47,7 +47,7 @@ class ShardText:
     input: Path | None = None
     """Folder of <lang>.jsonl[.gz], <lang>.txt[.gz] (blank lines separate documents), <lang>.parquet or <lang>/."""
     tokenizer: Path = tyro.MISSING
-    """A SentencePiece .model in XLM-R's layout, or the folder of a HuggingFace tokenizer."""
+    """A SentencePiece .model in XLM-R's layout, the folder of a HuggingFace tokenizer, or a name in the hub's cache."""
     out: Path = tyro.MISSING
     """Folder to write the shards to."""
     sequence_length: int = 512
@@ -62,6 +62,8 @@ class ShardText:
     """Streamed from the hub: wikipedia, bookcorpus, NAME or NAME:CONFIG (column "text"); NAME may be a local folder."""
     datasets_language: str = "en"
     """Language of --datasets, and edition of wikipedia."""
+    nfc: bool = False
+    """Put text in Unicode's form NFC before tokenising; the tokenizer saved with the shards does so too."""
 
 
 def shard_text(settings: ShardText) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
     if settings.datasets:
         streamed = [DatasetSource(name, settings.datasets_language) for name in settings.datasets]
         text.setdefault(settings.datasets_language, LanguageText([], Skipped())).sources.extend(streamed)
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.nfc)
     make_folder(settings.out)
     with locked(settings.out):
         remove_leftovers(settings.out)
