@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -158,3 +159,21 @@ def test_a_run_whose_codes_were_exchanged_is_refused(tmp_path, tiny_tokenizer):
     plain_codes(tokenizer.vocab_size).save(tmp_path / "run/codes.safetensors")
     with pytest.raises(UserError, match="trained with other codes"):
         load_vectors(tmp_path / "run")
+
+
+def test_added_tokens_keep_their_vectors(tiny_tokenizer, tmp_path):
+    """XLM-R with tokens of the user's own, as transformers 4 saved it: no tokenizer.json."""
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    plain = load_tokenizer(tiny_tokenizer)
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    XLMRobertaModel(XLMRobertaConfig(vocab_size=plain.vocab_size + 2, **size)).save_pretrained(tmp_path)
+    shutil.copy(tiny_tokenizer, tmp_path)
+    added = {"<ent>": plain.vocab_size, "</ent>": plain.vocab_size + 1}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    entries = {str(number): {"content": token, "special": False} for token, number in added.items()}
+    names = {"tokenizer_class": "XLMRobertaTokenizer", "added_tokens_decoder": entries}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    matrix, description = load_vectors(tmp_path)
+    assert len(matrix) == plain.vocab_size + 2 == description.tokenizer.vocab_size
+    assert plain.vocab_size in description.tokenizer.encode_batch(["<ent> river </ent>"])[0]

@@ -22,7 +22,7 @@ class ShardCC:
     """
 
     tokenizer: Path
-    """A SentencePiece .model in XLM-R's layout, or the folder of a HuggingFace tokenizer."""
+    """A SentencePiece .model in XLM-R's layout, the folder of a HuggingFace tokenizer, or a name in the hub's cache."""
     out: Path
     """Folder to write the shards to; the ranks must share it."""
     input: tuple[Path, ...] = ()
@@ -59,6 +59,8 @@ class ShardCC:
     """Share of the documents held out for evaluation, chosen by a hash of their text."""
     text_out: Path | None = None
     """Also write the documents as CCNet's JSON lines to this folder."""
+    nfc: bool = False
+    """Put text in Unicode's form NFC before tokenising; the tokenizer saved with the shards does so too."""
     keep_work: bool = False
     """Keep OUT/work, the intermediate files, for runs with other settings of the later stages."""
     dry_run: bool = False

@@ -232,7 +232,7 @@ def shard_cc(settings: ShardCC, comm: MPIComm) -> dict[str, Any]:
         get_logger().setLevel("WARNING")
     check(settings)
     files = comm.on_main(lambda: find_files(settings, settings.segments))
-    tokenizer = comm.agree(lambda: load_tokenizer(settings.tokenizer))
+    tokenizer = comm.agree(lambda: load_tokenizer(settings.tokenizer, settings.nfc))
     selection = comm.agree(lambda: load_selection(settings))
     comm.on_main(lambda: make_folder(settings.out))
     lock = locked(settings.out) if comm.is_main else nullcontext()
@@ -253,7 +253,7 @@ def dry_run(settings: ShardCC, comm: MPIComm) -> str:
         first, _, end = settings.segments.partition(":")
         files = find_files(settings, f"{first}:{int(first) + 1}" if first.isdigit() and end.isdigit() else "")
         total = sum(file.size for file in files) * (1 if settings.snapshot is None else int(end) - int(first))
-        selection, tokenizer = load_selection(settings), load_tokenizer(settings.tokenizer)
+        selection, tokenizer = load_selection(settings), load_tokenizer(settings.tokenizer, settings.nfc)
         return estimate(
             files, total, selection, tokenizer, settings.dedup, comm.size, settings.text_out is not None, settings.out
         )

@@ -53,7 +53,7 @@ class ShardText:
     """Folder of <lang>.jsonl, <lang>.txt (blank lines separate documents), <lang>.parquet, <lang>.arrow or <lang>/;
     also with .gz, .xz, .zst or .bz2."""
     tokenizer: Path = tyro.MISSING
-    """A SentencePiece .model in XLM-R's layout, or the folder of a HuggingFace tokenizer."""
+    """A SentencePiece .model in XLM-R's layout, the folder of a HuggingFace tokenizer, or a name in the hub's cache."""
     out: Path = tyro.MISSING
     """Folder to write the shards to."""
     sequence_length: int = 512
@@ -77,6 +77,8 @@ class ShardText:
     """Key or column that holds the text, of JSON, tables and --datasets. ["text", else "raw_content"]"""
     line_documents: bool = False
     """Each line of a .txt is a document. [blank lines separate documents]"""
+    nfc: bool = False
+    """Put text in Unicode's form NFC before tokenising; the tokenizer saved with the shards does so too."""
 
     def layout(self) -> TextLayout:
         """Return how documents lie in the files."""
@@ -95,7 +97,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
     left_out = LeftOut(text, others)
     if settings.strict:
         left_out.refuse("nothing was read")
-    tokenizer = load_tokenizer(settings.tokenizer)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.nfc)
     make_folder(settings.out)
     with locked(settings.out):
         remove_leftovers(settings.out)

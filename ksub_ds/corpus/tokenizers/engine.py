@@ -27,7 +27,7 @@ _LESS_THAN, _NO_CHARACTER = "\U0010fffe", "\U0010ffff"  # code points that are n
 _BETWEEN_WORDS = re.compile(r"\w[ \n]\w")
 
 # For the check at opening: words of many scripts, and what tokenizers tend to disagree about.
-_WORDS = """
+SAMPLE_WORDS = """
 The old rivers sing don't iii (iii) HTTP://www.example.org/a_b?c=d 3.14159 12,345 naïve Straße İstanbul
 yürüyor нет Київ το παλιό σπίτι Ελλάς שלום עולם السلام عليكم हिन्दी में नमस्ते ภาษาไทย น้ำ ຄຳ 中文分词 日本語の文章 ﾊﾟｰﾃｨｰ
 한국어 각 ệ Việt Nam gözlükçülük mwanafunzi ñandú œuvre ქართული հայերեն አማርኛ தமிழ் ᚠᚢᚦ 𐍈 ꙮ
@@ -147,7 +147,7 @@ def _json(description: dict[str, Any]) -> str:
 def check_texts() -> list[str]:
     """Return the texts that an engine is checked on: each word and each oddity alone, then mixtures of them."""
     draw = random.Random(0)
-    parts = _WORDS + _HOSTILE
+    parts = SAMPLE_WORDS + _HOSTILE
     mixed = [draw.choice(["", " "]).join(draw.choices(parts, k=draw.randint(2, 9))) for _ in range(CHECKED_TEXTS)]
     return (parts + mixed)[:CHECKED_TEXTS]
 

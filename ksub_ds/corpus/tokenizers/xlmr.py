@@ -3,6 +3,9 @@
 A token's id is the piece's id + 1 from piece 3 on; <s> 0, <pad> 1, </s> 2, <unk> 3; <mask> comes last. The ids of a
 text are those of transformers, with one intended difference: text that spells a special token ("</s>", "<mask>") is
 encoded as the ordinary characters it is made of, never as the special token.
+
+transformers heeds the pieces and the normaliser of a model, not the options that it was trained with. Of some options
+SentencePiece's own ids would be others: see `differs_from_sentencepiece`.
 """
 
 import base64
@@ -21,6 +24,8 @@ from ksub_ds.corpus.tokenizers.engine import HIDDEN, BulkEncoder
 SPACE = "▁"  # SentencePiece's mark for the start of a word
 MODEL_NAME = "sentencepiece.bpe.model"
 SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}  # and <mask>, the last id
+GENERIC_CLASS = "PreTrainedTokenizerFast"  # does what tokenizer.json says; other classes of transformers do not
+_NFC = {"type": "NFC"}
 
 
 class XlmrTokenizer:
@@ -29,30 +34,37 @@ class XlmrTokenizer:
     Args:
         model: the bytes of the `.model` file.
         name: what to call it in error messages.
+        nfc: whether text is put in Unicode's form NFC first.
 
     Raises:
         UserError: the model is damaged, or not of this kind.
     """
 
-    def __init__(self, model: bytes, name: str):
-        self._model, self._name = model, name
+    def __init__(self, model: bytes, name: str, nfc: bool = False):
+        self._model, self._name, self._nfc = model, name, nfc
         proto = parse_model(model, name)
         pieces = [piece.piece for piece in proto.pieces]
         self.vocab_size = len(pieces) + 2
         self.bos_id, self.pad_id, self.eos_id, self.unk_id = 0, 1, 2, 3
         self.mask_id = self.vocab_size - 1
         self.special_ids: tuple[int, ...] = (0, 1, 2, 3, self.mask_id)
-        self.fingerprint = hashlib.sha256(b"sentencepiece in XLM-R layout\0" + model).hexdigest()
+        layout = b"sentencepiece in XLM-R layout after NFC\0" if nfc else b"sentencepiece in XLM-R layout\0"
+        self.fingerprint = hashlib.sha256(layout + model).hexdigest()
         self._tokens: list[str] = [*SPECIAL_TOKENS, *pieces[3:], "<mask>"]
         self._encoder = BulkEncoder(self._describe, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return XlmrTokenizer, (self._model, self._name)
+        return XlmrTokenizer, (self._model, self._name, self._nfc)
+
+    def _normalizer(self, charsmap: bytes) -> dict[str, Any] | None:
+        steps: list[dict[str, Any]] = [_NFC] if self._nfc else []
+        if charsmap:
+            steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
+        return {"type": "Sequence", "normalizers": steps} if len(steps) > 1 else next(iter(steps), None)
 
     def _describe(self) -> dict[str, Any]:
         """Return the tokenizer.json that transformers makes of the model, as far as it turns text into ids."""
         proto = parse_model(self._model, self._name)
-        charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
         special = [(HIDDEN.format(token), 0.0) for token in SPECIAL_TOKENS]
         scores = [piece.score for piece in proto.pieces]
         pieces = zip(self._tokens[4:-1], scores[3:], strict=True)
@@ -62,7 +74,7 @@ class XlmrTokenizer:
             "truncation": None,
             "padding": None,
             "added_tokens": [],
-            "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap} if charsmap else None,
+            "normalizer": self._normalizer(proto.normalizer_spec.precompiled_charsmap),
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, split_words]},
             "post_processor": None,
             "decoder": None,
@@ -98,22 +110,78 @@ class XlmrTokenizer:
             (Path(temporary) / MODEL_NAME).write_bytes(self._model)
             converted = XLMRobertaTokenizer.from_pretrained(temporary)
         assert len(converted) == self.vocab_size, "the conversion to a HuggingFace tokenizer lost pieces"
+        if self._nfc:
+            put_nfc_first(converted)
         converted.save_pretrained(folder)
-        config = folder / "tokenizer_config.json"
-        facts = json.loads(config.read_text(encoding="utf-8"))
-        for key in ("is_local", "local_files_only"):  # how it was loaded, HF_HUB_OFFLINE included
-            facts.pop(key, None)
-        config.write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        edit_config(folder, {"tokenizer_class": GENERIC_CLASS} if self._nfc else {})
         (folder / MODEL_NAME).write_bytes(self._model)
 
     def same_vocabulary(self, tokenizer_json: dict[str, Any]) -> bool:
-        """Return whether a tokenizer.json beside the model gives the same ids, so that the model can replace it."""
+        """Return whether a tokenizer.json beside the model has the same tokens by id."""
         model = tokenizer_json.get("model", {})
         added = {token["content"]: token["id"] for token in tokenizer_json.get("added_tokens", [])}
         vocabulary = [entry[0] for entry in model.get("vocab", [])] if model.get("type") == "Unigram" else []
         if vocabulary[-1:] != ["<mask>"]:
             vocabulary.append("<mask>")
         return vocabulary == self._tokens and added == {**SPECIAL_TOKENS, "<mask>": self.mask_id}
+
+    def same_segmentation(self, tokenizer_json: dict[str, Any]) -> bool:
+        """Return whether a tokenizer.json prepares text as this tokenizer does, so that the model can replace it."""
+        normalizer = tokenizer_json.get("normalizer")
+        if normalizer != self._normalizer(parse_model(self._model, self._name).normalizer_spec.precompiled_charsmap):
+            return False
+        steps = (tokenizer_json.get("pre_tokenizer") or {}).get("pretokenizers", [])
+        return [step["type"] for step in steps] == ["WhitespaceSplit", "Metaspace"] and (
+            steps[1].get("prepend_scheme", "always") == "always" and steps[1].get("add_prefix_space", True)
+        )
+
+    def differs_from_sentencepiece(self) -> str | None:
+        """Return the option of the model for which SentencePiece itself gives other ids; None if there is none."""
+        proto = parse_model(self._model, self._name)
+        normal, trained = proto.normalizer_spec, proto.trainer_spec
+        if trained.treat_whitespace_as_suffix:
+            return "treat_whitespace_as_suffix=true"
+        if not normal.add_dummy_prefix:
+            return "add_dummy_prefix=false"
+        if not normal.remove_extra_whitespaces:
+            return "remove_extra_whitespaces=false"
+        if not normal.escape_whitespaces:
+            return "escape_whitespaces=false"
+        if any(SPACE in token.lstrip(SPACE) for token in self._tokens):  # a piece of more than one word
+            return "split_by_whitespace=false"
+        return None
+
+    def keeps_line_breaks(self) -> bool:
+        """Return whether the normaliser leaves tabs and line breaks, which SentencePiece then makes <unk>.
+
+        transformers, and so this class, takes them for blanks.
+        """
+        from tokenizers.normalizers import Precompiled
+
+        charsmap = parse_model(self._model, self._name).normalizer_spec.precompiled_charsmap
+        return not charsmap or bool(Precompiled(charsmap).normalize_str("\t\n").strip(" "))
+
+
+def edit_config(folder: Path, changes: dict[str, Any]) -> None:
+    """Leave out of a saved tokenizer_config.json how the tokenizer was loaded, and change what is given."""
+    path = folder / "tokenizer_config.json"
+    facts = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    for key in ("is_local", "local_files_only"):  # HF_HUB_OFFLINE changes them
+        facts.pop(key, None)
+    path.write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def put_nfc_first(tokenizer: Any) -> None:
+    """Let a fast tokenizer of transformers put text in Unicode's form NFC before everything else, if it does not."""
+    from tokenizers.normalizers import NFC, Sequence
+
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is None:
+        backend.normalizer = NFC()
+        return
+    step = json.loads(backend.normalizer.__getstate__())
+    if step.get("normalizers", [step])[:1] != [_NFC]:
+        backend.normalizer = Sequence([NFC(), backend.normalizer])
 
 
 def parse_model(model: bytes, name: str) -> Any:

@@ -18,6 +18,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path
 from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+from ksub_ds.corpus.tokenizers.location import locate
 from ksub_ds.corpus.tokenizers.xlmr import MODEL_NAME, XlmrTokenizer
 from ksub_ds.evaluate.data.rows import Rows
 
@@ -103,12 +104,12 @@ def load_encoder(path: str) -> PairEncoder:
     Raises:
         UserError: none of these.
     """
-    local = Path(path)
+    local = locate(path) if Path(path).exists() else Path(path)
     if local.is_file() or (local / MODEL_NAME).is_file():
         tokenizer = load_tokenizer(local)
         if isinstance(tokenizer, XlmrTokenizer):
             return XlmrPairs(tokenizer)
-    return HuggingFacePairs(path)
+    return HuggingFacePairs(str(local))
 
 
 class XlmrPairs:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,23 @@ def test_roberta_kind_from_text_to_rows_and_back(tiny_text: Path, tiny_bpe: Path
     assert decoded == [
         json.loads(line)["text"] for line in (tiny_text / "en.jsonl").read_text(encoding="utf-8").splitlines()
     ]
+
+
+def test_nfc_goes_into_the_tokenizer_of_the_shards(tiny_bpe: Path, tmp_path: Path) -> None:
+    texts = {form: unicodedata.normalize(form, "Tiếng Việt là ngôn ngữ của người Việt") for form in ("NFC", "NFD")}
+    rows = {}
+    for form, text in texts.items():
+        (tmp_path / form).mkdir()
+        (tmp_path / form / "vi.txt").write_text(text, encoding="utf-8")
+        for nfc in (False, True):
+            out = tmp_path / f"{form}-{nfc}"
+            shard_text(ShardText(tmp_path / form, tiny_bpe, out, 64, validation_fraction=0.0, workers=1, nfc=nfc))
+            dataset = ShardDataset.open(out)
+            rows[form, nfc] = dataset.rows("train", "vi").tolist()
+            dataset.check_tokenizer(load_tokenizer(dataset.tokenizer_folder).fingerprint, "its own")
+    assert rows["NFC", False] == rows["NFC", True] == rows["NFD", True] != rows["NFD", False]
+    with pytest.raises(UserError, match="tokenizer is"):  # the two forms do not mix in one folder
+        shard_text(ShardText(tmp_path / "NFC", tiny_bpe, tmp_path / "NFC-False", 64, workers=1, nfc=True))
 
 
 def test_statistics(tiny_text: Path, tiny_shards: Path) -> None:

@@ -1,13 +1,16 @@
 """XLM-R's layout: the ids of transformers, nothing forged by text, models of another kind refused."""
 
+import functools
 import gzip
 import io
 import itertools
 import json
 import pickle
 import random
+import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+from ksub_ds.corpus.tokenizers.xlmr import XlmrTokenizer
 
 SPECIAL_TEXT = "a </s> b<mask> <s> <pad> <unk>"
 
@@ -108,6 +112,60 @@ def test_models_of_another_kind_are_refused(extra: dict[str, Any], tiny_text: Pa
         load_tokenizer(tmp_path / "other.model")
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {"treat_whitespace_as_suffix": True},
+    {"add_dummy_prefix": False},
+    {"remove_extra_whitespaces": False},
+    {"split_by_whitespace": False},
+    {"normalization_rule_name": "identity"},
+    {"normalization_rule_name": "nfkc"},
+    {"normalization_rule_name": "nmt_nfkc_cf"},
+    {"split_by_number": False, "split_digits": True, "split_by_unicode_script": False},
+]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(OPTIONS), st.lists(st.sampled_from(["river ", "of the", "\t", "\n", "  ", "The old", "1 2"])))
+def test_options_give_the_ids_of_sentencepiece_or_are_refused(option: dict[str, Any], parts: list[str]) -> None:
+    import sentencepiece
+
+    model = _trained(json.dumps(option))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "own.model"
+        path.write_bytes(model)
+        try:
+            tokenizer = load_tokenizer(path)
+        except UserError as error:
+            assert re.search(r"own\.model: (was made with|its normaliser keeps) .* train it with", str(error))
+            assert option not in OPTIONS[-2:]
+            return
+    assert option in OPTIONS[-2:]
+    text, reference = "".join(parts), sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = [reference.unk_id() if index == 3 else index - 1 for index in tokenizer.encode_batch([text])[0].tolist()]
+    assert ids == reference.encode(text)
+
+
+@functools.cache
+def _trained(option: str) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    text = ["The old river of the south sings 1 2 12 of the old river", "the river of the old south 22"] * 30
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=60, hard_vocab_limit=False,
+        minloglevel=2, num_threads=1, **json.loads(option),
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def test_a_folder_saved_with_its_tokenizer_json_is_opened_whatever_the_options(tmp_path: Path) -> None:
+    """Shards keep such a folder; its ids are those of transformers, as when they were made."""
+    model = _trained(json.dumps(OPTIONS[1]))
+    tokenizer = XlmrTokenizer(model, "own.model")
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
+
 def test_real_ids_are_those_of_transformers(ksub_data: Path, tmp_path: Path) -> None:
     """A sample of every language with the published vocabulary; float32 sums would fail some of these."""
     from transformers import XLMRobertaTokenizer
@@ -165,6 +223,11 @@ def test_models_with_other_normalisers(rule: str, make_documents: Any, tmp_path:
         vocab_size=200, hard_vocab_limit=False, normalization_rule_name=rule, minloglevel=2, num_threads=1,
     )  # fmt: skip
     (tmp_path / "sentencepiece.bpe.model").write_bytes(model.getvalue())
+    if rule != "nmt_nfkc":  # SentencePiece makes a line break <unk>: only a folder that says XLM-R takes it for a blank
+        for path in (tmp_path, tmp_path / "sentencepiece.bpe.model"):
+            with pytest.raises(UserError, match=r"keeps tabs and line breaks .*tokenizer_class"):
+                load_tokenizer(path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
     reference = renamed(XLMRobertaTokenizer.from_pretrained(tmp_path))
     draw = random.Random(0)
     texts = ["The old\triver\u00a0sings  a\u3000small  ﬁ bird\r\n", "THE OLD ΤΟ ΠΑΛΙΌ ＲＩＶＥＲ", "river" * 3000]
