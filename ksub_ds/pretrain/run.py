@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import RESUME
-from ksub_ds.common.logging import add_log_file, get_logger
+from ksub_ds.common.logging import add_log_file, close_log_files, get_logger
 from ksub_ds.corpus.batches import HeldOutBatches, TrainingBatches
 from ksub_ds.pretrain import builders, checkpoint
 from ksub_ds.pretrain.checkpoint import CheckpointWriter, TrainerState
@@ -51,6 +51,7 @@ def run(recipe: Recipe) -> int:
         distributed.on_main(lambda: add_log_file(folder.log))
         return _train(resolved, folder)
     finally:
+        close_log_files()
         folder.unlock()
 
 
