@@ -27,7 +27,7 @@ RECIPE_KEYS = {
     "train_micro_batch_size_per_gpu": "--micro-batch-size",
     "gradient_accumulation_steps": "--global-batch-size and --micro-batch-size",
     "optimizer": "--peak-lr, --weight-decay, --adam-beta1 ...",
-    "scheduler": "--peak-lr, --warmup-steps, --max-steps",
+    "scheduler": "--schedule, --peak-lr, --warmup-steps, --max-steps",
     "gradient_clipping": "--gradient-clipping",
     "fp16": "--precision",
     "bf16": "--precision",
