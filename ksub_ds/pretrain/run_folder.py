@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, atomic_path, read_json, write_json
+from ksub_ds.common.files import TEMPORARY_SUFFIX, atomic_folder, atomic_path, read_json, write_json
 from ksub_ds.common.lock import try_lock
 from ksub_ds.common.watchdog import Failure
 from ksub_ds.pretrain import checkpoint
@@ -196,51 +196,60 @@ class RunFolder:
             )
         newest = checkpoint.find_start(self.checkpoints)
         done = checkpoint.step_of(newest) if newest else 0
-        start = self._go_back(old, new, done)
-        told = f"extended: {old.max_steps:,} -> {new.max_steps:,} steps; goes on from step {start:,}"
-        if start < done:
-            told += ", before its rate came down"
+        start = self._go_back(old, new, done, history[-1]["from_step"])
+        told = [f"extended: {old.max_steps:,} -> {new.max_steps:,} steps; goes on from step {start:,}"]
         if newest is not None and done > min(old.steady_until, new.steady_until):
-            kept = self._set_aside(newest)
-            if start == done:
-                told += (
-                    f", from a learning rate of {old.rate(done):.3g} to {new.rate(done + 1):.3g} in one step: not what "
-                    f"a run of {new.max_steps:,} steps would have trained (only --schedule wsd goes on like that)"
+            if start < done:
+                told.append("the rate came down from there on")
+            else:
+                told.append(
+                    f"the learning rate goes from {old.rate(done):.3g} to {new.rate(done + 1):.3g} in one step: not "
+                    f"what a run of {new.max_steps:,} steps would have trained (only --schedule wsd goes on like that)"
                 )
-            told += f"; the run as it was at step {done:,} lies in {kept}"
-        if start < done:
-            for path in reversed(checkpoint.checkpoints(self.checkpoints)):
-                if checkpoint.step_of(path) > start:  # the newest last: a kill leaves the same `done`
-                    shutil.rmtree(path)
-            checkpoint.name_latest(self.checkpoints, start)
+            told.append(f"the run as it was at step {done:,} lies in {self._set_aside(newest)}")
+        self._drop_checkpoints_after(start)
         history = [*history, {"from_step": start} | new.changeable()]
         write_json(self.recipe, rest | planned | {PLANS: history})
-        return told
+        return "; ".join(told)
 
-    def _go_back(self, old: TrainingPlan, new: TrainingPlan, done: int) -> int:
+    def _go_back(self, old: TrainingPlan, new: TrainingPlan, done: int, planned_from: int) -> int:
         """Return the step to go on from: under wsd the last one that both plans train alike, else the last one done.
 
+        Args:
+            old: the plan of the run.
+            new: the one to come.
+            done: the step of the newest checkpoint.
+            planned_from: the step from which on the run trained under `old`.
+
         Raises:
-            UserError: there is no such step, or the new plan ends before it.
+            UserError: there is no such step, or the new plan ends or comes down before it.
         """
         start = done
         if old.schedule == new.schedule == "wsd" and done > old.steady_until:
             steady = checkpoint.newest_complete(self.checkpoints, quiet=True, up_to=old.steady_until)
-            if steady is None:
+            start = checkpoint.step_of(steady) if steady else -1
+            if start < planned_from:
                 raise UserError(
                     f"--extend: the rate of this run came down after step {old.steady_until:,}, and {self.checkpoints} "
                     f"holds no whole checkpoint before; give --schedule linear to go on from step {done:,} all the same"
                 )
-            start = checkpoint.step_of(steady)
         if new.max_steps <= start:
             raise UserError(f"--extend --max-steps {new.max_steps}: {start:,} steps are done; give more")
-        if old.schedule == new.schedule == "wsd" and new.steady_until < start:
+        if new.schedule == "wsd" and new.steady_until < start:
             raise UserError(
                 f"--extend --decay-steps {new.decay_steps}: the decay to step {new.max_steps:,} would begin after step "
-                f"{new.steady_until:,}, but {start:,} are done at the peak; give --decay-steps "
+                f"{new.steady_until:,}, but {start:,} are done; give --decay-steps "
                 f"{new.max_steps - start} or --max-steps {start + new.decay_steps}"
             )
         return start
+
+    def _drop_checkpoints_after(self, start: int) -> None:
+        """Remove checkpoints that are not the run's any more. The newest goes last: a kill leaves it to be found."""
+        later = [path for path in checkpoint.checkpoints(self.checkpoints) if checkpoint.step_of(path) > start]
+        for path in reversed(later):
+            shutil.rmtree(path)
+        if later:
+            checkpoint.name_latest(self.checkpoints, start)
 
     def _set_aside(self, newest: Path) -> Path:
         """Keep the run as it is, with its newest checkpoint, as a run folder of its own; return it."""
@@ -251,6 +260,8 @@ class RunFolder:
                 break
             if there.exists() and there.read_bytes() == (newest / checkpoint.MANIFEST).read_bytes():
                 return target
+        for leftover in self.ends.glob(f".*{TEMPORARY_SUFFIX}"):  # of a start that was killed here
+            shutil.rmtree(leftover)
         with atomic_folder(target) as temporary:
             for path in (self.recipe, self.command, self.codes, self.metrics, self.evaluation, self.log):
                 if path.exists():

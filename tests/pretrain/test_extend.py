@@ -95,7 +95,9 @@ def test_other_schedules_go_on_with_the_new_rate_and_say_so(bench: Bench, extend
     run = bench.folder / "linear-short"
     assert [line["lr"] for line in metrics(run)][4:7] == pytest.approx([4e-4, 2e-4, 3.75e-4])
     log = (run / "train.log").read_text()
-    assert log.count("extended: 6 -> 9 steps; goes on from step 6, from a learning rate of 0.0002 to 0.000375 in") == 1
+    assert (
+        log.count("extended: 6 -> 9 steps; goes on from step 6; the learning rate goes from 0.0002 to 0.000375 in") == 1
+    )
     assert read_json(run / "recipe.json")["plans"][1] == {"from_step": 6, "max_steps": 9, "schedule": "linear"}
     assert extended["end"] == [0], "a run that was set aside can go on as well"
     assert state_bytes(run / "ends" / "step6", 9) == state_bytes(run, 9)
@@ -180,7 +182,7 @@ def test_an_end_that_differs_gets_a_name_of_its_own(finished: RunFolder) -> None
         ("--max-steps 90", "--extend --max-steps 90: 90 steps are done; give more"),
         (
             "--max-steps 95 --decay-steps 20",
-            "begin after step 75, but 90 are done .* --decay-steps 5 or --max-steps 110",
+            "begin after step 75, but 90 are done; give --decay-steps 5 or --max-steps 110",
         ),
         ("--max-steps 200 --warmup-steps 20", r"\(warmup_steps: 10 -> 20\); give the old values, or a new --out"),
         ("--max-steps 200 --schedule cosine --decay-steps 5", "--decay-steps 5: belongs to --schedule wsd, not cosine"),
@@ -211,8 +213,22 @@ def test_without_the_steady_checkpoint_nothing_is_passed_off_as_steady(finished:
     ):
         finished.extend(identity(finished.path, "--max-steps", 200))
     told = finished.extend(identity(finished.path, "--max-steps", 200, "--schedule", "linear"))
-    assert told is not None and "goes on from step 100, from a learning rate of" in told
+    assert told is not None and "goes on from step 100; the learning rate goes from" in told
     assert "decay_steps" not in read_json(finished.recipe)
+
+
+def test_a_checkpoint_of_another_schedule_is_not_taken_for_steady(finished: RunFolder) -> None:
+    """The run was linear up to step 100: from there on the peak is held, and before nothing was."""
+    values = read_json(finished.recipe)
+    finished.recipe.write_text(json.dumps({k: v for k, v in values.items() if k not in ("schedule", "decay_steps")}))
+    late = ("--schedule", "wsd", "--max-steps", 200)
+    with pytest.raises(UserError, match="begin after step 50, but 100 are done; give --decay-steps 100 or"):
+        finished.extend(identity(finished.path, *late, "--decay-steps", 150))
+    assert finished.extend(identity(finished.path, *late, "--decay-steps", 100))
+    shutil.rmtree(finished.checkpoints / "global_step100")
+    write_checkpoint(finished.path, 150)
+    with pytest.raises(UserError, match="no whole checkpoint before"):
+        finished.extend(identity(finished.path, "--max-steps", 300))
 
 
 def test_there_must_be_a_run_to_extend(tmp_path: Path) -> None:
