@@ -21,7 +21,16 @@ from ksub_ds.analysis.run_files import RunFiles, finite, quality, values
 
 RECIPE_ROWS = (
     *("global_batch_size", "micro_batch_size", "sequence_length", "peak_lr", "warmup_steps", "max_steps"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_clipping", "mlm_probability"),
+    *(
+        "schedule",
+        "decay_steps",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "gradient_clipping",
+        "mlm_probability",
+    ),
     *("alpha", "dropout", "decoder_bias", "seed", "precision", "deepspeed", "codes", "data"),
     *("warm_start", "distill_from", "distill_weight"),
 )
@@ -254,6 +263,18 @@ def _quality_cell(value: Any) -> str:
     return number(value, 0 if isinstance(value, int) else 4) if finite(value) is not None else text(value)
 
 
+def _plans(run: RunFiles) -> str:
+    """Return which steps of an extended run trained under which plan; nothing for a run that was never extended."""
+    recorded = run.recipe.get("plans")
+    plans = [each for each in recorded if isinstance(each, dict)] if isinstance(recorded, list) else []
+    rows = [
+        [text(each.get(key, NOTHING)) for key in ("from_step", "max_steps", "schedule", "decay_steps")]
+        for each in plans
+    ]
+    header = ["after step", "planned to step", "schedule", "steps of decay"]
+    return "<h3>Plans, one for each --extend</h3>" + table(header, rows) if rows else ""
+
+
 def provenance(run: RunFiles) -> str:
     """Return recipe, software, hosts, fingerprints and commands: what it takes to repeat the run."""
     import ksub_ds
@@ -269,6 +290,7 @@ def provenance(run: RunFiles) -> str:
     return section(
         "Provenance",
         "<h3>Recipe</h3>" + facts(recipe),
+        _plans(run),
         "<h3>Fingerprints</h3>" + facts(prints),
         "<h3>Starts</h3>" + table(header, starts, words=3) if starts else "",
         "<h3>Commands</h3>" + commands if commands else "",

@@ -25,10 +25,9 @@ def check_job(settings: "Submit", arguments: list[str]) -> None:
     """
     if settings.job == "pretrain":
         from ksub_ds.pretrain.engine import find_deepspeed_config
-        from ksub_ds.pretrain.recipe import Recipe, resolve
+        from ksub_ds.pretrain.recipe import parse_recipe, resolve
 
-        recipe = parse(Recipe, arguments, "ksub pretrain")
-        find_deepspeed_config(resolve(recipe, settings.ranks, on_gpu=True).deepspeed)
+        find_deepspeed_config(resolve(parse_recipe(arguments), settings.ranks, on_gpu=True).deepspeed)
     elif settings.job == "evaluate":
         from ksub_ds.evaluate.__main__ import parse_settings
 

@@ -291,7 +291,9 @@ def shutdown() -> None:
         _watchdog.stop()
         _watchdog = None
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        comm = sys.modules.get("deepspeed.comm.comm")
+        # DeepSpeed keeps the groups it has made, and would use them again in this process's next run.
+        (dist if comm is None or comm.cdb is None else comm).destroy_process_group()
 
 
 def leave(code: int) -> NoReturn:

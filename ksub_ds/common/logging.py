@@ -33,6 +33,13 @@ def add_log_file(path: Path) -> None:
     get_logger().addHandler(handler)
 
 
+def close_log_files() -> None:
+    """Write no further line to the files of `add_log_file`: this process may go on with something else."""
+    for handler in [each for each in get_logger().handlers if isinstance(each, logging.FileHandler)]:
+        get_logger().removeHandler(handler)
+        handler.close()
+
+
 class MetricsWriter:
     """metrics.jsonl: one JSON object per line, each with its `step`.
 

@@ -16,19 +16,22 @@ from ksub_ds.common.errors import UserError
 Settings = TypeVar("Settings")
 
 
-def parse(kind: type[Settings], arguments: Sequence[str] | None, prog: str) -> Settings:
+def parse(
+    kind: type[Settings], arguments: Sequence[str] | None, prog: str, default: Settings | None = None
+) -> Settings:
     """Parse a command line into settings.
 
     Args:
         kind: a dataclass.
         arguments: the words behind the command; None takes those of this process.
         prog: the command, as the user types it.
+        default: gives the values of options left out, also of required ones. [those of the class]
 
     Raises:
         UserError: what is wrong with the arguments; all ranks raise it, as they parse the same words.
         SystemExit: --help was given, and is printed.
     """
-    return _parse(kind, arguments, prog, inspect.getdoc(kind))
+    return _parse(kind, arguments, prog, inspect.getdoc(kind), default)
 
 
 def call(function: Callable[..., object], arguments: Sequence[str], prog: str) -> None:
@@ -42,13 +45,14 @@ def call(function: Callable[..., object], arguments: Sequence[str], prog: str) -
     _parse(bind, arguments, prog, None)()
 
 
-def _parse(kind: Any, arguments: Sequence[str] | None, prog: str, description: str | None) -> Any:
+def _parse(kind: Any, arguments: Sequence[str] | None, prog: str, description: str | None, default: Any = None) -> Any:
     import tyro
 
     said = io.StringIO()
+    given = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=arguments, prog=prog, description=description)
+            return tyro.cli(kind, args=arguments, prog=prog, description=description, **given)
     except SystemExit as leave:
         if not leave.code:
             raise

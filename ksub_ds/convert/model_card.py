@@ -138,7 +138,8 @@ def _run_training(checkpoint: RunCheckpoint) -> str:
         f"{recipe['sequence_length']:,} tokens: {checkpoint.state.tokens:,} tokens",
         f"- masked language modelling, {100 * recipe['mlm_probability']:g} % of the tokens; {recipe['precision']}; "
         f"seed {recipe['seed']}",
-        f"- AdamW, peak learning rate {recipe['peak_lr']:g}, {recipe['warmup_steps']:,} steps of warm-up",
+        f"- AdamW, peak learning rate {recipe['peak_lr']:g}, {recipe['warmup_steps']:,} steps of warm-up"
+        + (f", schedule {recipe['schedule']}" if "schedule" in recipe else ""),
         f"- fingerprint of the data: `{recipe['data_fingerprint']}`",
         f"- languages drawn in proportion to size^{recipe['alpha']:g}",
     ]

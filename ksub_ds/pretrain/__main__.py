@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import RESUME, UserError
 from ksub_ds.common.exit_codes import INTERRUPTED, USER_ERROR
-from ksub_ds.common.options import parse
 from ksub_ds.common.watchdog import Failure, Watchdog
 
 
@@ -35,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # we report a lost peer, without C++ frames
     try:
-        from ksub_ds.pretrain.recipe import Recipe
+        from ksub_ds.pretrain.recipe import parse_recipe
 
-        recipe = parse(Recipe, arguments, "ksub pretrain")
+        recipe = parse_recipe(arguments)
         from ksub_ds.pretrain.run import run  # seconds of imports that --help does without
 
         return run(recipe)

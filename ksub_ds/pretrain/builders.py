@@ -154,8 +154,7 @@ def describe_start(run: ResolvedRun, engine: "DeepSpeedEngine", first: StepBatch
         f"{world_size} rank{'s' * (world_size > 1)} ({places}) on {distributed.device().type}, {recipe.precision}, "
         f"ZeRO stage {zero_stage(engine.config)}",
         f"batch: {run.batch} sequences of {run.dataset.sequence_length} tokens a step",
-        f"steps: {recipe.max_steps:,}, learning rate to {recipe.peak_lr:g} over {recipe.warmup_steps:,} steps, "
-        "then linearly down",
+        f"steps: {recipe.plan().describe()}",
         *parameter_table(engine.module, run.table),
         *decoded_row(first, run.tokenizer),
     ]

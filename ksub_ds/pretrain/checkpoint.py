@@ -116,20 +116,29 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def newest_complete(folder: Path, quiet: bool = False) -> Path | None:
+def newest_complete(folder: Path, quiet: bool = False, up_to: int | None = None) -> Path | None:
     """Return the newest whole checkpoint, or None.
 
     Args:
         folder: RUN/checkpoints.
         quiet: do not log a line for each damaged one that is passed over.
+        up_to: look at the checkpoints up to this step only.
     """
     for path in checkpoints(folder):
+        if up_to is not None and step_of(path) > up_to:
+            continue
         problem = damage(path)
         if problem is None:
             return path
         if not quiet:
             get_logger().warning(f"checkpoint {path} is damaged and passed over: {problem}")
     return None
+
+
+def name_latest(folder: Path, step: int) -> None:
+    """Write RUN/LATEST. It is for people: `find_start` looks at the checkpoints, since the newest may be damaged."""
+    with atomic_path(folder.parent / "LATEST") as temporary:
+        temporary.write_text(checkpoint_name(step) + "\n", encoding="utf-8")
 
 
 def find_start(folder: Path) -> Path | None:
@@ -239,10 +248,16 @@ class CheckpointWriter:
     """Saves the state of an engine in a folder, and keeps the last `keep_last` checkpoints there.
 
     Every rank has one and calls the same methods; the thread is rank 0's.
+
+    Args:
+        engine: the engine.
+        folder: RUN/checkpoints.
+        keep_last: number of checkpoints to keep.
+        keep_step: a step whose checkpoint is kept besides, however old; None for none.
     """
 
-    def __init__(self, engine: "DeepSpeedEngine", folder: Path, keep_last: int):
-        self._engine, self._folder, self._keep_last = engine, folder, keep_last
+    def __init__(self, engine: "DeepSpeedEngine", folder: Path, keep_last: int, keep_step: int | None = None):
+        self._engine, self._folder, self._keep_last, self._keep_step = engine, folder, keep_last, keep_step
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending: Future[None] | None = None
 
@@ -289,9 +304,7 @@ class CheckpointWriter:
         target = self._folder / checkpoint_name(state.step)
         try:
             _write(target, tensors, state)
-            # LATEST is for people; `find_start` looks at the checkpoints themselves, since the newest may be damaged.
-            with atomic_path(self._folder.parent / "LATEST") as temporary:
-                temporary.write_text(target.name + "\n", encoding="utf-8")
+            name_latest(self._folder, state.step)
         except (OSError, SafetensorError) as error:
             good = newest_complete(self._folder, quiet=True)
             rest = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
@@ -301,7 +314,8 @@ class CheckpointWriter:
             ) from error
         # Newer checkpoints than this one were damaged and passed over: they must not count among those kept.
         for path in [path for path in checkpoints(self._folder) if step_of(path) <= state.step][self._keep_last :]:
-            shutil.rmtree(path, ignore_errors=True)
+            if step_of(path) != self._keep_step:
+                shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self) -> "CheckpointWriter":
         return self

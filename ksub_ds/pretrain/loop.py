@@ -31,7 +31,7 @@ from ksub_ds.pretrain.preemption import StopRequest
 from ksub_ds.pretrain.prefetch import BatchPrefetcher, StepBatches, to_tensors
 from ksub_ds.pretrain.recipe import Recipe
 from ksub_ds.pretrain.run_folder import RunFolder
-from ksub_ds.pretrain.schedule import dropout_seed, learning_rate
+from ksub_ds.pretrain.schedule import dropout_seed
 
 if TYPE_CHECKING:  # seconds of imports, and deepspeed must come after the process group
     from deepspeed import DeepSpeedEngine
@@ -103,7 +103,7 @@ def train(training: Training, state: TrainerState) -> tuple[TrainerState, str | 
         _log(training, state, result, batches.seconds_waited)
 
         last = result.stop_wanted or state.step == recipe.max_steps
-        if last or state.step % recipe.save_every_steps == 0:
+        if last or state.step % recipe.save_every_steps == 0 or state.step == recipe.plan().decay_begins_after:
             training.checkpoints.save(state)
             saved_step = state.step
             training.metrics.restart_clock()
@@ -221,13 +221,7 @@ def _update(training: Training, step: int) -> tuple[float, float | None]:
     norm = reduced_gradient_norm(engine)
     if norm is not None and not math.isfinite(norm):
         _refuse(training, step, "the gradient")
-    rate = learning_rate(
-        step,
-        peak=recipe.peak_lr,
-        warmup_steps=recipe.warmup_steps,
-        max_steps=recipe.max_steps,
-        decay_from=recipe.warmup_steps,
-    )
+    rate = recipe.plan().rate(step)
     set_learning_rate(engine, rate)
     engine.step()
     if norm is None:

@@ -7,7 +7,9 @@ learning rate, steps, clipping and precision; the files in ds_configs/ own ZeRO 
 
 import dataclasses
 import math
+import sys
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,6 +18,9 @@ import tyro
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
+from ksub_ds.common.options import parse
+from ksub_ds.common.rank_env import rank
+from ksub_ds.pretrain.schedule import Schedule, TrainingPlan
 
 Arg = tyro.conf.arg
 
@@ -27,6 +32,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small_modernbert": {"max_steps": 10_000, "global_batch_size": 32, "peak_lr": 1e-3, "warmup_fraction": 0.05},
     "tiny": {"max_steps": 1_000, "global_batch_size": 32, "peak_lr": 1e-3, "warmup_fraction": 0.1},
 }
+
+DECAY_FRACTION = 0.1  # of max_steps, for wsd
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,14 @@ class Recipe:
     # ---- length ----
     max_steps: int | None = None
     """Optimizer steps. [preset: 250000; the small ones 10000, tiny 1000]"""
+    extend: bool = False
+    """Go on in --out to another --max-steps, from the last checkpoint and with its optimizer, also after the end.
+    Needs --out and --max-steps only: all that is not given stays as the run has it."""
     max_hours: float | None = None
     """Save and stop after this many hours; the same command resumes (launch/pretrain.sbatch runs it again by
     itself). [no limit]"""
 
-    # ---- optimizer (AdamW, linear warm-up and decay) ----
+    # ---- optimizer (AdamW, linear warm-up, then a schedule) ----
     global_batch_size: int | None = None
     """Sequences per optimizer step, over all ranks. [preset: 128; xlmr_medium 256, the small ones and tiny 32]"""
     micro_batch_size: int | None = None
@@ -75,6 +85,12 @@ class Recipe:
     warmup_steps: int | None = None
     """Steps of linear warm-up. [0.096 x max_steps, as the paper's 24k of 250k; small and tiny 0.1 x,
     small_modernbert 0.05 x]"""
+    schedule: Schedule = "linear"
+    """Learning rate after the warm-up: `linear` down to 0, as in the paper; `cosine` down to 0; `wsd` (warm-up,
+    stable, decay) stays at the peak until the last --decay-steps, so that --extend can go on as if never ended."""
+    decay_steps: int | None = None
+    """Steps at the end of wsd that bring the rate down; 0 ends at the peak, for a later --extend. [0.1 x
+    max_steps]"""
     weight_decay: float = 0.01
     """On matrices and sub-embedding tables; never on biases and LayerNorm (as fairseq and HuggingFace do)."""
     adam_beta1: float = 0.9
@@ -120,6 +136,10 @@ class Recipe:
     log_every_steps: int = 10
     """Measure masked accuracy every this many steps; metrics.jsonl has a line for every step."""
 
+    def plan(self) -> TrainingPlan:
+        """Return length and learning rates of a resolved recipe."""
+        return TrainingPlan(self.schedule, self.peak_lr, self.warmup_steps, self.max_steps, self.decay_steps or 0)
+
 
 def resolve(recipe: Recipe, world_size: int, on_gpu: bool, previous_micro_batch_size: int | None = None) -> Recipe:
     """Fill in what was left out, and check the whole.
@@ -146,6 +166,9 @@ def resolve(recipe: Recipe, world_size: int, on_gpu: bool, previous_micro_batch_
         recipe = dataclasses.replace(recipe, distill_weight=0.5)
     if recipe.warmup_steps is None:
         recipe = dataclasses.replace(recipe, warmup_steps=round(preset["warmup_fraction"] * recipe.max_steps))
+    if recipe.schedule == "wsd" and recipe.decay_steps is None:
+        room = max(0, recipe.max_steps - recipe.warmup_steps)
+        recipe = dataclasses.replace(recipe, decay_steps=min(round(DECAY_FRACTION * recipe.max_steps), room))
     _check_values(recipe)
     if recipe.precision == "fp16" and not on_gpu:
         raise UserError("--precision fp16: the CPU cannot train in fp16; use --precision fp32 or bf16")
@@ -156,6 +179,49 @@ def resolve(recipe: Recipe, world_size: int, on_gpu: bool, previous_micro_batch_
     recipe = dataclasses.replace(recipe, micro_batch_size=micro)
     divide_batch(recipe, world_size)
     return recipe
+
+
+def parse_recipe(arguments: Sequence[str] | None) -> Recipe:
+    """Parse the command line of `ksub pretrain`; with --extend, the defaults are the settings of the run in --out.
+
+    Args:
+        arguments: the words behind the command; None takes those of this process.
+
+    Raises:
+        UserError: what is wrong with the arguments, or there is no run to extend.
+        SystemExit: --help was given, and is printed.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--extend" not in words or "--help" in words or "-h" in words:
+        return parse(Recipe, words, "ksub pretrain")
+    run = _run_to_extend(words)
+    open_settings = {"max_steps": None, "max_hours": None, "micro_batch_size": None}
+    recipe = parse(Recipe, words, "ksub pretrain", dataclasses.replace(run, **open_settings))
+    if recipe.max_steps is None:
+        raise UserError(
+            f"--extend: give --max-steps, the last step to go on to; the run has {run.max_steps}", agreed=True
+        )
+    if recipe.schedule != "wsd" and recipe.decay_steps == run.decay_steps:
+        return dataclasses.replace(recipe, decay_steps=None)
+    return recipe
+
+
+def _run_to_extend(words: list[str]) -> Recipe:
+    """Return the recipe of the run in --out.
+
+    Raises:
+        UserError: no --out, or no run there.
+    """
+    values = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--out"]
+    values += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
+    if not values or not values[-1]:
+        raise UserError("--extend: name with --out the run folder to go on in", agreed=True)
+    path = Path(values[-1]) / "recipe.json"
+    if path.is_file():
+        return read_recipe(path)[0]
+    if rank() > 0:  # only rank 0 must see the run folder, and gives its settings to all
+        return Recipe("tiny", Path("unknown"), Path(values[-1]), plain=True)
+    raise UserError(f"--extend: {path} is not there; leave --extend out to start a run", agreed=True)
 
 
 def _check_values(recipe: Recipe) -> None:
@@ -194,6 +260,14 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError(f"--mlm-probability {recipe.mlm_probability}: must lie in (0, 1)")
     if not 0 <= recipe.warmup_steps <= recipe.max_steps:
         raise UserError(f"--warmup-steps {recipe.warmup_steps}: must lie in 0..max_steps = {recipe.max_steps}")
+    if recipe.decay_steps is not None and recipe.schedule != "wsd":
+        raise UserError(f"--decay-steps {recipe.decay_steps}: belongs to --schedule wsd, not {recipe.schedule}")
+    room = recipe.max_steps - recipe.warmup_steps
+    if recipe.decay_steps is not None and not 0 <= recipe.decay_steps <= room:
+        raise UserError(
+            f"--decay-steps {recipe.decay_steps}: must lie in 0..{room}: max_steps {recipe.max_steps} less "
+            f"{recipe.warmup_steps} steps of warm-up"
+        )
 
 
 def _flag(key: str) -> str:
@@ -253,10 +327,17 @@ FREE_KEYS = (
     *("save_every_steps", "keep_last", "eval_every_steps", "eval_sequences", "log_every_steps"),
 )
 
+# What an extension may change. The file has the last two where they are not the default.
+PLAN_KEYS = ("max_steps", "schedule", "decay_steps")
+
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as plain JSON values."""
+    """Return the recipe as plain JSON values: of the run, so without what says how this start goes on."""
     values = dataclasses.asdict(recipe)
+    del values["extend"]
+    for key in ("schedule", "decay_steps"):
+        if values[key] == getattr(Recipe, key):
+            del values[key]
     return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
@@ -314,7 +395,7 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Compare the contents of two recipe.json files.
 
-    A setting that the old file lacks is newer than the run, which used its default.
+    A setting that a file lacks has its default.
 
     Args:
         old: content of the file in the run folder.
@@ -324,6 +405,9 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         Each difference that is not allowed, as `key: old -> new`.
     """
     fields = dataclasses.fields(Recipe)
-    old = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING} | old
-    keys = [key for key in new if key not in FREE_KEYS] + [key for key in old if key not in new]
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    old = defaults | old
+    keys = [*new, *(key for key in old if key not in new)]
+    new = defaults | new
+    pairs = {key: (old.get(key), new.get(key)) for key in keys if key not in FREE_KEYS}
+    return [f"{key}: {before} -> {now}" for key, (before, now) in pairs.items() if before != now]

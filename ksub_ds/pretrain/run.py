@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import RESUME
-from ksub_ds.common.logging import add_log_file, get_logger
+from ksub_ds.common.logging import add_log_file, close_log_files, get_logger
 from ksub_ds.corpus.batches import HeldOutBatches, TrainingBatches
 from ksub_ds.pretrain import builders, checkpoint
 from ksub_ds.pretrain.checkpoint import CheckpointWriter, TrainerState
@@ -33,6 +33,8 @@ def run(recipe: Recipe) -> int:
     """
     if distributed.world_size() > 1:  # first, so that all ranks report one rank's mistake
         distributed.init_distributed()
+    if recipe.extend:  # rank 0 may be the only one that sees the run's own settings
+        recipe = distributed.broadcast_object(recipe)
     folder = RunFolder(recipe.out)
     before = distributed.broadcast_object(distributed.on_main(folder.micro_batch_size))
     settings = distributed.raise_on_all_ranks(lambda: resolve_settings(recipe, before))
@@ -45,12 +47,16 @@ def run(recipe: Recipe) -> int:
     try:
         resolved = distributed.raise_on_all_ranks(lambda: open_sources(settings))
         verify_shards(resolved.dataset)
+        news = distributed.on_main(lambda: folder.extend(resolved.identity())) if recipe.extend else None
         distributed.on_main(lambda: folder.claim(resolved.identity(), resolved.table, resolved.tokenizer))
         if recipe.warm_start is not None:
             distributed.on_main(lambda: keep_copy(recipe.warm_start, folder.warm_start))
         distributed.on_main(lambda: add_log_file(folder.log))
+        if news:
+            get_logger().info(news)
         return _train(resolved, folder)
     finally:
+        close_log_files()
         folder.unlock()
 
 
@@ -81,7 +87,7 @@ def _train(run: ResolvedRun, folder: RunFolder) -> int:
     with (
         BatchPrefetcher(batches, run.batch.micro, run.batch.accumulation, *place) as prefetcher,
         StopRequest(folder.stop, recipe.max_hours) as stop,
-        CheckpointWriter(engine, folder.checkpoints, recipe.keep_last) as checkpoints,
+        CheckpointWriter(engine, folder.checkpoints, recipe.keep_last, recipe.plan().decay_begins_after) as checkpoints,
     ):
         builders.describe_start(run, engine, prefetcher.take(state.step))
         with distributed.raise_on_all_ranks(
@@ -93,6 +99,8 @@ def _train(run: ResolvedRun, folder: RunFolder) -> int:
             state, reason = train(training, state)
         exit_codes = [code for code in distributed.gather_objects(stop.exit_code()) if code]
     if reason is None:
+        if recipe.decay_steps == 0:
+            log.info("the learning rate is still at its peak: --extend --max-steps M --decay-steps D brings it down")
         log.info(f"done: step {state.step:,}. Next: ksub export {shlex.quote(str(folder.path))} --out model")
         return 0
     distributed.on_main(folder.clear_stop_file)

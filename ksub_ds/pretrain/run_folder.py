@@ -1,4 +1,4 @@
-"""The run folder: its files, its lock, and the check whether a start continues the run that lies there.
+"""The run folder: its files, its lock, and whether a start continues the run that lies there, or extends it.
 
     RUN/recipe.json          the resolved recipe and the identity of codes and data; written first
         command.txt          every command that started or continued the run
@@ -8,6 +8,7 @@
         metrics.jsonl        one line per optimizer step     evaluation.jsonl   one per evaluation
         train.log            what the terminal showed        tensorboard/
         checkpoints/global_step{N}/                          (checkpoint.py)
+        ends/step{N}/        a run folder too: the run as it was at step N, where an extension left its course
         LATEST               name of the newest checkpoint, for people: a continuation looks for itself
         STOP                 touch it, and the run saves and ends at the next step (`echo requeue > STOP`: with code 75)
         failure.json         why the last start ended before its time, if it did
@@ -17,8 +18,10 @@ All methods that write run on rank 0 only (`distributed.on_main`).
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -26,10 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, atomic_path, read_json, write_json
+from ksub_ds.common.files import TEMPORARY_SUFFIX, atomic_folder, atomic_path, read_json, write_json
 from ksub_ds.common.lock import try_lock
 from ksub_ds.common.watchdog import Failure
-from ksub_ds.pretrain.recipe import changed_keys, read_recipe
+from ksub_ds.pretrain import checkpoint
+from ksub_ds.pretrain.recipe import PLAN_KEYS, changed_keys, from_json, read_recipe
+from ksub_ds.pretrain.schedule import TrainingPlan
+
+PLANS = "plans"  # key of recipe.json, once a run was extended: from which step on it trained under which plan
 
 
 class RunFolder:
@@ -47,6 +54,7 @@ class RunFolder:
         self.log = self.path / "train.log"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.ends = self.path / "ends"
         self.stop = self.path / "STOP"
         self.failure = self.path / "failure.json"
         self._lock: int | None = None
@@ -124,12 +132,8 @@ class RunFolder:
         """
         if self.recipe.exists():
             _, before = read_recipe(self.recipe)
-            changes = changed_keys(before, identity)
-            if changes:
-                raise UserError(
-                    f"{self.recipe}: this run has another recipe ({'; '.join(changes)}); "
-                    "give the old values, or a new --out"
-                )
+            self._refuse_changes(changed_keys(before, identity | {PLANS: before.get(PLANS)}))
+            identity = identity | {key: before[key] for key in (PLANS,) if key in before}
         elif foreign := sorted(
             entry.name for entry in self.path.iterdir() if entry.name not in (".lock", "STOP", "logs")
         ):
@@ -147,6 +151,126 @@ class RunFolder:
         if not self.tokenizer.exists():
             with atomic_folder(self.tokenizer) as temporary:
                 tokenizer.save(temporary)
+
+    def _refuse_changes(self, changes: list[str]) -> None:
+        """Refuse to go on under another recipe.
+
+        Raises:
+            UserError: there are changes, each named.
+        """
+        if changes:
+            keys = {change.partition(":")[0] for change in changes}
+            plan_only = not keys.isdisjoint(PLAN_KEYS) and keys <= {*PLAN_KEYS, "warmup_steps"}
+            others = ", --extend to go on to another last step," if plan_only else ","
+            raise UserError(
+                f"{self.recipe}: this run has another recipe ({'; '.join(changes)}); "
+                f"give the old values{others} or a new --out"
+            )
+
+    def extend(self, identity: dict[str, Any]) -> str | None:
+        """Give the run here the plan of another recipe, and have it continue where both plans have trained the same.
+
+        A kill at any point leaves a run that the same command extends, once.
+
+        Args:
+            identity: as in `claim`; only the plan may differ from the run's.
+
+        Returns:
+            What has changed, in a line; None where the run has this plan already.
+
+        Raises:
+            UserError: another recipe, a damaged one, or a plan that does not go on from what is trained.
+        """
+        recipe, before = read_recipe(self.recipe)
+        old, new = recipe.plan(), from_json(identity, self.recipe).plan()
+        rest = {key: value for key, value in before.items() if key not in PLAN_KEYS}
+        planned = {key: identity[key] for key in PLAN_KEYS if key in identity}
+        self._refuse_changes(changed_keys(rest | planned, identity | {PLANS: before.get(PLANS)}))
+        if new == old:
+            return None
+        history = before.get(PLANS, [{"from_step": 0} | old.changeable()])
+        if any(each == each | new.changeable() for each in history):
+            raise UserError(
+                f"--extend: {self.recipe} had this plan once and was extended since, to {old.max_steps:,} steps; "
+                f"give --max-steps {old.max_steps} to continue, or another plan"
+            )
+        newest = checkpoint.find_start(self.checkpoints)
+        done = checkpoint.step_of(newest) if newest else 0
+        start = self._go_back(old, new, done, history[-1]["from_step"])
+        told = [f"extended: {old.max_steps:,} -> {new.max_steps:,} steps; goes on from step {start:,}"]
+        if newest is not None and done > min(old.steady_until, new.steady_until):
+            if start < done:
+                told.append("the rate came down from there on")
+            else:
+                told.append(
+                    f"the learning rate goes from {old.rate(done):.3g} to {new.rate(done + 1):.3g} in one step: not "
+                    f"what a run of {new.max_steps:,} steps would have trained (only --schedule wsd goes on like that)"
+                )
+            told.append(f"the run as it was at step {done:,} lies in {self._set_aside(newest)}")
+        self._drop_checkpoints_after(start)
+        history = [*history, {"from_step": start} | new.changeable()]
+        write_json(self.recipe, rest | planned | {PLANS: history})
+        return "; ".join(told)
+
+    def _go_back(self, old: TrainingPlan, new: TrainingPlan, done: int, planned_from: int) -> int:
+        """Return the step to go on from: under wsd the last one that both plans train alike, else the last one done.
+
+        Args:
+            old: the plan of the run.
+            new: the one to come.
+            done: the step of the newest checkpoint.
+            planned_from: the step from which on the run trained under `old`.
+
+        Raises:
+            UserError: there is no such step, or the new plan ends or comes down before it.
+        """
+        start = done
+        if old.schedule == new.schedule == "wsd" and done > old.steady_until:
+            steady = checkpoint.newest_complete(self.checkpoints, quiet=True, up_to=old.steady_until)
+            start = checkpoint.step_of(steady) if steady else -1
+            if start < planned_from:
+                raise UserError(
+                    f"--extend: the rate of this run came down after step {old.steady_until:,}, and {self.checkpoints} "
+                    f"holds no whole checkpoint before; give --schedule linear to go on from step {done:,} all the same"
+                )
+        if new.max_steps <= start:
+            raise UserError(f"--extend --max-steps {new.max_steps}: {start:,} steps are done; give more")
+        if new.schedule == "wsd" and new.steady_until < start:
+            raise UserError(
+                f"--extend --decay-steps {new.decay_steps}: the decay to step {new.max_steps:,} would begin after step "
+                f"{new.steady_until:,}, but {start:,} are done; give --decay-steps "
+                f"{new.max_steps - start} or --max-steps {start + new.decay_steps}"
+            )
+        return start
+
+    def _drop_checkpoints_after(self, start: int) -> None:
+        """Remove checkpoints that are not the run's any more. The newest goes last: a kill leaves it to be found."""
+        later = [path for path in checkpoint.checkpoints(self.checkpoints) if checkpoint.step_of(path) > start]
+        for path in reversed(later):
+            shutil.rmtree(path)
+        if later:
+            checkpoint.name_latest(self.checkpoints, start)
+
+    def _set_aside(self, newest: Path) -> Path:
+        """Keep the run as it is, with its newest checkpoint, as a run folder of its own; return it."""
+        for number in itertools.count(1):
+            target = self.ends / (f"step{checkpoint.step_of(newest)}" + (f"-{number}" if number > 1 else ""))
+            there = target / "checkpoints" / newest.name / checkpoint.MANIFEST
+            if not target.exists():
+                break
+            if there.exists() and there.read_bytes() == (newest / checkpoint.MANIFEST).read_bytes():
+                return target
+        for leftover in self.ends.glob(f".*{TEMPORARY_SUFFIX}"):  # of a start that was killed here
+            shutil.rmtree(leftover)
+        with atomic_folder(target) as temporary:
+            for path in (self.recipe, self.command, self.codes, self.metrics, self.evaluation, self.log):
+                if path.exists():
+                    shutil.copyfile(path, temporary / path.name)
+            for path in (self.tokenizer, self.warm_start, newest):
+                if path.exists():
+                    place = temporary / path.relative_to(self.path)
+                    shutil.copytree(path, place, copy_function=_link_or_copy)
+        return target
 
     def micro_batch_size(self) -> int | None:
         """Return the micro-batch size of the run that lies here; None without one."""
@@ -168,3 +292,11 @@ class RunFolder:
         """Remove the STOP file: it has been obeyed, or is left from an earlier start."""
         with contextlib.suppress(OSError):
             self.stop.unlink(missing_ok=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Give a file that is never changed a second name, or copy it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -285,6 +285,23 @@ def test_a_run_that_has_only_begun(tmp_path):
     assert 8.5 in [value for value, _ in Page(tmp_path / "torn.html").data]
 
 
+def test_an_extended_run_shows_its_plans(tmp_path):
+    run = make_run(tmp_path / "run", last_step=20)
+    recipe = json.loads((run / "recipe.json").read_text())
+    plans = [{"from_step": 0, "max_steps": 700, "schedule": "linear"}]
+    plans.append({"from_step": 640, "max_steps": STEPS, "schedule": HOSTILE, "decay_steps": 70})
+    recipe |= {"schedule": "wsd", "decay_steps": 70, "plans": plans}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    write_report(run, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<dt>schedule</dt><dd>wsd</dd>" in page and "<dt>decay_steps</dt><dd>70</dd>" in page
+    rows = re.findall("<tr>(.*?)</tr>", page[page.index("Plans, one for each") :])[1:3]
+    assert [re.findall("<td.*?>(.*?)</td>", row) for row in rows] == [
+        ["0", "700", "linear", "–"],
+        ["640", "1000", html.escape(HOSTILE), "70"],
+    ]
+
+
 def test_mistakes_name_the_folder(tmp_path):
     run = make_run(tmp_path / "run", last_step=1)
     (tmp_path / "odd").mkdir()

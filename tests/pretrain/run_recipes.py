@@ -11,13 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-import tyro
-
 from ksub_ds import KSubRobertaForMaskedLM
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.pretrain import loop
-from ksub_ds.pretrain.recipe import Recipe
+from ksub_ds.pretrain.recipe import parse_recipe
 from ksub_ds.pretrain.run import run
 
 FORWARD, TRAIN_STEP = KSubRobertaForMaskedLM.forward, loop.train_step
@@ -58,7 +56,7 @@ def outcome(entry: dict) -> int | str | dict:
     if "nan_on" in entry:
         fail_once(*entry["nan_on"])
     try:
-        return run(tyro.cli(Recipe, args=entry["arguments"])) or held or 0
+        return run(parse_recipe(entry["arguments"])) or held or 0
     except UserError as error:
         return str(error)
 

@@ -1,12 +1,13 @@
 """The learning rate of pretraining and of fine-tuning, and the seeds of dropout."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksub_ds.pretrain.schedule import dropout_seed, learning_rate
+from ksub_ds.pretrain.schedule import TrainingPlan, dropout_seed, learning_rate
 
 
 def pretraining(step: int, peak: float, warmup: int, last: int) -> float:
@@ -40,6 +41,37 @@ def test_no_rate_is_zero_or_above_the_peak(last: int, warmup: int) -> None:
     for schedule in (pretraining, fine_tuning):
         rates = [schedule(step, 1.0, min(warmup, last), last) for step in range(1, last + 1)]
         assert all(0 < rate <= 1 and math.isfinite(rate) for rate in rates)
+
+
+@given(st.integers(0, 40), st.integers(1, 60), st.sampled_from(["linear", "cosine", "wsd"]), st.integers(0, 60))
+def test_every_plan_warms_up_alike_and_comes_down_above_zero(warmup: int, more: int, schedule: Any, decay: int) -> None:
+    last = warmup + more
+    plan = TrainingPlan(schedule, 2e-3, warmup, last, min(decay, more) if schedule == "wsd" else 0)
+    rates = [plan.rate(step) for step in range(1, last + 1)]
+    assert rates[:warmup] == [pretraining(step, 2e-3, warmup, last) for step in range(1, warmup + 1)]
+    down = rates[max(warmup - 1, 0) :]
+    assert down == sorted(down, reverse=True) and all(0 < rate <= 2e-3 for rate in rates)
+    steady = rates[warmup : plan.steady_until]
+    assert steady == [2e-3] * len(steady)
+    if schedule == "linear":
+        assert rates == [pretraining(step, 2e-3, warmup, last) for step in range(1, last + 1)]
+
+
+def test_the_forms_of_the_schedules() -> None:
+    cosine = TrainingPlan("cosine", 1.0, 10, 109)
+    assert cosine.rate(10) == 1 and cosine.rate(60) == pytest.approx(0.5)
+    wsd = TrainingPlan("wsd", 1.0, 10, 109, 15)
+    assert wsd.decay_begins_after == 94 and wsd.rate(94) == 1 and wsd.rate(98) == 0.5 and wsd.rate(103) == 0.25
+    assert TrainingPlan("wsd", 1.0, 10, 109).decay_begins_after is None
+
+
+@given(st.integers(0, 20), st.integers(0, 40), st.integers(0, 40), st.integers(0, 40), st.integers(0, 40))
+def test_a_steady_plan_can_be_extended(warmup: int, steady: int, decay: int, more: int, new_decay: int) -> None:
+    """Up to the step that both call steady the rates are those of the longer plan from the start."""
+    old = TrainingPlan("wsd", 1e-3, warmup, warmup + steady + decay, decay)
+    new = TrainingPlan("wsd", 1e-3, warmup, warmup + steady + more + new_decay, new_decay)
+    alike = min(old.steady_until, new.steady_until)
+    assert [old.rate(step) for step in range(1, alike + 1)] == [new.rate(step) for step in range(1, alike + 1)]
 
 
 def test_dropout_seeds_differ_everywhere() -> None:
