@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ksub_ds.common.exit_codes import DONE, USER_ERROR, run_main
+from ksub_ds.common.option_help import hanging
 
 
 class Command(NamedTuple):
@@ -85,14 +86,18 @@ COMMANDS = {
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  ksub {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return (
         "usage: ksub COMMAND [OPTIONS]\n\n"
         "Masked language models whose embedding is K small tables and a code per token.\n\n"
-        + "\n".join(lines)
+        + _table(list(COMMANDS))
         + "\n\n`ksub COMMAND --help` lists the options of a command."
     )
+
+
+def _table(names: Sequence[str]) -> str:
+    """Return the commands with their summaries, as wide as the terminal."""
+    column = max(map(len, names)) + 9
+    return "\n".join(hanging(f"  ksub {name}".ljust(column) + COMMANDS[name].summary, column) for name in names)
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
@@ -122,7 +127,7 @@ def _answer(arguments: list[str]) -> int:
             return _run(name, arguments[words:])
     group = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
     if group and arguments[1:2] in ([], ["-h"], ["--help"]):
-        print("\n".join(["usage:"] + [f"  ksub {name}  {COMMANDS[name].summary}" for name in group]))
+        print(f"usage: ksub {arguments[0]} COMMAND [OPTIONS]\n\n{_table(group)}")
         return DONE if arguments[1:] else USER_ERROR
     names = dict.fromkeys([*COMMANDS, *(name.split()[0] for name in COMMANDS)])
     near = difflib.get_close_matches(" ".join(arguments[:2]), names, n=1) or difflib.get_close_matches(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.option_help import hanging
 
 # DeepSpeed's own, passed on as they are.
 TAKES_VALUE = (
@@ -76,9 +77,12 @@ def _number(name: str, text: str) -> int:
 
 
 def help_text() -> str:
-    """Return the launcher's part of --help."""
-    lines = ["launcher options:", "  --hostfile FILE    lines of `host slots=N`; without it, all GPUs of this machine"]
-    lines.append("  --launcher NAME    for several hosts: pdsh, ssh or openmpi [pdsh; ssh where it is missing]")
-    lines += [f"  {name} N    {text}" for name, text in OURS.items()]
-    lines.append("  passed to deepspeed: " + " ".join((*TAKES_VALUE[1:], *TAKES_NONE)))
-    return "\n".join(lines)
+    """Return the launcher's part of --help, as wide as the terminal."""
+    rows = [
+        ("--hostfile FILE", "lines of `host slots=N`; without it, all GPUs of this machine"),
+        ("--launcher NAME", "for several hosts: pdsh, ssh or openmpi [pdsh; ssh where it is missing]"),
+        *((f"{name} N", text) for name, text in OURS.items()),
+        ("passed to deepspeed", " ".join((*TAKES_VALUE[1:], *TAKES_NONE))),
+    ]
+    column = max(len(name) for name, _ in rows) + 4
+    return "launcher options:\n" + "\n".join(hanging(f"  {name}".ljust(column) + text, column) for name, text in rows)

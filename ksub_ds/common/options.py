@@ -8,10 +8,12 @@ import functools
 import inspect
 import io
 import re
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.option_help import hanging, page, paragraphs
 
 Settings = TypeVar("Settings")
 
@@ -31,7 +33,7 @@ def parse(
         UserError: what is wrong with the arguments; all ranks raise it, as they parse the same words.
         SystemExit: --help was given, and is printed.
     """
-    return _parse(kind, arguments, prog, inspect.getdoc(kind), default)
+    return _parse(kind, kind, arguments, prog, default)
 
 
 def call(function: Callable[..., object], arguments: Sequence[str], prog: str) -> None:
@@ -42,21 +44,52 @@ def call(function: Callable[..., object], arguments: Sequence[str], prog: str) -
         SystemExit: --help was given, and is printed.
     """
     bind = functools.wraps(function)(lambda *values, **named: functools.partial(function, *values, **named))
-    _parse(bind, arguments, prog, None)()
+    _parse(bind, function, arguments, prog)()
 
 
-def _parse(kind: Any, arguments: Sequence[str] | None, prog: str, description: str | None, default: Any = None) -> Any:
+def _parse(
+    kind: Any, declared: Callable[..., object], arguments: Sequence[str] | None, prog: str, default: Any = None
+) -> Any:
+    """Parse into `kind`, whose options and help are those of `declared`.
+
+    Raises:
+        UserError: what is wrong with the arguments.
+        SystemExit: help, or a completion for the shell, is printed.
+    """
     import tyro
 
-    said = io.StringIO()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     given = {} if default is None else {"default": default}
+    said, printed = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=arguments, prog=prog, description=description, **given)
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
+            return tyro.cli(kind, args=words, prog=prog, **given)
     except SystemExit as leave:
         if not leave.code:
-            raise
+            if not {"-h", "--help"} & set(words):  # a script for the shell's completion
+                print(printed.getvalue(), end="")
+                raise
+            print_help(declared, prog)
     raise UserError(f"{_one_line(said.getvalue())}; see `{prog} --help`", agreed=True)
+
+
+def print_help(declared: Callable[..., object], prog: str) -> NoReturn:
+    """Print the help of settings, or of a function's parameters, and leave.
+
+    Raises:
+        SystemExit: always, with code 0.
+    """
+    import tyro
+
+    printed = io.StringIO()
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(printed):
+        tyro.cli(page(declared), args=["--help"], prog=prog, description="", config=config)
+    usage, _, boxes = printed.getvalue().partition("\n\n")
+    about = re.split(r"^(?:Args|Raises|Returns|Attributes):$", inspect.getdoc(declared) or "", flags=re.MULTILINE)[0]
+    rows = "\n".join(line.rstrip() for line in boxes.splitlines()).strip("\n")
+    print("\n\n".join([hanging(usage, 4), paragraphs(about.strip()), rows]))
+    raise SystemExit(0)
 
 
 def _one_line(box: str) -> str:

@@ -5,10 +5,11 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.option_help import Section
 from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
 
 XNLI_EPOCHS, GLUE_EPOCHS = {CROSS_LINGUAL: 10, TRANSLATE_TRAIN_ALL: 5}, 10
@@ -49,8 +50,9 @@ class EvaluationSettings:
     """Folder for results, shared by all workers. The same command again, here or elsewhere, is one more worker."""
     tokenizer: str | None = None
     """Tokenizer folder, or SentencePiece .model. [the model's own]"""
-    epochs: int | None = None
-    """Times the training set is seen; the epoch that is best on validation counts."""
+    epochs: Annotated[int | None, Section("fine-tuning")] = None
+    """Times the training set is seen; the epoch that is best on validation counts. [10; XNLI's
+    translate-train-all 5]"""
     seeds: tuple[int, ...] = (0,)
     """One fine-tuning each: of the new head, the order of the rows and dropout."""
     max_length: int = 128
@@ -66,7 +68,7 @@ class EvaluationSettings:
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """How attention is computed, by transformers' names; on a CPU in bf16 `eager` is the fastest for short rows.
     [transformers' choice]"""
-    max_train_examples: int | None = None
+    max_train_examples: Annotated[int | None, Section("amount and division of work")] = None
     """Take only so many training rows (of each language). [all]"""
     max_test_examples: int | None = None
     """Score only so many rows of validation and test (of each language). [all]"""
@@ -168,7 +170,7 @@ class EvaluationSettings:
 class XnliSettings(EvaluationSettings):
     """Fine-tune on XNLI and test 15 languages. The same command again continues, or helps as one more worker."""
 
-    setting: Literal["cross-lingual", "translate-train-all"]
+    setting: Annotated[Literal["cross-lingual", "translate-train-all"], Section("XNLI")]
     """Fine-tune on English only, or on the training sets of all languages at once."""
     select_on: Literal["en", "mean"] | None = None
     """Keep the epoch that is best on English validation, or on the mean of all languages with one.
@@ -203,7 +205,7 @@ class XnliSettings(EvaluationSettings):
 class GlueSettings(EvaluationSettings):
     """Fine-tune on GLUE's tasks over a grid. The same command again continues, or helps as one more worker."""
 
-    tasks: tuple[GlueTaskName, ...] | None = None
+    tasks: Annotated[tuple[GlueTaskName, ...] | None, Section("GLUE")] = None
     """These only. [all that have data; the others are named]"""
     learning_rates: tuple[float, ...] = (1e-5, 2e-5, 3e-5)
     """One side of the grid."""

@@ -18,6 +18,7 @@ import tyro
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
+from ksub_ds.common.option_help import Section
 from ksub_ds.common.options import parse
 from ksub_ds.common.rank_env import rank
 from ksub_ds.pretrain.schedule import Schedule, TrainingPlan
@@ -66,7 +67,7 @@ class Recipe:
     model of --warm-start has its own.)"""
 
     # ---- length ----
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, Section("length")] = None
     """Optimizer steps. [preset: 250000; the small ones 10000, tiny 1000]"""
     extend: bool = False
     """Go on in --out to another --max-steps, from the last checkpoint and with its optimizer, also after the end.
@@ -76,7 +77,7 @@ class Recipe:
     itself). [no limit]"""
 
     # ---- optimizer (AdamW, linear warm-up, then a schedule) ----
-    global_batch_size: int | None = None
+    global_batch_size: Annotated[int | None, Section("optimizer")] = None
     """Sequences per optimizer step, over all ranks. [preset: 128; xlmr_medium 256, the small ones and tiny 32]"""
     micro_batch_size: int | None = None
     """Sequences per forward pass of one rank. [the largest that divides, up to 8 on a CPU, 64 on a GPU]"""
@@ -107,7 +108,7 @@ class Recipe:
     fine-tuning. 0 saves time and suits a run that sees its data about once. [the model's: 0.1, as in the paper]"""
 
     # ---- data ----
-    mlm_probability: float = 0.15
+    mlm_probability: Annotated[float, Section("data")] = 0.15
     """Share of the tokens to predict (80 % masked, 10 % random, 10 % kept)."""
     alpha: float = 1.0
     """Language smoothing: a language is drawn in proportion to (its sequences)^alpha; 1 as in the paper."""
@@ -115,7 +116,7 @@ class Recipe:
     """The one seed: weights, order of the data, masks and dropout all follow from it."""
 
     # ---- engine ----
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, Section("engine")] = None
     """Number format of weights and activations; master weights are always fp32. [bf16 on a GPU, fp32 on a CPU]"""
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """How attention is computed, by transformers' names: flash_attention_2 needs the package flash-attn; on a CPU in
@@ -124,7 +125,7 @@ class Recipe:
     """DeepSpeed's mechanics: a JSON file, or a name in ds_configs/ (zero0, zero1, zero2, zero3, zero3_offload)."""
 
     # ---- saving, evaluating, logging ----
-    save_every_steps: int = 1_000
+    save_every_steps: Annotated[int, Section("saving, evaluation and logging")] = 1_000
     """Write a checkpoint every this many steps (and always at the end)."""
     keep_last: int = 3
     """Keep this many checkpoints."""

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.languages import LANGUAGES
+from ksub_ds.common.option_help import Section
 from ksub_ds.corpus.commoncrawl.dedup import Mode
 from ksub_ds.corpus.commoncrawl.inputs import BASE_URL, check_request
 from ksub_ds.corpus.commoncrawl.langid import IdentifierName
@@ -25,7 +26,7 @@ class ShardCC:
     """A SentencePiece .model in XLM-R's layout, the folder of a HuggingFace tokenizer, or a name in the hub's cache."""
     out: Path
     """Folder to write the shards to; the ranks must share it."""
-    input: tuple[Path, ...] = ()
+    input: Annotated[tuple[Path, ...], Section("input")] = ()
     """WET files, or folders with such files."""
     snapshot: str | None = None
     """Instead of --input: a snapshot of Common Crawl, such as 2019-09."""
@@ -37,7 +38,7 @@ class ShardCC:
     """Folder for the snapshot's files; the ranks must share it."""
     connections: int = 2
     """Downloads at a time."""
-    dedup: Mode = "keep-first"
+    dedup: Annotated[Mode, Section("selection")] = "keep-first"
     """Which copies of a paragraph stay: the first, none of several (as CCNet), or all."""
     langid: IdentifierName = "py3langid"
     """Language identifier: py3langid comes with its model, fasttext needs --langid-model."""
@@ -53,7 +54,7 @@ class ShardCC:
     """The buckets to keep."""
     min_length: int = 300
     """Characters a page needs after deduplication."""
-    sequence_length: int = 512
+    sequence_length: Annotated[int, Section("output")] = 512
     """Tokens per row, <s> and </s> included."""
     validation_fraction: float = 0.01
     """Share of the documents held out for evaluation, chosen by a hash of their text."""
