@@ -94,6 +94,12 @@ class BenchmarkPlan(Plan, Generic[Settings]):
         notes = {"data": self.data["fingerprint"], "tests": self._first_tests}
         training = {_file_name(*each): self.prints[each][:16] for each in trained_on}
         if recorded and "training" not in recorded:  # an earlier version's, which told the files only all together
+            alike = all(recorded.get(key) == value for key, value in identity.items())
+            if alike and recorded.get("data") != self.data["fingerprint"]:
+                raise UserError(
+                    f"--out {folder}: a file of --data {settings.data} has changed since, and the earlier version that "
+                    "made this folder did not list which files its models were trained on; give a new --out"
+                )
             identity["data"] = notes.pop("data")
             notes["training"] = training
         else:

@@ -290,7 +290,8 @@ def _config(model: str) -> Any:
 
     register()
     try:
-        return AutoConfig.from_pretrained(model)
+        with _quiet_transformers():
+            return AutoConfig.from_pretrained(model)
     except Exception as error:  # the library raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--model {model}: transformers finds no model there ({reason})") from error
