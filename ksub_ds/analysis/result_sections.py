@@ -22,14 +22,30 @@ FIGURE_DPI = 170  # a little larger than in print, where it is 200
 
 
 def scores(results: list[dict[str, Any]]) -> str:
-    """Return one table for each setting of XNLI, and one for GLUE."""
+    """Return one table for each setting of XNLI, one for GLUE, and one for data sets of one's own."""
+    own = [result for result in results if result.get("task") == "classify"]
+    results = [result for result in results if result not in own]
     xnli = [result for result in results if result.get("task") != "glue" and result.get("setting") != "glue"]
     glue = [result for result in results if result not in xnli]
     settings = dict.fromkeys(str(result.get("setting")) for result in xnli)
     tables = [
         _xnli(setting, [result for result in xnli if str(result.get("setting")) == setting]) for setting in settings
     ]
-    return section("Scores", *tables, _glue(glue) if glue else "", *(_settings(result) for result in results))
+    tables += [_glue(glue)] if glue else []
+    tables += [_classify(own)] if own else []
+    return section("Scores", *tables, *(_settings(result) for result in [*results, *own]))
+
+
+def _classify(results: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            _name(result),
+            text(Path(str(result["data"]["path"])).name),
+            *(_xnli_cell(result["scores"].get(split)) for split in ("validation", "test")),
+        ]
+        for result in results
+    ]
+    return "<h3>Other data sets</h3>" + table(["model", "data", "validation accuracy", "test accuracy"], rows)
 
 
 def _xnli(setting: str, results: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The evaluation of one model on one benchmark, as a queue of jobs: what XNLI and GLUE share.
+"""The evaluation of one model on one benchmark, as a queue of jobs: what XNLI, GLUE and classification share.
 
 A subclass says which splits it needs, which jobs there are, how a classifier is trained, and what the results hold.
 """
@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from ksub_ds.common import distributed
+from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_bytes, write_json
+from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate import result_tables
-from ksub_ds.evaluate.data.rows import Rows, Source
-from ksub_ds.evaluate.finetune.classifier import check_fit, describe, open_encoder
+from ksub_ds.evaluate.data.rows import Columns, Rows, Source
+from ksub_ds.evaluate.finetune.classifier import check_fit, describe, load_trained, open_encoder
 from ksub_ds.evaluate.finetune.encoding import Encoded, encode
 from ksub_ds.evaluate.finetune.loop import FineTuning
 from ksub_ds.evaluate.finetune.ranks import RankTask, train_on_ranks
@@ -20,6 +23,7 @@ from ksub_ds.evaluate.finetune.train_classifier import ClassifierTraining, forge
 from ksub_ds.evaluate.queue.queue import Job, Queue
 from ksub_ds.evaluate.queue.worker import Plan
 from ksub_ds.evaluate.settings import EvaluationSettings
+from ksub_ds.pretrain.builders import set_attention
 
 Settings = TypeVar("Settings", bound=EvaluationSettings)
 
@@ -29,13 +33,23 @@ class FineTuneJob(Job):
     """Fine-tune one classifier.
 
     Attributes:
-        task: "xnli", or a task of GLUE.
+        task: "xnli", "classify", or a task of GLUE.
     """
 
     task: str
     learning_rate: float
     batch_size: int
     seed: int
+
+
+def _file_name(part: str, split: str) -> str:
+    """Name a split of a language or task, as plan.json does; a data set of one's own has one part, without a name."""
+    return f"{part} {split}".strip()
+
+
+def is_test(split: str) -> bool:
+    """Return whether a split plays no part in training and choosing a model."""
+    return split.split("_")[0] == "test"
 
 
 class BenchmarkPlan(Plan, Generic[Settings]):
@@ -61,25 +75,101 @@ class BenchmarkPlan(Plan, Generic[Settings]):
         check_fit(model, self.encoder, settings.max_length)
         splits = self.find_splits()
         self.about = describe(model)
-        prints = [f"{part} {split} {self.source.fingerprint(part, split)}" for part, split in splits]
-        self.data = {"path": settings.data, "fingerprint": sha256_bytes("\n".join(prints).encode())}
+        self.prints = {each: self.source.fingerprint(*each) for each in [*splits, *self.find_unscored()]}
+        self.data = {"path": settings.data, "fingerprint": self._joint_fingerprint(splits)}
         self.values = self.setting_values()
+        recorded = Queue.recorded(folder)
+        trained_on = [each for each in splits if not is_test(each[1])]
         identity = {
             "kind": self.kind,
             "settings": self.values,
             "model": self.about["fingerprint"],
             "tokenizer": self.encoder.fingerprint,
-            "data": self.data["fingerprint"],
         }
-        self.identity = sha256_bytes(repr(identity).encode())
-        self.queue = Queue.join(folder, self.make_jobs(), identity)
+        # what a fine-tuning depends on: a mended test set leaves the trained models as they are
+        self.identity = sha256_bytes(repr(identity | {"data": self._joint_fingerprint(trained_on)}).encode())
+        tests = {_file_name(*each): value for each, value in self.prints.items() if is_test(each[1])}
+        before = recorded.get("tests")
+        self._first_tests: dict[str, str] = tests | (before if isinstance(before, dict) else {})
+        notes = {"data": self.data["fingerprint"], "tests": self._first_tests}
+        training = {_file_name(*each): self.prints[each][:16] for each in trained_on}
+        if recorded and "training" not in recorded:  # an earlier version's, which told the files only all together
+            alike = all(recorded.get(key) == value for key, value in identity.items())
+            if alike and recorded.get("data") != self.data["fingerprint"]:
+                raise UserError(
+                    f"--out {folder}: a file of --data {settings.data} has changed since, and the earlier version that "
+                    "made this folder did not list which files its models were trained on; give a new --out"
+                )
+            identity["data"] = notes.pop("data")
+            notes["training"] = training
+        else:
+            identity["training"] = training
+        if "training" not in recorded or self.data["fingerprint"] != recorded.get("data"):
+            self.check_rows()
+        self.queue = Queue.join(folder, self.make_jobs(), identity, notes)
+        self._tell_mended(tests)
         self._encoded: dict[tuple[str, str], Encoded] = {}
+        self._trained: tuple[str, Any] | None = None
+
+    def _joint_fingerprint(self, splits: list[tuple[str, str]]) -> str:
+        lines = [f"{part} {split} {self.prints[part, split]}" for part, split in splits]
+        return sha256_bytes("\n".join(lines).encode())
+
+    def test_suffix(self, *tests: tuple[str, str]) -> str:
+        """Return what the name of a job on test sets ends in: nothing, unless a file was mended since the first."""
+        now = {_file_name(*each): self.prints[each] for each in tests}
+        if all(self._first_tests[name] == value for name, value in now.items()):
+            return ""
+        return f"-{sha256_bytes(' '.join(now.values()).encode())[:8]}"
+
+    def _tell_mended(self, tests: dict[str, str]) -> None:
+        mended = [name for name, value in tests.items() if self._first_tests[name] != value]
+        if mended:
+            get_logger().info(
+                f"{self.folder}: {', '.join(mended)}: another file than at first; it is scored with the models trained "
+                "before"
+            )
+
+    def check_rows(self) -> None:
+        """Read every row that will be used: what is wrong with one is told before anything is trained.
+
+        Raises:
+            UserError: a bad row, or a test set without a label where there must be one.
+        """
+        for part, split in self.prints:
+            limit = self.settings.max_train_examples if split == "train" else self.settings.max_test_examples
+            rows = self.read(part, split, limit)
+            labelled = rows.labelled()
+            if labelled == len(rows):
+                continue
+            if not labelled:
+                self.accept_unlabelled(rows)
+            get_logger().info(
+                f"{rows.name}: {len(rows) - labelled:,} of {len(rows):,} rows are unlabelled (label -1 or null): "
+                "they are not scored"
+            )
+
+    def accept_unlabelled(self, rows: Rows) -> None:
+        """Refuse a test set without any label, where nothing could be said of it.
+
+        Raises:
+            UserError: always, unless a benchmark writes predictions.
+        """
+        raise UserError(f"{rows.name}: no row has a label; there is nothing to score")
 
     # ---------------------------------------------------------------- what a benchmark defines
 
     @abc.abstractmethod
     def find_splits(self) -> list[tuple[str, str]]:
-        """Return (language or task, split) of all files that are used; what is missing is logged, or refused."""
+        """Return (language or task, split) of all files that give scores; what is missing is logged, or refused."""
+
+    def find_unscored(self) -> list[tuple[str, str]]:
+        """Return (language or task, split) of test sets that are only predicted."""
+        return []
+
+    @abc.abstractmethod
+    def columns(self, part: str) -> Columns:
+        """Return what a row of a language or task holds."""
 
     def setting_values(self) -> dict[str, Any]:
         """Return the settings as results.json shows them."""
@@ -89,9 +179,9 @@ class BenchmarkPlan(Plan, Generic[Settings]):
     def make_jobs(self) -> list[Job]:
         """Return all jobs, those that others wait for first."""
 
-    @abc.abstractmethod
     def read(self, part: str, split: str, limit: int | None) -> Rows:
-        """Read the first `limit` rows of a split of a language or task."""
+        """Read the first `limit` rows of a split of a language or task; those of a test set may be unlabelled."""
+        return self.source.read(part, split, self.columns(part), limit, unlabelled=is_test(split))
 
     @abc.abstractmethod
     def training(self, job: FineTuneJob) -> ClassifierTraining:
@@ -116,6 +206,18 @@ class BenchmarkPlan(Plan, Generic[Settings]):
             return train_classifier(self.training(job), check_lease)
         task = RankTask(self.kind, settings.as_json(), self.model, str(self.folder), job.name)
         return train_on_ranks(task, work, settings.ranks_per_job, check_lease)
+
+    def trained(self, name: str) -> Any:
+        """Return the model that a fine-tuning job has left, on this worker's device; the last one is kept in memory.
+
+        Raises:
+            UserError: it left none.
+        """
+        if self._trained is None or self._trained[0] != name:
+            model = load_trained(self.queue.work(name) / "model").to(distributed.device())
+            set_attention(model, self.settings.attention)
+            self._trained = name, model
+        return self._trained[1]
 
     def forget(self, job: Job) -> None:
         """Remove the state of a fine-tuning whose result is published."""

@@ -4,10 +4,14 @@
 
 One job a task, learning rate, batch size and seed. RTE, STS-B and MRPC start from the best checkpoint fine-tuned on
 MNLI: its jobs come first, or `--mnli-checkpoint` names one. Scores are on validation, best epoch: the test labels
-are not public. All cells are kept in results.json.
+are not public. All cells are kept in results.json. `--test-predictions` writes the files that the benchmark's server
+takes.
 """
 
+import shutil
 import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,13 +22,30 @@ from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate import result_tables
 from ksub_ds.evaluate.benchmark import BenchmarkPlan, FineTuneJob
 from ksub_ds.evaluate.data import metrics
-from ksub_ds.evaluate.data.rows import Rows
+from ksub_ds.evaluate.data.rows import Columns, Rows
 from ksub_ds.evaluate.data.tasks import GLUE_TASKS, MNLI_MATCHED_ROWS
 from ksub_ds.evaluate.finetune.classifier import fingerprint, load_trained
 from ksub_ds.evaluate.finetune.scoring import predict
 from ksub_ds.evaluate.finetune.train_classifier import ClassifierTraining
 from ksub_ds.evaluate.queue.queue import Job
 from ksub_ds.evaluate.settings import GlueSettings
+
+# What gluebenchmark.com takes, for each task: test set -> file. The diagnostic set AX is answered by MNLI's model.
+SUBMISSION: dict[str, dict[tuple[str, str], str]] = {
+    **{task: {(task, "test"): f"{result_tables.GLUE_NAMES[task]}.tsv"} for task in GLUE_TASKS if task != "mnli"},
+    "mnli": {("mnli", "test_matched"): "MNLI-m.tsv", ("mnli", "test_mismatched"): "MNLI-mm.tsv"}
+    | {("ax", "test"): "AX.tsv"},
+}
+SUBMISSION_FILES = (*(name for files in SUBMISSION.values() for name in files.values()), "WNLI.tsv")
+NAMED_ANSWERS = ("mnli", "qnli", "rte")  # the server wants the names of their classes; of the others the numbers
+MOST_SIMILAR = 5.0  # STS-B's scale begins at 0
+
+
+@dataclass(frozen=True)
+class TestPredictionJob(Job):
+    """Answer the test sets of a task with its best cell."""
+
+    task: str
 
 
 class GluePlan(BenchmarkPlan[GlueSettings]):
@@ -105,18 +126,98 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
                         needs = tuple(cell.name for cell in cells["mnli"]) if waits else ()
                         cells.setdefault(task, []).append(FineTuneJob(name, needs, name, task, rate, size, seed))
         self.cells = cells
-        return [cell for grid in cells.values() for cell in grid]
+        self.test_jobs: list[TestPredictionJob] = []
+        for task, tests in self.submitted.items():
+            name = f"predict-{task}{self.test_suffix(*tests)}"
+            self.test_jobs.append(TestPredictionJob(name, tuple(cell.name for cell in cells[task]), name, task))
+        return [*(cell for grid in cells.values() for cell in grid), *self.test_jobs]
+
+    def run(self, jobs: Sequence[Job], check_lease: Callable[[], None]) -> list[dict[str, Any]]:
+        """Do a fine-tuning, or answer the test sets of a task."""
+        if isinstance(jobs[0], TestPredictionJob):
+            return [self._answer_tests(jobs[0], check_lease)]
+        return super().run(jobs, check_lease)
+
+    # ---------------------------------------------------------------- test sets, which only the server can score
+
+    def find_unscored(self) -> list[tuple[str, str]]:
+        """Return the test sets that are answered for the server; those that are not there are logged.
+
+        Raises:
+            UserError: none is there.
+        """
+        self.submitted: dict[str, list[tuple[str, str]]] = {}
+        if not self.settings.test_predictions:
+            return []
+        for task in self.tasks:
+            tests = [each for each in SUBMISSION[task] if self.source.has(*each)]
+            lacking = [" ".join(each) for each in SUBMISSION[task] if each not in tests]
+            if lacking:
+                get_logger().warning(f"{self.settings.data}: no {', '.join(lacking)} set: not among the predictions")
+            if tests:
+                self.submitted[task] = tests
+        if not self.submitted:
+            raise UserError(f"--test-predictions: {self.settings.data} holds no test set of {' '.join(self.tasks)}")
+        return [each for tests in self.submitted.values() for each in tests]
+
+    def accept_unlabelled(self, rows: Rows) -> None:
+        """Accept a test set without labels: its answers are for the server."""
+
+    def _answer_tests(self, job: TestPredictionJob, check_lease: Callable[[], None]) -> dict[str, Any]:
+        """Return the answers of a task's best cell to its test sets, by the file that the server wants.
+
+        Raises:
+            UserError: the cell's model was not kept.
+        """
+        best = _best_cell([self._cell(cell) for cell in self.cells[job.task]])["cell"]
+        if not (self.queue.work(best) / "model").is_dir():
+            raise UserError(
+                f"--test-predictions: {self.queue.work(best)} holds no model, because it was trained without this "
+                "option; give a new --out"
+            )
+        found = {}
+        for part, split in self.submitted[job.task]:
+            logits = predict(self.trained(best), self.encoded(part, split), self.precision, check_lease)
+            found[SUBMISSION[job.task][part, split]] = answers(job.task, logits)
+        return {"cell": best, "answers": found}
+
+    def forget(self, job: Job) -> None:
+        """Remove the state of a published job, and the models that were kept only to answer the test set."""
+        super().forget(job)
+        if isinstance(job, TestPredictionJob) and job.task != "mnli" and not self.settings.keep_models:
+            for cell in self.cells[job.task]:
+                if cell.name != self.queue.result(job.name)["cell"]:
+                    shutil.rmtree(self.queue.work(cell.name) / "model", ignore_errors=True)
+
+    def _write_submission(self) -> None:
+        """Write the files that gluebenchmark.com takes: a line for each row, in the order of the test set."""
+        for job in self.test_jobs:
+            for name, given in self.queue.result(job.name)["answers"].items():
+                lines = [f"{row}\t{server_answer(job.task, each)}" for row, each in enumerate(given)]
+                text = "\n".join(["index\tprediction", *lines, ""])
+                result_tables.write_text(self.folder / "submission" / name, text)
+        if self.test_jobs:
+            there = {name for job in self.test_jobs for name in self.queue.result(job.name)["answers"]}
+            lacking = [name for name in SUBMISSION_FILES if name not in there]
+            get_logger().info(
+                f"{self.folder / 'submission'}: {len(there)} files for gluebenchmark.com"
+                + (f"; it also asks for {' '.join(lacking)}" if lacking else "")
+            )
 
     # ---------------------------------------------------------------- data
 
+    def columns(self, part: str) -> Columns:
+        """Return what a row of a task holds."""
+        return GLUE_TASKS["mnli" if part == "ax" else part].columns.mapped(self.settings.label_map)
+
     def read(self, part: str, split: str, limit: int | None) -> Rows:
         """Read the first `limit` rows of a split of a task. MNLI's development sets are "matched" and "mismatched"."""
-        columns = GLUE_TASKS[part].columns
         if split not in ("matched", "mismatched"):
-            return self.source.read(part, split, columns, limit)
+            whole = (part, split) == ("mnli", "validation")  # two sets, of which each has so many rows
+            return super().read(part, split, None if whole else limit)
         if f"validation_{split}" in self._validation_splits(part):
-            return self.source.read(part, f"validation_{split}", columns, limit)
-        both = self.source.read(part, "validation", columns)
+            return super().read(part, f"validation_{split}", limit)
+        both = super().read(part, "validation", None)
         matched, others = both.part(0, MNLI_MATCHED_ROWS), both.part(MNLI_MATCHED_ROWS, len(both))
         return (matched if split == "matched" else others).part(0, limit or len(both))
 
@@ -126,7 +227,7 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
             return ["validation"]
         splits = self._validation_splits(task)
         if splits == ["validation"]:
-            both = len(self.source.read(task, "validation", GLUE_TASKS[task].columns)) > MNLI_MATCHED_ROWS
+            both = len(super().read(task, "validation", None)) > MNLI_MATCHED_ROWS
             return ["matched", "mismatched"] if both else ["matched"]
         return [split.removeprefix("validation_") for split in splits]
 
@@ -146,7 +247,7 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
             f"{self.identity} {job.name} {'' if body is None else self._mnli_cell()}",
             self.encoder,
             self.tuning(job, GLUE_TASKS[task].regression),
-            keep_model=self.settings.keep_models or task == "mnli",
+            keep_model=self.settings.keep_models or task == "mnli" or task in self.submitted,
             attention=self.settings.attention,
         )
 
@@ -223,6 +324,7 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
         }
         predictions = self._predictions({task: scores["best"]["cell"] for task, scores in test.items()})
         write_json(self.folder / "predictions.json", predictions)
+        self._write_submission()
         self.write_results(results, result_tables.glue_table([results], "markdown"))
 
 
@@ -231,6 +333,13 @@ def score(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     if GLUE_TASKS[task].regression:
         return metrics.regression(logits[:, 0].astype(np.float64), labels)
     return metrics.classification(logits.argmax(axis=1), labels.astype(np.int64), GLUE_TASKS[task].metrics)
+
+
+def server_answer(task: str, answer: str | float) -> str:
+    """Return an answer, a digit or a real number, as gluebenchmark.com wants it."""
+    if GLUE_TASKS[task].regression:
+        return f"{min(max(float(answer), 0.0), MOST_SIMILAR):.3f}"
+    return GLUE_TASKS[task].columns.labels[int(answer)] if task in NAMED_ANSWERS else str(answer)
 
 
 def _best_cell(cells: list[dict[str, Any]]) -> dict[str, Any]:

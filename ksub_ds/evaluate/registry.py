@@ -4,12 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.evaluate.benchmark import BenchmarkPlan
+from ksub_ds.evaluate.classify import ClassifyPlan
+from ksub_ds.evaluate.finetune.classifier import check_encoder
 from ksub_ds.evaluate.finetune.ranks import RankTask
 from ksub_ds.evaluate.glue import GluePlan
-from ksub_ds.evaluate.settings import EvaluationSettings, GlueSettings, XnliSettings
+from ksub_ds.evaluate.settings import ClassifySettings, EvaluationSettings, GlueSettings, XnliSettings
 from ksub_ds.evaluate.xnli import XnliPlan
 
-PLANS: dict[type[EvaluationSettings], type[BenchmarkPlan[Any]]] = {XnliSettings: XnliPlan, GlueSettings: GluePlan}
+PLANS: dict[type[EvaluationSettings], type[BenchmarkPlan[Any]]] = {
+    XnliSettings: XnliPlan,
+    GlueSettings: GluePlan,
+    ClassifySettings: ClassifyPlan,
+}
 SETTINGS = {plan.kind: settings for settings, plan in PLANS.items()}
 
 
@@ -20,6 +26,8 @@ def make_plans(settings: EvaluationSettings) -> list[BenchmarkPlan[Any]]:
         UserError: settings, data or a model that cannot be used.
     """
     checked = settings.checked()
+    for model in checked.model:
+        check_encoder(model)
     return [PLANS[type(checked)](checked, model, folder) for model, folder in checked.folders().items()]
 
 

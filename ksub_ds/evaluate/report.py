@@ -1,4 +1,6 @@
-"""Join results into the paper's tables: differences from the paper and from the baseline, with a paired test.
+"""Join results into tables: differences from the paper and from the baseline.
+
+Differences between two models have a paired test.
 
 ksub report xnli-cl xnli-tta glue --format markdown
 """
@@ -20,11 +22,11 @@ from ksub_ds.evaluate.result_tables import Format, short_name, signed
 
 
 def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | None = None) -> str:
-    """Render Tables 4, then 2 and 3, of these results.
+    """Render Tables 4, then 2 and 3, of these results, then one table for each other data set.
 
     Args:
-        paths: folders of `ksub evaluate xnli` or `glue`, or results.json files; one named twice counts once, and
-            so do two that hold the same: the same evaluation done again.
+        paths: folders of `ksub evaluate xnli`, `glue` or `classify`, or results.json files; one named twice
+            counts once, and so do two that hold the same: the same evaluation done again.
         form: markdown, csv or latex.
         baseline: the one of them that the others are compared with. [the first with a plain embedding]
 
@@ -58,6 +60,14 @@ def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | No
         if rows:
             header = ["difference, points", *result_tables.GLUE_NAMES.values()]
             parts.append(result_tables.render("GLUE: differences of the best cells", header, rows, form))
+    own = [result for result in found if result["task"] == "classify"]
+    for path in dict.fromkeys(result["data"]["path"] for result in own):
+        group = [result for result in own if result["data"]["path"] == path]
+        parts.append(result_tables.classify_table(group, form))
+        rows = _classify_differences(group, _baseline(group, chosen))
+        if rows:
+            header = ["difference, points", "test accuracy", "p"]
+            parts.append(result_tables.render(f"{Path(path).name}: differences", header, rows, form))
     return "\n".join(parts)
 
 
@@ -90,6 +100,8 @@ def _makes_a_table(result: Any) -> bool:
     try:
         if result["task"] == "glue":
             return bool(result_tables.glue_table([result], "markdown"))
+        if result["task"] == "classify":
+            return bool(result_tables.classify_table([result], "markdown"))
         return result["setting"] in paper_results.XNLI and bool(result_tables.xnli_table([result], "markdown"))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return False
@@ -217,6 +229,37 @@ def _glue_p(ours: dict[str, Any], theirs: dict[str, Any], task: str) -> str:
     if not np.array_equal(labels, other_labels) or not len(labels) == len(answers) == len(other_answers):
         return result_tables.NOTHING
     return f"{exchange_test(GLUE_TASKS[task].metrics[0], answers, other_answers, labels)['p']:.4f}"
+
+
+def _classify_differences(group: list[dict[str, Any]], baseline: dict[str, Any] | None) -> list[list[str]]:
+    """Return differences of test accuracy, with the p of the answers row by row.
+
+    Raises:
+        UserError: a damaged predictions.json.
+    """
+    rows = []
+    for result in group if baseline is not None else []:
+        assert baseline is not None
+        if result is baseline or "test" not in result["scores"] or "test" not in baseline["scores"]:
+            continue
+        right, labels = [], []
+        for each in (result, baseline):
+            path = Path(each["_folder"]) / "predictions.json"
+            stored = read_json(path)
+            try:
+                gold = [label for label in stored["labels"] if label is not None]
+                answers = [
+                    [answer for answer, label in zip(run, stored["labels"], strict=True) if label is not None]
+                    for run in stored["predictions"].values()
+                ]
+                right.append(np.mean([[a == b for a, b in zip(run, gold, strict=True)] for run in answers], axis=0))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
+            labels.append(stored["labels"])
+        gap = signed(result["scores"]["test"]["accuracy"] - baseline["scores"]["test"]["accuracy"])
+        told = f"{paired_test(*right)['p']:.4f}" if labels[0] == labels[1] else "other test rows"
+        rows.append([f"{short_name(result, group)} - {short_name(baseline, group)}", gap, told])
+    return rows
 
 
 def _numbers(stored: Any) -> np.ndarray:

@@ -184,3 +184,37 @@ def _glue_notes(results: Sequence[dict[str, Any]]) -> str:
             text += f"; degenerate (one answer for all rows): {' '.join(degenerate)}"
         lines.append(f"- {text}.")
     return "\n" + "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- a data set of one's own
+
+
+def classify_table(results: Sequence[dict[str, Any]], form: Format) -> str:
+    """Render accuracy and macro F1 on validation and, where it has labels, on test."""
+    names = {"accuracy": "accuracy", "macro_f1": "macro F1"}
+    header = ["model", *(f"{split} {name}" for split in ("validation", "test") for name in names.values())]
+    rows = []
+    for result in results:
+        scores = [result["scores"].get(split, {}) for split in ("validation", "test")]
+        cells = [percent(each.get(name)) for each in scores for name in names]
+        rows.append([short_name(result, results), *cells])
+    title = f"{Path(results[0]['data']['path']).name}, {len(results[0]['classes'])} classes"
+    return render(title, header, rows, form) + ("" if form != "markdown" else _classify_notes(results))
+
+
+def _classify_notes(results: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for result in results:
+        text = (
+            f"{short_name(result, results)}: seeds {' '.join(result['seeds'])}, {result['settings']['epochs']} epochs"
+        )
+        test = result["rows"].get("test")
+        if test is None:
+            text += "; there is no test set: scores are those that chose the epoch"
+        elif test.get("interval"):
+            low, high = test["interval"]
+            text += f"; test accuracy {percent(low)}-{percent(high)} (95 %)"
+        if test and test["unlabelled"]:
+            text += f"; {test['unlabelled']:,} test rows have no label: answered in predictions.json, not scored"
+        lines.append(f"- {text}.")
+    return "\n" + "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The settings of `ksub evaluate xnli` and `glue`; the defaults are the paper's Table 6 where it gives a value."""
+"""The settings of `ksub evaluate xnli`, `glue` and `classify`; defaults are the paper's Table 6 where it has one."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.option_help import Section
-from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
+from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, NLI_LABELS, TRANSLATE_TRAIN_ALL
 
 XNLI_EPOCHS, GLUE_EPOCHS = {CROSS_LINGUAL: 10, TRANSLATE_TRAIN_ALL: 5}, 10
 GlueTaskName = Literal["sst2", "mnli", "qnli", "qqp", "rte", "mrpc", "cola", "stsb"]
@@ -19,8 +19,10 @@ GlueTaskName = Literal["sst2", "mnli", "qnli", "qqp", "rte", "mrpc", "cola", "st
 # fine-tuning names both.
 FREE_KEYS = (
     *("model", "data", "out", "tokenizer", "cache"),
-    *("save_every_steps", "ranks_per_job", "attention", "keep_models"),
+    *("save_every_steps", "ranks_per_job", "attention", "keep_models", "test_predictions"),
 )
+# Settings that earlier versions had not: without a value they are not written, so that old results stay the same.
+LATER_KEYS = ("label_map",)
 
 
 def positive_rate(name: str, value: float) -> None:
@@ -77,6 +79,9 @@ class EvaluationSettings:
     dropout; the results name it."""
     save_every_steps: int = 500
     """Save the state of a fine-tuning every so many steps (and after each epoch)."""
+    label_map: tuple[str, ...] = ()
+    """How labels in the files are to be read, VALUE=CLASS: 0=contradiction 1=entailment 2=neutral, or oui=entailment.
+    [names of the classes, in any case, or their numbers in the order of the published data]"""
     cache: Path | None = None
     """Folder for tokenised rows. [$KSUB_CACHE, else ksub_ds in the user's cache folder]"""
 
@@ -104,8 +109,31 @@ class EvaluationSettings:
         good = bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds)
         if not good or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"--seeds {' '.join(map(str, self.seeds))}: give different numbers from 0 to 2^63 - 1")
+        self._check_label_map()
         precision = self.precision or ("bf16" if distributed.has_gpu() else "fp32")
         return dataclasses.replace(self, precision=precision)
+
+    def _check_label_map(self) -> None:
+        """Refuse an entry that says nothing, or two that contradict each other.
+
+        Raises:
+            UserError: with the entry.
+        """
+        seen: set[str] = set()
+        for entry in self.label_map:
+            value, equals, name = entry.rpartition("=")
+            if not equals or not value.strip() or not name:
+                raise UserError(f"--label-map {entry}: must be VALUE=CLASS, for example 0=contradiction")
+            names = self.class_names()
+            if names and name not in names:
+                raise UserError(f"--label-map {entry}: no class is called {name!r}; {', '.join(names)} are")
+            if value in seen:
+                raise UserError(f"--label-map {entry}: {value} is given twice")
+            seen.add(value)
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names that a label may have; none where only the data tells."""
+        return ()
 
     def check_ranks(self, *batch_sizes: int) -> None:
         """Refuse more ranks than this machine has room for, or a batch that they cannot share.
@@ -147,7 +175,7 @@ class EvaluationSettings:
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in values.items()
-            if key not in FREE_KEYS
+            if key not in FREE_KEYS and not (key in LATER_KEYS and not value)
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -182,6 +210,10 @@ class XnliSettings(EvaluationSettings):
     languages: tuple[str, ...] = LANGUAGES
     """Train (translate-train-all) and test these only."""
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names that a label may have."""
+        return NLI_LABELS
+
     def checked(self) -> Self:
         """Return these settings, with precision, epochs and selection filled in and the languages in Table 4's order.
 
@@ -215,6 +247,12 @@ class GlueSettings(EvaluationSettings):
     """Fine-tuned folder that RTE, STS-B and MRPC start from. [the best of this evaluation's own MNLI]"""
     keep_models: bool = False
     """Keep the best epoch of every cell as a model folder, not only MNLI's."""
+    test_predictions: bool = False
+    """Answer the test sets, too, in the files that gluebenchmark.com takes: OUT/submission/*.tsv."""
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names that a label may have in any task."""
+        return tuple(dict.fromkeys(name for task in GLUE_TASKS.values() for name in task.columns.labels))
 
     def checked(self) -> Self:
         """Return these settings, with the precision and Table 6's 10 epochs filled in, and tasks and grid in order.
@@ -227,6 +265,8 @@ class GlueSettings(EvaluationSettings):
         if not self.learning_rates or not self.batch_sizes or min(self.batch_sizes) < 1:
             raise UserError("--learning-rates and --batch-sizes: give at least one of each, batch sizes from 1 on")
         self.check_ranks(*self.batch_sizes)
+        if self.test_predictions and self.max_test_examples is not None:
+            raise UserError("--test-predictions: the server wants every row; leave out --max-test-examples")
         if self.tasks is not None and not self.tasks:
             raise UserError(f"--tasks: give some of {' '.join(GLUE_TASKS)}")
         tasks = None if self.tasks is None else tuple(task for task in GLUE_TASKS if task in self.tasks)
@@ -235,3 +275,47 @@ class GlueSettings(EvaluationSettings):
         return dataclasses.replace(
             super().checked(), epochs=epochs, tasks=tasks, learning_rates=rates, batch_sizes=sizes
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifySettings(EvaluationSettings):
+    """Fine-tune on a data set of your own: files train, validation and test (if there is one) in one folder.
+
+    They are .jsonl, .csv, .tsv or .parquet, compressed or not. The same command again continues, or helps as one more
+    worker.
+    """
+
+    columns: tuple[str, ...]
+    """The column of the text, or the two columns of a pair."""
+    label: str = "label"
+    """The column of the class."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes, in the order of their numbers. [those that the training file holds]"""
+    learning_rate: float = 2e-5
+    """Highest learning rate."""
+    batch_size: int = 32
+    """Rows of one update, over all ranks."""
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names that a label may have; none where the training file tells."""
+        return self.classes or ()
+
+    def checked(self) -> Self:
+        """Return these settings, with precision and epochs (Table 6's 10) filled in.
+
+        Raises:
+            UserError: an impossible value.
+        """
+        positive_rate("--learning-rate", self.learning_rate)
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
+        self.check_ranks(self.batch_size)
+        columns = " ".join(self.columns)
+        if not 1 <= len(self.columns) <= 2 or len({*self.columns, self.label}) <= len(self.columns):
+            raise UserError(f"--columns {columns}: give one column of text or two, and the class by --label")
+        if self.classes is not None and not 2 <= len(set(self.classes)) == len(self.classes):
+            raise UserError(f"--classes {' '.join(self.classes)}: give two different names or more")
+        if not Path(self.data).is_dir():
+            raise UserError(f"--data {self.data}: is not a folder; give that of the files train and validation")
+        epochs = GLUE_EPOCHS if self.epochs is None else self.epochs
+        return dataclasses.replace(super().checked(), epochs=epochs)

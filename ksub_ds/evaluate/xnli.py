@@ -12,21 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate import result_tables
 from ksub_ds.evaluate.benchmark import BenchmarkPlan, FineTuneJob
 from ksub_ds.evaluate.data import metrics
-from ksub_ds.evaluate.data.rows import Rows
+from ksub_ds.evaluate.data.rows import Columns
 from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, NLI_LABELS, XNLI_COLUMNS
-from ksub_ds.evaluate.finetune.classifier import load_trained
 from ksub_ds.evaluate.finetune.scoring import predict
 from ksub_ds.evaluate.finetune.train_classifier import ClassifierTraining
 from ksub_ds.evaluate.queue.queue import Job
 from ksub_ds.evaluate.settings import XnliSettings
-from ksub_ds.pretrain.builders import set_attention
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,6 @@ class XnliPlan(BenchmarkPlan[XnliSettings]):
     """The queue of one model's XNLI evaluation; arguments and errors as BenchmarkPlan's."""
 
     kind = "xnli"
-    _trained: tuple[int, Any] | None = None  # (seed, model) of the last tests
 
     def find_splits(self) -> list[tuple[str, str]]:
         """Return (language, split) of all files; languages that lack one are logged, and named in the results.
@@ -80,13 +76,16 @@ class XnliPlan(BenchmarkPlan[XnliSettings]):
             name = _training_name(seed)
             jobs.append(FineTuneJob(name, (), name, self.kind, rate, size, seed))
             for language in self.found["test"]:
-                test = _test_name(seed, language)
+                test = self._test_name(seed, language)
                 jobs.append(LanguageTestJob(test, (name,), f"test-seed{seed}", seed, language))
         return jobs
 
-    def read(self, part: str, split: str, limit: int | None) -> Rows:
-        """Read the first `limit` rows of a split of a language."""
-        return self.source.read(part, split, XNLI_COLUMNS, limit)
+    def columns(self, part: str) -> Columns:
+        """Return what a row of a language holds."""
+        return XNLI_COLUMNS.mapped(self.settings.label_map)
+
+    def _test_name(self, seed: int, language: str) -> str:
+        return f"test-seed{seed}-{language}{self.test_suffix((language, 'test'))}"
 
     # ---------------------------------------------------------------- work
 
@@ -124,26 +123,31 @@ class XnliPlan(BenchmarkPlan[XnliSettings]):
     def _predict(
         self, model: Any, languages: list[str], split: str, check: Callable[[], None] = lambda: None, what: str = ""
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return language -> (predicted classes, labels), all languages in one pass."""
+        """Return language -> (predicted classes, labels) of the rows with a label, all languages in one pass."""
         first, *others = [self.encoded(language, split) for language in languages]
         every = first.joined(others)
         classes = predict(model, every, self.precision, check, what).argmax(axis=1)
         cuts = np.cumsum([len(self.encoded(language, split)) for language in languages])[:-1]
-        parts = zip(np.split(classes, cuts), np.split(every.labels.astype(np.int64), cuts), strict=True)
-        return dict(zip(languages, parts, strict=True))
+        found = {}
+        for language, answers, labels in zip(
+            languages, np.split(classes, cuts), np.split(every.labels, cuts), strict=True
+        ):
+            labelled = ~np.isnan(labels)
+            found[language] = answers[labelled], labels[labelled].astype(np.int64)
+        return found
 
     def _test(self, jobs: list[LanguageTestJob], check_lease: Callable[[], None]) -> list[dict[str, Any]]:
         seed = jobs[0].seed  # of all of them: they are of one group
-        if self._trained is None or self._trained[0] != seed:
-            folder = self.queue.work(_training_name(seed)) / "model"
-            model = load_trained(folder).to(distributed.device())
-            set_attention(model, self.settings.attention)
-            self._trained = seed, model
         languages = [job.language for job in jobs]
         what = f"testing {' '.join(languages)}"
         results = []
-        for predictions, labels in self._predict(self._trained[1], languages, "test", check_lease, what).values():
-            results.append({"predictions": _digits(predictions), "labels": _digits(labels)})
+        for language, (predictions, labels) in self._predict(
+            self.trained(_training_name(seed)), languages, "test", check_lease, what
+        ).items():
+            encoded = self.encoded(language, "test")
+            unscored = {"unlabelled": len(encoded) - len(labels), "cut": encoded.cut}
+            answers = {"predictions": _digits(predictions), "labels": _digits(labels)}
+            results.append(answers | {name: count for name, count in unscored.items() if count})
         return results
 
     # ---------------------------------------------------------------- results
@@ -158,12 +162,15 @@ class XnliPlan(BenchmarkPlan[XnliSettings]):
         """Write results.json, predictions.json and table.md."""
         seeds = self.settings.seeds
         tests = {
-            (seed, language): self.queue.result(_test_name(seed, language))
+            (seed, language): self.queue.result(self._test_name(seed, language))
             for seed in seeds
             for language in self.found["test"]
         }
         right = {language: [_right(tests[seed, language]) for seed in seeds] for language in self.found["test"]}
         result = join(right, seeds)
+        for language, scores in result["test"].items():
+            first = tests[seeds[0], language]
+            scores |= {name: first[name] for name in ("unlabelled", "cut") if name in first}
         fine = {seed: self.queue.result(_training_name(seed)) for seed in seeds}
         results = {
             "task": "xnli",
@@ -187,10 +194,6 @@ class XnliPlan(BenchmarkPlan[XnliSettings]):
 
 def _training_name(seed: int) -> str:
     return f"finetune-seed{seed}"
-
-
-def _test_name(seed: int, language: str) -> str:
-    return f"test-seed{seed}-{language}"
 
 
 def join(right: dict[str, list[np.ndarray]], seeds: tuple[int, ...]) -> dict[str, Any]:

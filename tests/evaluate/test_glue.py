@@ -113,3 +113,50 @@ def test_a_wrong_mnli_checkpoint_is_told_at_once(
         assert evaluate(tiny_model, tiny_glue, out, "--tasks", "mnli", "rte", "--mnli-checkpoint", checkpoint) == 2
         told = capsys.readouterr().err.strip().splitlines()
         assert message in told[-1] and not (out / "queue").exists()
+
+
+def test_test_sets_are_answered_for_the_server(tiny_model: Path, tmp_path: Path, capsys: Any) -> None:
+    data, out, words = tmp_path / "data", tmp_path / "out", ["the house", "a bird", "old river"]
+    pairs = {"mnli": ("premise", "hypothesis"), "ax": ("premise", "hypothesis"), "rte": ("sentence1", "sentence2")}
+    pairs |= {"stsb": ("sentence1", "sentence2"), "cola": ("sentence",), "mrpc": ("sentence1", "sentence2")}
+    counts = {"test": 7, "test_matched": 5, "test_mismatched": 6}
+    for task, columns in pairs.items():
+        if task == "ax":
+            splits = {"test"}
+        else:
+            splits = {"train", "validation", *({"test_matched", "test_mismatched"} if task == "mnli" else {"test"})}
+        for split in splits - ({"test"} if task == "mrpc" else set()):
+            rows = [dict.fromkeys(columns, words[i % 3]) for i in range(counts.get(split, 8))]
+            label = -1 if split.startswith("test") else 0
+            write(
+                data / task / f"{split}.jsonl",
+                [row | {"label": label + (label == 0) * (i % 2)} for i, row in enumerate(rows)],
+            )
+    grid = ("--learning-rates", 1e-4, 1e-3, "--batch-sizes", 8)
+    assert evaluate(tiny_model, data, out, *grid) == 0
+    assert not (out / "submission").exists() and not list(out.glob("work/cola*/model"))
+    capsys.readouterr()
+    assert evaluate(tiny_model, data, out, *grid, "--test-predictions") == 2  # the models were not kept
+    assert "was trained without this option; give a new --out" in capsys.readouterr().err
+    out = tmp_path / "new"
+    assert evaluate(tiny_model, data, out, *grid, "--test-predictions") == 0
+    expected = {"CoLA": 7, "RTE": 7, "STS-B": 7, "MNLI-m": 5, "MNLI-mm": 6, "AX": 7}  # MRPC has no test set
+    assert {path.name for path in (out / "submission").iterdir()} == {f"{name}.tsv" for name in expected}
+    names = {"entailment", "neutral", "contradiction"}
+    allowed = {
+        "CoLA": {"0", "1"},
+        "RTE": {"entailment", "not_entailment"},
+        "MNLI-m": names,
+        "MNLI-mm": names,
+        "AX": names,
+    }
+    for name, count in expected.items():
+        first, *lines = (out / "submission" / f"{name}.tsv").read_text().splitlines()
+        index, values = zip(*(line.split("\t") for line in lines), strict=True)
+        assert first == "index\tprediction" and list(index) == [str(i) for i in range(count)]
+        assert all(0 <= float(value) <= 5 for value in values) if name == "STS-B" else set(values) <= allowed[name]
+    assert len(list(out.glob("work/cola*/model"))) == 1  # the best cell's
+    assert glue.server_answer("stsb", 7.2) == "5.000" and glue.server_answer("stsb", -0.1) == "0.000"
+    assert glue.server_answer("qnli", "1") == "not_entailment" and glue.server_answer("qqp", "1") == "1"
+    assert evaluate(tiny_model, data, tmp_path / "x", *grid, "--test-predictions", "--max-test-examples", 5) == 2
+    assert "the server wants every row" in capsys.readouterr().err

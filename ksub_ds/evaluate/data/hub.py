@@ -41,6 +41,14 @@ def require_on_hub(what: str, name: str, kind: Literal["model", "dataset"], file
     raise UserError(f"{what}: is not a folder, not in the hub's cache, and the hub cannot be asked ({reason})")
 
 
+def cached_folder(name: str) -> Path | None:
+    """Return where the local cache keeps the files of a model; None where it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", repo_type="model")
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def _prepared(name: str, kind: str) -> bool:
     """Return whether `datasets` keeps the data set in its own cache."""
     if kind != "dataset":
@@ -79,6 +87,22 @@ def hub_version(name: str) -> str:
         return str(datasets.load_dataset_builder(name, "en" if name.endswith("xnli") else "cola").hash)
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(_unreachable(name, error)) from error
+
+
+def hub_class_names(name: str, part: str, column: str) -> tuple[str, ...] | None:
+    """Return the class names of a column's numbers; None where the data set names none.
+
+    Raises:
+        UserError: `datasets` cannot load it.
+    """
+    import datasets
+
+    try:
+        features = datasets.load_dataset_builder(name, part).info.features or {}
+    except Exception as error:  # the hub's client raises many kinds
+        raise UserError(_unreachable(name, error)) from error
+    feature = features.get(column)
+    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 def hub_rows(name: str, part: str, split: str) -> Iterator[tuple[int, Any]]:

@@ -20,7 +20,7 @@ def classification(predictions: np.ndarray, labels: np.ndarray, names: tuple[str
     Args:
         predictions: (n,) class numbers.
         labels: (n,) class numbers.
-        names: some of "accuracy", "f1" (of class 1), "matthews".
+        names: some of "accuracy", "f1" (of class 1), "macro_f1" (the mean over classes), "matthews".
     """
     from sklearn import metrics
 
@@ -30,6 +30,8 @@ def classification(predictions: np.ndarray, labels: np.ndarray, names: tuple[str
             scores[name] = float(metrics.accuracy_score(labels, predictions))
         elif name == "f1":
             scores[name] = float(metrics.f1_score(labels, predictions, zero_division=0))
+        elif name == "macro_f1":
+            scores[name] = float(metrics.f1_score(labels, predictions, average="macro", zero_division=0))
         else:
             assert name == "matthews", name
             scores[name] = float(metrics.matthews_corrcoef(labels, predictions))

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import sha256_file
+from ksub_ds.common.files import read_json, sha256_file
 from ksub_ds.corpus.tokenizers.xlmr import MODEL_NAME
-from ksub_ds.evaluate.data.hub import require_on_hub
+from ksub_ds.evaluate.data.hub import cached_folder, require_on_hub
 from ksub_ds.evaluate.finetune.encoding import PairEncoder, load_encoder
 from ksub_ds.model.sequence_length import longest_sequence
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
 FRESH_HEADS = ("classifier", "score", "pre_classifier", "classification_head")  # those that no pretraining trains
+ADAPTER = "adapter_config.json"  # of PEFT
+BIDIRECTIONAL = ("xlnet",)  # sees both sides, though transformers counts it among the causal ones
 TOKENIZER_FILES = ("tokenizer.json", MODEL_NAME, "vocab.txt", "vocab.json")
 
 
@@ -66,16 +68,63 @@ def find_model(path: str) -> None:
         UserError: neither a folder with safetensors nor a name in the cache or on the hub.
     """
     folder = Path(path)
-    if folder.is_dir():
-        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
+    if not folder.is_dir():
+        if path.count("/") > 1 or path.startswith((".", "/")) or folder.exists():
             raise UserError(
-                f"{path}: holds pickled weights only (*.bin), which are never loaded; where you trust them, open the "
-                "model in transformers and save it anew: save_pretrained writes safetensors"
+                f"{path}: is not a model folder; give one (ksub export), or a name such as xlm-roberta-base"
             )
-        return
-    if path.count("/") > 1 or path.startswith((".", "/")) or folder.exists():
-        raise UserError(f"{path}: is not a model folder; give one (ksub export), or a name such as xlm-roberta-base")
-    require_on_hub(path, path, "model", "config.json")
+        require_on_hub(path, path, "model", "config.json")
+        cached = cached_folder(path)
+        if cached is None:
+            return
+        folder = cached
+    if (folder / ADAPTER).is_file():
+        raise UserError(_adapter_message(path, folder))
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
+        raise UserError(
+            f"{path}: holds pickled weights only (*.bin), which are never loaded; where you trust them, open the "
+            "model in transformers and save it anew: save_pretrained writes safetensors"
+        )
+
+
+def _adapter_message(path: str, folder: Path) -> str:
+    """Return what to do with a folder of PEFT, which holds what was added to a model and not the model."""
+    try:
+        about = read_json(folder / ADAPTER)
+        base, kind = str(about["base_model_name_or_path"])[:200], str(about.get("peft_type"))[:20]
+    except (UserError, AttributeError, KeyError, TypeError):
+        base, kind = "BASE", "PEFT"
+    return (
+        f"{path}: is a {kind} adapter ({ADAPTER}) of {base}, not a model; merge them and evaluate the result: "
+        f"PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained('{base}'), '{path}').merge_and_unload()"
+        ".save_pretrained('MERGED'), and the tokenizer beside it"
+    )
+
+
+def check_encoder(model: str) -> None:
+    """Refuse a model that cannot classify as an encoder does, before anything is read or written.
+
+    Raises:
+        UserError: not a model, or a decoder, an encoder-decoder, or an architecture without a classifier.
+    """
+    from transformers.models.auto import modeling_auto
+
+    find_model(model)
+    config = _config(model)
+    masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    causal = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in BIDIRECTIONAL
+    kind = None
+    if getattr(config, "is_encoder_decoder", False) and not masked:
+        kind = "an encoder-decoder"
+    elif causal and not masked:
+        kind = "a decoder"
+    elif type(config) not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        kind = "a model that transformers has no sequence classifier for"
+    if kind is not None:
+        raise UserError(
+            f"--model {model}: is {kind} ({config.model_type}); give an encoder, such as a folder of ksub export or "
+            "xlm-roberta-base"
+        )
 
 
 def _draw_head(model: Any) -> None:
@@ -178,7 +227,7 @@ def check_fit(model: str, encoder: PairEncoder, max_length: int) -> None:
         )
     longest = longest_sequence(config)
     if longest is not None and max_length > longest:
-        raise UserError(f"--max-length {max_length}: {model} has positions for {longest} tokens")
+        raise UserError(f"--max-length {max_length}: {model} has positions for {longest} tokens; give that or less")
 
 
 def describe(model: str) -> dict[str, Any]:
@@ -239,7 +288,8 @@ def _config(model: str) -> Any:
 
     register()
     try:
-        return AutoConfig.from_pretrained(model)
+        with _quiet_transformers():
+            return AutoConfig.from_pretrained(model)
     except Exception as error:  # the library raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--model {model}: transformers finds no model there ({reason})") from error

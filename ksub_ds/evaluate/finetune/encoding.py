@@ -36,6 +36,7 @@ class Encoded:
         ends: (n,) where each row ends in `ids`.
         labels: (n,) float64.
         pad_id: fills a batch.
+        cut: how many rows were longer than --max-length, and lost tokens.
     """
 
     ids: np.ndarray
@@ -43,6 +44,7 @@ class Encoded:
     ends: np.ndarray
     labels: np.ndarray
     pad_id: int
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -79,7 +81,23 @@ class Encoded:
             np.concatenate([each.ends + start for each, start in zip(every, starts, strict=True)]),
             np.concatenate([each.labels for each in every]),
             self.pad_id,
+            sum(each.cut for each in every),
         )
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """The tokens of one row.
+
+    Attributes:
+        ids: the tokens.
+        types: their token types; empty for models without.
+        cut: whether the row was too long and lost tokens.
+    """
+
+    ids: list[int]
+    types: list[int]
+    cut: bool
 
 
 class PairEncoder(Protocol):
@@ -89,8 +107,8 @@ class PairEncoder(Protocol):
     pad_id: int
     fingerprint: str
 
-    def encode(self, first: list[str], second: list[str] | None, max_length: int) -> list[tuple[list[int], list[int]]]:
-        """Return the ids and the token types of each row; the types may be empty."""
+    def encode(self, first: list[str], second: list[str] | None, max_length: int) -> list[EncodedRow]:
+        """Return each row in at most `max_length` tokens."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -120,17 +138,18 @@ class XlmrPairs:
         self.vocab_size, self.pad_id = tokenizer.vocab_size, tokenizer.pad_id
         self.fingerprint = tokenizer.fingerprint
 
-    def encode(self, first: list[str], second: list[str] | None, max_length: int) -> list[tuple[list[int], list[int]]]:
+    def encode(self, first: list[str], second: list[str] | None, max_length: int) -> list[EncodedRow]:
         """As PairEncoder."""
         begin, end = self._tokenizer.bos_id, self._tokenizer.eos_id
         firsts = [ids.tolist() for ids in self._tokenizer.encode_batch(first)]
         if second is None:
-            return [([begin, *ids[: max_length - 2], end], []) for ids in firsts]
+            return [EncodedRow([begin, *ids[: max_length - 2], end], [], len(ids) > max_length - 2) for ids in firsts]
         seconds = [ids.tolist() for ids in self._tokenizer.encode_batch(second)]
-        encoded: list[tuple[list[int], list[int]]] = []
+        encoded: list[EncodedRow] = []
         for a, b in zip(firsts, seconds, strict=True):
             keep_a, keep_b = longest_first(len(a), len(b), max_length - 4)
-            encoded.append(([begin, *a[:keep_a], end, end, *b[:keep_b], end], []))
+            ids = [begin, *a[:keep_a], end, end, *b[:keep_b], end]
+            encoded.append(EncodedRow(ids, [], keep_a + keep_b < len(a) + len(b)))
         return encoded
 
     def save(self, folder: Path) -> None:
@@ -172,11 +191,12 @@ class HuggingFacePairs:
         definition = self._tokenizer.backend_tokenizer.to_str()
         self.fingerprint = hashlib.sha256(f"{names}\0{definition}".encode()).hexdigest()
 
-    def encode(self, first: list[str], second: list[str] | None, max_length: int) -> list[tuple[list[int], list[int]]]:
+    def encode(self, first: list[str], second: list[str] | None, max_length: int) -> list[EncodedRow]:
         """As PairEncoder."""
         made = self._tokenizer(first, second, truncation=True, max_length=max_length, return_attention_mask=False)
         types = made["token_type_ids"] if "token_type_ids" in made else [[]] * len(first)
-        return list(zip(made["input_ids"], types, strict=True))
+        cut = [bool(each.overflowing) for each in made.encodings]
+        return [EncodedRow(*row) for row in zip(made["input_ids"], types, cut, strict=True)]
 
     def save(self, folder: Path) -> None:
         """As PairEncoder."""
@@ -200,11 +220,15 @@ def encode(rows: Rows, encoder: PairEncoder, max_length: int, cache: Path | None
     """
     key = hashlib.sha256(f"{FORMAT}\0{encoder.fingerprint}\0{max_length}\0{rows.fingerprint()}".encode()).hexdigest()
     path = (cache or cache_folder()) / "encoded" / f"{key[:32]}.safetensors"
-    stored = _read(path, encoder.pad_id, len(rows))
-    if stored is not None:
-        return stored
-    encoded = _encode(rows, encoder, max_length)
-    _write(path, encoded)
+    encoded = _read(path, encoder.pad_id, len(rows))
+    if encoded is None:
+        encoded = _encode(rows, encoder, max_length)
+        _write(path, encoded)
+    if encoded.cut:
+        get_logger().info(
+            f"{rows.name}: {encoded.cut:,} of {len(rows):,} rows are longer than {max_length} tokens (--max-length) "
+            "and are cut"
+        )
     return encoded
 
 
@@ -212,13 +236,15 @@ def _encode(rows: Rows, encoder: PairEncoder, max_length: int) -> Encoded:
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
     lengths: list[int] = []
+    cut = 0
     with Progress(len(rows), "rows", f"tokenising {rows.name}") as progress:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = rows.part(start, start + _ROWS_AT_ONCE)
-            for row_ids, row_types in encoder.encode(part.first, part.second, max_length):
-                ids.append(np.array(row_ids, np.int32))
-                types.append(np.array(row_types, np.int8))
-                lengths.append(len(row_ids))
+            for row in encoder.encode(part.first, part.second, max_length):
+                ids.append(np.array(row.ids, np.int32))
+                types.append(np.array(row.types, np.int8))
+                lengths.append(len(row.ids))
+                cut += row.cut
             progress.advance(len(part))
     flat_types = np.concatenate(types)
     return Encoded(
@@ -227,6 +253,7 @@ def _encode(rows: Rows, encoder: PairEncoder, max_length: int) -> Encoded:
         np.cumsum(lengths, dtype=np.int64),
         np.array(rows.labels, np.float64),
         encoder.pad_id,
+        cut,
     )
 
 
@@ -236,9 +263,10 @@ def _read(path: Path, pad_id: int, count: int) -> Encoded | None:
 
     try:
         stored = load_file(path)
-        encoded = Encoded(stored["ids"], stored.get("types"), stored["ends"], stored["labels"], pad_id)
+        arrays = (stored["ids"], stored.get("types"), stored["ends"], stored["labels"])
+        encoded = Encoded(*arrays, pad_id, int(stored["cut"][0]))
     except (OSError, SafetensorError, KeyError):
-        return None  # not there, or cut short: it is made anew
+        return None  # not there, cut short, or of before `cut` was counted: it is made anew
     whole = len(encoded) == len(encoded.labels) == count and encoded.ends[-1] == len(encoded.ids)
     return encoded if whole else None
 
@@ -246,7 +274,7 @@ def _read(path: Path, pad_id: int, count: int) -> Encoded | None:
 def _write(path: Path, encoded: Encoded) -> None:
     from safetensors.numpy import save_file
 
-    arrays = {"ids": encoded.ids, "ends": encoded.ends, "labels": encoded.labels}
+    arrays = {"ids": encoded.ids, "ends": encoded.ends, "labels": encoded.labels, "cut": np.array([encoded.cut])}
     if encoded.types is not None:
         arrays["types"] = encoded.types
     try:

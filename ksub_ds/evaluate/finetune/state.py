@@ -55,7 +55,10 @@ def load_state(work: Path, train_step: TrainStep, stamp: str) -> Position:
         with safe_open(path, framework="pt") as stream, torch.no_grad():
             about = stream.metadata() or {}
             if about.get("stamp") != stamp:
-                get_logger().info(f"{path}: is of another model, other data or settings; this fine-tuning begins anew")
+                get_logger().info(
+                    f"{path}: is of another model, other data or settings, or of an earlier version; this fine-tuning "
+                    "begins anew"
+                )
                 return Position()
             names = set(stream.keys())
             for name, parameter in train_step.module.named_parameters():

@@ -31,6 +31,7 @@ class ClassifierTraining:
         settings: how it is trained.
         keep_model: write WORK/model, a HuggingFace folder of the best epoch.
         attention: its implementation, by transformers' name; None = transformers' choice.
+        classes: their names, kept in the model's config.json; none = transformers' LABEL_0 and so on.
     """
 
     model: str
@@ -44,6 +45,7 @@ class ClassifierTraining:
     settings: FineTuning
     keep_model: bool
     attention: str | None = None
+    classes: tuple[str, ...] = ()
 
 
 def train_classifier(
@@ -63,6 +65,9 @@ def train_classifier(
     model = load_classifier(training.model, training.num_labels, settings.seed, training.body)
     model = model.to(distributed.device())
     set_attention(model, training.attention)
+    if training.classes:
+        model.config.id2label = dict(enumerate(training.classes))
+        model.config.label2id = {name: number for number, name in enumerate(training.classes)}
     work.mkdir(parents=True, exist_ok=True)
     outcome = finetune(
         model, training.train, settings, training.validate, work, training.identity, check, several_ranks
@@ -72,10 +77,12 @@ def train_classifier(
             model.save_pretrained(temporary)
             training.encoder.save(temporary)
             limit_tokenizer(temporary, model.config)
+    cut = {"cut_examples": training.train.cut} if training.train.cut else {}
     return {
         "epochs": outcome.epochs,
         "best_epoch": outcome.best_epoch,
         "train_examples": len(training.train),
+        **cut,
         "ranks": distributed.world_size() if several_ranks else 1,
         "attention": model.config._attn_implementation,
     }

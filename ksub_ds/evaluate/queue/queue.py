@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import json_bytes, read_json
+from ksub_ds.common.files import json_bytes, read_json, write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate.queue.leases import Holder, Lease, LeaseFolder, LeaseLost, boot_id, keep_touching, make_once
 
@@ -46,38 +46,60 @@ class Queue:
         folder: shared by all workers.
         jobs: all jobs, those that are needed before those that need them.
         identity: what this evaluation is, as JSON values; all workers must have the same.
+        notes: kept in plan.json beside it; these may change.
     """
 
-    def __init__(self, folder: Path, jobs: Sequence[Job], identity: dict[str, Any]):
-        self.folder, self.identity = folder, identity
+    def __init__(
+        self, folder: Path, jobs: Sequence[Job], identity: dict[str, Any], notes: dict[str, Any] | None = None
+    ):
+        self.folder, self.identity, self._notes = folder, identity, notes or {}
         self.jobs = {job.name: job for job in jobs}
         self.done, self._workers = folder / "queue" / "done", folder / "queue" / "workers"
         self.leases = LeaseFolder(folder / "queue" / "claims")
 
     @classmethod
-    def join(cls, folder: Path, jobs: Sequence[Job], identity: dict[str, Any]) -> Self:
+    def join(
+        cls, folder: Path, jobs: Sequence[Job], identity: dict[str, Any], notes: dict[str, Any] | None = None
+    ) -> Self:
         """Begin a queue, or join the one in the folder.
 
         Raises:
             UserError: other settings are in the folder (each changed key is named), or it cannot be written.
         """
-        queue = cls(folder, jobs, identity)
-        plan = folder / "queue" / "plan.json"
+        queue = cls(folder, jobs, identity, notes)
+        path = folder / "queue" / "plan.json"
         try:
-            for path in (queue.leases.path, queue.done):
-                path.mkdir(parents=True, exist_ok=True)
+            for each in (queue.leases.path, queue.done):
+                each.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
-        make_once(plan, json_bytes(identity | {"jobs": {job.name: job.needs for job in jobs}}, indent=2))
-        before = read_json(plan)
-        changed = [key for key in {**identity, **before} if key != "jobs" and before.get(key) != identity.get(key)]
+        plan = identity | queue._notes | {"jobs": {job.name: list(job.needs) for job in jobs}}
+        make_once(path, json_bytes(plan, indent=2))
+        before = read_json(path)
+        free = {"jobs", *queue._notes}
+        changed = [key for key in {**identity, **before} if key not in free and before.get(key) != identity.get(key)]
         if changed:
             key = changed[0]
             raise UserError(
                 f"--out {folder}: holds an evaluation with other settings "
                 f"({_difference(key, before.get(key), identity.get(key))}); give the old ones, or a new --out"
             )
+        if before != plan:
+            write_json(path, plan)
         return queue
+
+    @staticmethod
+    def recorded(folder: Path) -> dict[str, Any]:
+        """Return identity, notes and jobs of the queue in a folder; nothing where there is none.
+
+        Raises:
+            UserError: plan.json is damaged.
+        """
+        path = folder / "queue" / "plan.json"
+        plan = read_json(path) if path.exists() else {}
+        if not isinstance(plan, dict):
+            raise UserError(f"{path}: is damaged; evaluate into a new --out")
+        return plan
 
     @classmethod
     def read(cls, folder: Path) -> Self:

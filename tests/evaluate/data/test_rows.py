@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.evaluate.data.rows import Columns, Source
@@ -29,6 +31,84 @@ def test_label_order_is_that_of_the_published_data(tmp_path: Path) -> None:
     assert NLI_LABELS == GLUE_TASKS["mnli"].columns.labels == ("entailment", "neutral", "contradiction")
     assert GLUE_TASKS["rte"].columns.labels == ("entailment", "not_entailment")
     assert GLUE_TASKS["stsb"].regression and GLUE_TASKS["stsb"].num_labels == 1
+
+
+@given(st.sampled_from([*enumerate(NLI_LABELS), (2, "contradictory")]), st.randoms(use_true_random=False))
+def test_names_of_classes_in_any_case(named: tuple[int, str], draw: Any) -> None:
+    number, name = named
+    spelt = "".join(draw.choice((letter.upper(), letter)) for letter in name)
+    assert XNLI_COLUMNS.label(f" {spelt}\t") == XNLI_COLUMNS.label(number) == XNLI_COLUMNS.label(str(number)) == number
+    assert GLUE_TASKS["rte"].columns.label("Not-Entailment") == GLUE_TASKS["rte"].columns.label("not entailment") == 1
+
+
+def test_a_label_map_is_the_whole_truth_about_numbers(tmp_path: Path) -> None:
+    other = XNLI_COLUMNS.mapped(("0=contradiction", "1=entailment", "oui=entailment", "-1=neutral", "9=positive"))
+    rows = [GOOD | {"label": label} for label in (0, 1, "oui", -1, "neutral", 0.0, "1")]
+    assert source(tmp_path, rows).read("en", "test", other).labels == [2, 0, 0, 1, 1, 2, 0]
+    with pytest.raises(UserError, match=r"line 1: label 2 is not in --label-map"):
+        source(tmp_path, [GOOD | {"label": 2}]).read("en", "test", other)
+    named = Columns("premise", "hypothesis", ("1", "2", "3"))  # a number that is a name is no position
+    assert [named.label(label) for label in (1, "2", 3.0)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="label 0 is not one of"):
+        named.label(0)
+
+
+def test_the_class_names_of_a_parquet_file_count(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "en").mkdir()
+    path = tmp_path / "en" / "test.parquet"
+
+    def save(names: list[str]) -> None:
+        features = {"premise": datasets.Value("string"), "hypothesis": datasets.Value("string")}
+        label = {"label": datasets.ClassLabel(names=names)}
+        columns = {key: [GOOD[key]] * 3 for key in features} | {"label": [0, 1, 2]}
+        datasets.Dataset.from_dict(columns, datasets.Features(features | label)).to_parquet(path)
+
+    def labels(columns: Columns = XNLI_COLUMNS) -> list[float]:
+        return Source(str(tmp_path)).read("en", "test", columns).labels
+
+    save(["contradiction", "Entailment", "neutral"])
+    assert labels() == [2, 0, 1]
+    for names in (list(NLI_LABELS), ["0", "1", "2"]):
+        save(names)
+        assert labels() == [0, 1, 2]
+    save(["no", "maybe", "yes"])
+    with pytest.raises(UserError, match=r"label 0 is 'no' by the file's own class names.*--label-map 'no=CLASS'"):
+        labels()
+    assert labels(XNLI_COLUMNS.mapped(("no=contradiction", "maybe=neutral", "yes=entailment"))) == [2, 1, 0]
+    assert Source(str(tmp_path)).classes("en", "test", "label") == ("no", "maybe", "yes")
+
+
+def test_unlabelled_rows_are_counted_or_kept(tmp_path: Path) -> None:
+    rows = [GOOD, GOOD | {"label": None}, GOOD | {"label": -1}, GOOD | {"label": ""}, GOOD | {"label": "-1"}, GOOD]
+    found = source(tmp_path, rows)
+    with pytest.raises(UserError, match=r"line 2: label null stands for an unlabelled row.*4 of 6 rows are such"):
+        found.read("en", "test", XNLI_COLUMNS)
+    kept = found.read("en", "test", XNLI_COLUMNS, unlabelled=True)
+    assert len(kept) == 6 and kept.labelled() == 2
+    bare = {key: value for key, value in GOOD.items() if key != "label"}
+    assert source(tmp_path, [bare]).read("en", "test", XNLI_COLUMNS, unlabelled=True).labelled() == 0
+    with pytest.raises(UserError, match=r"no column 'label'; every row needs .*; found premise, hypothesis"):
+        source(tmp_path, [bare]).read("en", "test", XNLI_COLUMNS)
+    with pytest.raises(UserError, match="line 1: premise is null, not text"):
+        source(tmp_path, [GOOD | {"premise": None}]).read("en", "test", XNLI_COLUMNS)
+
+
+def test_classes_are_found_in_the_data(tmp_path: Path) -> None:
+    for labels, classes in (
+        (["b", "a", "b", None], ("a", "b")),
+        ([10, 9, 1.0, -1], ("1", "9", "10")),
+        ([True, False], ("false", "true")),
+    ):
+        found = source(tmp_path, [{"label": label} for label in labels]).classes("en", "test", "label")
+        assert found == classes
+    for labels, message in ((["a", "a"], "one class"), ([-1], "no class"), ([[1]], "label is list, not a class")):
+        with pytest.raises(UserError, match=message):
+            source(tmp_path, [{"label": label} for label in labels]).classes("en", "test", "label")
+    with pytest.raises(UserError, match="more than 1,000 values"):
+        source(tmp_path, [{"label": f"v{number}"} for number in range(1_001)]).classes("en", "test", "label")
+    with pytest.raises(UserError, match="no column 'y'; found label"):
+        source(tmp_path, [{"label": 1}]).classes("en", "test", "y")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +143,7 @@ def test_empty_damaged_and_absent_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="damaged or cut short"):
         whole.read("en", "train", XNLI_COLUMNS)
     path.write_bytes(b"no gzip")
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="line 1 is not JSON; the file is damaged"):
         whole.read("en", "train", XNLI_COLUMNS)
     with pytest.raises(UserError, match="is not there"):
         whole.read("fr", "test", XNLI_COLUMNS)
@@ -76,7 +156,7 @@ def test_empty_damaged_and_absent_files(tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksub_ds.evaluate.data.rows.INFLATION_FREE", 100_000)
+    monkeypatch.setattr("ksub_ds.evaluate.data.row_files.INFLATION_FREE", 100_000)
     bomb = source(tmp_path, [" " * 50_000] * 100, "test.jsonl.gz")
     with pytest.raises(UserError, match="inflates to more than"):
         bomb.read("en", "test", XNLI_COLUMNS)
@@ -109,10 +189,10 @@ def test_parquet_bombs_and_bad_text(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert path.stat().st_size < 10_000
     assert len(Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)) == 100
     with monkeypatch.context() as patch:
-        patch.setattr("ksub_ds.evaluate.data.rows.INFLATION_FREE", 100_000)
+        patch.setattr("ksub_ds.evaluate.data.row_files.INFLATION_FREE", 100_000)
         with pytest.raises(UserError, match="inflates to more than"):
             Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)
-    monkeypatch.setattr("ksub_ds.evaluate.data.rows.LONGEST_LINE", 1_000)
+    monkeypatch.setattr("ksub_ds.evaluate.data.row_files.LONGEST_LINE", 1_000)
     with pytest.raises(UserError, match="line 1: premise has 50,000 characters"):
         Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS, limit=1)
     text = pyarrow.array([b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())

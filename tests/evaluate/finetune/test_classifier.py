@@ -10,7 +10,7 @@ import torch
 from ksub_ds.common.errors import UserError
 from ksub_ds.evaluate.data.rows import Source
 from ksub_ds.evaluate.data.tasks import XNLI_COLUMNS
-from ksub_ds.evaluate.finetune.classifier import check_fit, describe, load_classifier, open_encoder
+from ksub_ds.evaluate.finetune.classifier import check_encoder, check_fit, describe, load_classifier, open_encoder
 from ksub_ds.evaluate.finetune.encoding import encode, load_encoder
 from ksub_ds.evaluate.finetune.scoring import predict
 
@@ -79,3 +79,33 @@ def test_a_trained_head_is_drawn_anew(tiny_model: Path, tmp_path: Path) -> None:
     assert heads[3][weight].shape[0] == 1
     dense = "classifier.dense.weight"
     assert not torch.equal(heads[3][dense], trained.state_dict()[dense])
+
+
+def test_what_is_no_encoder_is_told_by_its_config(tmp_path: Path) -> None:
+    """Nothing but the configuration is read: the weights need not be there."""
+    import transformers
+
+    kinds = {
+        "gpt2": (transformers.GPT2Config(), r"is a decoder \(gpt2\); give an encoder"),
+        "llama": (transformers.LlamaConfig(), r"is a decoder \(llama\)"),
+        "t5": (transformers.T5Config(), r"is an encoder-decoder \(t5\)"),
+        "vit": (transformers.ViTConfig(), r"no sequence classifier for \(vit\)"),
+    }
+    for name, (config, message) in kinds.items():
+        config.save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=message):
+            check_encoder(str(tmp_path / name))
+    for name in ("Bert", "XLMRoberta", "DebertaV2", "Electra", "XLNet", "ModernBert", "Bart"):
+        getattr(transformers, f"{name}Config")().save_pretrained(tmp_path / name)
+        check_encoder(str(tmp_path / name))
+    (tmp_path / "DebertaV2" / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(UserError, match=r"DebertaV2: holds pickled weights only \(\*.bin\)"):
+        check_encoder(str(tmp_path / "DebertaV2"))
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    about = {"base_model_name_or_path": "xlm-roberta-base", "peft_type": "LORA"}
+    for content, base in ((json.dumps(about), "xlm-roberta-base"), ("[1]", "BASE"), ("{", "BASE")):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(UserError, match=rf"adapter \(adapter_config.json\) of {base}, not a model; merge"):
+            check_encoder(str(tmp_path))

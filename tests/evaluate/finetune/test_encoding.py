@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate.data.rows import Rows
-from ksub_ds.evaluate.finetune.encoding import HuggingFacePairs, XlmrPairs, encode, load_encoder
+from ksub_ds.evaluate.finetune.encoding import EncodedRow, HuggingFacePairs, XlmrPairs, encode, load_encoder
 
 TEXT = ["the old house falls", "a bird", "", "river stone green walks sings falls under over near slowly today " * 4]
 
@@ -18,9 +19,10 @@ def test_pairs_are_those_of_transformers(tiny_model: Path, max_length: int) -> N
     first = [a for a in TEXT for _ in TEXT]
     second = [b for _ in TEXT for b in TEXT]
     for pair in ((first, second), (first, None)):
-        assert [ids for ids, _ in ours.encode(*pair, max_length)] == [
-            ids for ids, _ in theirs.encode(*pair, max_length)
-        ]
+        mine, others = (encoder.encode(*pair, max_length) for encoder in (ours, theirs))
+        assert [(row.ids, row.cut) for row in mine] == [(row.ids, row.cut) for row in others]
+        whole = ours.encode(*pair, 10_000)
+        assert [row.cut for row in mine] == [len(row.ids) > max_length for row in whole]
 
 
 def test_other_tokenizers_bring_their_pattern_and_types(tmp_path: Path) -> None:
@@ -43,7 +45,7 @@ def test_cache_is_used_checked_and_made_anew(tiny_model: Path, tmp_path: Path) -
     (stored,) = (tmp_path / "encoded").iterdir()
 
     class Refuses(type(encoder)):  # type: ignore[misc]
-        def encode(self, *arguments: object) -> list[tuple[list[int], list[int]]]:
+        def encode(self, *arguments: object) -> list[EncodedRow]:
             raise AssertionError("tokenised again")
 
     refuses = Refuses.__new__(Refuses)
@@ -59,6 +61,28 @@ def test_cache_is_used_checked_and_made_anew(tiny_model: Path, tmp_path: Path) -
     assert (encode(rows, encoder, 16, tmp_path).ids == first.ids).all()
 
 
+def test_rows_that_are_cut_are_counted(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    rows = Rows(TEXT, TEXT, [0.0] * 4, "FILE")
+    encoder = load_encoder(str(tiny_model))
+    for _ in range(2):  # the second time from the cache
+        encoded = encode(rows, encoder, 20, tmp_path)
+        assert encoded.cut == 1 and encoded.joined([encoded]).cut == 2
+        told = caplog.text
+        caplog.clear()
+        assert "FILE: 1 of 4 rows are longer than 20 tokens (--max-length) and are cut" in told
+    (stored,) = (tmp_path / "encoded").iterdir()
+    arrays = load_file(stored)
+    arrays.pop("cut")
+    save_file(arrays, stored)  # as before it was counted
+    assert encode(rows, encoder, 20, tmp_path).cut == 1
+    assert encode(rows, encoder, 1_000, tmp_path).cut == 0
+
+
 def test_a_batch_holds_its_rows(tiny_model: Path) -> None:
     rows = Rows(TEXT, TEXT[::-1], [0.0, 1.0, 2.0, 0.0], "rows")
     encoder = load_encoder(str(tiny_model))
@@ -67,6 +91,6 @@ def test_a_batch_holds_its_rows(tiny_model: Path) -> None:
     joined = encoded.joined([encoded])
     batch = joined.batch(np.array([3, 0, 5]))
     for index, row in enumerate((3, 0, 1)):
-        ids = made[row][0]
+        ids = made[row].ids
         assert batch["input_ids"][index].tolist() == ids + [encoded.pad_id] * (batch["input_ids"].shape[1] - len(ids))
         assert batch["attention_mask"][index].sum() == len(ids)
