@@ -11,7 +11,6 @@ tokenizer and compression.json. Next: `ksub pretrain --warm-start small_model`, 
 `--distill-from plain_model`.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,18 +24,13 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.convert.fitting import Mixing, fit_tables
+from ksub_ds.convert.sentence_encoder import copy_sentence_files, encoder_folder, sentence_folder
 from ksub_ds.model.sequence_length import limit_tokenizer
 
 if TYPE_CHECKING:  # seconds of imports that --help does without
     from transformers import PreTrainedModel
 
     from ksub_ds.model.base import SubEmbeddingModel
-
-# How sentence-transformers uses an encoder; small JSON files that stay true for the compressed one.
-SENTENCE_FILES = (
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-    *("1_Pooling/config.json", "2_Normalize/config.json"),
-)
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ def compress_with_report(
     from ksub_ds.model.loading import open_model
     from ksub_ds.model.replacement import embedding_matrix, replace_embeddings
 
-    model = model_or_name if isinstance(model_or_name, PreTrainedModel) else open_model(model_or_name)
+    model = model_or_name if isinstance(model_or_name, PreTrainedModel) else open_model(encoder_folder(model_or_name))
     vectors = embedding_matrix(model).float().cpu().numpy()[: table.num_tokens]
     fit = fit_tables(vectors, table, mixing, weights)
     small = replace_embeddings(model, table, mixing=fit.mixing is not None)
@@ -217,9 +211,10 @@ def compress_model(settings: CompressModel) -> Path:
         raise UserError(f"--out {out}: is not a compressed model and not empty; choose another folder")
     if settings.sequences < 1:
         raise UserError(f"--sequences {settings.sequences}: must be at least 1")
-    model = open_model(settings.model)
-    tokenizer = _tokenizer(settings.model)
-    loss = _masked_loss(settings, model, tokenizer) if settings.data is not None else None
+    encoder, sentences = encoder_folder(settings.model), sentence_folder(settings.model)
+    model = open_model(encoder)
+    tokenizer = _tokenizer(str(encoder))
+    loss = _masked_loss(settings, encoder, model, tokenizer) if settings.data is not None else None
     try:
         vectors = embedding_matrix(model)
         if tokenizer is not None and len(tokenizer) < len(vectors):
@@ -234,9 +229,10 @@ def compress_model(settings: CompressModel) -> Path:
     with atomic_folder(out) as temporary:
         small.save_pretrained(temporary)
         table.save(temporary / "codes.safetensors")
-        _save_tokenizer(Path(settings.model), tokenizer, temporary)
+        _save_tokenizer(Path(encoder), tokenizer, temporary)
         limit_tokenizer(temporary, small.config)
-        copy_sentence_files(Path(settings.model), temporary)
+        if sentences is not None:
+            copy_sentence_files(sentences, temporary)
         source = {"model": settings.model, "codes_sha256": table.sha256}
         write_json(temporary / "compression.json", source | report.to_json())
     for line in report.lines():
@@ -287,7 +283,7 @@ def _codes(settings: CompressModel, vectors: Any) -> CodeTable:
     return table
 
 
-def _masked_loss(settings: CompressModel, model: Any, tokenizer: Any) -> Callable[[Any], float]:
+def _masked_loss(settings: CompressModel, encoder: Path | str, model: Any, tokenizer: Any) -> Callable[[Any], float]:
     """Return a function from a model to its mean loss over the masked tokens of the held-out part.
 
     Raises:
@@ -302,8 +298,8 @@ def _masked_loss(settings: CompressModel, model: Any, tokenizer: Any) -> Callabl
     if not type(model).__name__.endswith("ForMaskedLM"):
         raise UserError(f"--data: {settings.model} is a {type(model).__name__}, which predicts no masked tokens")
     dataset = ShardDataset.open(settings.data)
-    if Path(settings.model).is_dir():
-        dataset.check_tokenizer(load_tokenizer(settings.model).fingerprint, settings.model)
+    if Path(encoder).is_dir():
+        dataset.check_tokenizer(load_tokenizer(encoder).fingerprint, settings.model)
     elif tokenizer is not None and len(tokenizer) != dataset.manifest["tokenizer"]["vocab_size"]:
         raise UserError(f"--data {settings.data}: made with another tokenizer than that of {settings.model}")
     batches = HeldOutBatches(dataset, settings.sequences, mlm_probability=0.15, batch_size=8)
@@ -324,11 +320,3 @@ def _masked_loss(settings: CompressModel, model: Any, tokenizer: Any) -> Callabl
         return total / count
 
     return measure
-
-
-def copy_sentence_files(source: Path, target: Path) -> None:
-    """Copy the files that make a folder one of sentence-transformers, as far as it has them."""
-    for name in SENTENCE_FILES:
-        if (source / name).is_file():
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, target / name)

@@ -113,8 +113,11 @@ class SubEmbedding(nn.Module):
             self._structure = CodeStructure(self.codes, self.table_sizes)
         return self._structure
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        guard = state_dict.get(f"{prefix}weight")
+        if guard is not None and not guard.numel():  # what SubEmbeddingModel.save_pretrained adds; any other is wrong
+            state_dict = {name: value for name, value in state_dict.items() if name != f"{prefix}weight"}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._structure = None  # the codes may have been overwritten in place
 
     def __getattr__(self, name: str) -> Any:

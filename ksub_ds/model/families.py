@@ -34,6 +34,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.model.base import SubEmbeddingModel, with_table
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.masked_lm import SubMaskedLM
+from ksub_ds.model.step_loss import add_up_over_batches
 
 
 class GraftedModel(SubEmbeddingModel):
@@ -116,6 +117,7 @@ class KSubBertForSequenceClassification(GraftedModel, BertForSequenceClassificat
 
     config_class = KSubBertConfig
     bare_class = KSubBertModel
+    forward = add_up_over_batches(BertForSequenceClassification.forward)
 
 
 # ---------------------------------------------------------------- ELECTRA (the generator's head)
@@ -157,6 +159,7 @@ class KSubElectraForSequenceClassification(GraftedModel, ElectraForSequenceClass
 
     config_class = KSubElectraConfig
     bare_class = KSubElectraModel
+    forward = add_up_over_batches(ElectraForSequenceClassification.forward)
 
 
 # ---------------------------------------------------------------- DistilBERT
@@ -198,6 +201,7 @@ class KSubDistilBertForSequenceClassification(GraftedModel, DistilBertForSequenc
 
     config_class = KSubDistilBertConfig
     bare_class = KSubDistilBertModel
+    forward = add_up_over_batches(DistilBertForSequenceClassification.forward)
 
 
 # ---------------------------------------------------------------- ModernBERT
@@ -251,3 +255,4 @@ class KSubModernBertForSequenceClassification(GraftedModernBert, ModernBertForSe
     """ModernBERT with a classifier."""
 
     bare_class = KSubModernBertModel
+    forward = add_up_over_batches(ModernBertForSequenceClassification.forward)

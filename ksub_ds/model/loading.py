@@ -1,14 +1,28 @@
-"""Opening a trained model by folder or name: one of ours, or a plain one that can be compressed."""
+"""Opening a trained model by folder or name: one of ours, or a plain one that can be compressed.
 
+Published models come with heads that say nothing of masked tokens (ELECTRA's discriminator, next sentences, answers to
+questions), or without the head that config.json names. Their encoder is taken, and a line says so.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.logging import get_logger
 from ksub_ds.model.registration import register
 from ksub_ds.model.replacement import CLASSES
+
+TWO_HEADS = {"BertForPreTraining": "BertForMaskedLM"}  # that for next sentences is left out
+OTHER_HEAD = re.compile(r"(?P<family>\w+)For(?!CausalLM)[A-Z]\w+")
+COUNTERS = {"position_ids", "token_type_ids"}  # buffers 0, 1, 2, ... that older versions stored
+NAMED = 3  # weights or modules named in a message
 
 
 def _classes() -> dict[str, Any]:
@@ -25,16 +39,18 @@ def open_config(name: str | Path) -> PretrainedConfig:
     register()
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{name}: holds no config.json; give the folder of a model")
+        inside = next((each.parent.name for each in sorted(path.glob("*/config.json")) if _is_model(each.parent)), None)
+        raise UserError(f"{name}: holds no config.json; give {path / inside if inside else 'the folder of a model'}")
     try:
         config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: transformers finds no model it knows there ({_first_line(error)})") from error
-    wanted = (config.architectures or ["none named"])[0]
-    if wanted not in _classes():
+    if _class_to_open(config) is None:
+        wanted = (config.architectures or [f"model of type {config.model_type}"])[0]
         families = "BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT or ModernBERT"
         raise UserError(
-            f"{name}: is a {wanted}; give an encoder of {families}: bare, for masked tokens or a classifier"
+            f"{name}: is a {wanted}; give an encoder of {families}: bare, for masked tokens, a classifier or with "
+            "another head, which is left out"
         )
     return config
 
@@ -42,17 +58,100 @@ def open_config(name: str | Path) -> PretrainedConfig:
 def open_model(name: str | Path) -> PreTrainedModel:
     """Open a model that can be compressed, from safetensors only and without its own code.
 
+    What a published model has besides (other heads) is left out, and what it lacks (the head that its config.json
+    names, a pooler) is not made up: the encoder is opened, and a line says so.
+
     Raises:
-        UserError: as `open_config`, or only pickled weights.
+        UserError: as `open_config`, only pickled weights, or weights of the encoder are absent.
     """
     config = open_config(name)
+    model_class = _class_to_open(config)
+    model, missing, unused = _load(name, model_class)
+    head = {weight for weight in missing if not weight.startswith(f"{model.base_model_prefix}.")}
+    if head and model is not model.base_model and _has_no_head(model, head):
+        model_class = _bare_class(model_class)
+        model, missing, unused = _load(name, model_class)
+    bare = model is model.base_model
+    pooler = {weight for weight in missing if bare and weight.startswith("pooler.")}
+    if missing - pooler:
+        raise UserError(
+            f"{name}: {len(missing - pooler)} weights of a {model_class.__name__} are absent "
+            f"({_some(missing - pooler)}); the folder is damaged, or its config.json is of another model"
+        )
+    if pooler:
+        model.pooler = None
+    wanted = (config.architectures or [model_class.__name__])[0]
+    left_out = {weight.rpartition(".")[0] for weight in unused if weight.rpartition(".")[2] not in COUNTERS}
+    if wanted != model_class.__name__ or left_out:
+        without = f", without {_some(left_out)}" if left_out else ""
+        get_logger().info(f"{name}: a {wanted}, read as {model_class.__name__}{without}")
+    return model.eval()
+
+
+def _class_to_open(config: PretrainedConfig) -> Any:
+    """Return the class to read a model with; None if it is of a kind that is not read."""
+    classes = _classes()
+    if not config.architectures:  # older folders do not say; should the head be absent, the encoder is taken
+        guess = AutoModelForMaskedLM._model_mapping.get(type(config), None)
+        return classes.get(getattr(guess, "__name__", ""))
+    wanted = config.architectures[0]
+    other = OTHER_HEAD.fullmatch(wanted)
+    named = TWO_HEADS.get(wanted, wanted)
+    return classes.get(named) or classes.get(f"{other['family']}Model" if other else "")
+
+
+def _bare_class(model_class: type) -> Any:
+    return _classes()[re.sub(r"For[A-Z]\w+$", "Model", model_class.__name__)]
+
+
+def _has_no_head(model: PreTrainedModel, missing: set[str]) -> bool:
+    """Return whether nothing of a model's head was stored."""
+    prefix = f"{model.base_model_prefix}."
+    tied = set(model.all_tied_weights_keys)
+    return {name for name, _ in model.named_parameters() if not name.startswith(prefix)} - tied <= missing
+
+
+def _load(name: str | Path, model_class: Any) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """Return a model, the names of weights it has but the folder has not, and of those that only the folder has.
+
+    Raises:
+        UserError: it cannot be read, or is pickled.
+    """
     try:
-        return _classes()[config.architectures[0]].from_pretrained(str(name), use_safetensors=True).eval()
+        with _quiet_transformers():
+            model, info = model_class.from_pretrained(str(name), use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{name}: cannot be read ({_first_line(error)}); weights must be safetensors: pickled ones are not read, "
             "save them anew with save_pretrained() in a place you trust"
         ) from error
+    return model, set(info["missing_keys"]), set(info["unexpected_keys"])
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide transformers' report of weights that a model lacks or does not use, where the caller says what matters.
+
+    Yields:
+        Nothing.
+    """
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _is_model(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
+
+
+def _some(names: set[str]) -> str:
+    """Name a few of many."""
+    first = sorted(names)[:NAMED]
+    more = f" and {len(names) - len(first)} more" if len(names) > len(first) else ""
+    return ", ".join(first) + more
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 Its loss is the exact masked-token loss, tied to the input tables without an N x d matrix.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,22 @@ from transformers.modeling_outputs import MaskedLMOutput
 from ksub_ds.model.base import SubEmbeddingModel
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.softmax import factorized_cross_entropy, log_partition
+from ksub_ds.model.step_loss import per_item
 
 
 class SubMaskedLM(SubEmbeddingModel):
     """A masked language model whose loss is exact over all N tokens and never holds N logits.
 
     Each family defines where its head and its bias are: `_decoder_input` and `_decoder_bias_module`.
+
+    Attributes:
+        evaluation_output: what transformers' Trainer gets beside the loss when it evaluates with labels:
+            "predictions", the most probable token at each labelled position and -100 elsewhere, (batch, length);
+            "logits", (batch, length, N): N is wide; or "loss" for nothing more.
     """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
+    evaluation_output: Literal["predictions", "logits", "loss"] = "predictions"
 
     def _decoder_input(self, states: Tensor) -> Tensor:
         """Apply the head without the decoder: (..., h) last states of the encoder -> (..., d) decoder inputs."""
@@ -55,6 +62,10 @@ class SubMaskedLM(SubEmbeddingModel):
         soft_targets: Any = None,
         soft_weight: float = 0.0,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_predictions: bool = False,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | tuple:
         """Compute the loss at the labelled positions, or dense logits when there are no labels.
@@ -71,34 +82,60 @@ class SubMaskedLM(SubEmbeddingModel):
             soft_targets: a teacher's distributions at the labelled positions (distillation.py), or None.
             soft_weight: their share of the loss.
             return_dict: return a `MaskedLMOutput` rather than a tuple. [as the configuration says]
+            num_items_in_batch: labelled positions of the whole optimizer step, which transformers' Trainer counts. The
+                loss is then the sum over this batch's divided by it, so that the losses of a step's batches add up
+                to the mean. When evaluating, it also asks for `evaluation_output`.
+            output_predictions: also return, as `predictions`, the most probable token at each labelled position,
+                (batch, length), -100 elsewhere.
+            token_type_ids: (batch, length) segments, for encoders that have them. Named, like the next, because
+                the Trainer drops columns of a data set that this signature does not name.
+            position_ids: (batch, length) positions. [counted]
             **kwargs: passed to the encoder.
 
         Returns:
             Loss, logits, and the encoder's hidden states and attentions if asked for.
         """
+        given = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        if num_items_in_batch is not None:
+            loss_reduction = "sum"
+            if not self.training:
+                output_logits = output_logits or self.evaluation_output == "logits"
+                output_predictions = output_predictions or self.evaluation_output == "predictions"
         outputs = self.base_model(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         states = outputs.last_hidden_state
-        embedding = self.get_input_embeddings()
-        loss = logits = correct = None
+        loss = logits = None
+        extra: dict[str, Tensor] = {}
         if labels is not None:
             labelled = labels != -100
-            decoder_input, targets, bias = self._decoder_input(states[labelled]), labels[labelled], self.decoder_bias
-            loss = factorized_cross_entropy(decoder_input, embedding, targets, bias, reduction=loss_reduction)
-            if soft_targets is not None and soft_weight:
-                delta = _distillation_delta(decoder_input, embedding, targets, bias, soft_targets)
-                loss = loss + soft_weight * (delta / len(targets) if loss_reduction == "mean" else delta)
-            if output_correct:
-                _, best = embedding.predict_topk(decoder_input, 1, bias)
-                correct = (best.squeeze(1) == targets).sum()
+            decoder_input, targets = self._decoder_input(states[labelled]), labels[labelled]
+            loss = self._loss(decoder_input, targets, loss_reduction, soft_targets, soft_weight)
+            if num_items_in_batch is not None:
+                loss = per_item(loss, num_items_in_batch, self.training)
+            if output_correct or output_predictions:
+                best = self.get_input_embeddings().predict_topk(decoder_input, 1, self.decoder_bias)[1].squeeze(1)
+                if output_correct:
+                    extra["correct"] = (best == targets).sum()
+                if output_predictions:
+                    extra["predictions"] = torch.full_like(labels, -100).masked_scatter(labelled, best)
         if labels is None or output_logits:
-            logits = embedding.logits(self._decoder_input(states), self.decoder_bias)
+            logits = self.get_input_embeddings().logits(self._decoder_input(states), self.decoder_bias)
         result = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-        if correct is not None:
-            result["correct"] = correct
+        for name, value in extra.items():
+            result[name] = value
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return result if use_dict else result.to_tuple()
+
+    def _loss(self, decoder_input: Tensor, targets: Tensor, reduction: str, soft_targets: Any, weight: float) -> Tensor:
+        """Compute the loss of the labelled positions, a teacher's share included."""
+        embedding, bias = self.get_input_embeddings(), self.decoder_bias
+        loss = factorized_cross_entropy(decoder_input, embedding, targets, bias, reduction=reduction)
+        if soft_targets is not None and weight:
+            delta = _distillation_delta(decoder_input, embedding, targets, bias, soft_targets)
+            loss = loss + weight * (delta / len(targets) if reduction == "mean" else delta)
+        return loss
 
     def _decoder_input_at(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
         states = self.base_model(input_ids, attention_mask=attention_mask).last_hidden_state

@@ -25,6 +25,7 @@ from ksub_ds.model.base import SubEmbeddingModel, with_table
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.masked_lm import SubMaskedLM
+from ksub_ds.model.step_loss import add_up_over_batches
 
 
 class KSubRobertaPreTrainedModel(SubEmbeddingModel, RobertaPreTrainedModel):
@@ -107,6 +108,8 @@ class KSubRobertaForMaskedLM(SubMaskedLM, KSubRobertaPreTrainedModel):
 
 class KSubRobertaForSequenceClassification(KSubRobertaPreTrainedModel, RobertaForSequenceClassification):
     """Sentence or sentence-pair classification and regression, for GLUE and XNLI; transformers' own head."""
+
+    forward = add_up_over_batches(RobertaForSequenceClassification.forward)
 
     def __init__(self, config: KSubRobertaConfig, table: CodeTable | None = None):
         config, table = with_table(config, table)
