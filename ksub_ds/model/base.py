@@ -1,9 +1,11 @@
 """What every model over sub-embeddings shares, whatever its encoder: saving, loading, resizing.
 
-The codes are saved among the weights, with a guard against the plain classes. The loss is in masked_lm.py.
+The codes are saved among the weights, with a guard against the plain classes. The loss is in masked_lm.py. PEFT, in a
+process that uses it, finds defaults for our types and the embedding that an adapter replaced; nothing imports it here.
 """
 
 import copy
+import sys
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,8 +16,10 @@ from transformers import initialization as init
 
 from ksub_ds.codes.extension import extend_codes
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.model.adapters import active_module, offer_target_modules
 from ksub_ds.model.embedding import SubEmbedding
+
+# Types that PEFT has no defaults for, plain ones included: their attention's projections, as it chooses elsewhere.
+LORA_TARGETS = {"ksub_distilbert": ["q_lin", "v_lin"], "ksub_modernbert": ["Wqkv"]}
 
 
 def with_table(config: Any, table: CodeTable | None) -> tuple[Any, CodeTable]:
@@ -46,7 +50,7 @@ class SubEmbeddingModel(PreTrainedModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        offer_target_modules(self.config.model_type)
+        _offer_target_modules(self.config.model_type)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -89,7 +93,7 @@ class SubEmbeddingModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> SubEmbedding:
         """Return the one sub-embedding, which the decoder is tied to."""
-        return active_module(self, self.embedding_name())
+        return _active_module(self, self.embedding_name())
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the sub-embedding by another one.
@@ -154,3 +158,34 @@ class SubEmbeddingModel(PreTrainedModel):
 
     def _resize_bias(self, size: int, mean_resizing: bool) -> None:
         """Resize the bias per token, in models that have one."""
+
+
+def _offer_target_modules(model_type: str) -> None:
+    """Give one of our types the default `target_modules` that PEFT has for the plain type, for each of its methods.
+
+    Args:
+        model_type: of the configuration: "ksub_roberta" has the defaults of "roberta".
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    if constants is None:
+        return
+    plain = model_type.removeprefix("ksub_")
+    for name, defaults in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING") and plain in defaults:
+            defaults.setdefault(model_type, defaults[plain])
+    if model_type in LORA_TARGETS:
+        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, LORA_TARGETS[model_type])
+
+
+def _active_module(model: nn.Module, name: str) -> Any:
+    """Return a module, or the trainable copy that PEFT's `modules_to_save` put in its place.
+
+    Args:
+        model: that holds the module.
+        name: of the module, or of the original that PEFT keeps beside the copies.
+    """
+    owner, _, last = name.rpartition(".")
+    wrapper: Any = model.get_submodule(owner)
+    if last == "original_module" and not wrapper.disable_adapters and wrapper.active_adapters:
+        return wrapper.modules_to_save[wrapper.active_adapters[0]]
+    return model.get_submodule(name)
