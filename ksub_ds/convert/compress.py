@@ -246,11 +246,15 @@ def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # Where there are no files, transformers makes an empty tokenizer rather than fail.
+        if len(tokenizer) >= 2 * len(tokenizer.all_special_ids):
+            return tokenizer
+        reason = "no file of a vocabulary"
     except Exception as error:  # transformers raises many kinds here
         reason = str(error).strip().split("\n")[0][:160]
-        get_logger().warning(f"{name}: no tokenizer that transformers opens ({reason}); the new folder has none")
-        return None
+    get_logger().warning(f"{name}: no tokenizer that transformers opens ({reason}); the new folder has none")
+    return None
 
 
 def _save_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:

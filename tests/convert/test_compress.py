@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from ksub_ds import CodeTable, clustered_codes, compress, plain_codes, positional_codes, replace_embeddings
+from ksub_ds.cli import main
 from ksub_ds.common.errors import UserError
 from ksub_ds.convert.compress import compress_with_report
 from ksub_ds.convert.fitting import fit_tables
@@ -169,3 +170,13 @@ def test_what_cannot_be_compressed_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "aside").read_bytes()[:2000])
     with pytest.raises(UserError, match="cannot be read"):
         open_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["bert", "electra", "xlm-roberta"])
+def test_a_folder_without_a_tokenizer_keeps_all_its_tokens(family, tmp_path):
+    """transformers opens an empty tokenizer there, of special tokens alone."""
+    bert(words(), family=family, **({"embedding_size": 24} if family == "electra" else {})).save_pretrained(tmp_path)
+    command = ["compress", str(tmp_path), "--num-tables", "2", "--table-size", "20", "--out", str(tmp_path / "small")]
+    assert main(command) == 0
+    assert open_model(tmp_path / "small").config.vocab_size == 200
+    assert not (tmp_path / "small" / "tokenizer_config.json").exists()
