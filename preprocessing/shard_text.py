@@ -6,6 +6,10 @@
 `text` holds <lang>.jsonl[.gz], <lang>.txt[.gz], <lang>.parquet or folders <lang>/ of these. The second line is
 RoBERTa-MEDIUM's data, streamed from the hub; `roberta-base` is the folder of that tokenizer. The work is in
 ksub_ds/corpus/text/pipeline.py.
+
+Each text counts once: hidden names, copies, compressed forms of one file and files named after a held-out split are
+left out and counted (--splits takes the last). The last lines say what is left out whole; --strict makes that an error.
+docs/data.md has the rules, and those for names of languages (rus_Cyrl is ru).
 """
 
 import sys
