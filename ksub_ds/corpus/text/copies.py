@@ -46,9 +46,9 @@ def without_copies(files: list[TextFile], skipped: Skipped) -> list[TextFile]:
         if chosen is file:
             kept.append(file)
         elif file in plain_of:
-            skipped.add("compressed_copy", f"{file.name} holds what {chosen.name} holds")
+            skipped.add("compressed_copy", f"{printable(file.name)} holds what {printable(chosen.name)} holds")
         else:
-            skipped.add("copy", f"{file.name} is a copy of {chosen.name}")
+            skipped.add("copy", f"{printable(file.name)} is a copy of {printable(chosen.name)}")
     _tell_of_forms(kept)
     return kept
 
@@ -89,7 +89,7 @@ def _compressed_copies(files: list[TextFile]) -> dict[TextFile, TextFile]:
 
 
 def _tell_of_forms(files: list[TextFile]) -> None:
-    groups = [sorted(file.name for file in group) for group in _groups(files, with_form=False)]
+    groups = [sorted(printable(file.name) for file in group) for group in _groups(files, with_form=False)]
     if groups:
         more = f" and {len(groups) - 1:,} more" if len(groups) > 1 else ""
         get_logger().info(

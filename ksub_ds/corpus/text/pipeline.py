@@ -50,8 +50,7 @@ class ShardText:
     """Turn a folder of text into token shards for pretraining. The same command again makes what is missing."""
 
     input: Path | None = None
-    """Folder of <lang>.jsonl, <lang>.txt (blank lines separate documents), <lang>.parquet, <lang>.arrow or <lang>/;
-    also with .gz, .xz, .zst or .bz2."""
+    """Folder of <lang>.jsonl, .json, .txt (blank lines separate documents), .parquet, .arrow, or of folders <lang>/."""
     tokenizer: Path = tyro.MISSING
     """A SentencePiece .model in XLM-R's layout, the folder of a HuggingFace tokenizer, or a name in the hub's cache."""
     out: Path = tyro.MISSING
@@ -65,8 +64,7 @@ class ShardText:
     languages: tuple[str, ...] = ()
     """Only these languages of --input. [all that are there]"""
     splits: tuple[Literal["train", "validation", "test"], ...] = ()
-    """Files of --input to take of those whose names say a split, as en.test.jsonl does; other names say train.
-    [train, and the files left out are named]"""
+    """Take files of these splits, by names such as en.test.jsonl; other names say train. [train; names the others]"""
     strict: bool = False
     """Fail where a language or a file of --input is left out or cannot be read to its end."""
     datasets: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ from ksub_ds.corpus.text.names import (
 )
 from ksub_ds.corpus.text.saved import is_saved
 from ksub_ds.corpus.text.skipped import Skipped
-from ksub_ds.corpus.text.text_file import TextFile, printable
+from ksub_ds.corpus.text.text_file import TextFile, printable, utf8_name
 from ksub_ds.corpus.text.walk import PAPERS, link_target, text_files_below
 
 __all__ = ["ARROW", "LOST", "PARQUET", "LanguageText", "TextFile", "find_text"]
@@ -161,15 +161,16 @@ def _text_of(entries: list[Path], folder: Path, splits: tuple[str, ...] | None) 
     skipped, files = Skipped(), []
     for entry in entries:
         for path in text_files_below(entry, folder, skipped):
-            file = TextFile(path, printable(path.relative_to(folder).as_posix()))
+            file = TextFile(path, utf8_name(path.relative_to(folder).as_posix()))
             split = _split_of(path.relative_to(folder))
             if splits is None or (split or "train") in (splits or ("train",)):
                 files.append(file)
             elif splits:
-                skipped.add("other_split", f"{file.name}: {split}")
+                skipped.add("other_split", f"{printable(file.name)}: {split}")
             else:
                 skipped.add(
-                    "held_out_split", f"{file.name}: {split} text by its name; --splits train {split} takes it too"
+                    "held_out_split",
+                    f"{printable(file.name)}: {split} text by its name; --splits train {split} takes it too",
                 )
     _tell_of_links(files, folder)
     return LanguageText([*without_copies(files, skipped)], skipped)
@@ -189,9 +190,8 @@ def _tell_of_links(files: list[TextFile], folder: Path) -> None:
     outside = [(file, end) for file, end in ends if not end.is_relative_to(root)]
     if outside:
         file, end = outside[0]
-        get_logger().info(
-            f"files read through links out of the folder: {len(outside):,} (first: {file.name} is {printable(end)})"
-        )
+        first = f"{printable(file.name)} is {printable(end)}"
+        get_logger().info(f"files read through links out of the folder: {len(outside):,} (first: {first})")
 
 
 def _tell_of_shared_files(text: dict[str, LanguageText]) -> None:
@@ -203,4 +203,6 @@ def _tell_of_shared_files(text: dict[str, LanguageText]) -> None:
                 status = file.path.stat()
                 other, name = seen.setdefault((status.st_dev, status.st_ino), (language, file.name))
                 if other != language:
-                    get_logger().info(f"warning: {file.name} and {name} are one file, read as two languages")
+                    get_logger().info(
+                        f"warning: {printable(file.name)} and {printable(name)} are one file, read as two languages"
+                    )

@@ -8,9 +8,14 @@ from pathlib import Path
 from ksub_ds.common.files import sha256_file
 
 
-def printable(path: str | Path) -> str:
+def utf8_name(path: str | Path) -> str:
     """Return a path as text that UTF-8 can hold; bytes of a name that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def printable(path: str | Path) -> str:
+    """Return a path for a line of the log: as `utf8_name`, control characters escaped too."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in utf8_name(path))
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class _Walk:
         elif data is not None:
             self._count("not_in_state_json", path, f"{STATE} beside it does not name it")
         elif parse_text_name(path.name) is None:
-            self._count("other_suffix", path, f"suffix {path.suffix or 'none'}")
+            self._count("other_suffix", path, f"suffix {printable(path.suffix) or 'none'}")
         elif not path.is_file():
             self._count("not_a_regular_file", path)
         else:

@@ -259,10 +259,12 @@ def test_languages_are_read_in_any_spelling(tmp_path: Path, caplog: pytest.LogCa
 def test_names_that_are_not_utf8_are_read(tmp_path: Path, tiny_tokenizer: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/fr"))
     write(folder / os.fsdecode(b"caf\xe9.jsonl"), line("a small river"))
-    write(folder / os.fsdecode(b"\xe9\xe8.csv"), b"x")
+    write(folder / os.fsdecode(b"\xe9\n.csv"), b"x")
     manifest = shard_text(ShardText(folder.parent, tiny_tokenizer, tmp_path / "out", 64, 0.0, 1))
     assert manifest["languages"]["fr"]["train"]["documents"] == 1
-    assert names(find_text(folder.parent)["fr"]) == ["fr/caf\\xe9.jsonl"]
+    text = find_text(folder.parent)["fr"]
+    assert names(text) == ["fr/caf\\xe9.jsonl"]
+    assert text.skipped.lines() == ["other_suffix 1 (first: fr/\\xe9\\n.csv: suffix .csv)"]
 
 
 @pytest.fixture
