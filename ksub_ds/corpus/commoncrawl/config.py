@@ -26,7 +26,7 @@ class ShardCC:
     out: Path
     """Folder to write the shards to; the ranks must share it."""
     input: tuple[Path, ...] = ()
-    """WET files, or folders with such files."""
+    """WET files, or folders with such files: .gz, .xz, .zst, .bz2 or plain."""
     snapshot: str | None = None
     """Instead of --input: a snapshot of Common Crawl, such as 2019-09."""
     segments: str = "0:1"
@@ -42,7 +42,7 @@ class ShardCC:
     langid: IdentifierName = "py3langid"
     """Language identifier: py3langid comes with its model, fasttext needs --langid-model."""
     langid_model: Path | None = None
-    """fastText's lid.176.bin or lid.176.ftz."""
+    """fastText's lid.176.bin or lid.176.ftz, or a model with labels such as eng_Latn."""
     langid_threshold: float | None = None
     """Lowest confidence with which a page is kept. [0.5]"""
     languages: tuple[str, ...] = LANGUAGES
@@ -61,6 +61,8 @@ class ShardCC:
     """Also write the documents as CCNet's JSON lines to this folder."""
     keep_work: bool = False
     """Keep OUT/work, the intermediate files, for runs with other settings of the later stages."""
+    strict: bool = False
+    """Refuse a result that lacks something whole: a file without a page, a language asked for without a page."""
     dry_run: bool = False
     """Estimate disk and time from a sample; write nothing."""
 
