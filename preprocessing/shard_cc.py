@@ -17,7 +17,7 @@ from ksub_ds.common.mpi import MPIComm
 from ksub_ds.common.options import parse
 from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.pipeline import dry_run, shard_cc
-from ksub_ds.corpus.commoncrawl.report import exit_line
+from ksub_ds.corpus.commoncrawl.report import REPORT, SHOWN, exit_line, left_out
 from ksub_ds.corpus.statistics import corpus_table
 
 
@@ -31,7 +31,10 @@ def main() -> None:
             lines = [dry_run(settings, ranks)]
         else:
             report = shard_cc(settings, ranks)
-            lines = [corpus_table(settings.out), exit_line(report)]
+            missing = left_out(report, settings.languages)
+            lines = [corpus_table(settings.out), *missing[:SHOWN], exit_line(report)]
+            if len(missing) > SHOWN:
+                lines.insert(-1, f"and {len(missing) - SHOWN:,} more files or languages; see {REPORT}")
     if ranks.is_main:
         print("\n".join(lines))
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from ksub_ds.codes.balanced import free_kmeans, one_thread, training_sample
 from ksub_ds.codes.blocks import BLOCK_ROWS
+from ksub_ds.common.logging import Progress
 
 ROUNDS = 4  # updates of the codebook after its first centroids
 REFINEMENTS = 2  # of each level, against the residuals of the other tables
@@ -42,13 +43,15 @@ def match_to_codebook(
     weights = np.ones(len(vectors)) if weights is None else weights
     codebook = free_kmeans(training_sample(vectors, num_rows), num_rows, seed).centroids
     rows = np.zeros(len(vectors), dtype=np.int64)
-    for _ in range(ROUNDS):
-        before, rows = rows, distinct_rows(vectors, groups, codebook, weights)
-        if (rows == before).all():
-            break
-        total = np.bincount(rows, weights, num_rows)
-        used = total > 0
-        codebook[used] = _sums(vectors, rows, num_rows, weights)[used] / total[used, None]
+    with Progress(ROUNDS, "rounds", f"matching {len(vectors):,} codes to a codebook") as progress:
+        for _ in range(ROUNDS):
+            before, rows = rows, distinct_rows(vectors, groups, codebook, weights)
+            progress.advance()
+            if (rows == before).all():
+                break
+            total = np.bincount(rows, weights, num_rows)
+            used = total > 0
+            codebook[used] = _sums(vectors, rows, num_rows, weights)[used] / total[used, None]
     return rows
 
 
@@ -87,22 +90,43 @@ def refine(
     """
     last = codes.shape[1] - 1
     levels = [k for k in range(1, last + 1) if (match_last if k == last else align)]
-    for _ in range(REFINEMENTS):
-        for k in levels:
+    with Progress(REFINEMENTS * len(levels), "levels", "refining the codes") as progress:
+        for k in REFINEMENTS * levels:
             tables = fit_tables(vectors, codes, table_sizes)
             items, groups = _items(codes, k)
-            count = int(items.max()) + 1
-            sums = np.zeros((count, vectors.shape[1]))
-            for start in range(0, len(codes), BLOCK_ROWS):
-                block = slice(start, start + BLOCK_ROWS)
-                left = vectors[block] - sum(tables[j][codes[block, j]] for j in range(last + 1) if j != k)
-                touched, place = np.unique(items[block], return_inverse=True)
-                sums[touched] += _sums(left, place, len(touched))
             sizes = np.bincount(items)
-            means = (sums / sizes[:, None]).astype(np.float32)
+            others = [(tables[j], codes[:, j]) for j in range(last + 1) if j != k]
+            means = _mean_residuals(vectors, others, items, sizes)
             codes = codes.copy()
             codes[:, k] = distinct_rows(means, groups, tables[k], sizes.astype(np.float64))[items]
+            progress.advance()
     return codes
+
+
+def _mean_residuals(
+    vectors: np.ndarray, others: list[tuple[np.ndarray, np.ndarray]], items: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
+    """Return the mean, over each item's tokens, of what the other tables leave of the vectors: (n, D) float32.
+
+    Args:
+        vectors: (N, D).
+        others: the other tables with their codes (N,).
+        items: (N,) the item of each token.
+        sizes: (n,) tokens of each item.
+    """
+    single = len(sizes) == len(items)  # an item a token: sums in float64 would take twice the memory of the vectors
+    sums = np.zeros((len(sizes), vectors.shape[1]), dtype=np.float32 if single else np.float64)
+    for start in range(0, len(items), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        left = vectors[block] - sum(table[column[block]] for table, column in others)
+        if single:
+            sums[items[block]] = left
+        else:
+            touched, place = np.unique(items[block], return_inverse=True)
+            sums[touched] += _sums(left, place, len(touched))
+    if not single:
+        sums /= sizes[:, None]
+    return sums.astype(np.float32, copy=False)
 
 
 def _items(codes: np.ndarray, level: int) -> tuple[np.ndarray, np.ndarray]:

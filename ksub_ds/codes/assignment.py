@@ -20,6 +20,7 @@ import itertools
 import numpy as np
 
 from ksub_ds.codes.blocks import map_blocks
+from ksub_ds.common.logging import Progress
 
 SAMPLE = 32  # points per cluster that the first prices come from
 SAMPLE_TEMPERATURES = (2.0, 0.3)  # in units of the typical gap between a point's two cheapest clusters
@@ -34,7 +35,7 @@ TIE = 1e-7  # of the typical gap: differences of costs below this are ties, so t
 
 
 def balanced_assignment(
-    costs: np.ndarray, prices: np.ndarray | None = None, threads: int = 1
+    costs: np.ndarray, prices: np.ndarray | None = None, threads: int = 1, progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Assign points at the least total cost, with floor(N/M) or ceil(N/M) of them in every cluster.
 
@@ -42,6 +43,7 @@ def balanced_assignment(
         costs: (N, M) finite float32.
         prices: (M,) of a similar problem, to start from.
         threads: does not change the result.
+        progress: shows which temperature is reached, and how many points are in the wrong cluster after that.
 
     Returns:
         labels (N,) and optimal prices (M,): no point finds cost + price less elsewhere.
@@ -49,8 +51,8 @@ def balanced_assignment(
     count, clusters = costs.shape
     if clusters == 1:
         return np.zeros(count, dtype=np.int64), np.zeros(1)
-    prices, unit = balancing_prices(costs, prices, threads)
-    return ResidualGraph(costs, prices, TIE * unit, threads).solve()
+    prices, unit = balancing_prices(costs, prices, threads, progress)
+    return ResidualGraph(costs, prices, TIE * unit, threads).solve(progress)
 
 
 def typical_gap(sample: np.ndarray) -> float:
@@ -59,13 +61,16 @@ def typical_gap(sample: np.ndarray) -> float:
     return float(np.median(two[:, 1] - two[:, 0])) or float(np.ptp(sample)) or 1.0
 
 
-def balancing_prices(costs: np.ndarray, prices: np.ndarray | None, threads: int) -> tuple[np.ndarray, float]:
+def balancing_prices(
+    costs: np.ndarray, prices: np.ndarray | None, threads: int, progress: Progress | None = None
+) -> tuple[np.ndarray, float]:
     """Find prices at which about 99 % of the points are in the right cluster.
 
     Args:
         costs: (N, M).
         prices: (M,) to start from. [zeros]
         threads: does not change the result.
+        progress: shows the temperature.
 
     Returns:
         Prices (M,) and the typical gap, the unit that temperatures and ties are measured in.
@@ -86,6 +91,8 @@ def balancing_prices(costs: np.ndarray, prices: np.ndarray | None, threads: int)
         for attempt in range(ATTEMPTS):  # an isolated cluster needs long steps to find its last points
             near = SparseDual(some, prices, REACH * 2**attempt * temperature * unit, threads)
             prices, wrong = near.balance(prices, temperature * unit, tolerance, LONGEST_STEP * 2**attempt)
+            if progress:
+                progress.advance(0, temperature=temperature, points=f"{len(some):,}")
             if wrong < tolerance:
                 break
     return prices, unit
@@ -253,9 +260,11 @@ class ResidualGraph:
         self.arcs[self.pool, : self.pool] = np.where(self.gives, np.inf, 0.0)
         self.arcs[: self.pool, self.pool] = np.where(self.gives, 0.0, np.inf)
 
-    def solve(self) -> tuple[np.ndarray, np.ndarray]:
+    def solve(self, progress: Progress | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Move points until every size is right; return labels (N,) and prices (M,)."""
         while (self.excess > 0).any():
+            if progress:
+                progress.advance(0, to_move=f"{self.excess[self.excess > 0].sum():,}")
             distance, previous = self._shortest_paths(np.where(self.excess > 0, -self.prices, np.inf))
             sinks = np.flatnonzero(self.excess < 0)
             nearest = np.argsort((distance + self.prices)[sinks], kind="stable")

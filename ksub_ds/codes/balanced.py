@@ -102,7 +102,7 @@ def balanced_kmeans(
         distances = _Distances(points, threads)
         squares, inertia, prices = _sum_of_squares(points), np.inf, None
         for _ in range(iterations):
-            labels, prices = balanced_assignment(distances.to(centroids), prices, threads)
+            labels, prices = balanced_assignment(distances.to(centroids), prices, threads, progress)
             centroids = _means(points, labels, num_clusters, threads)
             before, inertia = inertia, _inertia(squares, labels, centroids)
             if progress:
@@ -163,7 +163,7 @@ def one_thread() -> Iterator[None]:
 def _standardise(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
     points = vectors - mean
-    scale = float(np.abs(points).max()) or 1.0
+    scale = float(max(points.max(), -points.min())) or 1.0  # np.abs would be one more copy of the matrix
     points /= np.float32(scale)
     return points, mean, scale
 

@@ -28,6 +28,8 @@ from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.common.mpi import mpi_communicator
 
 SMALL = 2e9  # N * D * M; below this, starting processes takes longer than the work
+LEVEL_1_BYTES = 30  # of memory for a distance of the first level, at most, as measured
+LIBRARIES = 0.4e9  # bytes of memory that the program takes without any vectors
 
 
 def clustered_codes(
@@ -72,6 +74,10 @@ def clustered_codes(
     if balanced:
         _check_leaves(len(vectors), sizes)
     workers = _default_workers(vectors, sizes) if workers is None else workers
+    get_logger().info(
+        f"clustering {len(vectors):,} vectors of {vectors.shape[1]:,} numbers in tables of "
+        f"{' '.join(map(str, sizes))} rows: needs about {memory_needed(vectors, sizes) / 1e9:.1f} GB of memory"
+    )
 
     codes = np.zeros((len(vectors), num_tables), dtype=np.int64)
     inertias = []
@@ -119,6 +125,15 @@ def _check(count: int, num_tables: int, sizes: tuple[int, ...], last_level: str,
         raise UserError(f"all {count} tokens are special: none are left to cluster")
 
 
+def memory_needed(vectors: np.ndarray, sizes: tuple[int, ...]) -> float:
+    """Return the bytes that clustering needs at its peak, the vectors included, in this process.
+
+    Besides the vectors there are two matrices of their size at most (the centred ones, and residuals), and in the
+    first level the distances to all centroids with the shares of the points in them.
+    """
+    return 3.0 * vectors.nbytes + LEVEL_1_BYTES * len(vectors) * sizes[0] + LIBRARIES
+
+
 def _check_leaves(count: int, sizes: tuple[int, ...]) -> None:
     """Check that the last table has room for the balanced leaves, whose size is known beforehand.
 
@@ -158,7 +173,11 @@ def _split(
     communicator = mpi_communicator()
     rank, ranks = (communicator.Get_rank(), communicator.Get_size()) if communicator else (0, 1)
     mine = range(rank, len(members), ranks)
-    tasks = ((vectors[members[g]], num_clusters, balanced, _seed(seed, level, g)) for g in mine)
+    # A single group is all vectors, in their order: no copy of them is made.
+    tasks = (
+        (vectors if len(members) == 1 else vectors[members[g]], num_clusters, balanced, _seed(seed, level, g))
+        for g in mine
+    )
     total = None if len(members) == 1 else len(mine)
     found = {}
     with Progress(total, "iterations" if total is None else "groups", f"level {level + 1}") as progress:
@@ -232,7 +251,8 @@ def _align(vectors: np.ndarray, prefixes: np.ndarray, num_rows: int, seed: int) 
 def _last_codes(vectors: np.ndarray, leaves: np.ndarray, num_rows: int, last_level: str, seed: int) -> np.ndarray:
     """Return last codes (N,) that are distinct in every leaf."""
     if last_level == "matched":
-        residuals = vectors - _group_means(vectors, leaves)[leaves]
+        residuals = _group_means(vectors, leaves)[leaves]
+        np.subtract(vectors, residuals, out=residuals)
         return match_to_codebook(residuals, leaves, num_rows, _seed(seed, 0, 1))
     draw = np.random.default_rng(np.random.SeedSequence([seed, 0, 2]))
     codes = np.empty(len(leaves), dtype=np.int64)

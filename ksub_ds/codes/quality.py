@@ -69,7 +69,8 @@ def _inertia_ratio(matrix: np.ndarray, groups: np.ndarray, clusters: np.ndarray,
         order = np.argsort(labels, kind="stable")
         for members in np.split(rows[order], np.cumsum(np.bincount(labels))[:-1]):
             ours += len(members) * float(matrix[members].var(axis=0, dtype=np.float64).sum())
-        free += free_kmeans(matrix[rows], len(names), seed=0).inertia
+        points = matrix if count == 1 else matrix[rows]  # all rows: no copy of them is made
+        free += free_kmeans(points, len(names), seed=0).inertia
     return ours / free if free else 1.0
 
 

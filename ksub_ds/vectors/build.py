@@ -37,6 +37,8 @@ class ClusterVectors:
     """M, the rows of every table."""
     table_sizes: tuple[int, ...] = ()
     """M_1 ... M_K, if the tables differ in size. [--table-size for each]"""
+    tensor: str | None = None
+    """Name of the tensor to take from safetensors files. [the input embedding; an encoder's before a decoder's]"""
     tokenizer: Path | None = None
     """SentencePiece .model or HuggingFace folder of these vectors. [the one beside them, if any]"""
     last_level: Literal["matched", "random"] = "matched"
@@ -117,7 +119,7 @@ def _measure_and_save(
 def _load(settings: ClusterVectors) -> tuple[np.ndarray, Description]:
     if settings.out.is_dir():  # refused now, not after minutes of clustering
         raise UserError(f"--out {settings.out}: is a folder; name a file, such as {settings.out / 'codes.safetensors'}")
-    return load_vectors(settings.embeddings, settings.tokenizer, settings.seed)
+    return load_vectors(settings.embeddings, settings.tokenizer, settings.seed, settings.tensor)
 
 
 def _table_sizes(settings: ClusterVectors) -> tuple[int, ...]:

@@ -2,17 +2,19 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
+from ksub_ds.common.logging import get_logger
 from ksub_ds.vectors.matrix import EMBEDDING_NAMES, TensorFiles, check_matrix
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_MODEL_FILE = re.compile(r"(?P<stem>(?:pytorch_)?model(?:\.\w+)?)(?:-\d{5}-of-(?P<total>\d{5}))?\.safetensors")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -23,8 +25,12 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 Fetch = Callable[[str], Path | None]
 
 
-def folder_vectors(folder: Path) -> np.ndarray:
+def folder_vectors(folder: Path, tensor: str | None = None) -> np.ndarray:
     """Read the input embeddings of a model folder.
+
+    Args:
+        folder: of the model.
+        tensor: the name of a tensor to read instead.
 
     Returns:
         (N, p) float32.
@@ -32,7 +38,7 @@ def folder_vectors(folder: Path) -> np.ndarray:
     Raises:
         UserError: no safetensors weights, or no embedding among them.
     """
-    return check_matrix(_embedding(in_folder(folder), str(folder)), str(folder))
+    return check_matrix(_embedding(in_folder(folder), str(folder), tensor, safetensors_in(folder)), str(folder))
 
 
 def in_folder(folder: Path) -> Fetch:
@@ -45,13 +51,20 @@ def in_folder(folder: Path) -> Fetch:
     return fetch
 
 
-def weight_files(fetch: Fetch, name: str, wanted: Callable[[str], bool]) -> TensorFiles:
+def safetensors_in(folder: Path) -> list[str]:
+    """Return the names of the safetensors files of a folder."""
+    return sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def weight_files(fetch: Fetch, name: str, wanted: Callable[[str], bool], others: Sequence[str] = ()) -> TensorFiles:
     """Open the safetensors files of a model that hold certain tensors.
 
     Args:
         fetch: finds a file of the model by name.
         name: of the model, for errors.
         wanted: whether a tensor of this name is needed; not asked for a model of one file.
+        others: names of safetensors files to open where there are neither model.safetensors nor its index: all shards,
+            or the one variant (model.fp16.safetensors).
 
     Raises:
         UserError: there are no such files.
@@ -73,6 +86,10 @@ def weight_files(fetch: Fetch, name: str, wanted: Callable[[str], bool]) -> Tens
             return TensorFiles([path for _, path in paths if path is not None])
         raise UserError(f"{name}: {INDEX} names no input embedding; save the matrix alone, as .npy or .safetensors")
     weights = fetch(WEIGHTS)
+    if weights is None and others:
+        chosen = _without_index(others, name)
+        get_logger().info(f"{name}: no {WEIGHTS} and no index; opens {', '.join(chosen)}")
+        return TensorFiles([path for path in map(fetch, chosen) if path is not None])
     if weights is None:
         pickled = [file for file in PICKLED if fetch(file) is not None]
         if pickled:
@@ -84,9 +101,40 @@ def weight_files(fetch: Fetch, name: str, wanted: Callable[[str], bool]) -> Tens
     return TensorFiles([weights])
 
 
-def _embedding(fetch: Fetch, name: str) -> np.ndarray:
-    files = weight_files(fetch, name, lambda key: key.endswith(EMBEDDING_NAMES))
-    return files.read(files.embedding_name())
+def _without_index(files: Sequence[str], name: str) -> list[str]:
+    """Return the files of the one model among safetensors files: all its shards, or its only file.
+
+    Raises:
+        UserError: a shard is missing, there are several models, or files of other names only.
+    """
+    models: dict[str, list[str]] = {}  # by the name of the whole file and the number of shards
+    for file in files:
+        if match := _MODEL_FILE.fullmatch(file):
+            models.setdefault(f"{match['stem']}-of-{match['total']}", []).append(file)
+    if not models:
+        raise UserError(f"{name}: holds no {WEIGHTS}, only {', '.join(files[:5])}; give the file itself")
+    if len(models) > 1:
+        raise UserError(f"{name}: holds several models ({', '.join(files[:5])}); leave one, or give the file itself")
+    (key, found), *_ = models.items()
+    stem, _, total = key.rpartition("-of-")
+    if total != "None":
+        wanted = [f"{stem}-{number:05}-of-{total}.safetensors" for number in range(1, min(int(total), 9999) + 1)]
+        missing = [file for file in wanted if file not in found]
+        if missing:
+            more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+            raise UserError(
+                f"{name}: holds {', '.join(found[:3])} of {int(total):,} shards; {', '.join(missing[:3])}{more} "
+                "is missing; fetch the model anew"
+            )
+    return found
+
+
+def _embedding(fetch: Fetch, name: str, tensor: str | None, others: Sequence[str] = ()) -> np.ndarray:
+    def wanted(key: str) -> bool:
+        return key.endswith(EMBEDDING_NAMES) if tensor is None else key == tensor
+
+    files = weight_files(fetch, name, wanted, others)
+    return files.read(files.embedding_name(tensor))
 
 
 def is_hub_name(name: str) -> bool:
@@ -94,10 +142,14 @@ def is_hub_name(name: str) -> bool:
     return bool(_HUB_NAME.fullmatch(name)) and Path(name).suffix not in (".npy", ".safetensors", ".bin", ".pt")
 
 
-def hub_vectors(name: str) -> tuple[np.ndarray, Path | None]:
+def hub_vectors(name: str, tensor: str | None = None) -> tuple[np.ndarray, Path | None]:
     """Read the input embeddings of a model by its Hub name.
 
     The local cache is asked first, the network only for what is not there, and never under HF_HUB_OFFLINE=1.
+
+    Args:
+        name: of the model.
+        tensor: the name of a tensor to read instead.
 
     Returns:
         (N, p) float32, and the folder of its tokenizer files, if it has any.
@@ -106,7 +158,7 @@ def hub_vectors(name: str) -> tuple[np.ndarray, Path | None]:
         UserError: no such model, no network, or no safetensors weights.
     """
     fetch = _from_hub(name)
-    matrix = check_matrix(_embedding(fetch, name), name)
+    matrix = check_matrix(_embedding(fetch, name, tensor), name)
     tokenizer = [path for path in map(fetch, TOKENIZER_FILES) if path is not None]
     return matrix, tokenizer[0].parent if tokenizer else None
 

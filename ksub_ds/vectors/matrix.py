@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.logging import get_logger
 
 LARGEST_NUMBER = 1e15  # products of such numbers are still float32
 # Names of the input embedding, the part after the last module prefix; the first that fits wins.
@@ -52,12 +53,23 @@ class TensorFiles:
         tensor = self._home[name].get_tensor(name)
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
-    def embedding_name(self) -> str:
+    def embedding_name(self, asked: str | None = None) -> str:
         """The name of the input embedding: the only tensor, or one of EMBEDDING_NAMES, least deep first.
 
+        An encoder's comes before a decoder's; where there are both, a line says which is taken.
+
+        Args:
+            asked: take the tensor of this name instead.
+
         Raises:
-            UserError: none fits.
+            UserError: none fits, or there is none of the name asked for.
         """
+        if asked is not None:
+            if asked not in self.shapes:
+                matrices = sorted(name for name, shape in self.shapes.items() if len(shape) == 2)
+                near = [name for name in matrices if name.endswith(EMBEDDING_NAMES)] or matrices
+                raise UserError(f"--tensor {asked}: {self.files[0]} has no such tensor; it has {', '.join(near[:5])}")
+            return asked
         if len(self.shapes) == 1:
             return next(iter(self.shapes))
         for ending in EMBEDDING_NAMES:
@@ -67,15 +79,25 @@ class TensorFiles:
                 if (name == ending or name.endswith("." + ending)) and len(shape) == 2
             ]
             if found:
-                return min(found, key=lambda name: (name.count("."), name))
+                best, *others = sorted(found, key=lambda name: ("decoder" in name.split("."), name.count("."), name))
+                if others:
+                    get_logger().info(
+                        f"{self.files[0]}: takes the vectors of {best}, not of {', '.join(others)}; --tensor NAME "
+                        "takes others"
+                    )
+                return best
         raise UserError(
             f"{self.files[0]}: no input embedding among its {len(self.shapes)} tensors "
             "(no ...word_embeddings.weight or the like); save the matrix alone, as .npy or .safetensors"
         )
 
 
-def read_matrix(path: Path) -> np.ndarray:
+def read_matrix(path: Path, tensor: str | None = None) -> np.ndarray:
     """Read a matrix from a .npy or .safetensors file.
+
+    Args:
+        path: the file.
+        tensor: the name of one in a .safetensors file. [its only one, or the input embedding]
 
     Returns:
         (N, p) float32, all finite.
@@ -85,7 +107,9 @@ def read_matrix(path: Path) -> np.ndarray:
     """
     if path.suffix == ".safetensors":
         files = TensorFiles([path])
-        return check_matrix(files.read(files.embedding_name()), str(path))
+        return check_matrix(files.read(files.embedding_name(tensor)), str(path))
+    if tensor is not None:
+        raise UserError(f"--tensor {tensor}: {path} is no .safetensors file, only those name their tensors")
     if path.suffix != ".npy":
         pickled = path.suffix in (".bin", ".pt", ".pth", ".pkl")
         why = "pickled files are not read" if pickled else "not a file of vectors"

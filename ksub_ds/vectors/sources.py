@@ -44,7 +44,7 @@ class Description:
 
 
 def load_vectors(
-    source: str | Path, tokenizer: str | Path | None = None, seed: int = 0
+    source: str | Path, tokenizer: str | Path | None = None, seed: int = 0, tensor: str | None = None
 ) -> tuple[np.ndarray, Description]:
     """Read the vectors to cluster, one per token.
 
@@ -52,6 +52,7 @@ def load_vectors(
         source: X of the table above.
         tokenizer: SentencePiece .model or HuggingFace folder. [the one that lies with the source, if any]
         seed: of the co-occurrence vectors.
+        tensor: the name of a tensor in safetensors files. [the input embedding]
 
     Returns:
         (N, p) float32, all finite, and their description.
@@ -59,7 +60,9 @@ def load_vectors(
     Raises:
         UserError: the source cannot be read, or its rows are not the tokenizer's tokens.
     """
-    matrix, words, beside = _read(source, tokenizer, seed)
+    matrix, words, beside = _read(source, tokenizer, seed, tensor)
+    if tensor is not None:
+        words += f", tensor {tensor}"
     loaded = _open_tokenizer(source, tokenizer, beside)
     if loaded is not None and loaded.vocab_size != len(matrix):
         if beside is None or len(matrix) < loaded.vocab_size:
@@ -72,7 +75,9 @@ def load_vectors(
     return matrix, Description(words, sha256_bytes(matrix), loaded)
 
 
-def _read(source: str | Path, tokenizer: str | Path | None, seed: int) -> tuple[np.ndarray, str, Path | None]:
+def _read(
+    source: str | Path, tokenizer: str | Path | None, seed: int, tensor: str | None
+) -> tuple[np.ndarray, str, Path | None]:
     """Return the matrix, its source as text, and the tokenizer that lies beside it.
 
     Raises:
@@ -80,19 +85,25 @@ def _read(source: str | Path, tokenizer: str | Path | None, seed: int) -> tuple[
     """
     path = Path(source)
     if path.is_file():
-        return read_matrix(path), f"matrix {path.name}", None
+        return read_matrix(path, tensor), f"matrix {path.name}", None
     if path.is_dir():
-        return _read_folder(path, tokenizer, seed)
+        return _read_folder(path, tokenizer, seed, tensor)
     from ksub_ds.vectors.hf_folder import hub_vectors, is_hub_name
 
     if not is_hub_name(str(source)):
         raise UserError(f"{source}: no such file or folder")
-    matrix, beside = hub_vectors(str(source))
+    matrix, beside = hub_vectors(str(source), tensor)
     return matrix, f"input embeddings of {source}", beside
 
 
-def _read_folder(path: Path, tokenizer: str | Path | None, seed: int) -> tuple[np.ndarray, str, Path | None]:
+def _read_folder(
+    path: Path, tokenizer: str | Path | None, seed: int, tensor: str | None
+) -> tuple[np.ndarray, str, Path | None]:
     name = path.resolve().name
+    if tensor is not None:
+        from ksub_ds.vectors.hf_folder import folder_vectors
+
+        return folder_vectors(path, tensor), f"model {name}", path
     if (path / "manifest.json").is_file():
         return *_shards(path, tokenizer, seed), path / "tokenizer"
     if is_run(path):

@@ -10,7 +10,7 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.pretrain.open_run import open_run
-from ksub_ds.vectors.hf_folder import in_folder, weight_files
+from ksub_ds.vectors.hf_folder import in_folder, safetensors_in, weight_files
 from ksub_ds.vectors.matrix import TensorFiles, check_matrix
 
 LAYERS = ("word_embeddings.", "tok_embeddings.")
@@ -48,7 +48,11 @@ def export_vectors(folder: Path) -> np.ndarray:
     Raises:
         UserError: no weights, or no codes and tables among them.
     """
-    files = weight_files(in_folder(folder), str(folder), lambda key: any(layer in key for layer in LAYERS))
+
+    def wanted(key: str) -> bool:
+        return any(layer in key for layer in LAYERS)
+
+    files = weight_files(in_folder(folder), str(folder), wanted, safetensors_in(folder))
     codes = [name for name in files.shapes if name.endswith(tuple(layer + "codes" for layer in LAYERS))]
     if not codes:
         raise UserError(f"{folder}: no codes among the weights; export the run again")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ksub_ds.codes.positional import plain_codes, positional_codes
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
+from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.roberta import KSubRobertaForMaskedLM, KSubRobertaForSequenceClassification
@@ -177,3 +178,54 @@ def test_added_tokens_keep_their_vectors(tiny_tokenizer, tmp_path):
     matrix, description = load_vectors(tmp_path)
     assert len(matrix) == plain.vocab_size + 2 == description.tokenizer.vocab_size
     assert plain.vocab_size in description.tokenizer.encode_batch(["<ent> river </ent>"])[0]
+
+
+def lines_said(monkeypatch):
+    """The log's lines, from now on."""
+    lines = []
+    monkeypatch.setattr(get_logger(), "info", lines.append)
+    return lines
+
+
+def test_an_encoder_comes_before_its_decoder_and_others_are_asked_for_by_name(tmp_path, monkeypatch):
+    said = lines_said(monkeypatch)
+    names = ["model.decoder.embed_tokens.weight", "model.encoder.embed_tokens.weight", "lm_head.weight"]
+    tensors = {name: torch.full((30 + number, 4), float(number)) for number, name in enumerate(names)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    for source in (tmp_path / "model.safetensors", tmp_path):
+        matrix, _ = load_vectors(source)
+        assert matrix.shape == (31, 4) and matrix[0, 0] == 1
+        assert "takes the vectors of model.encoder.embed_tokens.weight, not of model.decoder" in said.pop()
+        for number, name in enumerate(names):
+            matrix, description = load_vectors(source, tensor=name)
+            assert len(matrix) == 30 + number and name in description.source
+        with pytest.raises(UserError, match=r"--tensor absent: .* has no such tensor; it has model.decoder.embed"):
+            load_vectors(source, tensor="absent")
+    np.save(tmp_path / "v.npy", np.zeros((3, 2)))
+    with pytest.raises(UserError, match=r"--tensor x: .*v.npy is no .safetensors file"):
+        load_vectors(tmp_path / "v.npy", tensor="x")
+
+
+def test_weights_without_an_index(tmp_path, monkeypatch):
+    """Shards and variants are opened if all is there, else what is missing is named."""
+    said = lines_said(monkeypatch)
+    (tmp_path / "config.json").write_text("{}")
+    first, second = (tmp_path / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    words = torch.arange(20.0).reshape(10, 2)
+    save_file({"x.bias": torch.zeros(3)}, first)
+    with pytest.raises(UserError, match=r"of 2 shards; model-00002-of-00002.safetensors is missing; fetch the model"):
+        load_vectors(tmp_path)
+    save_file({"embed_tokens.weight": words}, second)
+    np.testing.assert_array_equal(load_vectors(tmp_path)[0], words)
+    assert "no index; opens model-00001-of-00002.safetensors, model-00002" in said.pop()
+    variant = tmp_path / "model.fp16.safetensors"
+    save_file({"embed_tokens.weight": words.half(), "x.bias": torch.zeros(3)}, variant)
+    with pytest.raises(UserError, match="holds several models"):
+        load_vectors(tmp_path)
+    first.unlink()
+    second.rename(tmp_path / "adapter_model.safetensors")
+    np.testing.assert_array_equal(load_vectors(tmp_path)[0], words)
+    variant.unlink()
+    with pytest.raises(UserError, match=r"holds no model.safetensors, only adapter_model.safetensors; give the file"):
+        load_vectors(tmp_path)

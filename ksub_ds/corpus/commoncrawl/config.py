@@ -27,7 +27,7 @@ class ShardCC:
     out: Path
     """Folder to write the shards to; the ranks must share it."""
     input: Annotated[tuple[Path, ...], Section("input")] = ()
-    """WET files, or folders with such files."""
+    """WET files, or folders with such files: .gz, .xz, .zst, .bz2 or plain."""
     snapshot: str | None = None
     """Instead of --input: a snapshot of Common Crawl, such as 2019-09."""
     segments: str = "0:1"
@@ -43,7 +43,7 @@ class ShardCC:
     langid: IdentifierName = "py3langid"
     """Language identifier: py3langid comes with its model, fasttext needs --langid-model."""
     langid_model: Path | None = None
-    """fastText's lid.176.bin or lid.176.ftz."""
+    """fastText's lid.176.bin or lid.176.ftz, or a model with labels such as eng_Latn."""
     langid_threshold: float | None = None
     """Lowest confidence with which a page is kept. [0.5]"""
     languages: tuple[str, ...] = LANGUAGES
@@ -64,6 +64,8 @@ class ShardCC:
     """Put text in Unicode's form NFC before tokenising; the tokenizer saved with the shards does so too."""
     keep_work: bool = False
     """Keep OUT/work, the intermediate files, for runs with other settings of the later stages."""
+    strict: bool = False
+    """Refuse a result that lacks something whole: a file without a page, a language asked for without a page."""
     dry_run: bool = False
     """Estimate disk and time from a sample; write nothing."""
 

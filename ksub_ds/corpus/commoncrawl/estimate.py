@@ -113,7 +113,7 @@ def _sample(files: Sequence[WetFile]) -> tuple[list[Page], int]:
                 last = item.offset
             if size > SAMPLE_BYTES // len(chosen):
                 # A single member has no offsets inside: assume that text compresses to a third.
-                taken += last or size // 3
+                taken += min(last or size // 3, file.size)  # inside other compressions an offset is of the content
                 break
         else:
             taken += file.size

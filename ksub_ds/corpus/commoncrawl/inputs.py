@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ksub_ds.common import compression
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.commoncrawl.download import Downloads, Patience
 
-SUFFIXES = (".gz", ".wet", ".warc")
+SUFFIXES = (*compression.SUFFIXES, ".wet", ".warc")
 BASE_URL = "https://data.commoncrawl.org"
 LARGEST_LISTING = 256 << 20  # bytes of wet.paths, unpacked; the real ones have about 14 MB
 _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -83,7 +84,7 @@ def _below(folder: Path) -> dict[str, Path]:
         for name in names:
             path = Path(parent) / name
             # Pipes and devices are left out, whatever their name: reading one might never end.
-            if name.endswith(SUFFIXES) and not name.startswith(".") and path.is_file():
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and path.is_file():
                 paths[path.relative_to(folder).as_posix()] = path
             else:
                 others += 1

@@ -26,6 +26,7 @@ from scipy.sparse import coo_matrix, csr_matrix
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_bytes, sha256_file
 from ksub_ds.common.languages import LANGUAGES
+from ksub_ds.common.logging import get_logger
 
 OTHER = "other"
 IdentifierName = Literal["py3langid", "fasttext"]
@@ -33,6 +34,24 @@ THRESHOLD = 0.5  # CCNet's; for WindowIdentifier it means "at least half of the 
 WINDOWS, WINDOW_CHARACTERS = 5, 100
 BATCH_PAGES = 256  # bounds the memory of a batch to a few tens of MB
 PART_OF = {"ary": "ar", "arz": "ar", "wuu": "zh", "yue": "zh", "grc": "el"}
+
+# The labels of NLLB's, OpenLID's and GlotLID's fastText models: ISO 639-3 and a script, such as eng_Latn.
+ISO_639_3 = {
+    "ara": "ar", "arb": "ar", "bul": "bg", "deu": "de", "ger": "de", "ell": "el", "gre": "el", "eng": "en",
+    "spa": "es", "fra": "fr", "fre": "fr", "hin": "hi", "rus": "ru", "swa": "sw", "swh": "sw", "tha": "th",
+    "tur": "tr", "urd": "ur", "vie": "vi", "zho": "zh", "chi": "zh", "cmn": "zh",
+}  # fmt: skip
+ARABIC = ("acm", "acq", "aeb", "ajp", "apc", "ars")  # of ISO 639-3's macrolanguage, besides those of PART_OF
+SCRIPTS = {
+    **dict.fromkeys(("de", "en", "es", "fr", "sw", "tr", "vi"), ("latn",)),
+    **dict.fromkeys(("ar", "ur"), ("arab",)),
+    **dict.fromkeys(("bg", "ru"), ("cyrl",)),
+    "el": ("grek",),
+    "hi": ("deva",),
+    "th": ("thai",),
+    "zh": ("hani", "hans", "hant"),
+}
+LEAST_PART = 0.01  # probabilities below are not added to those of other labels of the same language
 
 _NOT_LETTERS = re.compile(r"[\x00-@\[-`{-\x7f]+")  # ASCII without its letters
 
@@ -198,15 +217,29 @@ def _normalise(piece: str) -> bytes:
     return piece.encode("utf-8", "surrogatepass")
 
 
+def language_of_label(label: str) -> str | None:
+    """Return the language of LANGUAGES that a label such as `__label__eng_Latn`, "zho_Hant" or "zh-cn" means, or None.
+
+    A language in another script than its own (hin_Latn) is another language here.
+    """
+    code, *parts = re.split("[-_]", label.removeprefix("__label__").lower())
+    code = PART_OF.get(code, ISO_639_3.get(code, "ar" if code in ARABIC else code))
+    scripts = [part for part in parts if len(part) == 4 and part.isalpha()]
+    return code if code in LANGUAGES and all(script in SCRIPTS[code] for script in scripts) else None
+
+
 class FastTextIdentifier:
     """fastText's supervised model on the whole text without newlines, as CCNet uses lid.176.
+
+    A model whose labels include codes of LANGUAGES answers with these (lid.176); the labels of other models are mapped
+    to them (`language_of_label`), and the probabilities of labels that mean one language are added.
 
     Args:
         model: lid.176.bin or lid.176.ftz.
         threshold: least confidence of a language.
 
     Raises:
-        UserError: fastText is not installed, or the model is missing or damaged.
+        UserError: fastText is not installed, the model is missing or damaged, or its labels are no languages.
     """
 
     def __init__(self, model: Path, threshold: float):
@@ -218,11 +251,16 @@ class FastTextIdentifier:
             raise UserError(f"--langid-model {model}: no such file; take lid.176.bin or lid.176.ftz from fasttext.cc")
         try:
             self._model = fasttext.load_model(str(model))
-            self._model.predict("a", k=1)
+            # A threshold that is no probability: 0 leaves out labels of a hierarchical softmax.
+            labels = self._model.predict("a", k=-1, threshold=-1.0)[0]
         except (ValueError, RuntimeError, MemoryError) as error:
             raise UserError(f"--langid-model {model}: is not a fastText model ({error})") from error
         self._threshold = threshold
-        self.fingerprint = sha256_bytes(f"fasttext {sha256_file(model)} {threshold!r}".encode())
+        self._languages, mapped = _languages_of_labels(labels, f"--langid-model {model}")
+        # As many answers are asked for as can mean one of the 15; one where every language has one label.
+        self._options = {"k": -1, "threshold": LEAST_PART} if mapped else {"k": 1}
+        how = f" labels mapped 1 {sorted(self._languages.items())}" if mapped else ""
+        self.fingerprint = sha256_bytes(f"fasttext {sha256_file(model)} {threshold!r}{how}".encode())
 
     def identify(self, texts: Sequence[str]) -> list[tuple[str, float]]:
         """Identify the language of each text, see LanguageIdentifier."""
@@ -230,9 +268,36 @@ class FastTextIdentifier:
 
     def _identify(self, text: str) -> tuple[str, float]:
         line = text.replace("\n", " ").encode("utf-8", "replace").decode()  # half a surrogate pair is not valid UTF-8
-        labels, scores = self._model.predict(line, k=1)
-        if not labels:
+        sums: dict[str, float] = {}
+        for label, score in zip(*self._model.predict(line, **self._options), strict=True):
+            language = self._languages.get(label, label)
+            sums[language] = sums.get(language, 0.0) + float(score)
+        if not sums:
             return OTHER, 0.0
-        language = labels[0].removeprefix("__label__")
-        score = min(float(scores[0]), 1.0)  # fastText's tables round to a little above 1
+        language = max(sums, key=lambda name: sums[name])
+        score = min(sums[language], 1.0)  # fastText's tables round to a little above 1
         return (language, score) if language in LANGUAGES and score >= self._threshold else (OTHER, score)
+
+
+def _languages_of_labels(labels: Sequence[str], option: str) -> tuple[dict[str, str], bool]:
+    """Return the language of every label that means one of LANGUAGES, and whether labels had to be mapped.
+
+    Raises:
+        UserError: none does.
+    """
+    names = {label: label.removeprefix("__label__") for label in labels}
+    plain = {label: name for label, name in names.items() if name in LANGUAGES}
+    found = plain or {label: code for label in labels if (code := language_of_label(label)) is not None}
+    if not found:
+        shown = ", ".join(sorted(labels)[:5]) + (", ..." if len(labels) > 5 else "")
+        raise UserError(
+            f"{option}: none of its {len(labels)} labels ({shown}) is a code of the 15 languages, such as __label__en "
+            "or __label__eng_Latn; give a model that identifies languages, such as lid.176.bin of fasttext.cc"
+        )
+    missing = [language for language in LANGUAGES if language not in found.values()]
+    if not plain:
+        pairs = ", ".join(f"{names[label]} -> {found[label]}" for label in sorted(found))
+        get_logger().info(f"{option}: labels mapped to the 15 languages: {pairs}")
+    if missing:
+        get_logger().warning(f"warning: {option}: has no label for {', '.join(missing)}; no page of them is kept")
+    return found, not plain

@@ -16,7 +16,7 @@ from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.dedup import rule
 from ksub_ds.corpus.commoncrawl.inputs import WetFile
 from ksub_ds.corpus.commoncrawl.page_selection import Selection, content_hash
-from ksub_ds.corpus.commoncrawl.report import FORMAT, QUARANTINE, REPORT, build_report, write_quarantine
+from ksub_ds.corpus.commoncrawl.report import FORMAT, QUARANTINE, REPORT, build_report, left_out, write_quarantine
 from ksub_ds.corpus.commoncrawl.stages import Result, fingerprint
 from ksub_ds.corpus.shards.dataset import MANIFEST
 from ksub_ds.corpus.shards.folder import build_manifest, claim_folder, is_whole, parts, remove_leftovers, save_tokenizer
@@ -147,7 +147,7 @@ class CrawlFolder:
         selected: Sequence[Result],
         tokens: Sequence[Result],
     ) -> dict[str, Any]:
-        """Write quarantine, report and, last, the manifest.
+        """Write quarantine, report and, last, the manifest; no manifest where --strict refuses the result.
 
         Args:
             quarantine: the faults of each file.
@@ -175,7 +175,8 @@ class CrawlFolder:
         }
         report = build_report(head, self._files, reads, selected, tokens, manifest["languages"])
         write_json(self._out / REPORT, report)
-        if manifest["languages"]:
+        refused = self._settings.strict and left_out(report, self._settings.languages)
+        if manifest["languages"] and not refused:
             write_json(self._out / MANIFEST, manifest)
         return report
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +43,19 @@ def count(counts: Counts, stage: str, language: str, size_in: int, size_out: int
         row[3] += size_out
 
 
+@dataclass
+class Evidence:
+    """What a file holds besides pages, to say why it has none.
+
+    Attributes:
+        types: number of its records that are no pages, by WARC-Type.
+        first_fault: the reason of the first fault.
+    """
+
+    types: dict[str, int] = field(default_factory=dict)
+    first_fault: str = ""
+
+
 def read_file(file: WetFile, quarantine: Path, hashes: Path | None = None) -> dict[str, Any]:
     """Read a file for the first time: write the hashes of all paragraphs (uint64, in order) and its faults.
 
@@ -53,24 +66,27 @@ def read_file(file: WetFile, quarantine: Path, hashes: Path | None = None) -> di
 
     Returns:
         "counts", "faults", "other" (records that are not pages), "paragraphs", and "sha256" of the file and "hashes",
-        that of the hashes.
+        that of the hashes. Of a file without any page also "types", the number of its records by WARC-Type, and
+        "first_fault", the reason of the first.
     """
     counts: Counts = {}
     tally = {"faults": 0, "other": 0, "paragraphs": 0}
+    found = Evidence()
     digest = hashlib.sha256()
     with ExitStack() as stack:
         faults = stack.enter_context(open(stack.enter_context(atomic_path(quarantine)), "w", encoding="utf-8"))
         stream = stack.enter_context(open(stack.enter_context(atomic_path(hashes)), "wb")) if hashes else None
         waiting: list[str] = []
         size = 0
-        for page in _pages(file, counts, tally, faults):
+        for page in _pages(file, counts, tally, faults, found):
             waiting += page.text.split("\n")
             size += len(page.text)
             if size >= BATCH_CHARACTERS:
                 _write_hashes(waiting, stream, digest, tally)
                 waiting, size = [], 0
         _write_hashes(waiting, stream, digest, tally)
-    return {"counts": counts, **tally, "sha256": content_hash(file), "hashes": digest.hexdigest()}
+    result = {"counts": counts, **tally, "sha256": content_hash(file), "hashes": digest.hexdigest()}
+    return result if "read" in counts else result | {"types": found.types, "first_fault": found.first_fault}
 
 
 def content_hash(file: WetFile) -> str:
@@ -91,7 +107,9 @@ def _write_hashes(paragraphs: list[str], stream: IO[bytes] | None, digest: Any, 
         stream.write(block)
 
 
-def _pages(file: WetFile, counts: Counts, tally: dict[str, int], faults: IO[str] | None) -> Iterator[Page]:
+def _pages(
+    file: WetFile, counts: Counts, tally: dict[str, int], faults: IO[str] | None, found: Evidence
+) -> Iterator[Page]:
     """Yield the pages with text; count the other records, and write the faults."""
     for item in read_wet(file.path):
         if isinstance(item, Page):
@@ -101,6 +119,7 @@ def _pages(file: WetFile, counts: Counts, tally: dict[str, int], faults: IO[str]
                 yield item
         elif isinstance(item, Fault):
             tally["faults"] += 1
+            found.first_fault = found.first_fault or item.reason
             if faults is not None:
                 entry: dict[str, Any] = {"file": file.name, "offset": item.offset, "reason": item.reason}
                 if item.inflated:
@@ -110,6 +129,7 @@ def _pages(file: WetFile, counts: Counts, tally: dict[str, int], faults: IO[str]
                 faults.write(json.dumps(entry, ensure_ascii=False) + "\n")
         else:
             tally["other"] += 1
+            found.types[item.kind] = found.types.get(item.kind, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -164,7 +184,7 @@ def select_file(
     with DocumentWriter(documents) as writer:
         batch: list[Document] = []
         size = 0
-        for page in _pages(file, {}, {"faults": 0, "other": 0}, None):
+        for page in _pages(file, {}, {"faults": 0, "other": 0}, None, Evidence()):
             document = keep_paragraphs(page, None if kept is None else kept.take(page.text.count("\n") + 1))
             before = len(page.text.encode())
             count(counts, "dedup", UNKNOWN, before, None if document is None else document.size)

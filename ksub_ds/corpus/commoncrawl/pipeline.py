@@ -36,7 +36,7 @@ from ksub_ds.corpus.commoncrawl.langid import load_identifier
 from ksub_ds.corpus.commoncrawl.output import SOURCE, CrawlFolder, has_files
 from ksub_ds.corpus.commoncrawl.page_selection import Selection, read_file, select_file
 from ksub_ds.corpus.commoncrawl.perplexity import load_buckets
-from ksub_ds.corpus.commoncrawl.report import FORMAT, REPORT, exit_line
+from ksub_ds.corpus.commoncrawl.report import FORMAT, QUARANTINE, REPORT, exit_line, left_out, summary
 from ksub_ds.corpus.commoncrawl.stages import Result, Stage, StageKey, StageRunner, fingerprint
 from ksub_ds.corpus.commoncrawl.tokenize import is_packed, pack_language, tokenise_file
 from ksub_ds.corpus.shards.folder import locked, make_folder, parts
@@ -68,13 +68,16 @@ class CrawlRun:
         """Run all stages, unless the output is already there, and return the report.
 
         Raises:
-            UserError: on every rank, when a stage failed on any, or when no page is left.
+            UserError: on every rank, when a stage failed on any, when no page is left, or when --strict refuses what
+                is left.
         """
         report = self._folder.finished()
         if report is None:
             report = self._make()
         else:
             get_logger().info(f"{self._out}: is finished, nothing to do")
+        if self._settings.strict and (missing := left_out(report, self._settings.languages)):
+            raise UserError(f"--strict: {summary(missing)}; mend the input, or run again without --strict")
         if not self._settings.keep_work:
             self._comm.on_main(lambda: shutil.rmtree(self._work, ignore_errors=True))
         return report
@@ -95,7 +98,10 @@ class CrawlRun:
         languages = self._pack(tokenise, tokens)
         report = self._comm.on_main(lambda: self._folder.publish(read.outputs["quarantine"], reads, selected, tokens))
         if not languages:
-            raise UserError(f"no page of the input is left: {exit_line(report)}; see {self._out / REPORT}")
+            reasons = [summary(lines)] if (lines := left_out(report, ())) else []
+            see = QUARANTINE if report["quarantined"] else REPORT
+            line = "; ".join([*reasons, exit_line(report)])
+            raise UserError(f"no page of the input is left: {line}; see {self._out / see}")
         return report
 
     def _run(self, stage: Stage) -> list[Result]:
@@ -203,6 +209,7 @@ class CrawlRun:
         def remove_others() -> None:
             for path in parts(self._out):
                 if path.parent.name not in languages:
+                    get_logger().info(f"{path.parent}: shards of an earlier request, removed: no page of this one")
                     shutil.rmtree(path.parent)
 
         self._comm.on_main(remove_others)

@@ -16,6 +16,7 @@ from ksub_ds.corpus.commoncrawl.stages import Result
 FORMAT = 1  # of the intermediate files and of the report; part of every stage's key
 REPORT, QUARANTINE = "report.json", "quarantine.jsonl"
 STAGES = ("read", "dedup", "language", "quality", "length", "tokenise")
+SHOWN = 5  # of the things left out, in the last lines; report.json has all of them
 _NAMES = ("documents_in", "bytes_in", "documents_out", "bytes_out")
 _DROPPED_BY = {
     "read": "without text",
@@ -61,18 +62,19 @@ def build_report(
             for language, row in counts[stage].items():
                 total = totals[stage].setdefault(language, [0, 0, 0, 0])
                 total[:] = [a + b for a, b in zip(total, row, strict=True)]
-        entries.append(
-            {
-                "file": file.name,
-                "bytes": file.size,
-                "sha256": read["sha256"],
-                "quarantined": read["faults"],
-                "other_records": read["other"],
-                "paragraphs_in": read["paragraphs"],
-                "paragraphs_out": select["paragraphs"],
-                "stages": _with_names(counts),
-            }
-        )
+        entry = {
+            "file": file.name,
+            "bytes": file.size,
+            "sha256": read["sha256"],
+            "quarantined": read["faults"],
+            "other_records": read["other"],
+            "paragraphs_in": read["paragraphs"],
+            "paragraphs_out": select["paragraphs"],
+            "stages": _with_names(counts),
+        }
+        if not counts["read"]:  # no page at all: say what there is instead
+            entry |= {"record_types": read.get("types", {}), "first_fault": read.get("first_fault", "")}
+        entries.append(entry)
     return {
         **head,
         "quarantined": sum(entry["quarantined"] for entry in entries),
@@ -93,6 +95,56 @@ def _with_names(counts: Counts) -> dict[str, Any]:
         stage: {language: dict(zip(_NAMES, row, strict=True)) for language, row in sorted(counts[stage].items())}
         for stage in STAGES
     }
+
+
+def left_out(report: dict[str, Any], languages: Sequence[str]) -> list[str]:
+    """Return a line for each thing that is left out whole: a file without a page, a language without one.
+
+    Args:
+        report: what report.json holds.
+        languages: those asked for.
+    """
+    lines = [_without_page(entry) for entry in report["files"] if not entry["stages"]["read"]]
+    missing = [language for language in languages if language not in report["shards"]]
+    if missing:
+        lines.append(f"no page is kept of {', '.join(_language_counts(report, language) for language in missing)}")
+    return lines
+
+
+def _language_counts(report: dict[str, Any], language: str) -> str:
+    found = report["stages"]["language"].get(language, {}).get("documents_in", 0)
+    return f"{language} ({found:,} found)" if found else language
+
+
+def _without_page(entry: dict[str, Any]) -> str:
+    """Describe a file without a page: its records by WARC-Type, or why none can be read."""
+    types, faults = entry.get("record_types", {}), entry["quarantined"]
+    count = sum(types.values())
+    records = f"{count:,} record{'s' * (count != 1)}"
+    if count:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(types.items()))
+        what = f"{records}, none a conversion record ({kinds})"
+        wrong = next((form for kind, form in (("response", "WARC"), ("metadata", "WAT")) if kind in types), None)
+        if wrong:
+            what += f"; this is a {wrong} file, give the .warc.wet.gz"
+    elif faults:
+        what = "no record can be read"
+    else:
+        what = "holds no record"
+    if faults:
+        what += f"; {faults:,} quarantined, see {QUARANTINE} (first: {entry.get('first_fault', '')})"
+    return f"{_printable(entry['file'])}: {what}"
+
+
+def _printable(name: str) -> str:
+    """Return a file's name with control characters escaped: names are the input's, and terminals obey them."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+
+
+def summary(lines: Sequence[str]) -> str:
+    """Return lines as one, the first few of them in full."""
+    more = [f"and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
+    return "; ".join([*lines[:SHOWN], *more])
 
 
 def exit_line(report: dict[str, Any]) -> str:

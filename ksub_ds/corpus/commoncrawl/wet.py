@@ -9,10 +9,14 @@ inflate without a limit. This one
     continues   after damage with the next gzip member that starts a record, and after a bad record with the next
                 record of the same member (files of one single member are read too).
 
+Files of other compressions (xz, zstd, bzip2) are read as one member, up to the first damage: unlike gzip's, their parts
+cannot be found again. The first bytes of a file say how it is compressed, whatever its name is.
+
 What cannot be read is returned as a `Fault`: where, and why.
 
-Two layers: `Compressed` and `Member` inflate gzip members as far as asked for, and everything inflated or searched
-counts against the file's budget, so that no file takes more than its share of time; `_Records` parses WARC records.
+Two layers: `Compressed` (or `Inflated`) and `Member` inflate gzip members as far as asked for, and everything inflated
+or searched counts against the file's budget, so that no file takes more than its share of time; `_Records` parses WARC
+records.
 """
 
 import hashlib
@@ -23,6 +27,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from ksub_ds.common.compression import DamagedFileError, compression_of, decompressed
 
 MAGIC = b"\x1f\x8b\x08"
 _PIECE = 1 << 15  # compressed bytes handed to zlib at a time
@@ -90,8 +96,42 @@ class Compressed:
         return offset + len(piece)
 
 
+class Inflated(Compressed):
+    """The content of a file of another compression than gzip, in one piece after the other.
+
+    Args:
+        stream: the open file.
+        budget: bytes that may be inflated.
+    """
+
+    def __init__(self, stream: BinaryIO, budget: int):
+        super().__init__(stream, budget)
+        self._content, self._damaged = decompressed(stream), False
+
+    def at(self, offset: int) -> memoryview:
+        """Return up to _PIECE bytes of the content from `offset` on: where the last piece began, or ended.
+
+        Raises:
+            Damaged: the content cannot be inflated that far; after that it is at its end.
+        """
+        if self._damaged:
+            return memoryview(b"")
+        if offset != self._start or not self._window:
+            assert offset == self._start + len(self._window), "the content is read once, from its start to its end"
+            try:
+                self._start, self._window = offset, self._content.read(_PIECE)
+            except (DamagedFileError, MemoryError) as error:
+                self._damaged = True
+                raise Damaged(str(error) or "needs too much memory") from None
+        return memoryview(self._window)
+
+    def find_member(self, offset: int, start: bytes) -> int:
+        """Return where the file is left: it has no members to be found."""
+        return self._start + len(self._window)
+
+
 class Member:
-    """A gzip member, or a whole uncompressed file, inflated as far as asked for.
+    """A gzip member, or a whole file that is uncompressed or of another compression, inflated as far as asked for.
 
     Attributes:
         data: inflated bytes that are not dropped yet.
@@ -144,6 +184,9 @@ class Member:
 
 _RECORD = b"WARC/1."
 _LENGTH = re.compile(rb"[0-9]{1,18}")
+_NEXT_RECORD = re.compile(rb"(?:\r?\n){0,2}(?:WARC/1\.|\Z)")  # two line ends are due, some writers leave them out
+_FOLD = re.compile(rb"\r?\n[ \t]+")  # a header line that continues the one before
+RECORD_TYPES = ("warcinfo", "response", "resource", "request", "metadata", "revisit", "conversion", "continuation")
 
 
 @dataclass(frozen=True)
@@ -197,22 +240,30 @@ class Fault(NamedTuple):
 
 
 class Other(NamedTuple):
-    """A record that is not a page, such as the warcinfo at the head of a file."""
+    """A record that is not a page, such as the warcinfo at the head of a file.
+
+    Attributes:
+        offset: as a page's.
+        kind: its WARC-Type, one of RECORD_TYPES or "other".
+    """
 
     offset: int
+    kind: str
 
 
 def read_wet(path: Path, limits: Limits | None = None) -> Iterator[Page | Fault | Other]:
     """Yield everything in one WET file, in order.
 
     Args:
-        path: a .gz file, or a plain one that starts with "WARC/".
+        path: a file in gzip, xz, zstd or bzip2, or a plain one that starts with "WARC/".
         limits: None = the defaults; tests take smaller ones.
     """
     limits = limits or Limits()
     try:
         with open(path, "rb") as stream:
-            yield from _capped(_read_file(Compressed(stream, limits.file), limits), limits)
+            other = compression_of(stream) not in (None, "gzip")
+            source = Inflated(stream, limits.file) if other else Compressed(stream, limits.file)
+            yield from _capped(_read_file(source, other, limits), limits)
     except OSError as error:
         yield Fault(0, f"cannot be read: {error.strerror}")
 
@@ -228,15 +279,15 @@ def _capped(found: Iterator[Page | Fault | Other], limits: Limits) -> Iterator[P
             return
 
 
-def _read_file(source: Compressed, limits: Limits) -> Iterator[Page | Fault | Other]:
+def _read_file(source: Compressed, inflated: bool, limits: Limits) -> Iterator[Page | Fault | Other]:
     seen: set[bytes] = set()
-    head = bytes(source.at(0)[: len(_RECORD)])
-    if not head:
-        yield Fault(0, "the file is empty")
-        return
-    plain = head.startswith(b"WARC/")
     offset = 0
     try:
+        head = bytes(source.at(0)[: len(_RECORD)])
+        if not head:
+            yield Fault(0, "the file is empty")
+            return
+        plain = inflated or head.startswith(b"WARC/")
         while source.at(offset):
             if not plain and source.at(offset)[: len(MAGIC)] != MAGIC:
                 yield Fault(offset, "no gzip member starts here" if offset else "is neither gzip nor WARC")
@@ -249,6 +300,8 @@ def _read_file(source: Compressed, limits: Limits) -> Iterator[Page | Fault | Ot
             except Damaged as error:
                 yield Fault(offset, str(error))
                 offset = source.find_member(offset + 1, _RECORD)
+    except Damaged as error:  # of a file without members: at its first byte
+        yield Fault(offset, str(error))
     except TooMuch:
         yield Fault(offset, f"the rest of the file is left: it inflates to more than {limits.file:,} bytes")
 
@@ -331,9 +384,14 @@ class _Records:
             return f"Content-Length is {length:,}, but only {len(member.data) - begin:,} bytes follow"
         # Pull as far as the member's checksum, when this is its only record.
         member.fill(end + 5)
+        content = bytes(member.data[begin:end])
         if not b"\r\n\r\n".startswith(member.data[end : end + 4]) and member.data[end : end + 2] != b"\n\n":
-            return f"Content-Length is {length:,}, but the record goes on after that"
-        item = self._page(fields, bytes(member.data[begin:end]))
+            member.fill(end + 4 + len(_RECORD))
+            if not _NEXT_RECORD.match(member.data[end : end + 4 + len(_RECORD)]):
+                return f"Content-Length is {length:,}, but the record goes on after that"
+            member.drop(end)  # not the line ends: the next record may begin at once
+            return self._page(fields, content)
+        item = self._page(fields, content)
         member.drop(min(end + 4, len(member.data)))
         return item
 
@@ -353,11 +411,12 @@ class _Records:
             if len(member.data) >= limits.header:
                 return f"header of more than {limits.header:,} bytes"
             size = min(4 * size, limits.header)
-        lines = bytes(member.data[:end]).split(b"\n")
-        if len(lines) > limits.header_lines:
-            return f"header of {len(lines):,} lines"
+        head = bytes(member.data[:end])
+        count = head.count(b"\n") + 1
+        if count > limits.header_lines:
+            return f"header of {count:,} lines"
         fields: dict[bytes, bytes] = {}
-        for line in lines[1:]:
+        for line in _FOLD.sub(b" ", head).split(b"\n")[1:]:
             name, colon, value = line.partition(b":")
             name, value = name.strip().lower(), value.strip()
             if not colon:
@@ -377,8 +436,9 @@ class _Records:
                 return self._fault("duplicate WARC-Record-ID", url)
             self._seen.add(identity)
         offset = self._member.dropped if self._member.plain else self._member.offset
-        if kind.lower() != b"conversion":
-            return Other(offset)
+        name = kind.lower().decode("latin-1")
+        if name != "conversion":
+            return Other(offset, name if name in RECORD_TYPES else "other")
         try:
             text = content.decode()
         except UnicodeDecodeError as error:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.languages import LANGUAGES
-from ksub_ds.corpus.commoncrawl.langid import PART_OF, WindowIdentifier, load_identifier
+from ksub_ds.corpus.commoncrawl.langid import PART_OF, WindowIdentifier, language_of_label, load_identifier
 
 SENTENCES = {
     "ar": "ذهب الولد إلى المدرسة في الصباح الباكر ومعه كتاب جديد عن تاريخ المدينة القديمة",
@@ -104,6 +104,43 @@ def test_users_mistakes(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             load_identifier(*arguments)  # type: ignore[arg-type]
+
+
+def test_labels_of_other_models() -> None:
+    labels = "eng_Latn zho_Hans zho_Hant cmn_Hani yue_Hant arb_Arab ara_Arab arz_Arab swh_Latn ell_Grek zh-cn EN hin"
+    found = [language_of_label("__label__" + label) for label in labels.split()]
+    assert found == ["en", "zh", "zh", "zh", "zh", "ar", "ar", "ar", "sw", "el", "zh", "en", "hi"]
+    for label in ("hin_Latn", "fin_Latn", "positive", "rus_Latn", "", "__label__", "enx"):
+        assert language_of_label(label) is None
+
+
+def relabelled(model: Path, labels: dict[str, str]) -> bytes:
+    """A fastText model with other labels: its dictionary is NUL-ended strings, one after the other."""
+    content = model.read_bytes()
+    for old, new in labels.items():
+        assert content.count(f"__label__{old}\0".encode()) == 1
+        content = content.replace(f"__label__{old}\0".encode(), f"__label__{new}\0".encode())
+    return content
+
+
+NLLB = {
+    "ar": "arb_Arab", "bg": "bul_Cyrl", "de": "deu_Latn", "el": "ell_Grek", "en": "eng_Latn", "es": "spa_Latn",
+    "fr": "fra_Latn", "hi": "hin_Deva", "ru": "rus_Cyrl", "sw": "swh_Latn", "th": "tha_Thai", "tr": "tur_Latn",
+    "ur": "urd_Arab", "vi": "vie_Latn", "zh": "zho_Hans", "yue": "yue_Hant", "arz": "arz_Arab",
+}  # fmt: skip
+
+
+def test_fasttext_models_with_other_labels(tmp_path: Path, ksub_data: Path) -> None:
+    pytest.importorskip("fasttext")
+    model, other = ksub_data / "langid/lid.176.ftz", tmp_path / "other.bin"
+    other.write_bytes(relabelled(model, NLLB))
+    plain, mapped = load_identifier("fasttext", model), load_identifier("fasttext", other)
+    texts = list(SENTENCES.values())
+    assert [name for name, _ in mapped.identify(texts)] == [name for name, _ in plain.identify(texts)]
+    assert mapped.identify([""]) == [("other", mapped.identify([""])[0][1])]
+    other.write_bytes(relabelled(model, dict.fromkeys([*LANGUAGES, "arz", "wuu", "yue"], "positive")))
+    with pytest.raises(UserError, match=r"none of its \d+ labels \(__label__.*\) is a code of the 15 languages"):
+        load_identifier("fasttext", other)
 
 
 def test_fasttext_models(tmp_path: Path, ksub_data: Path) -> None:

@@ -25,7 +25,7 @@ from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.dedup import normalise
 from ksub_ds.corpus.commoncrawl.langid import load_identifier
 from ksub_ds.corpus.commoncrawl.pipeline import dry_run, shard_cc
-from ksub_ds.corpus.commoncrawl.report import exit_line
+from ksub_ds.corpus.commoncrawl.report import exit_line, left_out
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.statistics import corpus_table
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
@@ -260,7 +260,9 @@ def test_any_number_of_ranks_gives_the_same_bytes(wet_folder: Path, tiny_tokeniz
     two = start(2, "2")
     assert two.returncode == 0, two.stderr
     assert content(tmp_path / "2") == alone
-    assert two.stdout == corpus_table(tmp_path / "1" / "out") + "\n" + two.stdout.splitlines()[-1] + "\n"
+    last = two.stdout.splitlines()[-2:]
+    assert last[0].startswith("no page is kept of ar, bg, ")
+    assert two.stdout == "\n".join([corpus_table(tmp_path / "1" / "out"), *last]) + "\n"
 
     # A unit that one rank cannot write ends all of them, with one line; three ranks then resume what two have left.
     obstacle = tmp_path / "3" / "out" / "work" / "select" / "000001.documents"
@@ -349,10 +351,44 @@ def test_hostile_files_are_quarantined_and_nothing_is_written_elsewhere(
 def test_nothing_left_is_told(tiny_tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.gz").write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"no page of the input is left: kept 0 of 0 .* quarantined 1 in 1 of 1 files"):
+    fault = r"no page of the input is left: a.gz: no record .* quarantined 1 in 1 of 1 files; see .*quarantine.jsonl"
+    with pytest.raises(UserError, match=fault):
         run(tmp_path / "in", tiny_tokenizer, tmp_path / "out")
     assert (tmp_path / "out" / "quarantine.jsonl").read_text().count("\n") == 1
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_warc_or_wat_by_mistake_is_named(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    record, member = wet_files.record, wet_files.member
+    folder = tmp_path / "in"
+    folder.mkdir()
+    info = member(record("info", "software: test", kind="warcinfo"))
+    (folder / "a.warc.gz").write_bytes(info + b"".join(member(record(n, "x", kind="response")) for n in range(12)))
+    (folder / "b.warc.wat.gz").write_bytes(info + member(record(1, "{}", kind="metadata")))
+    fault = (
+        r"no page .* a\.warc\.gz: 13 records, none a conversion record \(12 response, 1 warcinfo\); this is a WARC "
+        r"file, give the \.warc\.wet\.gz; b\.warc\.wat\.gz: 2 records, .* this is a WAT file"
+    )
+    with pytest.raises(UserError, match=fault):
+        run(folder, tiny_tokenizer, tmp_path / "out")
+    # Beside a good file the last lines say so, and --strict refuses the result; so it does with a finished run.
+    shutil.copy(wet_folder / "segments/0/CC-0.warc.wet.gz", folder / "c.WARC.WET.GZ")
+    (folder / "d.warc.wet.gz").write_bytes(b"<html>")
+    options = {"languages": ("en", "el", "tr", "sw")}
+    with pytest.raises(UserError, match=r"--strict: a\.warc\.gz: 13 records.* sw; mend the input"):
+        run(folder, tiny_tokenizer, tmp_path / "out", strict=True, **options)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    report = run(folder, tiny_tokenizer, tmp_path / "out", **options)
+    lines = left_out(report, options["languages"])
+    assert len(lines) == 4 and lines[-1] == "no page is kept of sw"
+    assert lines[2] == (
+        "d.warc.wet.gz: no record can be read; 1 quarantined, see quarantine.jsonl (first: is neither gzip nor WARC)"
+    )
+    with pytest.raises(UserError, match="--strict: "):
+        run(folder, tiny_tokenizer, tmp_path / "out", strict=True, **options)
+    for name in ("a.warc.gz", "b.warc.wat.gz", "d.warc.wet.gz"):
+        (folder / name).unlink()
+    run(folder, tiny_tokenizer, tmp_path / "out", strict=True, languages=("en", "el", "tr"))
 
 
 def test_mistakes_are_named(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:

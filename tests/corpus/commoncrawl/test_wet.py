@@ -1,7 +1,9 @@
 """The reader of WET files: good records are returned whatever is around them, bad ones with offset and reason."""
 
+import bz2
 import gzip
 import importlib.util
+import lzma
 import random
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,6 +71,18 @@ HOSTILE: dict[str, tuple[bytes, list[str], list[tuple[int, str]]]] = {
     "NUL": (A + member(record(9, "a\0b")) + B, ["0", "1"], [(len(A), "NUL character")]),
     "the same record twice": (A + A + B, ["0", "1"], [(len(A), "duplicate WARC-Record-ID")]),
     "no newline at the end": (A + member(record(9, "last line", end=b"")), ["0", "9"], []),
+    "one line end between": (b"".join(record(n, f"text {n}", end=b"\r\n") for n in range(3)), ["0", "1", "2"], []),
+    "a newline between": (b"".join(record(n, f"text {n}", end=b"\n") for n in range(3)), ["0", "1", "2"], []),
+    "nothing between": (b"".join(record(n, f"text {n}", end=b"") for n in range(3)), ["0", "1", "2"], []),
+    "one line end in one member": (member(*(record(n, "x", end=b"\r\n") for n in range(3))), ["0", "1", "2"], []),
+    "too short, a line end inside": (record(1, "ab\r\ncd", length=2) + record(2, "x"), ["2"], [(0, "the record goes on")]),
+    "folded header": (A + member(record(9, "x", extra="X: eng,\r\n deu\r\n\tfra\r\n")) + B, ["0", "9", "1"], []),
+    "folded, with a colon": (A + member(record(9, "x", extra="X: a\r\n Content-Length: 7\r\n")) + B, ["0", "9", "1"], []),
+    "xz": (lzma.compress(b"".join(record(n, f"text {n}") for n in range(3))), ["0", "1", "2"], []),
+    "bzip2, two streams": (bz2.compress(record(0, "a")) + bz2.compress(record(1, "b")), ["0", "1"], []),
+    "zstd": (pa.compress(record(0, "a") + record(1, "b"), "zstd", asbytes=True), ["0", "1"], []),
+    "xz of something else": (lzma.compress(b"hello" * 9), [], [(0, "no WARC record starts here")]),
+    "xz cut off": (lzma.compress(record(0, "a"))[:-20], [], [(0, "damaged xz data")]),
     "no type": (A + member(b"WARC/1.0\r\nContent-Length: 1\r\n\r\nx\r\n\r\n") + B, ["0", "1"], [(len(A), "has no WARC-Type")]),
 }  # fmt: skip
 
@@ -91,7 +106,7 @@ def test_what_a_page_holds(tmp_path: Path) -> None:
         + member(record(8, ""))
     )
     info, page, empty = read_wet(path)
-    assert isinstance(info, Other) and isinstance(page, Page) and isinstance(empty, Page)
+    assert isinstance(info, Other) and info.kind == "warcinfo" and isinstance(page, Page) and isinstance(empty, Page)
     assert page == (page.offset, url, "2019-02-16T07:20:43Z", "sha1:7", "Title\nline \u2028 two")
     assert page.offset == len(member(record("info", "software", kind="warcinfo"))) and empty.text == ""
 
@@ -147,6 +162,18 @@ def test_any_bytes_come_to_an_end_without_an_exception(data: Any, tmp_path_facto
             item.text.encode()
             assert "\0" not in item.text
         assert 0 <= item.offset <= len(content)
+
+
+@pytest.mark.parametrize("compress", [lzma.compress, bz2.compress])
+def test_other_compressions_have_the_same_limits(compress: Any, tmp_path: Path) -> None:
+    """Damage ends them, after the pages before it; what they inflate to is bounded."""
+    draw = random.Random(2)
+    content = compress(b"".join(record(number, draw.randbytes(4000).hex()) for number in range(400)))
+    pages, faults = read(tmp_path / "file", content[: len(content) // 2])
+    assert pages[:20] == [str(number) for number in range(20)] and len(pages) < 400
+    assert [reason.split(" data")[0].split()[0] for _, reason in faults] == ["damaged"]
+    bomb = compress(record(1, b"a" * 30_000_000) + record(2, "x"))
+    assert read(tmp_path / "file", bomb, Limits(file=5 << 20))[1][-1][1].startswith("the rest of the file is left")
 
 
 def test_what_is_no_file_is_a_fault(tmp_path: Path) -> None:
