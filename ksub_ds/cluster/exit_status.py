@@ -59,7 +59,7 @@ def classify_exit(outcome: AttemptOutcome, failure_file: Path, stopped_by: int |
         line = f"failed: {what}: DeepSpeed's launcher there ended with {describe_exit(code)}"
         return ExitStatus(FAILED, line, True)
     line = reported or _line_of_record(record, "failed") or _first_to_end(outcome, "failed")
-    return ExitStatus(FAILED, line, True)
+    return ExitStatus(FAILED, line, record.get("restart_may_help") is not False)
 
 
 def _killed(outcome: AttemptOutcome) -> list[str]:

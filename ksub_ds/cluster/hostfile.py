@@ -8,39 +8,58 @@ from ksub_ds.common.errors import UserError
 
 # Host names reach shells (pdsh, ssh) and option parsers: only names and addresses may pass.
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+# What ssh would take besides a name: a user, a port, an IPv6 address in brackets. An address has several colons.
+LOGIN = re.compile(
+    r"(?:(?P<user>[A-Za-z0-9_][\w.-]*)@)?(?P<host>[\w.-]+|\[[0-9A-Fa-f:.%\w]+\])(?::(?P<port>\d{1,5}))?", re.ASCII
+)
 
 
 def read_hostfile(path: str) -> dict[str, int]:
     """Read a hostfile into {host: slots}, in the order of the file.
 
     Raises:
-        UserError: the file cannot be read, names no host, or has a line that DeepSpeed would silently skip: of
-            another form, with a host named twice, or without slots.
+        UserError: the file cannot be read, names no host, or has a line that the launchers could not use: of
+            another form, with a user or a port, with a host named twice, or without slots.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--hostfile {path}: cannot be read ({reason})") from error
     hosts: dict[str, int] = {}
+    named: set[str] = set()  # without case, as names of hosts are
     for number, line in enumerate(lines, 1):
         line = line.split("#")[0].strip()
         if not line:
             continue
         found = re.fullmatch(r"(\S+)\s+slots=(\d{1,6})", line)
+        login = LOGIN.fullmatch(found[1]) if found else None
+        if login and login[0] != login["host"].strip("[]"):
+            raise UserError(f"--hostfile {path}: line {number}: {_where_to_put(login)}")
         if not found or not HOST.fullmatch(found[1]):
             raise UserError(f"--hostfile {path}: line {number} is {line!r}, not `host slots=N`")
         host, slots = found[1], int(found[2])
-        if host in hosts:
+        if host.lower() in named:
             raise UserError(f"--hostfile {path}: line {number} names {host!r} again; give each host one line")
         if slots < 1:
             raise UserError(
                 f"--hostfile {path}: line {number} gives {host!r} no slots; write slots=1 or more, or remove the line"
             )
         hosts[host] = slots
+        named.add(host.lower())
     if not hosts:
         raise UserError(f"--hostfile {path}: names no host; write lines such as `localhost slots=2`")
     return hosts
+
+
+def _where_to_put(login: re.Match[str]) -> str:
+    """Say where user and port of a host go: pdsh, mpirun and DeepSpeed take names alone, and all of them use ssh."""
+    host = login["host"].strip("[]")
+    entries = [f"{key} {value}" for key, value in (("User", login["user"]), ("Port", login["port"])) if value]
+    plain = f"{login[0]!r} is more than a name; write `{host} slots=...`"
+    if not entries:
+        return plain
+    return f"{plain}, and into ~/.ssh/config of this machine: {', '.join([f'Host {host}', *entries])}, a line each"
 
 
 def chosen_hosts(hosts: dict[str, int], include: str, exclude: str) -> dict[str, int]:

@@ -15,13 +15,25 @@ import errno
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ksub_ds.common.errors import UserError, describe_os_error
-from ksub_ds.common.rank_env import RankInfo, device, env_integer, has_gpu, is_main, rank_info, world_size
+from ksub_ds.common.logging import get_logger
+from ksub_ds.common.rank_env import (
+    RankInfo,
+    device,
+    env_integer,
+    has_gpu,
+    is_main,
+    rank_info,
+    rank_variables,
+    told_by,
+    world_size,
+)
 from ksub_ds.common.rank_env import local_rank as local_rank  # callers find all about ranks in this module
 from ksub_ds.common.rank_env import rank as rank
 from ksub_ds.common.watchdog import Watchdog, connector
@@ -31,6 +43,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 600
 SILENCE_SECONDS = 60
+NOTICE_SECONDS = 5  # of silent waiting at the rendezvous, before a line says for whom
 BACKEND_GRACE_SECONDS = 30  # torch's own timeout comes later than ours, which names the rank
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 Result = TypeVar("Result")
@@ -81,6 +94,7 @@ def init_distributed() -> RankInfo:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))  # noqa: PTH118
     if has_gpu():
         torch.cuda.set_device(info.local_rank % torch.cuda.device_count())
+    variables = rank_variables()  # as the launcher left them
     set_rendezvous_address(info)
 
     import deepspeed
@@ -95,7 +109,7 @@ def init_distributed() -> RankInfo:
     dist.distributed_c10d.default_pg_timeout = timeout
     if info.world_size > 1:
         _had_peers = True
-        _watchdog = rendezvous(info, patience, timeout)
+        _watchdog = rendezvous(info, patience, timeout, variables)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
     if info.world_size == 1:
         _watchdog = Watchdog(0, [socket.gethostname()])
@@ -114,9 +128,9 @@ def set_rendezvous_address(info: RankInfo) -> None:
     """Set RANK ... MASTER_PORT, which torch reads, where the launcher left them out.
 
     Raises:
-        UserError: several ranks and no MASTER_ADDR.
+        UserError: several ranks and no MASTER_ADDR, or fewer processes than the variables say.
     """
-    environment = os.environ
+    environment, variables = os.environ, rank_variables()
     if info.world_size == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -126,26 +140,41 @@ def set_rendezvous_address(info: RankInfo) -> None:
         from mpi4py import MPI
 
         communicator = MPI.COMM_WORLD
+        if communicator.Get_size() == 1:
+            message = f"MPI connects 1 process, not {info.world_size}: {told_by(variables)}"
+            _tell_every_rank(info, message)
+            raise UserError(message)
         environment["MASTER_ADDR"] = communicator.bcast(socket.gethostbyname(socket.gethostname()), root=0)
     elif "MASTER_ADDR" not in environment and env_integer("SLURM_STEP_NUM_NODES", 0) == 1:
         environment["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_ADDR" not in environment:
-        raise UserError(
-            f"MASTER_ADDR is not set, but this is rank {info.rank} of {info.world_size}; "
-            "export MASTER_ADDR=<name or address of the first host>"
+        message = (
+            f"MASTER_ADDR is not set, but this is rank {info.rank} of {info.world_size}: {told_by(variables)}; "
+            "else export MASTER_ADDR=<name or address of the first host>"
         )
+        _tell_every_rank(info, message)
+        raise UserError(message)
     job = environment.get("SLURM_JOB_ID", "0")
     environment.setdefault("MASTER_PORT", str(20000 + int(job) % 20000) if job != "0" else "29500")
     environment.update(RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world_size))
 
 
-def rendezvous(info: RankInfo, patience: float, timeout: timedelta) -> Watchdog:
+def _tell_every_rank(info: RankInfo, message: str) -> None:
+    """Print an error on all ranks but the first, which prints it anyway: with left-over variables there is no first."""
+    if info.rank > 0:
+        print(f"error: {message}", file=sys.stderr)
+
+
+def rendezvous(info: RankInfo, patience: float, timeout: timedelta, variables: dict[str, str]) -> Watchdog:
     """Wait for all ranks at rank 0's store, start the watchdog, then torch's process group.
+
+    A wait of some seconds says for whom, where, and which variables told it so.
 
     Args:
         info: this rank among several.
         patience: seconds to wait for the others.
         timeout: after which torch's collectives give up.
+        variables: those of the launcher that say that there are others.
 
     Returns:
         The running watchdog.
@@ -157,9 +186,21 @@ def rendezvous(info: RankInfo, patience: float, timeout: timedelta) -> Watchdog:
     import torch.distributed as dist
 
     address, port = os.environ["MASTER_ADDR"], env_integer("MASTER_PORT")
+
+    def say(missing: list[int]) -> None:
+        ranks = ", ".join(map(str, missing))
+        get_logger().warning(
+            f"rank {info.rank} of {info.world_size} waits for rank {ranks} at {address}:{port}, "
+            f"up to {patience:.0f} s: {told_by(variables)}"
+        )
+
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, for all attempts
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     serves = info.rank == 0 and not served
+    # One rank of each machine speaks first. The others follow, for theirs may be left-over variables too.
+    notice = threading.Timer(NOTICE_SECONDS * (1 if info.local_rank == 0 else 3), say, [[0]])
+    notice.daemon = True
+    notice.start()
     try:
         store = dist.TCPStore(
             address, port, is_master=serves, timeout=timedelta(seconds=patience), wait_for_workers=False
@@ -168,13 +209,21 @@ def rendezvous(info: RankInfo, patience: float, timeout: timedelta) -> Watchdog:
         if serves and "EADDRINUSE" in str(error):
             raise UserError(f"MASTER_PORT {port} is taken on {address}; export another MASTER_PORT") from None
         raise RuntimeError(f"no answer from rank 0 at {address}:{port} for {patience} s") from None
+    finally:
+        notice.cancel()
     store.set(f"ksub/{attempt}/here/{info.rank}", socket.gethostname())
-    deadline = time.monotonic() + patience
+    begun = time.monotonic()
     keys = [f"ksub/{attempt}/here/{rank}" for rank in range(info.world_size)]
+    told = info.rank > 0  # rank 0 speaks for all that have come
     while not store.check(keys):
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begun
+        if waited > min(NOTICE_SECONDS, patience) and (not told or waited > patience):
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            raise RuntimeError(f"rank {', '.join(map(str, missing))} did not come to {address}:{port} in {patience} s")
+            if waited > patience:
+                came_not = ", ".join(map(str, missing))
+                raise RuntimeError(f"rank {came_not} did not come to {address}:{port} in {patience} s")
+            say(missing)
+            told = True
         time.sleep(0.02)
     hosts = [host.decode() for host in store.multi_get(keys)]
     silence = env_integer("KSUB_SILENCE_SECONDS", SILENCE_SECONDS)

@@ -70,6 +70,26 @@ def rank_info() -> RankInfo:
     return RankInfo(0, 0, 1, 1)
 
 
+def rank_variables() -> dict[str, str]:
+    """Return the environment variables that `rank_info` goes by, with their values; none for one process."""
+    environment = os.environ
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = ["RANK", "WORLD_SIZE"]
+    elif "OMPI_COMM_WORLD_SIZE" in environment:
+        names = ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"]
+    elif "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+        names = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS"]
+    else:
+        names = []
+    return {name: environment[name] for name in names}
+
+
+def told_by(variables: dict[str, str]) -> str:
+    """Return which variables say that there are several ranks, and what to do where that is not so."""
+    values = " ".join(f"{name}={value}" for name, value in variables.items())
+    return f"{values} in the environment say so; if you started one process alone: unset {' '.join(variables)}"
+
+
 def rank() -> int:
     """Return the index of this process among all, from 0."""
     return rank_info().rank

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 BEAT_SECONDS = 0.25  # between two heartbeats; more in runs of more than 125 ranks
 DEAD_SECONDS = 1.5  # a rank whose collective broke takes peers for dead that are silent this long
 LINGER_SECONDS = 3.0  # how long the reporting rank waits for the others to have read the failure
+REPEATS = (ImportError, TypeError, AttributeError, NameError)  # before the first step: the next start meets them too
 PARTING_SECONDS = 10.0  # how long rank 0 waits for the others at the end of a good run
 
 
@@ -57,7 +58,8 @@ class Failure:
         if self.exit_code == INTERRUPTED:
             return self.reason
         at = "" if self.step is None else f" at step {self.step:,}"
-        return f"failed: rank {self.rank} on {self.host}{at}: {self.reason}; {RESUME}"
+        remedy = f"; {RESUME}" if self.restart_may_help else ""
+        return f"failed: rank {self.rank} on {self.host}{at}: {self.reason}{remedy}"
 
 
 def in_one_line(error: BaseException) -> str:
@@ -306,6 +308,8 @@ class Watchdog:
         if failure is not None:
             return self.end(failure, lost=1)
         failure = self._failure_of(self.rank, in_one_line(error))
+        if self.step is None and isinstance(error, REPEATS):
+            failure = dataclasses.replace(failure, restart_may_help=False)
         if not (self._store is not None and _is_reported(self._store)):
             traceback.print_exception(error)
         return self.end(failure)

@@ -7,6 +7,8 @@ them is refused.
 
 import contextlib
 import difflib
+import importlib.metadata
+import importlib.util
 import io
 import logging
 import re
@@ -40,6 +42,9 @@ RECIPE_KEYS = {
     "prescale_gradients": "the loss is a global mean",
 }
 OBJECT_KEYS = ("zero_optimization", "comms_logger", "tensorboard", "wandb", "csv_monitor", "flops_profiler")
+# What DeepSpeed's monitors import on rank 0, only when the engine is built, and the package that has it. TensorBoard
+# is on unless the file turns it off.
+MONITORS = {"tensorboard": ("torch.utils.tensorboard", "tensorboard", True), "wandb": ("wandb", "wandb", False)}
 MECHANICS_KEYS = (
     *OBJECT_KEYS,
     *("communication_data_type", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
@@ -124,6 +129,36 @@ def _check_zero(zero: dict[str, Any], path: Path) -> None:
             raise UserError(f'{path}: zero_optimization.{key} must be {{"device": "cpu"}} (no NVMe here)')
         if offload.get("ratio", 1.0) != 1.0:
             raise UserError(f"{path}: zero_optimization.{key}.ratio must be 1.0: all of the state in one place")
+
+
+def check_monitors(config: dict[str, Any], path: Path) -> None:
+    """Import what the monitors of a ds_configs file will need.
+
+    Args:
+        config: content of the file.
+        path: the file, for the message.
+
+    Raises:
+        UserError: a package is missing, or one that it needs is too old or too new for it.
+    """
+    for key, (module, package, by_default) in MONITORS.items():
+        if not config.get(key, {"enabled": by_default}).get("enabled", False):
+            continue
+        off = f'or write "{key}": {{"enabled": false}} into {path}'
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{path}: {key} needs the package {package}: pip install {package}; {off}")
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # an old protobuf raises TypeError, ImportError or AttributeError by its version
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            try:
+                protobuf = f"protobuf {importlib.metadata.version('protobuf')}"
+            except importlib.metadata.PackageNotFoundError:
+                protobuf = "no protobuf"
+            raise UserError(
+                f"{path}: {key}: the package {package} cannot be imported with {protobuf} ({reason}); "
+                f"pip install --upgrade protobuf {package}; {off}"
+            ) from error
 
 
 def zero_stage(config: dict[str, Any]) -> Any:

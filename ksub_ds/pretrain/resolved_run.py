@@ -15,7 +15,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.model.sequence_length import longest_sequence
-from ksub_ds.pretrain.engine import check_precision, find_deepspeed_config, read_mechanics
+from ksub_ds.pretrain.engine import check_monitors, check_precision, find_deepspeed_config, read_mechanics
 from ksub_ds.pretrain.recipe import BatchSizes, Recipe, divide_batch, resolve, to_json
 from ksub_ds.pretrain.warm_start import check_same_tokens, fingerprint, read_codes
 
@@ -77,7 +77,9 @@ def resolve_settings(recipe: Recipe, previous_micro_batch_size: int | None = Non
     """
     world_size = distributed.world_size()
     recipe = resolve(recipe, world_size, distributed.has_gpu(), previous_micro_batch_size)
-    mechanics = read_mechanics(find_deepspeed_config(recipe.deepspeed))
+    mechanics = read_mechanics(path := find_deepspeed_config(recipe.deepspeed))
+    if distributed.is_main():
+        check_monitors(mechanics, path)
     check_precision(mechanics, recipe.precision)
     return ResolvedSettings(recipe, divide_batch(recipe, world_size), mechanics)
 

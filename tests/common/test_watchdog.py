@@ -7,10 +7,12 @@ import threading
 import time
 from datetime import timedelta
 
+import pytest
 import torch.distributed as dist
 
 from ksub_ds.common import distributed
-from ksub_ds.common.watchdog import Heartbeats, MainThread, main_thread_frame
+from ksub_ds.common.exit_codes import FAILED
+from ksub_ds.common.watchdog import Heartbeats, MainThread, Watchdog, main_thread_frame
 
 
 class Queued:
@@ -80,3 +82,25 @@ def test_the_rank_that_is_silent() -> None:
     watch.store.set("beat/1", "done")  # a rank that has finished may be silent
     watch.seen.read(watch.store)
     assert watch.seen.silent(0.05) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "step", "again"),
+    [
+        (ImportError("no module"), None, False),
+        (TypeError("Descriptors cannot be created directly"), None, False),
+        (RuntimeError("out of memory"), None, True),
+        (KeyError("x"), 3, True),
+        (TypeError("x"), 3, True),
+    ],
+)
+def test_the_same_command_is_offered_where_it_helps(
+    error: Exception, step: int | None, again: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = Watchdog(0, ["node1"])
+    alone.step = step
+    assert alone.end_by(error) == FAILED
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        last.startswith("failed: rank 0 on node1") and last.endswith("; run the same command again to resume") == again
+    )

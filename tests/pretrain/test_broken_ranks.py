@@ -93,3 +93,44 @@ def test_a_rank_that_never_comes_is_named(bench: Bench, tmp_path: Path) -> None:
     )
     assert done.returncode == FAILED, done.stderr
     assert f"rank 1, 2 did not come to 127.0.0.1:{place['MASTER_PORT']} in 1 s" in done.stderr.splitlines()[-1]
+
+
+def lonely(tmp_path: Path, **variables: str) -> subprocess.Popen[str]:
+    """Start a run with left-over variables of a launcher; it waits for ranks that never come."""
+    place = {"MASTER_PORT": str(free_port()), "TORCH_CPP_LOG_LEVEL": "FATAL"}
+    command = [sys.executable, "-m", "ksub_ds.pretrain", "--preset", "tiny", "--plain", "--data", "d", "--out", "o"]
+    env = environment() | place | variables
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "who", "told"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "rank 1 of 2 waits for rank 0", "RANK=1 WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "3"}, "rank 0 of 3 waits for rank 1, 2", "RANK=0 WORLD_SIZE=3"),
+        (
+            {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+            "rank 1 of 2 waits for rank 0",
+            "SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2",
+        ),
+    ],
+)
+def test_waiting_says_for_whom_and_why(tmp_path: Path, variables: dict[str, str], who: str, told: str) -> None:
+    process = lonely(tmp_path, MASTER_ADDR="127.0.0.1", KSUB_TIMEOUT_SECONDS="600", **variables)
+    try:
+        line = process.stderr.readline()  # the first one; the test's own time limit is the wait's
+    finally:
+        process.kill()
+        process.communicate()
+    names = " ".join(pair.split("=")[0] for pair in told.split())
+    assert f"{who} at 127.0.0.1:" in line and "up to 600 s" in line, line
+    assert f"{told} in the environment say so; if you started one process alone: unset {names}" in line
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_left_over_variables_without_an_address(tmp_path: Path, rank: str) -> None:
+    """Rank 1 says it as well: nobody knows whether there is a rank 0."""
+    process = lonely(tmp_path, RANK=rank, WORLD_SIZE="2")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == USER_ERROR and errors.count("\n") == 1, errors
+    assert errors.startswith("error: MASTER_ADDR is not set") and "unset RANK WORLD_SIZE" in errors

@@ -1,6 +1,9 @@
 """DeepSpeed's configuration: the shipped files, sizes of buckets, and files that name what the recipe owns."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,31 @@ def test_config_files_with_another_owner(tmp_path: Path, content: str, message: 
 def test_missing_config_is_named() -> None:
     with pytest.raises(UserError, match=r"zero9.*there: zero0, zero1, zero2, zero3, zero3_offload"):
         find_deepspeed_config("zero9")
+
+
+def started(tmp_path: Path, config: dict[str, object], site: Path | None = None) -> str:
+    """The last line of a run with a ds_configs file, and other packages before those installed."""
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": {"stage": 1}} | config))
+    command = [*(sys.executable, "-m", "ksub_ds.pretrain", "--preset", "tiny", "--plain", "--data", "d", "--out", "o")]
+    root = str(Path(__file__).resolve().parents[2])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([*([str(site)] if site else []), root]), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([*command, "--deepspeed", "mine.json"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_monitors_without_their_packages(tmp_path: Path) -> None:
+    """Told before anything is opened or built; a monitor that is off is not asked for."""
+    on, off = {"wandb": {"enabled": True}}, {"wandb": {"enabled": False}, "tensorboard": {"enabled": False}}
+    site = tmp_path / "site"
+    (site / "wandb").mkdir(parents=True)  # too new for this protobuf, as generated code says it
+    line = "from google.protobuf import runtime_version_of_tomorrow"
+    (site / "wandb" / "__init__.py").write_text(line)
+    broken = started(tmp_path, on, site)
+    assert broken.startswith("error: mine.json: wandb: the package wandb cannot be imported with protobuf "), broken
+    assert "runtime_version_of_tomorrow" in broken and "pip install --upgrade protobuf wandb; or write" in broken
+    assert started(tmp_path, off, site).startswith("error: d: is not a folder")
+    (site / "wandb" / "__init__.py").unlink()
+    (site / "wandb").rmdir()
+    missing = started(tmp_path, on)
+    assert missing.startswith("error: mine.json: wandb needs the package wandb: pip install wandb; or write"), missing
