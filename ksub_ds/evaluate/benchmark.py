@@ -78,8 +78,9 @@ class BenchmarkPlan(Plan, Generic[Settings]):
         self.prints = {each: self.source.fingerprint(*each) for each in [*splits, *self.find_unscored()]}
         self.data = {"path": settings.data, "fingerprint": self._joint_fingerprint(splits)}
         self.values = self.setting_values()
-        recorded = Queue.recorded(folder)
         trained_on = [each for each in splits if not is_test(each[1])]
+        self._encoded: dict[tuple[str, str], Encoded] = {}
+        self._trained: tuple[str, Any] | None = None
         identity = {
             "kind": self.kind,
             "settings": self.values,
@@ -88,28 +89,43 @@ class BenchmarkPlan(Plan, Generic[Settings]):
         }
         # what a fine-tuning depends on: a mended test set leaves the trained models as they are
         self.identity = sha256_bytes(repr(identity | {"data": self._joint_fingerprint(trained_on)}).encode())
+        self._first_tests: dict[str, str] = {}
+        self.queue = self._join(identity, {_file_name(*each): self.prints[each][:16] for each in trained_on})
+
+    def _join(self, identity: dict[str, Any], training: dict[str, str]) -> Queue:
+        """Begin the queue, or join that of the folder, once all files that it does not know are checked.
+
+        Raises:
+            UserError: a bad row, or the folder holds another evaluation.
+        """
+        recorded = Queue.recorded(self.folder)
         tests = {_file_name(*each): value for each, value in self.prints.items() if is_test(each[1])}
         before = recorded.get("tests")
-        self._first_tests: dict[str, str] = tests | (before if isinstance(before, dict) else {})
-        notes = {"data": self.data["fingerprint"], "tests": self._first_tests}
-        training = {_file_name(*each): self.prints[each][:16] for each in trained_on}
+        self._first_tests = tests | (before if isinstance(before, dict) else {})
+        files = self._joint_fingerprint(list(self.prints))
+        notes = {"data": self.data["fingerprint"], "tests": self._first_tests, "checked": files}
         if recorded and "training" not in recorded:  # an earlier version's, which told the files only all together
             alike = all(recorded.get(key) == value for key, value in identity.items())
             if alike and recorded.get("data") != self.data["fingerprint"]:
                 raise UserError(
-                    f"--out {folder}: a file of --data {settings.data} has changed since, and the earlier version that "
-                    "made this folder did not list which files its models were trained on; give a new --out"
+                    f"--out {self.folder}: a file of --data {self.settings.data} has changed since, and the earlier "
+                    "version that made this folder did not list which files its models were trained on; give a new "
+                    "--out"
                 )
-            identity["data"] = notes.pop("data")
+            identity = identity | {"data": notes.pop("data")}
             notes["training"] = training
         else:
-            identity["training"] = training
-        if "training" not in recorded or self.data["fingerprint"] != recorded.get("data"):
+            identity = identity | {"training": training}
+        if recorded.get("checked") != files:
             self.check_rows()
-        self.queue = Queue.join(folder, self.make_jobs(), identity, notes)
-        self._tell_mended(tests)
-        self._encoded: dict[tuple[str, str], Encoded] = {}
-        self._trained: tuple[str, Any] | None = None
+        queue = Queue.join(self.folder, self.make_jobs(), identity, notes)
+        mended = [name for name, value in tests.items() if self._first_tests[name] != value]
+        if mended:
+            get_logger().info(
+                f"{self.folder}: {', '.join(mended)}: another file than at first; it is scored with the models trained "
+                "before"
+            )
+        return queue
 
     def _joint_fingerprint(self, splits: list[tuple[str, str]]) -> str:
         lines = [f"{part} {split} {self.prints[part, split]}" for part, split in splits]
@@ -121,14 +137,6 @@ class BenchmarkPlan(Plan, Generic[Settings]):
         if all(self._first_tests[name] == value for name, value in now.items()):
             return ""
         return f"-{sha256_bytes(' '.join(now.values()).encode())[:8]}"
-
-    def _tell_mended(self, tests: dict[str, str]) -> None:
-        mended = [name for name, value in tests.items() if self._first_tests[name] != value]
-        if mended:
-            get_logger().info(
-                f"{self.folder}: {', '.join(mended)}: another file than at first; it is scored with the models trained "
-                "before"
-            )
 
     def check_rows(self) -> None:
         """Read every row that will be used: what is wrong with one is told before anything is trained.
