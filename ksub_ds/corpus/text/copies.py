@@ -8,9 +8,8 @@ from pathlib import PurePosixPath
 from ksub_ds.common.compression import DamagedFileError, decompressed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
-from ksub_ds.corpus.text.names import parse_text_name
 from ksub_ds.corpus.text.skipped import Skipped
-from ksub_ds.corpus.text.text_file import TextFile, printable
+from ksub_ds.corpus.text.text_files import TextFile, parse_text_name, printable
 
 COMPARED = 1 << 20  # bytes at a time
 # A bomb is no reason to compare for ever: what is equal up to here is taken for equal, and its reader will say bomb.

@@ -35,9 +35,8 @@ from ksub_ds.corpus.shards.packing import Packing
 from ksub_ds.corpus.shards.writer import LanguageWriter, check_shard_settings, split_of
 from ksub_ds.corpus.text.hub import DatasetSource
 from ksub_ds.corpus.text.layout import TextLayout
-from ksub_ds.corpus.text.left_out import LeftOut
 from ksub_ds.corpus.text.reader import DocumentReader
-from ksub_ds.corpus.text.skipped import Skipped
+from ksub_ds.corpus.text.skipped import LeftOut, Skipped
 from ksub_ds.corpus.text.sources import LanguageText, find_text
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.corpus.tokenizers.parallel import ParallelEncoder
@@ -92,7 +91,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
     _check(settings)
     layout = settings.layout()
     text, others = _text_of(settings, layout)
-    left_out = LeftOut(text, others)
+    left_out = LeftOut({language: entry.skipped for language, entry in text.items()}, others)
     if settings.strict:
         left_out.refuse("nothing was read")
     tokenizer = load_tokenizer(settings.tokenizer, settings.nfc)

@@ -19,8 +19,8 @@ from ksub_ds.corpus.text.hub import DatasetSource
 from ksub_ds.corpus.text.json_text import json_texts
 from ksub_ds.corpus.text.layout import DEFAULT_LAYOUT, TextLayout
 from ksub_ds.corpus.text.skipped import Skipped, shown
-from ksub_ds.corpus.text.sources import ARROW, PARQUET, TextFile
 from ksub_ds.corpus.text.tables import arrow_texts, parquet_texts
+from ksub_ds.corpus.text.text_files import ARROW, PARQUET, TextFile
 
 LONGEST_DOCUMENT = 10_000_000  # characters
 # A .txt with this much and no blank line is told of: perhaps each of its lines is a document.

@@ -1,6 +1,16 @@
-"""What was left out of the text, by reason, with the first example of each."""
+"""What was left out of the text: counts by reason, with the first example of each; and what is lost whole by it."""
 
 from collections import Counter
+from typing import Any
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.logging import get_logger
+
+LOST = {"held_out_split", "no_language", "not_a_regular_file", "not_in_state_json", "other_suffix", "unreadable_folder"}
+"""Reasons for which whole files are left out that may hold text that is wanted. Other reasons lose nothing."""
+
+# Besides every damaged_...: reasons of the reader for which a file is not read, or not to its end.
+UNREAD = {"compressed_table", "inflates_too_much", "no_text_column", "not_the_file", "unreadable_file"}
 
 
 class Skipped:
@@ -48,3 +58,69 @@ def shown(text: str, longest: int = 60) -> str:
     """
     cut = text[:longest]
     return (cut if cut.isprintable() else ascii(cut)[1:-1]) + ("..." if len(text) > longest else "")
+
+
+class LeftOut:
+    """The languages and files that a run leaves out, as lines.
+
+    Args:
+        text: what was skipped of each language.
+        others: what was found besides, of no language.
+
+    Attributes:
+        lines: what is left out, in words.
+    """
+
+    def __init__(self, text: dict[str, Skipped], others: Skipped):
+        self._text = text
+        self.lines = [f"left out: {', '.join(lines)}" for lines in [_lines(others, others.counts)] if lines]
+        for language, skipped in text.items():
+            lines = _lines(skipped, skipped.counts)
+            if lines:
+                self.lines.append(f"left out of {language}: {', '.join(lines)}")
+
+    def add_unread(self, manifest: dict[str, Any]) -> None:
+        """Add the languages without a document, and the files that were not read to their end.
+
+        Args:
+            manifest: of the shards that were made from the text, now or by an earlier run.
+        """
+        for language, entry in manifest["languages"].items():
+            counts = {reason: n for reason, n in entry["skipped"].items() if _is_unread(reason)}
+            lines = _lines(self._text[language], counts)
+            if lines:
+                self.lines.append(f"not read to the end in {language}: {', '.join(lines)}")
+        unread = [language for language, entry in manifest["languages"].items() if not entry["files"]]
+        if unread:
+            self.lines.append(f"no readable document in {', '.join(unread)}")
+
+    def report(self) -> None:
+        """Log all lines."""
+        for line in self.lines:
+            get_logger().info(f"warning: {line}")
+
+    def refuse(self, outcome: str) -> None:
+        """Refuse what is left out, if anything is.
+
+        Args:
+            outcome: what was done, for the message.
+
+        Raises:
+            UserError: something is left out.
+        """
+        if self.lines:
+            self.report()
+            more = f", and {len(self.lines) - 1} more lines above" if len(self.lines) > 1 else ""
+            raise UserError(f"--strict: {self.lines[0]}{more}; {outcome}")
+
+
+def _lines(skipped: Skipped, counts: dict[str, int]) -> list[str]:
+    lost = Skipped()
+    for reason, count in counts.items():
+        if reason in LOST or _is_unread(reason):
+            lost.add(reason, skipped.examples.get(reason, ""), count)
+    return lost.lines()
+
+
+def _is_unread(reason: str) -> bool:
+    return reason in UNREAD or reason.startswith("damaged_")

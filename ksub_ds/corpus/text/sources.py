@@ -5,7 +5,7 @@
 
     <lang> is a code: en, zh-Hant, rus_Cyrl (common/languages.py)
 
-names.py knows what a name says, walk.py which files a folder holds, copies.py which of them are there twice. hub.py
+text_files.py knows which files a folder holds and what a name says, copies.py which of them are there twice. hub.py
 opens data sets by name; reader.py reads both.
 """
 
@@ -19,24 +19,21 @@ from ksub_ds.common.languages import standard_code
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.text.copies import without_copies
 from ksub_ds.corpus.text.hub import DatasetSource
-from ksub_ds.corpus.text.names import (
-    ARROW,
-    PARQUET,
-    SPLIT_OF,
-    is_hidden,
-    language_of_name,
-    parse_text_name,
-    split_of_words,
-)
 from ksub_ds.corpus.text.saved import is_saved
 from ksub_ds.corpus.text.skipped import Skipped
-from ksub_ds.corpus.text.text_file import TextFile, printable, utf8_name
-from ksub_ds.corpus.text.walk import PAPERS, link_target, text_files_below
-
-__all__ = ["ARROW", "LOST", "PARQUET", "LanguageText", "TextFile", "find_text"]
-
-LOST = {"held_out_split", "no_language", "not_a_regular_file", "not_in_state_json", "other_suffix", "unreadable_folder"}
-"""Reasons for which whole files are left out that may hold text that is wanted. Other reasons lose nothing."""
+from ksub_ds.corpus.text.text_files import (
+    PAPERS,
+    SPLIT_OF,
+    TextFile,
+    is_hidden,
+    language_of_name,
+    link_target,
+    parse_text_name,
+    printable,
+    split_of_words,
+    text_files_below,
+    utf8_name,
+)
 
 
 @dataclass

@@ -1,19 +1,39 @@
-"""The text files below the folder of a language, in a fixed order; every other file is counted.
+"""The text files below the folder of a language, and what their names say: form, compression, split, language.
 
-Links are followed, each folder is visited once, and a link that leads nowhere is refused. Hidden names are left out at
-every depth. In a folder that `datasets` saved (saved.py) the data files are those that it names.
+    en.train.jsonl.gz          en, train, .jsonl, gzip
+    en/test-00000-of-00001.parquet
+    rus_Cyrl/                  ru
+
+Files come in a fixed order, and every other file is counted. Links are followed, each folder is visited once, and a
+link that leads nowhere is refused. Hidden names are left out at every depth. In a folder that `datasets` saved
+(saved.py) the data files are those that it names.
 """
 
+import functools
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from ksub_ds.common.compression import SUFFIXES as COMPRESSIONS
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.text.names import is_hidden, parse_text_name
+from ksub_ds.common.files import sha256_file
+from ksub_ds.common.languages import language_name
 from ksub_ds.corpus.text.saved import SPLITS, STATE, is_saved, saved_files
 from ksub_ds.corpus.text.skipped import Skipped
-from ksub_ds.corpus.text.text_file import printable
+
+PARQUET, ARROW = ".parquet", ".arrow"
+FORMS = (".jsonl", ".json", ".txt", PARQUET, ARROW)
+
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "devel", "eval", "heldout", "holdout"),
+    "test": ("test", "testing", "devtest"),
+}
+SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
+_SPLIT_SUBTAG = re.compile(rf"[-_]({'|'.join(SPLIT_OF)})(?![^-_])", re.IGNORECASE)
 
 DESCRIPTION = "dataset_info.json"  # `datasets` writes it beside the data
 CACHE = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")  # what map() and filter() of `datasets` leave there
@@ -21,6 +41,83 @@ CACHE = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")  # what map() and fi
 PAPERS = re.compile(r"(README|LICEN[CS]E|NOTICE|CHANGELOG|CITATION)(\.\w+)?|.*\.md|_SUCCESS", re.IGNORECASE)
 _KERNEL = ("/proc", "/sys")  # regular files without an end
 _LONGEST_LINK = 1000  # bytes
+
+
+class TextName(NamedTuple):
+    """The parts of a text file's name: `form` is one of FORMS; `compression` a suffix in small letters, or ""."""
+
+    stem: str
+    form: str
+    compression: str
+
+
+def parse_text_name(name: str) -> TextName | None:
+    """Return the parts of a text file's name; None for other files.
+
+    Args:
+        name: of a file, suffixes in letters of any case.
+    """
+    plain, compression = name, ""
+    suffix = "." + name.rpartition(".")[2].lower()
+    if suffix in COMPRESSIONS:
+        plain, compression = name[: -len(suffix)], suffix
+    stem, dot, form = plain.rpartition(".")
+    return TextName(stem, "." + form.lower(), compression) if dot and "." + form.lower() in FORMS else None
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a name is one that systems and editors keep out of sight, or the folder of such names in a zip."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def split_of_words(text: str) -> str | None:
+    """Return the split, "train", "validation" or "test", that a word of a name stands for; the last such word counts.
+
+    Args:
+        text: names, without the suffixes of their form.
+    """
+    words = [word.lower() for word in re.findall(r"[^\W\d_]+", text)]
+    return next((SPLIT_OF[word] for word in reversed(words) if word in SPLIT_OF), None)
+
+
+def language_of_name(first: str) -> str | None:
+    """Return the name of the language that the first part of a file's or folder's name stands for, or None.
+
+    Args:
+        first: up to the first dot; words of a split are left out of it, so that en-test is en.
+    """
+    return language_name(_SPLIT_SUBTAG.sub("", first))
+
+
+def utf8_name(path: str | Path) -> str:
+    """Return a path as text that UTF-8 can hold; bytes of a name that are not UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def printable(path: str | Path) -> str:
+    """Return a path for a line of the log: as `utf8_name`, control characters escaped too."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in utf8_name(path))
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One text file and its name below the input folder; bytes of a name that are not UTF-8 are escaped in `name`."""
+
+    path: Path
+    name: str
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the content; "" if the file cannot be read, which the reader counts."""
+        try:
+            return sha256_file(self.path)
+        except OSError:
+            return ""
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return self.path.stat().st_size
 
 
 def link_target(path: Path) -> str | None:
