@@ -50,7 +50,7 @@ COMMANDS = {
     "codes inspect": options("show sizes, quality and parameters of a code file", "cli.codes:inspect"),
     "codes extend": words("give new tokens unused codes: the vocabulary grows, the tables do not", "cli.codes:extend"),
     "corpus stats": options(
-        "count tokens and bytes per language of a shards folder, as in the paper's Table 7", "cli.results:corpus_stats"
+        "count tokens and bytes per language of a shards folder, as in the paper's Table 7", "cli.inspect:corpus_stats"
     ),
     "pretrain": words(
         "pretrain a masked language model on DeepSpeed; the same command again resumes", "pretrain.__main__:main"
@@ -60,10 +60,10 @@ COMMANDS = {
     ),
     "analyze": words(
         "measure similarities and PCA of embeddings and hidden states, with figures (Figures 2 to 10)",
-        "cli.results:analyze",
+        "cli.inspect:analyze",
     ),
-    "compress": words("fit small tables to a trained model's embedding, at both ends", "cli.results:compress"),
-    "export": options("write a run's model as a HuggingFace folder, checked by its logits", "cli.results:export"),
+    "compress": words("fit small tables to a trained model's embedding, at both ends", "cli.convert:compress"),
+    "export": options("write a run's model as a HuggingFace folder, checked by its logits", "cli.convert:export"),
     "evaluate xnli": words(
         "fine-tune on XNLI and test 15 languages (Table 4); run it again elsewhere for more workers",
         "evaluate.__main__:main",
@@ -81,7 +81,7 @@ COMMANDS = {
     ),
     "report": options(
         "join results into Tables 2 to 4, with differences and a paired test; --html for a run's page",
-        "cli.results:report",
+        "cli.inspect:report",
     ),
 }
 

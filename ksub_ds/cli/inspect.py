@@ -1,4 +1,4 @@
-"""`ksub export`, `compress`, `analyze`, `report` and `corpus stats`: commands on a model, a run or shards."""
+"""`ksub corpus stats`, `ksub analyze` and `ksub report`: looking at shards, models and results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,44 +24,6 @@ def corpus_stats(shards: Positional[Path], verify: bool = False) -> None:
     print(corpus_table(shards))
 
 
-def compress(arguments: Sequence[str]) -> None:
-    """Fit small tables to a trained model's embedding, with the options of convert/compress.py."""
-    from ksub_ds.convert.compress import CompressModel, compress_model
-
-    compress_model(parse(CompressModel, arguments, "ksub compress"))
-
-
-def export(
-    run: Positional[Path],
-    out: Path,
-    step: int | None = None,
-    remote_code: bool = False,
-    dense: bool = False,
-    onnx: bool = False,
-    license: str | None = None,
-) -> None:
-    """Write the model of a run as a HuggingFace folder, reload it and compare logits before publishing.
-
-    Args:
-        run: A run folder of `ksub pretrain`, or a folder of `ksub compress`.
-        out: The folder to write.
-        step: Export the checkpoint of this step. [the newest]
-        remote_code: Add the model's code: the folder then opens without ksub_ds, by trust_remote_code=True.
-        dense: Write a plain XLM-R or RoBERTa with its N x d matrix, which any tool opens.
-        onnx: Write model.onnx too, checked with onnxruntime.
-        license: License of the weights, for the model card, as the Hub spells it (apache-2.0, cc-by-4.0).
-
-    Raises:
-        UserError: options that contradict each other, or a run that cannot be exported.
-    """
-    from ksub_ds.convert.export import export_run
-
-    if remote_code and dense:
-        raise UserError("--remote-code and --dense: a dense folder needs no code of ours; give only one of them")
-    form: Literal["ksub", "remote-code", "dense"] = "dense" if dense else "remote-code" if remote_code else "ksub"
-    export_run(run, out, step, form, onnx, license)
-
-
 def analyze(arguments: Sequence[str]) -> None:
     """Analyze embeddings and hidden states, with the options of analysis/analyze.py."""
     from ksub_ds.analysis.analyze import Analyze, summary
@@ -79,7 +41,7 @@ def report(
     """Join results of `ksub evaluate` into the paper's tables; or, with --html, write the page of a run.
 
     Args:
-        results: Folders of `ksub evaluate xnli` or `glue`. With --html: a run folder, then any results
+        results: Folders of `ksub evaluate xnli`, `glue` or `classify`. With --html: a run folder, then any results
             and analyses to show in its page.
         format: How to print the tables.
         baseline: The result that the others are compared with. [the first with a plain embedding]
@@ -89,7 +51,9 @@ def report(
         UserError: no results, or options that contradict each other.
     """
     if not results:
-        raise UserError("give the --out folders of `ksub evaluate xnli` or `glue`, or a run folder and --html FILE")
+        raise UserError(
+            "give the --out folders of `ksub evaluate xnli`, `glue` or `classify`, or a run folder and --html FILE"
+        )
     if html is not None:
         if baseline is not None or format != "markdown":
             raise UserError("--html: --baseline and --format are for the tables only; leave them out")
