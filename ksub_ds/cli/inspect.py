@@ -52,7 +52,7 @@ def report(
     """
     if not results:
         raise UserError(
-            "give the --out folders of `ksub evaluate xnli`, `glue` or `classify`, or a run folder and --html FILE"
+            "give the --out folders of `ksub evaluate`, or a run folder and --html FILE"
         )
     if html is not None:
         if baseline is not None or format != "markdown":
