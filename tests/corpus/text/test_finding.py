@@ -15,13 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ksub_ds.common.compression import decompressed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
+from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.skipped import Skipped
-from ksub_ds.corpus.text.sources import LanguageText, TextFile, find_text
+from ksub_ds.corpus.text.sources import LanguageText, find_text
 
 get_logger()  # caplog sees the lines of loggers that exist when a test begins
 
@@ -404,16 +404,6 @@ def test_any_mixture_gives_each_document_once(files: list[Any], tmp_path_factory
             write(beside / f"cache-{number:016x}.arrow", content)
             counted["cache"] += 1
     text = find_text(folder, splits=())["en"]
-    assert Counter(document for source in text.sources for document in documents(source)) == expected
+    assert Counter(document.strip() for document in DocumentReader(text.sources, Skipped())) == expected
     assert text.skipped.counts == counted
     assert text.fingerprint() == find_text(folder, splits=(), others=Skipped())["en"].fingerprint()
-
-
-def documents(source: Any) -> list[str]:
-    """The documents of a file that this test wrote."""
-    assert isinstance(source, TextFile)
-    with open(source.path, "rb") as raw, decompressed(raw) as stream:
-        content = stream.read().decode()
-    if ".txt" in source.name.lower():
-        return content.split("\n\n")
-    return [json.loads(one)["text"] for one in content.splitlines() if one]

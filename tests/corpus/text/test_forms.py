@@ -229,17 +229,17 @@ def test_a_long_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     assert skipped.counts["inflates_too_much"] == 1
 
 
-def test_a_text_without_blank_lines_is_told_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(get_logger(), "propagate", True)
+def test_a_text_without_blank_lines_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(get_logger(), "info", messages.append)
+    monkeypatch.setattr(get_logger(), "warning", messages.append)
     lines = "".join(f"line {number} of a river" + " and more" * 300 + "\n" for number in range(40)).encode()
     one, _ = read(tmp_path / "a.txt", lines)
     assert len(one) == 1
-    (message,) = caplog.messages
+    (message,) = messages
     assert message.startswith("warning: a.txt: its 40 lines") and message.endswith("give --line-documents")
     many, _ = read(tmp_path / "a.txt", lines, ONE_A_LINE)
-    assert len(many) == 40 and many[1].startswith("line 1 of") and len(caplog.messages) == 1
+    assert len(many) == 40 and many[1].startswith("line 1 of") and len(messages) == 1
     _, skipped = read(tmp_path / "b.txt", b"a river and more\n" * 700_000)  # 12 MB: beyond a document
     assert skipped.counts == {"too_long": 1} and "give --line-documents" in skipped.lines()[0]
 
