@@ -86,6 +86,13 @@ def standard_code(name: str) -> str:
     return "-".join(part for part in parts if part)
 
 
+def is_common(name: str) -> bool:
+    """Return whether a name is language, script and region, the language one with a code of two letters."""
+    match = _SPELLING.fullmatch(name)
+    language = match["language"].lower() if match else ""
+    return language in _TWO_LETTERS or language in _TWO_LETTERS.values()
+
+
 def language_name(spelling: str) -> str | None:
     """Return the name under which a language is kept, or None where a name is not that of a language.
 

@@ -14,7 +14,7 @@ IDS = torch.arange(5, 29).reshape(2, 12)
 
 @pytest.fixture(scope="module")
 def peft() -> Any:
-    return pytest.importorskip("peft", reason="peft is optional: pip install -e '.[interop]'")
+    return pytest.importorskip("peft", reason="peft is optional: pip install peft")
 
 
 def model(seed: int = 0) -> KSubRobertaForMaskedLM:

@@ -27,6 +27,7 @@ FOREIGN = {
     b"PK\x03\x04": "a zip archive: unpack it",
     b"<!DOCTYPE": "an HTML page, not the file itself: download it again",
     b"<html": "an HTML page, not the file itself: download it again",
+    b"\x1f\x8b": "compressed twice: decompress it once",
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
 }
@@ -69,7 +70,7 @@ class FileContent:
 
     def _look(self, head: bytes) -> None:
         self.table = next((table for table, magic in TABLES.items() if head.startswith(magic)), None)
-        self.about = next((words for magic, words in FOREIGN.items() if head.startswith(magic)), "")
+        self.about = next((words for magic, words in FOREIGN.items() if head.lstrip().startswith(magic)), "")
         utf16 = _utf16_of(head[:HEAD])
         if utf16 and head.startswith(codecs.BOM_UTF16_LE if utf16 == "utf-16-le" else codecs.BOM_UTF16_BE):
             self._stream = io.BufferedReader(_FromUtf16(self._stream), PIECE)

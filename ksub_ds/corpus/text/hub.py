@@ -11,16 +11,22 @@ that commit is part of the fingerprint of the shards.
 """
 
 import functools
+import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.text.copies import without_copies
 from ksub_ds.corpus.text.layout import DEFAULT_LAYOUT, TextLayout
 from ksub_ds.corpus.text.saved import is_saved, saved_files
+from ksub_ds.corpus.text.skipped import Skipped
+from ksub_ds.corpus.text.text_files import TextFile, printable, text_files_below
 
 JOINED_CHARACTERS = 10_000
+_TORN = (EOFError, zlib.error, lzma.LZMAError)  # what decompressors raise for a file that was cut
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,13 @@ class DatasetSource:
         name: one of KNOWN, NAME or NAME:CONFIG.
         language: of the text; chooses Wikipedia's edition.
         layout: which column holds the text.
+        skipped: where text files of a local folder are counted that are not read.
 
     Raises:
-        UserError: no such dataset or configuration, no train split, no network, no column of text.
+        UserError: the same text twice, no such dataset or configuration, no train split, no network, no column of text.
     """
 
-    def __init__(self, name: str, language: str, layout: TextLayout = DEFAULT_LAYOUT):
+    def __init__(self, name: str, language: str, layout: TextLayout = DEFAULT_LAYOUT, skipped: Skipped | None = None):
         path, _, config = name.partition(":")
         if not path.strip("/"):
             raise UserError(f"--datasets {name or repr(name)}: write NAME, NAME:CONFIG or a folder of a dataset")
@@ -69,6 +76,7 @@ class DatasetSource:
         self._path, self._revision = known.path, known.revision
         self._config = config or (known.config and known.config.format(language=language))
         self._builder = self._open()
+        self._compare_with_folder(Skipped() if skipped is None else skipped)
         rows = self._stream()
         columns = rows.column_names or list(next(self._rows(), {}))
         found = [column for column in layout.columns() if column in columns]
@@ -104,6 +112,30 @@ class DatasetSource:
         files = saved_files(folder)
         others = set(files[0].parent.glob("*.arrow")) - set(files) if files else ()
         return [str(path) for path in files] if others else []
+
+    def _compare_with_folder(self, skipped: Skipped) -> None:
+        """Count the text files of a local folder that `datasets` does not read: it takes the files of one form only.
+
+        Raises:
+            UserError: two files that it reads hold the same text.
+        """
+        folder, splits = Path(self._path), self._builder.config.data_files
+        if not folder.is_dir() or not splits or self._config:
+            return
+        split_of = {Path(path): str(split) for split, paths in splits.items() for path in paths}
+        train = [TextFile(path, printable(path.name)) for path, split in split_of.items() if split == "train"]
+        twice = Skipped()
+        if len(without_copies(train, twice)) < len(train):
+            raise UserError(f"--datasets {self.name}: holds text twice: {', '.join(twice.lines())}; remove one of them")
+        for path in text_files_below(folder, folder, Skipped()):
+            name = printable(path.relative_to(folder))
+            if path in split_of:
+                if split_of[path] != "train":
+                    skipped.add("other_split", f"{name}: {split_of[path]}")
+            elif is_saved(folder):
+                skipped.add("other_split", name)
+            else:
+                skipped.add("other_form", f"{name}: `datasets` reads files of one form; --input reads all")
 
     def _read_only(self, column: str) -> None:
         """Leave all other columns out before files are compared: one may have columns that the first has not."""
@@ -148,7 +180,7 @@ class DatasetSource:
 
         try:
             yield from self._stream()
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *_TORN) as error:
             raise UserError(
                 f"--datasets {self.name}: broke off ({_one_line(error)}); run again, or repair its file"
             ) from error

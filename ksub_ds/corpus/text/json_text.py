@@ -103,7 +103,7 @@ def _spread_values(file: FileContent) -> Iterator[Any]:
             if len(text) - position > file_content.LONGEST_LINE:
                 file.add("too_long", f"no JSON value of at most {file_content.LONGEST_LINE:,} characters {place}")
             else:
-                file.add("bad_json", f"no JSON, or cut short, {place}; nothing is read from there on")
+                file.add("damaged_json", f"no JSON, or cut short, {place}; nothing is read from there on")
             return
         number += 1
         raw = text[position:end]
@@ -115,4 +115,4 @@ def _spread_values(file: FileContent) -> Iterator[Any]:
             continue
         yield value
     if open_arrays > 0:
-        file.add("bad_json", f"the array is not closed after {number:,} values: the file is cut short")
+        file.add("damaged_json", f"the array is not closed after {number:,} values: the file is cut short")

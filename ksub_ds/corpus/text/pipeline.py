@@ -139,6 +139,9 @@ def _check(settings: ShardText) -> None:
         for language in languages:
             if language_name(language) is None:
                 raise UserError(f"--{option} {language}: is not a language code such as en or zh-Hant")
+    for name in settings.datasets:
+        if settings.datasets.count(name) > 1:
+            raise UserError(f"--datasets {name}: is given twice")
     if settings.input is None:
         if not settings.datasets:
             raise UserError("--input FOLDER or --datasets NAME...: one of them is needed")
@@ -155,11 +158,12 @@ def _text_of(settings: ShardText, layout: TextLayout) -> tuple[dict[str, Languag
     if settings.input:
         text = find_text(settings.input, settings.languages, splits=settings.splits, others=others)
     if settings.datasets:
-        streamed = [DatasetSource(name, settings.datasets_language, layout) for name in settings.datasets]
         code = standard_code(settings.datasets_language)
         own = language_name(settings.datasets_language) or code
         language = next((name for name in text if standard_code(name) == code), own)
-        text.setdefault(language, LanguageText([], Skipped())).sources.extend(streamed)
+        entry = text.setdefault(language, LanguageText([], Skipped()))
+        for name in settings.datasets:
+            entry.sources.append(DatasetSource(name, settings.datasets_language, layout, entry.skipped))
     return text, others
 
 

@@ -18,13 +18,14 @@ from ksub_ds.corpus.text.file_content import FileContent
 from ksub_ds.corpus.text.hub import DatasetSource
 from ksub_ds.corpus.text.json_text import json_texts
 from ksub_ds.corpus.text.layout import DEFAULT_LAYOUT, TextLayout
-from ksub_ds.corpus.text.skipped import Skipped, shown
+from ksub_ds.corpus.text.skipped import Skipped, is_unread, shown
 from ksub_ds.corpus.text.tables import arrow_texts, parquet_texts
 from ksub_ds.corpus.text.text_files import ARROW, PARQUET, TextFile
 
 LONGEST_DOCUMENT = 10_000_000  # characters
 # A .txt with this much and no blank line is told of: perhaps each of its lines is a document.
 SUSPECT_LINES, SUSPECT_BYTES = 20, 50_000
+NOT_TEXT = ("Git LFS", "HTML", "zip archive", "compressed twice")  # whatever the name says
 
 
 class DocumentReader:
@@ -49,13 +50,14 @@ class DocumentReader:
 
     def __iter__(self) -> Iterator[str]:
         for source in self._sources:
-            before, silent, skipped = self.bytes_read, True, self.skipped.total()
+            before, silent, skipped = self.bytes_read, True, self.skipped.counts.copy()
             texts = self._dataset(source) if isinstance(source, DatasetSource) else self._file(source)
             for text in self._usable(texts, shown(source.name, 200)):
                 silent = False
                 yield text
-            if silent and self.skipped.total() == skipped:
-                self.skipped.add("empty_file", shown(source.name, 200))
+            reasons = self.skipped.counts - skipped
+            if silent and not any(map(is_unread, reasons)):  # those say already that the file is lost
+                self.skipped.add("file_without_document" if reasons else "empty_file", shown(source.name, 200))
             if isinstance(source, TextFile):
                 self.bytes_read = before + source.size
 
@@ -103,15 +105,15 @@ class DocumentReader:
         return json_texts(file, self._layout)
 
     def _plain_text(self, file: FileContent) -> Iterator[str]:
-        if "Git LFS" in file.about:
+        if any(kind in file.about for kind in NOT_TEXT):
             file.add("not_the_file")
             return
-        blank = 0
+        documents, largest = 0, 0
         document: list[bytes] = []
         size = 0
         for line in file.lines():
             if not line.strip():
-                blank += 1
+                pass
             elif self._layout.line_documents:
                 yield from _decoded(line.rstrip(b"\r\n"), file)
                 continue
@@ -120,10 +122,12 @@ class DocumentReader:
                 if size <= file_content.LONGEST_LINE:
                     document.append(line)
                 continue
+            documents, largest = documents + bool(size), max(largest, size)
             yield from self._paragraph(document, size, file)
             document, size = [], 0
-        if not blank and file.line >= SUSPECT_LINES and size >= SUSPECT_BYTES:
-            self._hint(file, size)
+        documents, largest = documents + bool(size), max(largest, size)
+        if documents == 1 and largest >= SUSPECT_BYTES:
+            self._hint(file, largest)
         yield from self._paragraph(document, size, file)
 
     def _paragraph(self, document: list[bytes], size: int, file: FileContent) -> Iterator[str]:
@@ -137,12 +141,17 @@ class DocumentReader:
                     yield text
 
     def _hint(self, file: FileContent, size: int) -> None:
-        if not self._hinted:
-            self._hinted = True
-            get_logger().info(
-                f"warning: {file.name}: its {file.line:,} lines have no blank line among them and are one document of "
-                f"{size:,} bytes; {_ONE_A_LINE}"
-            )
+        """Say once that a large text is one document, where its lines suggest that it is many."""
+        carriage_returns = b"\r" in file.head and b"\n" not in file.head
+        if self._hinted or not (carriage_returns or file.line >= SUSPECT_LINES):
+            return
+        self._hinted = True
+        if carriage_returns:
+            why = f"its lines end in CR alone, so that it is one document of {size:,} bytes; convert it: tr '\\r' '\\n'"
+        else:
+            why = f"its {file.line:,} lines have no blank line among them and are one document of {size:,} bytes"
+            why += f"; {_ONE_A_LINE}"
+        get_logger().info(f"warning: {file.name}: {why}")
 
 
 _ONE_A_LINE = "where each line is a document, give --line-documents"

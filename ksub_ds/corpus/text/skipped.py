@@ -6,11 +6,20 @@ from typing import Any
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 
-LOST = {"held_out_split", "no_language", "not_a_regular_file", "not_in_state_json", "other_suffix", "unreadable_folder"}
+LOST = {
+    "held_out_split",
+    "no_language",
+    "not_a_regular_file",
+    "not_in_state_json",
+    "other_form",
+    "other_suffix",
+    "unreadable_folder",
+}
 """Reasons for which whole files are left out that may hold text that is wanted. Other reasons lose nothing."""
 
 # Besides every damaged_...: reasons of the reader for which a file is not read, or not to its end.
-UNREAD = {"compressed_table", "inflates_too_much", "no_text_column", "not_the_file", "unreadable_file"}
+UNREAD = {"compressed_table", "empty_file", "file_without_document", "inflates_too_much", "no_text_column"}
+UNREAD |= {"not_the_file", "unreadable_file"}
 
 
 class Skipped:
@@ -86,9 +95,9 @@ class LeftOut:
             manifest: of the shards that were made from the text, now or by an earlier run.
         """
         for language, entry in manifest["languages"].items():
-            counts = {reason: n for reason, n in entry["skipped"].items() if _is_unread(reason)}
+            counts = {reason: n for reason, n in entry["skipped"].items() if is_unread(reason)}
             lines = _lines(self._text[language], counts)
-            if lines:
+            if lines and entry["files"]:  # the next line names the others
                 self.lines.append(f"not read to the end in {language}: {', '.join(lines)}")
         unread = [language for language, entry in manifest["languages"].items() if not entry["files"]]
         if unread:
@@ -117,10 +126,11 @@ class LeftOut:
 def _lines(skipped: Skipped, counts: dict[str, int]) -> list[str]:
     lost = Skipped()
     for reason, count in counts.items():
-        if reason in LOST or _is_unread(reason):
+        if reason in LOST or is_unread(reason):
             lost.add(reason, skipped.examples.get(reason, ""), count)
     return lost.lines()
 
 
-def _is_unread(reason: str) -> bool:
+def is_unread(reason: str) -> bool:
+    """Return whether a reason is one for which a file is not read, or not to its end."""
     return reason in UNREAD or reason.startswith("damaged_")

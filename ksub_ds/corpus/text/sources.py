@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.languages import standard_code
+from ksub_ds.common.languages import is_common, standard_code
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.text.copies import without_copies
 from ksub_ds.corpus.text.hub import DatasetSource
@@ -101,6 +101,9 @@ def find_text(
     for code, same in entries.items():
         if not asked or code in asked:
             text[_one_name(folder, same)] = _text_of([entry for _, entry in same], folder, splits)
+    uncommon = [language for language in text if not is_common(language) and language not in asked.values()]
+    if uncommon:
+        get_logger().info(f"{printable(folder)}: read as languages, though not common codes: {', '.join(uncommon)}")
     _tell_of_shared_files(text)
     if others.counts["hidden"]:
         get_logger().info(

@@ -33,6 +33,7 @@ _SPLIT_WORDS = {
     "test": ("test", "testing", "devtest"),
 }
 SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
+_SHARD_NUMBER = re.compile(r"[-_](\d+[-_]of[-_]\d+|\d{4,})$")  # en-00000-of-00002; 3 digits may be a region
 _SPLIT_SUBTAG = re.compile(rf"[-_]({'|'.join(SPLIT_OF)})(?![^-_])", re.IGNORECASE)
 
 DESCRIPTION = "dataset_info.json"  # `datasets` writes it beside the data
@@ -84,9 +85,9 @@ def language_of_name(first: str) -> str | None:
     """Return the name of the language that the first part of a file's or folder's name stands for, or None.
 
     Args:
-        first: up to the first dot; words of a split are left out of it, so that en-test is en.
+        first: up to the first dot; words of a split and numbers of shards are left out: en-test-00000-of-00002 is en.
     """
-    return language_name(_SPLIT_SUBTAG.sub("", first))
+    return language_name(_SHARD_NUMBER.sub("", _SPLIT_SUBTAG.sub("", first)))
 
 
 def utf8_name(path: str | Path) -> str:

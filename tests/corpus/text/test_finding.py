@@ -407,3 +407,47 @@ def test_any_mixture_gives_each_document_once(files: list[Any], tmp_path_factory
     assert Counter(document.strip() for document in DocumentReader(text.sources, Skipped())) == expected
     assert text.skipped.counts == counted
     assert text.fingerprint() == find_text(folder, splits=(), others=Skipped())["en"].fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("b.jsonl", b'{"content": "a river"}\n'),
+        ("b.json", b'["a river", "two"]'),
+        ("b.jsonl", '{"text": "a river"}\n'.encode("utf-16-le")),
+        ("b.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n"),
+        ("b.txt", b"\n <!DOCTYPE html>\n<html><body>not found</body></html>\n"),
+        ("b.jsonl", b"PK\x03\x04" + bytes(100)),
+        ("b.txt.gz", gzip.compress(gzip.compress(b"a river"))),
+        ("b.jsonl", b""),
+        ("b.json", b'[{"text": "a river"},\n{"text": "tw'),
+    ],
+)
+def test_a_file_that_gives_nothing_is_lost_whatever_the_reason(
+    tmp_path: Path, shard: Callable[..., dict[str, Any]], name: str, content: bytes
+) -> None:
+    write(tmp_path / "in/en/a.jsonl")
+    write(tmp_path / "in/en" / name, content)
+    with pytest.raises(UserError, match=rf"--strict: not read to the end in en: .*\(first: en/{name}"):
+        shard(strict=True)
+
+
+def test_numbers_of_shards_are_no_languages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("en-00000-of-00002.jsonl", "en-00001-of-00002.jsonl", "de-train-00000-of-00003.jsonl", "old/x.jsonl"):
+        write(tmp_path / name)
+    assert set(found(tmp_path)) == {"de", "en", "old"}
+    assert "read as languages, though not common codes: old" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "hint"),
+    [
+        (b"\n" + b"a river and more\n" * 4000, "its 4,001 lines have no blank line"),
+        (b"a river and more\n" * 4000 + b"\n", "its 4,001 lines have no blank line"),
+        (b"a river and more\r" * 4000, "its lines end in CR alone"),
+    ],
+)
+def test_one_large_document_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, lines: bytes, hint: str) -> None:
+    write(tmp_path / "en.txt", lines)
+    assert len(list(DocumentReader(find_text(tmp_path)["en"].sources, Skipped()))) == 1
+    assert hint in caplog.text

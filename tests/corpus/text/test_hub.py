@@ -1,5 +1,6 @@
 """Parquet files and sources that `datasets` opens: the same shards as from JSONL, rows joined, mistakes reported."""
 
+import gzip
 import json
 import shutil
 from collections import Counter
@@ -192,3 +193,23 @@ def test_mistakes_are_one_line(tmp_path: Path, tiny_tokenizer: Path) -> None:
         shard_text(ShardText(None, tiny_tokenizer, tmp_path / "out"))
     with pytest.raises(UserError, match="--datasets-language"):
         shard_text(ShardText(None, tiny_tokenizer, tmp_path / "out", datasets=("x",), datasets_language="../x"))
+
+
+def test_a_folder_is_not_read_twice_or_in_part_silently(tmp_path: Path) -> None:
+    rows = b"".join(b'{"text": "row %d of the river"}\n' % number for number in range(30))
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "train_a.jsonl").write_bytes(rows)
+    (folder / "test.jsonl").write_bytes(rows + rows)
+    (folder / "c.txt").write_bytes(b"a stone\n")
+    skipped = Skipped()
+    DatasetSource(str(folder), "en", skipped=skipped)
+    assert skipped.counts == {"other_form": 1, "other_split": 1} and "c.txt" in skipped.examples["other_form"]
+    (folder / "train_b.jsonl").write_bytes(rows)
+    with pytest.raises(UserError, match=r"holds text twice: copy 1 \(first: train_b.jsonl is a copy"):
+        DatasetSource(str(folder), "en")
+    (folder / "train_b.jsonl").unlink()
+    (folder / "train_d.jsonl.gz").write_bytes(gzip.compress(rows + rows)[:-20])
+    source = DatasetSource(str(folder), "en")
+    with pytest.raises(UserError, match=r"broke off \(.*\); run again, or repair its file"):
+        list(source.texts())

@@ -150,6 +150,7 @@ def test_hostile_text_is_skipped_and_counted(
         "bad_json": 2,
         "damaged_gzip": 2,
         "empty": 1,
+        "file_without_document": 1,
         "inflates_too_much": 1,
         "line_too_long": 2,
         "lone_surrogate": 1,
@@ -174,7 +175,12 @@ def test_languages_without_a_document_are_named(
     assert warnings[0] == "warning: no readable document in de, es, fr"
     assert warnings[1].startswith("warning: no held-out rows in en: too few") and len(warnings) == 2
     skipped = {language: entry["skipped"] for language, entry in manifest["languages"].items()}
-    assert skipped == {"de": {"empty_file": 1}, "en": {}, "es": {"empty_file": 1}, "fr": {"no_text_key": 1}}
+    assert skipped == {
+        "de": {"empty_file": 1},
+        "en": {},
+        "es": {"empty_file": 1},
+        "fr": {"file_without_document": 1, "no_text_key": 1},
+    }
 
 
 @pytest.mark.parametrize("workers", [1, 2])
