@@ -229,7 +229,7 @@ def _run_to_extend(words: list[str]) -> Recipe:
     raise UserError(f"--extend: {path} is not there; leave --extend out to start a run", agreed=True)
 
 
-def _kept_copies(run: Recipe) -> dict[str, Path]:
+def _kept_copies(run: Recipe) -> dict[str, Any]:
     """Return the run's own copies of what its recipe names and is not there from here; sha256 will tell others apart.
 
     What is there is taken: other ranks may not see the run folder.
