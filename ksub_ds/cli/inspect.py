@@ -51,9 +51,7 @@ def report(
         UserError: no results, or options that contradict each other.
     """
     if not results:
-        raise UserError(
-            "give the --out folders of `ksub evaluate`, or a run folder and --html FILE"
-        )
+        raise UserError("give the --out folders of `ksub evaluate`, or a run folder and --html FILE")
     if html is not None:
         if baseline is not None or format != "markdown":
             raise UserError("--html: --baseline and --format are for the tables only; leave them out")
