@@ -8,9 +8,11 @@ from ksub_ds.common.errors import UserError
 
 # Host names reach shells (pdsh, ssh) and option parsers: only names and addresses may pass.
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
-# What ssh would take besides a name: a user, a port, an IPv6 address in brackets. An address has several colons.
+# What ssh would take besides a name: `ssh://`, a user, a port, brackets around an IPv6 address (several colons).
 LOGIN = re.compile(
-    r"(?:(?P<user>[A-Za-z0-9_][\w.-]*)@)?(?P<host>[\w.-]+|\[[0-9A-Fa-f:.%\w]+\])(?::(?P<port>\d{1,5}))?", re.ASCII
+    r"(?P<scheme>[A-Za-z]\w*://)?(?:(?P<user>[A-Za-z0-9_][\w.-]*)@)?(?P<host>[\w.-]+|\[[0-9A-Fa-f:.%\w]+\])"
+    r"(?::(?P<port>\d{1,5}))?/?",
+    re.ASCII,
 )
 
 
@@ -56,7 +58,8 @@ def _where_to_put(login: re.Match[str]) -> str:
     """Say where user and port of a host go: pdsh, mpirun and DeepSpeed take names alone, and all of them use ssh."""
     host = login["host"].strip("[]")
     entries = [f"{key} {value}" for key, value in (("User", login["user"]), ("Port", login["port"])) if value]
-    plain = f"{login[0]!r} is more than a name; write `{host} slots=...`"
+    why = f"{login['scheme']!r} is not part of a name" if login["scheme"] else f"{login[0]!r} is more than a name"
+    plain = f"{why}; write `{host} slots=...`"
     if not entries:
         return plain
     return f"{plain}, and into ~/.ssh/config of this machine: {', '.join([f'Host {host}', *entries])}, a line each"

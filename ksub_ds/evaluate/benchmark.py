@@ -99,6 +99,8 @@ class BenchmarkPlan(Plan, Generic[Settings]):
             UserError: a bad row, or the folder holds another evaluation.
         """
         recorded = Queue.recorded(self.folder)
+        if all(recorded.get(key) == value for key, value in identity.items()):
+            self._refuse_other_training(recorded.get("training"), training)
         tests = {_file_name(*each): value for each, value in self.prints.items() if is_test(each[1])}
         before = recorded.get("tests")
         self._first_tests = tests | (before if isinstance(before, dict) else {})
@@ -126,6 +128,25 @@ class BenchmarkPlan(Plan, Generic[Settings]):
                 "before"
             )
         return queue
+
+    def _refuse_other_training(self, before: Any, now: dict[str, str]) -> None:
+        """Refuse other files than those that the models of this folder were trained on.
+
+        Raises:
+            UserError: some have changed, each named.
+        """
+        known = before if isinstance(before, dict) else {}
+        changed = [
+            self.source.name(*each)
+            for each in self.prints
+            if (name := _file_name(*each)) in known and name in now and known[name] != now[name]
+        ]
+        if changed:
+            have, files = ("has", "file") if len(changed) == 1 else ("have", "files")
+            raise UserError(
+                f"--out {self.folder}: {', '.join(changed)} {have} changed since models were trained there; give the "
+                f"old {files}, or a new --out"
+            )
 
     def _joint_fingerprint(self, splits: list[tuple[str, str]]) -> str:
         lines = [f"{part} {split} {self.prints[part, split]}" for part, split in splits]

@@ -60,7 +60,9 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
             UserError: a task that was asked for has no data, or no task has; --mnli-checkpoint cannot be used.
         """
         if self.settings.mnli_checkpoint is not None:
-            load_trained(self.settings.mnli_checkpoint)  # an error is reported now, not after MNLI's grid
+            load_trained(
+                self.settings.mnli_checkpoint, "--mnli-checkpoint"
+            )  # an error is reported now, not after MNLI's grid
         self._find_tasks()
         return [(task, split) for task in self.tasks for split in ("train", *self._validation_splits(task))]
 

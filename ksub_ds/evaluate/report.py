@@ -19,6 +19,7 @@ from ksub_ds.evaluate.data import paper_results
 from ksub_ds.evaluate.data.metrics import exchange_test, paired_test
 from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
 from ksub_ds.evaluate.result_tables import Format, short_name, signed
+from ksub_ds.pretrain.open_run import is_run
 
 
 def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | None = None) -> str:
@@ -80,10 +81,12 @@ def load(path: Path) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_dir():
         files = [path / "results.json"] if (path / "results.json").exists() else sorted(path.glob("*/results.json"))
+        if not files and is_run(path):
+            raise UserError(f"{path}: is a pretraining run; add --html FILE for its page, and then any results")
         if not files and list(path.glob("**/queue/plan.json")):
             raise UserError(f"{path}: is not finished (see `ksub evaluate status {path}`); run its command again")
         if not files:
-            raise UserError(f"{path}: holds no results.json; give the --out folder of `ksub evaluate xnli` or `glue`")
+            raise UserError(f"{path}: holds no results.json; give the --out folder of a `ksub evaluate`")
     else:
         files = [path]
     results = []

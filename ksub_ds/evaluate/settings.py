@@ -47,14 +47,13 @@ class EvaluationSettings:
     """Model folders (of `ksub export`, or any HuggingFace encoder), or names such as xlm-roberta-base. Several are
     evaluated side by side, each in a folder of --out that has its name."""
     data: str
-    """Folder of the task's files, or the name of a data set on the hub (facebook/xnli, nyu-mll/glue)."""
+    """Folder of the task's files, or the name of a data set on the hub."""
     out: Path
     """Folder for results, shared by all workers. The same command again, here or elsewhere, is one more worker."""
     tokenizer: str | None = None
     """Tokenizer folder, or SentencePiece .model. [the model's own]"""
     epochs: Annotated[int | None, Section("fine-tuning")] = None
-    """Times the training set is seen; the epoch that is best on validation counts. [10; XNLI's
-    translate-train-all 5]"""
+    """Times the training set is seen; the epoch that is best on validation counts. [10]"""
     seeds: tuple[int, ...] = (0,)
     """One fine-tuning each: of the new head, the order of the rows and dropout."""
     max_length: int = 128
@@ -71,9 +70,9 @@ class EvaluationSettings:
     """How attention is computed, by transformers' names; on a CPU in bf16 `eager` is the fastest for short rows.
     [transformers' choice]"""
     max_train_examples: Annotated[int | None, Section("amount and division of work")] = None
-    """Take only so many training rows (of each language). [all]"""
+    """Take only so many rows of each training set. [all]"""
     max_test_examples: int | None = None
-    """Score only so many rows of validation and test (of each language). [all]"""
+    """Score only so many rows of each validation and test set. [all]"""
     ranks_per_job: int = 1
     """Processes (GPUs) of this machine that share one fine-tuning, through DeepSpeed. Another number draws other
     dropout; the results name it."""
@@ -198,6 +197,11 @@ class EvaluationSettings:
 class XnliSettings(EvaluationSettings):
     """Fine-tune on XNLI and test 15 languages. The same command again continues, or helps as one more worker."""
 
+    data: str
+    """Folder of XNLI's files, or its name on the hub (facebook/xnli)."""
+    epochs: Annotated[int | None, Section("fine-tuning")] = None
+    """Times the training set is seen; the epoch that is best on validation counts. [cross-lingual: 10;
+    translate-train-all: 5]"""
     setting: Annotated[Literal["cross-lingual", "translate-train-all"], Section("XNLI")]
     """Fine-tune on English only, or on the training sets of all languages at once."""
     select_on: Literal["en", "mean"] | None = None
@@ -237,6 +241,8 @@ class XnliSettings(EvaluationSettings):
 class GlueSettings(EvaluationSettings):
     """Fine-tune on GLUE's tasks over a grid. The same command again continues, or helps as one more worker."""
 
+    data: str
+    """Folder of the tasks' files, or GLUE's name on the hub (nyu-mll/glue)."""
     tasks: Annotated[tuple[GlueTaskName, ...] | None, Section("GLUE")] = None
     """These only. [all that have data; the others are named]"""
     learning_rates: tuple[float, ...] = (1e-5, 2e-5, 3e-5)
@@ -285,7 +291,12 @@ class ClassifySettings(EvaluationSettings):
     worker.
     """
 
-    columns: tuple[str, ...]
+    data: str
+    """Folder of the files train, validation and, if there is one, test."""
+    label_map: tuple[str, ...] = ()
+    """How labels in the files are to be read, VALUE=CLASS: 0=bad 1=good. [names of the classes, in any case, or their
+    numbers]"""
+    columns: Annotated[tuple[str, ...], Section("data set")]
     """The column of the text, or the two columns of a pair."""
     label: str = "label"
     """The column of the class."""

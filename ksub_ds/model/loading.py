@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import read_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.model.registration import register
 from ksub_ds.model.replacement import CLASSES
@@ -22,6 +23,7 @@ from ksub_ds.model.replacement import CLASSES
 TWO_HEADS = {"BertForPreTraining": "BertForMaskedLM"}  # that for next sentences is left out
 OTHER_HEAD = re.compile(r"(?P<family>\w+)For(?!CausalLM)[A-Z]\w+")
 COUNTERS = {"position_ids", "token_type_ids"}  # buffers 0, 1, 2, ... that older versions stored
+ADAPTER = "adapter_config.json"  # of PEFT
 NAMED = 3  # weights or modules named in a message
 
 
@@ -38,12 +40,18 @@ def open_config(name: str | Path) -> PretrainedConfig:
     """
     register()
     path = Path(name)
+    refuse_adapter(str(name), path)
     if path.is_dir() and not (path / "config.json").is_file():
         inside = next((each.parent.name for each in sorted(path.glob("*/config.json")) if _is_model(each.parent)), None)
         raise UserError(f"{name}: holds no config.json; give {path / inside if inside else 'the folder of a model'}")
     try:
         config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if not path.exists() and re.search("couldn't connect|Repo id must", str(error)):  # also where it did not try
+            raise UserError(
+                f"{name}: is neither a folder nor a model in the hub's cache, and the hub cannot be asked for it; "
+                "check the name, or give a folder"
+            ) from error
         raise UserError(f"{name}: transformers finds no model it knows there ({_first_line(error)})") from error
     if _class_to_open(config) is None:
         wanted = (config.architectures or [f"model of type {config.model_type}"])[0]
@@ -53,6 +61,31 @@ def open_config(name: str | Path) -> PretrainedConfig:
             "another head, which is left out"
         )
     return config
+
+
+def refuse_adapter(given: str, folder: Path) -> None:
+    """Refuse a folder of PEFT, which holds what was added to a model and not the model.
+
+    Args:
+        given: what the user gave, for the message.
+        folder: where its files lie.
+
+    Raises:
+        UserError: it is one, with what to do.
+    """
+    path = folder / ADAPTER
+    if not path.is_file():
+        return
+    try:
+        about = read_json(path)
+        base, kind = str(about["base_model_name_or_path"])[:200], str(about.get("peft_type"))[:20]
+    except (UserError, AttributeError, KeyError, TypeError):
+        base, kind = "BASE", "PEFT"
+    raise UserError(
+        f"{given}: is a {kind} adapter ({ADAPTER}) of {base}, not a model; merge them and give the result: "
+        f"PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained('{base}'), '{folder}').merge_and_unload()"
+        ".save_pretrained('MERGED'), and the tokenizer beside it"
+    )
 
 
 def open_model(name: str | Path) -> PreTrainedModel:

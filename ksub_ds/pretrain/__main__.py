@@ -15,7 +15,8 @@ Exit codes (ksub_ds/common/exit_codes.py has all):
 Of several ranks only one prints why the run ended, and its line is the last: `error: ...` with code 2, and with code
 70 `failed: rank 3 on node2 at step 14: REASON; ...`. The same lies in RUN/failure.json, for launchers that mix the
 codes of their ranks (pdsh gives the largest, mpirun the first): {"rank", "host", "step", "reason", "exit_code",
-"restart_may_help", "time"}; the next start removes it. A rank killed by a signal cannot write it; the ranks that miss
+"restart_may_help", "time"}; the next start removes it, and one that is refused (code 2, before it has begun) leaves the
+run folder as it was. A rank killed by a signal cannot write it; the ranks that miss
 that rank do.
 """
 

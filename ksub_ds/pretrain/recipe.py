@@ -71,7 +71,7 @@ class Recipe:
     """Optimizer steps. [preset: 250000; the small ones 10000, tiny 1000]"""
     extend: bool = False
     """Go on in --out to another --max-steps, from the last checkpoint and with its optimizer, also after the end.
-    Needs --out and --max-steps only: all that is not given stays as the run has it."""
+    Needs --out and --max-steps only: all that is not given stays as the run has it, the warm-up's steps too."""
     max_hours: float | None = None
     """Save and stop after this many hours; the same command resumes (launch/pretrain.sbatch runs it again by
     itself). [no limit]"""
@@ -165,12 +165,14 @@ def resolve(recipe: Recipe, world_size: int, on_gpu: bool, previous_micro_batch_
     recipe = dataclasses.replace(recipe, **missing)
     if recipe.distill_from is not None and recipe.distill_weight is None:
         recipe = dataclasses.replace(recipe, distill_weight=0.5)
+    whose_warmup = " (the run's)" if recipe.extend else ""
     if recipe.warmup_steps is None:
+        whose_warmup = " (the default; --warmup-steps changes it)"
         recipe = dataclasses.replace(recipe, warmup_steps=round(preset["warmup_fraction"] * recipe.max_steps))
     if recipe.schedule == "wsd" and recipe.decay_steps is None:
         room = max(0, recipe.max_steps - recipe.warmup_steps)
         recipe = dataclasses.replace(recipe, decay_steps=min(round(DECAY_FRACTION * recipe.max_steps), room))
-    _check_values(recipe)
+    _check_values(recipe, whose_warmup)
     if recipe.precision == "fp16" and not on_gpu:
         raise UserError("--precision fp16: the CPU cannot train in fp16; use --precision fp32 or bf16")
     micro, previous = recipe.micro_batch_size, previous_micro_batch_size
@@ -196,12 +198,14 @@ def parse_recipe(arguments: Sequence[str] | None) -> Recipe:
     if "--extend" not in words or "--help" in words or "-h" in words:
         return parse(Recipe, words, "ksub pretrain")
     run = _run_to_extend(words)
+    kept = _kept_copies(run)
     open_settings = {"max_steps": None, "max_hours": None, "micro_batch_size": None}
-    recipe = parse(Recipe, words, "ksub pretrain", dataclasses.replace(run, **open_settings))
+    recipe = parse(Recipe, words, "ksub pretrain", dataclasses.replace(run, **open_settings, **kept))
     if recipe.max_steps is None:
         raise UserError(
             f"--extend: give --max-steps, the last step to go on to; the run has {run.max_steps}", agreed=True
         )
+    _check_sources(recipe, run)
     if recipe.schedule != "wsd" and recipe.decay_steps == run.decay_steps:
         return dataclasses.replace(recipe, decay_steps=None)
     return recipe
@@ -219,13 +223,38 @@ def _run_to_extend(words: list[str]) -> Recipe:
         raise UserError("--extend: name with --out the run folder to go on in", agreed=True)
     path = Path(values[-1]) / "recipe.json"
     if path.is_file():
-        return read_recipe(path)[0]
+        return dataclasses.replace(read_recipe(path)[0], out=Path(values[-1]))
     if rank() > 0:  # only rank 0 must see the run folder, and gives its settings to all
         return Recipe("tiny", Path("unknown"), Path(values[-1]), plain=True)
     raise UserError(f"--extend: {path} is not there; leave --extend out to start a run", agreed=True)
 
 
-def _check_values(recipe: Recipe) -> None:
+def _kept_copies(run: Recipe) -> dict[str, Any]:
+    """Return the run's own copies of what its recipe names and is not there from here; sha256 will tell others apart.
+
+    What is there is taken: other ranks may not see the run folder.
+    """
+    copies = {"codes": run.out / "codes.safetensors", "warm_start": run.out / "warm_start"}
+    named = {key: getattr(run, key) for key in copies}
+    return {key: copies[key] for key, path in named.items() if path and not path.exists() and copies[key].exists()}
+
+
+def _check_sources(recipe: Recipe, run: Recipe) -> None:
+    """Check that what only recipe.json names is there: its paths may be relative to where the run was started.
+
+    Raises:
+        UserError: a path that is not there, with the option that gives another.
+    """
+    for key in ("data", "codes", "warm_start"):
+        path = getattr(recipe, key)
+        if rank() == 0 and path is not None and path == getattr(run, key) and not path.exists():
+            raise UserError(
+                f"{_flag(key)} {path} (from {run.out / 'recipe.json'}): is not there from here; give {_flag(key)} PATH",
+                agreed=True,
+            )
+
+
+def _check_values(recipe: Recipe, whose_warmup: str) -> None:
     if recipe.warm_start is not None and recipe.plain:
         raise UserError("--plain: --warm-start brings its own codes; leave it out")
     if recipe.warm_start is not None and recipe.decoder_bias != "zero":
@@ -267,7 +296,7 @@ def _check_values(recipe: Recipe) -> None:
     if recipe.decay_steps is not None and not 0 <= recipe.decay_steps <= room:
         raise UserError(
             f"--decay-steps {recipe.decay_steps}: must lie in 0..{room}: max_steps {recipe.max_steps} less "
-            f"{recipe.warmup_steps} steps of warm-up"
+            f"{recipe.warmup_steps} steps of warm-up{whose_warmup}"
         )
 
 

@@ -43,12 +43,13 @@ def run(recipe: Recipe) -> int:
         get_logger().setLevel(logging.ERROR)
     logging.raiseExceptions = False  # a full disk must not print a traceback per line of train.log
     distributed.on_main(folder.lock)
-    distributed.watchdog().on_failure = folder.record_failure
+    distributed.watchdog().on_failure = folder.record_early_failure
     try:
         resolved = distributed.raise_on_all_ranks(lambda: open_sources(settings))
         verify_shards(resolved.dataset)
         news = distributed.on_main(lambda: folder.extend(resolved.identity())) if recipe.extend else None
         distributed.on_main(lambda: folder.claim(resolved.identity(), resolved.table, resolved.tokenizer))
+        distributed.watchdog().on_failure = folder.record_failure
         if recipe.warm_start is not None:
             distributed.on_main(lambda: keep_copy(recipe.warm_start, folder.warm_start))
         distributed.on_main(lambda: add_log_file(folder.log))

@@ -11,7 +11,7 @@
         ends/step{N}/        a run folder too: the run as it was at step N, where an extension left its course
         LATEST               name of the newest checkpoint, for people: a continuation looks for itself
         STOP                 touch it, and the run saves and ends at the next step (`echo requeue > STOP`: with code 75)
-        failure.json         why the last start ended before its time, if it did
+        failure.json         why the last start ended before its time, if it did; not of one that was refused
 
 All methods that write run on rank 0 only (`distributed.on_main`).
 """
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import USER_ERROR
 from ksub_ds.common.files import TEMPORARY_SUFFIX, atomic_folder, atomic_path, read_json, write_json
 from ksub_ds.common.lock import try_lock
 from ksub_ds.common.watchdog import Failure
@@ -71,7 +72,6 @@ class RunFolder:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock = descriptor
-        self.failure.unlink(missing_ok=True)
 
     def _open_lock(self) -> int | None:
         """Lock RUN/.lock and return its descriptor; None when the file has been replaced meanwhile.
@@ -140,6 +140,7 @@ class RunFolder:
             raise UserError(
                 f"--out {self.path}: holds {foreign[0]!r} but no recipe.json: not a run folder; choose another"
             )
+        self.failure.unlink(missing_ok=True)
         write_json(self.recipe, identity)
         self.clear_stop_file()  # one that an earlier start left is not meant for this one
         old = self.command.read_text(encoding="utf-8") if self.command.exists() else ""
@@ -287,6 +288,15 @@ class RunFolder:
                 write_json(self.failure, dataclasses.asdict(failure))
                 with open(self.log, "a", encoding="utf-8") as stream:
                     stream.write(f"{failure.time} {failure.line()}\n")
+
+    def record_early_failure(self, failure: Failure) -> None:
+        """Record the failure of a start that did not come to `claim`; one that is refused leaves the run as it was."""
+        if failure.exit_code == USER_ERROR:
+            return
+        with contextlib.suppress(OSError, UserError):
+            if self.failure.exists() and read_json(self.failure) != dataclasses.asdict(failure):
+                self.failure.unlink()  # an earlier start's
+        self.record_failure(failure)
 
     def clear_stop_file(self) -> None:
         """Remove the STOP file: it has been obeyed, or is left from an earlier start."""

@@ -39,6 +39,8 @@ def test_forms_that_are_read(tmp_path: Path, content: bytes) -> None:
         ("[::1]:22 slots=1", "'[::1]:22' is more than a name; write `::1 slots=...`, and into"),
         ("root@[fe80::1] slots=1", "Host fe80::1, User root,"),
         ("[::1] slots=1", "'[::1]' is more than a name; write `::1 slots=...`"),
+        ("ssh://node1 slots=1", "line 2: 'ssh://' is not part of a name; write `node1 slots=...`"),
+        ("ssh://root@node1:22/ slots=1", "'ssh://' is not part of a name; write `node1 slots=...`, and into ~/.ssh"),
         ("-oProxyCommand=x@node1 slots=1", "not `host slots=N`"),
         ("$(touch hurt)@node1 slots=1", "not `host slots=N`"),
         ("a;b@node1:22 slots=1", "not `host slots=N`"),

@@ -154,6 +154,9 @@ def test_what_cannot_be_compressed_is_refused(tmp_path):
         compress(untied, positional_codes(200, 3))
     with pytest.raises(ValueError, match="weights"):
         compress(bert(), positional_codes(200, 3), weights=np.zeros(200))
+    for name in ("not-there", str(tmp_path / "not-there")):
+        with pytest.raises(UserError, match=f"^{name}: is neither a folder nor a model in the hub's cache, and"):
+            open_model(name)
     with pytest.raises(UserError, match=r"holds no config\.json"):
         open_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")

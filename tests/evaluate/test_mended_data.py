@@ -104,7 +104,8 @@ def test_a_mended_test_set_keeps_the_trained_model(
     assert json.loads((out / "queue" / "plan.json").read_text()) == plan
     change(data / "en" / "validation.jsonl", 0, label=1)
     assert evaluate(tiny_model, data, out) == 2  # the epoch was chosen on it
-    assert "other settings (training.en validation: " in capsys.readouterr().err and trained == ["finetune-seed0"]
+    told = f"error: --out {out}: {data}/en/validation.jsonl has changed since models were trained there; give the old"
+    assert told in capsys.readouterr().err and trained == ["finetune-seed0"]
 
 
 def test_an_evaluation_of_an_earlier_version_goes_on(

@@ -73,6 +73,8 @@ def test_both_settings_make_two_tables(tmp_path: Path) -> None:
 def test_what_is_no_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "open" / "queue").mkdir(parents=True)
     (tmp_path / "open" / "queue" / "plan.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text("{}")
     (tmp_path / "bad.json").write_text('{"setting": 1}')
     result(tmp_path / "good", "plain", 0.6, 1)
     good = json.loads((tmp_path / "good" / "results.json").read_text())
@@ -85,6 +87,7 @@ def test_what_is_no_result_is_named(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     for path, message in (
         (tmp_path / "open", "is not finished"),
+        (tmp_path / "run", "is a pretraining run; add --html FILE"),
         *((tmp_path / f"{name}.json", r"is not a results\.json") for name in ("bad", "halved", "short", "other")),
         (tmp_path / "nothing", "cannot be read"),
     ):

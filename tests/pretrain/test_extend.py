@@ -2,20 +2,24 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import FAILED, USER_ERROR
 from ksub_ds.common.files import read_json
+from ksub_ds.common.watchdog import Failure
 from ksub_ds.pretrain import checkpoint, run_folder
 from ksub_ds.pretrain.checkpoint import checkpoints, step_of
 from ksub_ds.pretrain.open_run import open_run
 from ksub_ds.pretrain.recipe import parse_recipe, resolve, to_json
 from ksub_ds.pretrain.run_folder import RunFolder
 
-from .runs import Bench, Outcome, losses, metrics, state_bytes
+from .runs import Bench, Outcome, environment, losses, metrics, state_bytes
 from .test_open_run import write_checkpoint
 
 pytestmark = pytest.mark.timeout(300)
@@ -119,11 +123,13 @@ def identity(run: Path, *words: Any) -> dict[str, Any]:
 @pytest.fixture
 def finished(tmp_path: Path) -> RunFolder:
     """A wsd run of 100 steps that has decayed from step 90, with the checkpoints that are kept."""
-    words = "--preset tiny --data shards --plain --schedule wsd --max-steps 100 --warmup-steps 10 --out"
+    words = "--preset tiny --plain --schedule wsd --max-steps 100 --warmup-steps 10"
     folder = RunFolder(tmp_path / "run")
     for step in (90, 95, 100):
         write_checkpoint(folder.path, step)
-    recipe = resolve(parse_recipe([*words.split(), str(folder.path)]), 1, on_gpu=False)
+    recipe = resolve(
+        parse_recipe([*words.split(), "--data", str(tmp_path), "--out", str(folder.path)]), 1, on_gpu=False
+    )
     folder.recipe.write_text(json.dumps(to_json(recipe)))
     return folder
 
@@ -186,7 +192,7 @@ def test_an_end_that_differs_gets_a_name_of_its_own(finished: RunFolder) -> None
         ),
         ("--max-steps 200 --warmup-steps 20", r"\(warmup_steps: 10 -> 20\); give the old values, or a new --out"),
         ("--max-steps 200 --schedule cosine --decay-steps 5", "--decay-steps 5: belongs to --schedule wsd, not cosine"),
-        ("--max-steps 200 --decay-steps 195", r"--decay-steps 195: must lie in 0\.\.190"),
+        ("--max-steps 200 --decay-steps 195", r"0\.\.190: .* 10 steps of warm-up \(the run's\)"),
     ],
 )
 def test_refused_extensions(finished: RunFolder, words: str, message: str) -> None:
@@ -229,6 +235,44 @@ def test_a_checkpoint_of_another_schedule_is_not_taken_for_steady(finished: RunF
     write_checkpoint(finished.path, 150)
     with pytest.raises(UserError, match="no whole checkpoint before"):
         finished.extend(identity(finished.path, "--max-steps", 300))
+
+
+def test_the_run_has_its_own_codes_and_must_be_told_where_the_data_are(finished: RunFolder) -> None:
+    values = read_json(finished.recipe) | {"plain": False, "codes": "elsewhere/codes.safetensors"}
+    finished.recipe.write_text(json.dumps(values))
+    with pytest.raises(
+        UserError, match=r"^--codes elsewhere/codes.safetensors \(from .*recipe.json\): is not there from"
+    ):
+        parse_recipe(longer(finished.path, "--max-steps", 200))
+    finished.codes.touch()
+    assert parse_recipe(longer(finished.path, "--max-steps", 200)).codes == finished.codes
+    finished.recipe.write_text(json.dumps(values | {"data": "moved"}))
+    with pytest.raises(
+        UserError, match=r"^--data moved \(from .*recipe.json\): is not there from here; give --data PATH"
+    ):
+        parse_recipe(longer(finished.path, "--max-steps", 200))
+    assert parse_recipe(longer(finished.path, "--max-steps", 200, "--data", finished.path)).data == finished.path
+
+
+def test_a_refused_start_leaves_the_run_as_it_was(bench: Bench) -> None:
+    run = bench.folder / "refused"
+    done = bench.run_all(1, [{"arguments": bench.arguments("refused", max_steps=2, eval_every=0)}])
+    (run / "failure.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != ".lock"}
+    command = [sys.executable, "-m", "ksub_ds.pretrain", *longer(run, "--max-steps", 1)]
+    refused = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done[0] == [0] and refused.returncode == USER_ERROR
+    assert refused.stderr.splitlines()[-1] == "error: --extend --max-steps 1: 2 steps are done; give more"
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+def test_a_failure_before_the_run_goes_on_is_recorded_once(finished: RunFolder) -> None:
+    finished.failure.write_text("{}")  # of an earlier start
+    failed = Failure(0, "here", 0, "the data's disk is gone", FAILED, restart_may_help=True)
+    for _ in range(2):  # by the rank that reports, and by rank 0
+        finished.record_early_failure(failed)
+    assert read_json(finished.failure)["reason"] == "the data's disk is gone"
+    assert len(finished.log.read_text().splitlines()) == 1
 
 
 def test_there_must_be_a_run_to_extend(tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import read_json, sha256_file
+from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.tokenizers.xlmr import MODEL_NAME
 from ksub_ds.evaluate.data.hub import cached_folder, require_on_hub
 from ksub_ds.evaluate.finetune.encoding import PairEncoder, load_encoder
+from ksub_ds.model.loading import refuse_adapter
 from ksub_ds.model.sequence_length import longest_sequence
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
 FRESH_HEADS = ("classifier", "score", "pre_classifier", "classification_head")  # those that no pretraining trains
-ADAPTER = "adapter_config.json"  # of PEFT
 BIDIRECTIONAL = ("xlnet",)  # sees both sides, though transformers counts it among the causal ones
 TOKENIZER_FILES = ("tokenizer.json", MODEL_NAME, "vocab.txt", "vocab.json")
 
@@ -52,53 +52,46 @@ def load_classifier(path: str, num_labels: int, seed: int, body: str | None = No
     return model.train()
 
 
-def load_trained(path: str | Path) -> Any:
+def load_trained(path: str | Path, option: str = "") -> Any:
     """Open a fine-tuned model with its head, ready to score.
+
+    Args:
+        path: its folder, or a name on the hub.
+        option: the one that names it, for messages.
 
     Raises:
         UserError: as `load_classifier`, and for a folder without a trained head.
     """
-    return _load(str(path), None)[0].eval()
+    return _load(str(path), None, option)[0].eval()
 
 
-def find_model(path: str) -> None:
+def find_model(path: str, option: str = "") -> None:
     """Refuse at once what is not a model: transformers would ask an unreachable hub again and again and name no fix.
+
+    Args:
+        path: a folder, or a name on the hub.
+        option: the one that names it, for messages.
 
     Raises:
         UserError: neither a folder with safetensors nor a name in the cache or on the hub.
     """
-    folder = Path(path)
+    folder, given = Path(path), f"{option} {path}".strip()
     if not folder.is_dir():
         if path.count("/") > 1 or path.startswith((".", "/")) or folder.exists():
             raise UserError(
-                f"{path}: is not a model folder; give one (ksub export), or a name such as xlm-roberta-base"
+                f"{given}: is not a model folder; give one (ksub export), or a name such as xlm-roberta-base"
             )
-        require_on_hub(path, path, "model", "config.json")
+        require_on_hub(given, path, "model", "config.json")
         cached = cached_folder(path)
         if cached is None:
             return
         folder = cached
-    if (folder / ADAPTER).is_file():
-        raise UserError(_adapter_message(path, folder))
+    refuse_adapter(given, folder)
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
         raise UserError(
-            f"{path}: holds pickled weights only (*.bin), which are never loaded; where you trust them, open the "
+            f"{given}: holds pickled weights only (*.bin), which are never loaded; where you trust them, open the "
             "model in transformers and save it anew: save_pretrained writes safetensors"
         )
-
-
-def _adapter_message(path: str, folder: Path) -> str:
-    """Return what to do with a folder of PEFT, which holds what was added to a model and not the model."""
-    try:
-        about = read_json(folder / ADAPTER)
-        base, kind = str(about["base_model_name_or_path"])[:200], str(about.get("peft_type"))[:20]
-    except (UserError, AttributeError, KeyError, TypeError):
-        base, kind = "BASE", "PEFT"
-    return (
-        f"{path}: is a {kind} adapter ({ADAPTER}) of {base}, not a model; merge them and evaluate the result: "
-        f"PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained('{base}'), '{path}').merge_and_unload()"
-        ".save_pretrained('MERGED'), and the tokenizer beside it"
-    )
 
 
 def check_encoder(model: str) -> None:
@@ -109,7 +102,7 @@ def check_encoder(model: str) -> None:
     """
     from transformers.models.auto import modeling_auto
 
-    find_model(model)
+    find_model(model, "--model")
     config = _config(model)
     masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
     causal = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in BIDIRECTIONAL
@@ -138,12 +131,13 @@ def _draw_head(model: Any) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _load(path: str, num_labels: int | None) -> tuple[Any, bool]:
+def _load(path: str, num_labels: int | None, option: str = "") -> tuple[Any, bool]:
     """Open a model.
 
     Args:
         path: folder or name.
         num_labels: outputs of a new head; None = the folder must have a trained one.
+        option: the one that names it, for messages.
 
     Returns:
         The model, and whether the folder had a trained head.
@@ -157,7 +151,8 @@ def _load(path: str, num_labels: int | None) -> tuple[Any, bool]:
     from ksub_ds.model.registration import register
 
     register()
-    find_model(path)
+    find_model(path, option)
+    given = f"{option} {path}".strip()
     settings = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     with _quiet_transformers():
         try:
@@ -166,17 +161,19 @@ def _load(path: str, num_labels: int | None) -> tuple[Any, bool]:
             )
         except Exception as error:  # the library raises many kinds
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}: transformers cannot open this model ({reason})") from error
+            raise UserError(f"{given}: transformers cannot open this model ({reason})") from error
     missing = sorted(key for key in info["missing_keys"] if not set(key.split(".")) & set(HEADS))
     if missing:
-        raise UserError(f"{path}: {len(missing)} weights are absent, for example {missing[0]!r}; the folder is damaged")
+        raise UserError(
+            f"{given}: {len(missing)} weights are absent, for example {missing[0]!r}; the folder is damaged"
+        )
     reshaped = {key for key, *_ in info["mismatched_keys"]}  # a head for other classes
     unfit = sorted(key for key in reshaped if key.split(".")[0] not in FRESH_HEADS)
     if unfit:
-        raise UserError(f"{path}: {unfit[0]!r} is not of the shape that config.json gives; the folder is damaged")
+        raise UserError(f"{given}: {unfit[0]!r} is not of the shape that config.json gives; the folder is damaged")
     trained = not any(key.split(".")[0] in FRESH_HEADS for key in set(info["missing_keys"]) - reshaped)
     if num_labels is None and not trained:
-        raise UserError(f"{path}: has no trained classification head; give a fine-tuned checkpoint")
+        raise UserError(f"{given}: has no trained classification head; give a fine-tuned checkpoint")
     return model, trained
 
 
@@ -204,10 +201,10 @@ def open_encoder(model: str, tokenizer: str | None) -> PairEncoder:
     Raises:
         UserError: there is no such model or tokenizer; the model's folder holds none, and none is given.
     """
-    find_model(model)
+    find_model(model, "--model")
     folder = Path(model)
     if tokenizer is None and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{model}: holds no tokenizer; give --tokenizer FOLDER or a SentencePiece .model")
+        raise UserError(f"--model {model}: holds no tokenizer; give --tokenizer FOLDER or a SentencePiece .model")
     if tokenizer is not None and not Path(tokenizer).exists():
         require_on_hub(f"--tokenizer {tokenizer}", tokenizer, "model", "tokenizer_config.json")
     return load_encoder(tokenizer or model)

@@ -13,6 +13,7 @@ from ksub_ds.evaluate.data.tasks import XNLI_COLUMNS
 from ksub_ds.evaluate.finetune.classifier import check_encoder, check_fit, describe, load_classifier, open_encoder
 from ksub_ds.evaluate.finetune.encoding import encode, load_encoder
 from ksub_ds.evaluate.finetune.scoring import predict
+from ksub_ds.model.loading import open_config
 
 
 def test_any_encoder_is_accepted(tiny_tokenizer: Path, tiny_xnli: Path, tmp_path: Path) -> None:
@@ -107,5 +108,8 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     about = {"base_model_name_or_path": "xlm-roberta-base", "peft_type": "LORA"}
     for content, base in ((json.dumps(about), "xlm-roberta-base"), ("[1]", "BASE"), ("{", "BASE")):
         (tmp_path / "adapter_config.json").write_text(content)
-        with pytest.raises(UserError, match=rf"adapter \(adapter_config.json\) of {base}, not a model; merge"):
+        message = rf"{tmp_path}: is a \w+ adapter \(adapter_config.json\) of {base}, not a model; merge"
+        with pytest.raises(UserError, match=f"^--model {message}"):
             check_encoder(str(tmp_path))
+        with pytest.raises(UserError, match=f"^{message}"):  # as `ksub compress` opens it
+            open_config(tmp_path)
