@@ -23,6 +23,7 @@ import hashlib
 import os
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,11 +284,11 @@ def _read_file(source: Compressed, inflated: bool, limits: Limits) -> Iterator[P
     seen: set[bytes] = set()
     offset = 0
     try:
-        head = bytes(source.at(0)[: len(_RECORD)])
+        head = bytes(source.at(0)[: len(BOM_UTF8) + len(_RECORD)])
         if not head:
             yield Fault(0, "the file is empty")
             return
-        plain = inflated or head.startswith(b"WARC/")
+        plain = inflated or head.removeprefix(BOM_UTF8).startswith(b"WARC/")
         while source.at(offset):
             if not plain and source.at(offset)[: len(MAGIC)] != MAGIC:
                 yield Fault(offset, "no gzip member starts here" if offset else "is neither gzip nor WARC")
@@ -314,6 +315,8 @@ class _Records:
 
     def __iter__(self) -> Iterator[Page | Fault | Other]:
         member = self._member
+        if member.fill(len(BOM_UTF8)) and member.data.startswith(BOM_UTF8):
+            member.drop(len(BOM_UTF8))
         while self._skip_line_ends():
             item = self._record()
             if isinstance(item, str):  # the record is malformed: its end is unknown
@@ -389,10 +392,8 @@ class _Records:
             member.fill(end + 4 + len(_RECORD))
             if not _NEXT_RECORD.match(member.data[end : end + 4 + len(_RECORD)]):
                 return f"Content-Length is {length:,}, but the record goes on after that"
-            member.drop(end)  # not the line ends: the next record may begin at once
-            return self._page(fields, content)
         item = self._page(fields, content)
-        member.drop(min(end + 4, len(member.data)))
+        member.drop(end)  # not the line ends: there may be two, four or no bytes of them
         return item
 
     def _header(self) -> tuple[dict[bytes, bytes], int] | str:
@@ -402,8 +403,10 @@ class _Records:
         while True:
             whole = not member.fill(size)
             end, mark = member.data.find(b"\r\n\r\n", 0, limits.header), 4
-            if end < 0:
-                end, mark = member.data.find(b"\n\n", 0, limits.header), 2
+            # A header with LF ends before a blank line with CRLF in its text.
+            bare = member.data.find(b"\n\n", 0, end if end >= 0 else limits.header)
+            if bare >= 0:
+                end, mark = bare, 2
             if end >= 0:
                 break
             if whole:
