@@ -232,12 +232,14 @@ class Fault(NamedTuple):
         reason: what is wrong.
         inflated: its offset in the inflated member.
         url: of the page, if it was readable.
+        is_whole: whether the record is whole and only its page is refused; else a part of the file is not read.
     """
 
     offset: int
     reason: str
     inflated: int = 0
     url: str = ""
+    is_whole: bool = False
 
 
 class Other(NamedTuple):
@@ -338,9 +340,12 @@ class _Records:
             self._member.drop(count)
         return False
 
-    def _fault(self, reason: str, url: str = "") -> Fault:
+    def _fault(self, reason: str) -> Fault:
         offset, inflated = self._member.offset, self._member.dropped
-        return Fault(inflated, reason, 0, url) if self._member.plain else Fault(offset, reason, inflated, url)
+        return Fault(inflated, reason) if self._member.plain else Fault(offset, reason, inflated)
+
+    def _refused(self, reason: str, url: str) -> Fault:
+        return self._fault(reason)._replace(url=url, is_whole=True)
 
     def _find_record(self) -> bool:
         """Drop everything up to the next line that starts a record, or to the end of the member.
@@ -432,11 +437,11 @@ class _Records:
         url = fields.get(b"warc-target-uri", b"").strip(b"<>").decode("utf-8", "replace")
         kind = fields.get(b"warc-type", b"")
         if not kind:
-            return self._fault("has no WARC-Type", url)
+            return self._refused("has no WARC-Type", url)
         if b"warc-record-id" in fields:
             identity = hashlib.blake2b(fields[b"warc-record-id"], digest_size=8).digest()
             if identity in self._seen:
-                return self._fault("duplicate WARC-Record-ID", url)
+                return self._refused("duplicate WARC-Record-ID", url)
             self._seen.add(identity)
         offset = self._member.dropped if self._member.plain else self._member.offset
         name = kind.lower().decode("latin-1")
@@ -447,9 +452,9 @@ class _Records:
         except UnicodeDecodeError as error:
             bad = content[error.start : error.start + 2]
             what = " (half a surrogate pair)" if bad[:1] == b"\xed" and bad[1:] >= b"\xa0" else ""
-            return self._fault(f"not UTF-8 at byte {error.start:,} of the text{what}", url)
+            return self._refused(f"not UTF-8 at byte {error.start:,} of the text{what}", url)
         if "\0" in text:
-            return self._fault("NUL character in the text", url)
+            return self._refused("NUL character in the text", url)
         text = text.removeprefix("\ufeff").replace("\r\n", "\n").strip("\n")
         date, digest = (
             fields.get(name, b"").decode("utf-8", "replace") for name in (b"warc-date", b"warc-block-digest")
