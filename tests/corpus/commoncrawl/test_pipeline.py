@@ -39,6 +39,7 @@ wet_files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(wet_files)
 
 FINNISH = "Tämä on pieni vanha talo joen rannalla, ja lintu laulaa kiven alla hitaasti tänään. " * 5
+NOTES = "left out: other_suffix 1 (first: notes.txt: suffix .txt)"
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,7 @@ def test_against_plain_python(
 
 def test_the_report_adds_up(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     report = run(wet_folder, tiny_tokenizer, tmp_path / "out")
+    assert report.pop("left_out") == [NOTES]
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     chain = ["read", "dedup", "language", "quality", "length", "tokenise"]
     for part in [report, *report["files"]]:
@@ -261,8 +263,8 @@ def test_any_number_of_ranks_gives_the_same_bytes(wet_folder: Path, tiny_tokeniz
     two = start(2, "2")
     assert two.returncode == 0, two.stderr
     assert content(tmp_path / "2") == alone
-    last = two.stdout.splitlines()[-2:]
-    assert last[0].startswith("no page is kept of ar, bg, ")
+    last = two.stdout.splitlines()[-3:]
+    assert last[0] == NOTES and last[1].startswith("no page is kept of ar, bg, ")
     assert two.stdout == "\n".join([corpus_table(tmp_path / "1" / "out"), *last]) + "\n"
 
     # A unit that one rank cannot write ends all of them, with one line; three ranks then resume what two have left.
