@@ -22,6 +22,7 @@ from ksub_ds.corpus.commoncrawl.inputs import find_wet_files
 from ksub_ds.corpus.commoncrawl.langid import LanguageIdentifier
 from ksub_ds.corpus.commoncrawl.pipeline import CrawlRun, load_selection
 from ksub_ds.corpus.commoncrawl.stages import Result, Stage
+from ksub_ds.corpus.text.skipped import Skipped
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 
@@ -105,7 +106,7 @@ def run_timed(wet: Path, out: Path, tokenizer_path: Path, identify: bool, result
     wall = time.perf_counter()
     with clock("load the tokenizer"):
         tokenizer = load_tokenizer(tokenizer_path)
-    run = TimedRun(settings, comm, find_wet_files(settings.input), tokenizer, selection)
+    run = TimedRun(settings, comm, find_wet_files(settings.input, Skipped()), tokenizer, selection)
     run.clock, run.timed_comm = clock, comm
     with clock("all"):
         report = run.run()

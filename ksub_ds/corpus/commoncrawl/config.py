@@ -65,7 +65,7 @@ class ShardCC:
     keep_work: bool = False
     """Keep OUT/work, the intermediate files, for runs with other settings of the later stages."""
     strict: bool = False
-    """Refuse a result that lacks something whole: a file without a page, a language asked for without a page."""
+    """Fail where a file of --input is left out or not read to its end, or a file or a language has no page."""
     dry_run: bool = False
     """Estimate disk and time from a sample; write nothing."""
 

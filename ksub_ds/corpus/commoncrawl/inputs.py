@@ -1,9 +1,10 @@
 """The WET files of a run: files that the user has, or those of a Common Crawl snapshot, fetched into a cache folder.
 
-    find_wet_files([Path("wet")])
+    find_wet_files([Path("wet")], Skipped())
     fetch_snapshot("2019-09", "0:40", "https://data.commoncrawl.org", Path("cache"))     # 40 paths under cache/
 
-The order of the files decides which copy of a paragraph is the first.
+The order of the files decides which copy of a paragraph is the first. Below a folder links are followed; hidden names
+and other suffixes are left out. Of copies of a file, and of a file in two compressions, one is read.
 
 Common Crawl's public layout: BASE/crawl-data/CC-MAIN-2019-09/wet.paths.gz lists the files of a snapshot, one path
 below BASE on each line. `segments` is a range of those lines. The servers are public and answer 403 or 503 to clients
@@ -11,7 +12,6 @@ that send too many requests; download.py keeps to few connections and retries wi
 """
 
 import gzip
-import os
 import re
 import urllib.parse
 import zlib
@@ -23,6 +23,9 @@ from ksub_ds.common import compression
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.commoncrawl.download import Downloads, Patience
+from ksub_ds.corpus.text.copies import without_copies
+from ksub_ds.corpus.text.skipped import Skipped
+from ksub_ds.corpus.text.text_files import PAPERS, FolderWalk, TextFile, TextName, check_link, printable, utf8_name
 
 SUFFIXES = (*compression.SUFFIXES, ".wet", ".warc")
 BASE_URL = "https://data.commoncrawl.org"
@@ -39,19 +42,22 @@ class WetFile(NamedTuple):
     modified: int
 
 
-def find_wet_files(inputs: Sequence[Path]) -> list[WetFile]:
+def find_wet_files(inputs: Sequence[Path], skipped: Skipped) -> list[WetFile]:
     """Return the WET files among files and below folders, sorted by name (below folders: by relative path).
 
     Args:
         inputs: files and folders.
+        skipped: where what is left out is counted.
 
     Raises:
-        UserError: an input that is not there, no file at all, or two files of one name.
+        UserError: an input that is not there, no file at all, two files of one name, a link that leads nowhere or in a
+            circle, or a file that differs from its compressed form.
     """
     found: dict[str, Path] = {}
     for entry in inputs:
+        check_link(entry)
         if entry.is_dir():
-            paths = _below(entry)
+            paths = _below(entry, skipped)
         elif entry.is_file():
             paths = {entry.name: entry}
         else:
@@ -62,15 +68,21 @@ def find_wet_files(inputs: Sequence[Path]) -> list[WetFile]:
                     f"--input {path}: {found[name]} has the same name; rename one, or give the folder above"
                 )
             found[name] = path
-    if not found:
-        where = " ".join(map(str, inputs))
-        raise UserError(f"--input {where}: holds no WET file (*.warc.wet.gz, or any of *{', *'.join(SUFFIXES)})")
-    return [describe(path, name) for name, path in sorted(found.items())]
+    files = [TextFile(path, utf8_name(name)) for name, path in sorted(found.items())]
+    files = without_copies(files, skipped, _parse_name)
+    where = printable(" ".join(map(str, inputs)))
+    left_out = f"left out: {', '.join(skipped.lines())}" if skipped.counts else ""
+    if not files:
+        wanted = f"(*.warc.wet.gz, or any of *{', *'.join(SUFFIXES)})"
+        raise UserError(f"--input {where}: holds no WET file {wanted}" + (f"; {left_out}" if left_out else ""))
+    if left_out:
+        get_logger().info(f"{where}: {left_out}")
+    return [describe(file.path, file.name) for file in files]
 
 
 def describe(path: Path, name: str) -> WetFile:
     """Return a file with its size and time; both are 0 if it cannot be examined."""
-    shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+    shown = utf8_name(name)
     try:
         status = path.stat()
     except OSError:
@@ -78,19 +90,24 @@ def describe(path: Path, name: str) -> WetFile:
     return WetFile(path, shown, status.st_size, status.st_mtime_ns)
 
 
-def _below(folder: Path) -> dict[str, Path]:
-    paths, others = {}, 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent) / name
-            # Pipes and devices are left out, whatever their name: reading one might never end.
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and path.is_file():
-                paths[path.relative_to(folder).as_posix()] = path
-            else:
-                others += 1
-    if others:
-        get_logger().info(f"{folder}: {others:,} other files left out (not *{', *'.join(SUFFIXES)})")
+def _below(folder: Path, skipped: Skipped) -> dict[str, Path]:
+    paths, walk = {}, FolderWalk(folder, skipped)
+    for path in walk.files(folder):
+        if not path.name.lower().endswith(SUFFIXES):
+            reason = "not_data" if PAPERS.fullmatch(path.name) else "other_suffix"
+            walk.count(reason, path, f"suffix {printable(path.suffix) or 'none'}")
+        elif not path.is_file():  # a pipe or a device, whatever its name: reading one might never end
+            walk.count("not_a_regular_file", path)
+        else:
+            paths[path.relative_to(folder).as_posix()] = path
     return paths
+
+
+def _parse_name(name: str) -> TextName:
+    """Return a name without the suffix of a compression, and that suffix; all these files are of one form."""
+    stem, dot, last = name.rpartition(".")
+    compressed = dot + last.lower() in compression.SUFFIXES
+    return TextName(stem, "", dot + last.lower()) if compressed else TextName(name, "", "")
 
 
 def fetch_snapshot(

@@ -45,15 +45,19 @@ def count(counts: Counts, stage: str, language: str, size_in: int, size_out: int
 
 @dataclass
 class Evidence:
-    """What a file holds besides pages, to say why it has none.
+    """What a file holds besides pages, to say why it has none, or not all.
 
     Attributes:
         types: number of its records that are no pages, by WARC-Type.
         first_fault: the reason of the first fault.
+        damaged: number of its parts that are not read.
+        first_damage: the reason of the first of them.
     """
 
     types: dict[str, int] = field(default_factory=dict)
     first_fault: str = ""
+    damaged: int = 0
+    first_damage: str = ""
 
 
 def read_file(file: WetFile, quarantine: Path, hashes: Path | None = None) -> dict[str, Any]:
@@ -67,7 +71,8 @@ def read_file(file: WetFile, quarantine: Path, hashes: Path | None = None) -> di
     Returns:
         "counts", "faults", "other" (records that are not pages), "paragraphs", and "sha256" of the file and "hashes",
         that of the hashes. Of a file without any page also "types", the number of its records by WARC-Type, and
-        "first_fault", the reason of the first.
+        "first_fault", the reason of the first. Of a file with parts that are not read also "damaged", their number, and
+        "first_damage".
     """
     counts: Counts = {}
     tally = {"faults": 0, "other": 0, "paragraphs": 0}
@@ -86,6 +91,8 @@ def read_file(file: WetFile, quarantine: Path, hashes: Path | None = None) -> di
                 waiting, size = [], 0
         _write_hashes(waiting, stream, digest, tally)
     result = {"counts": counts, **tally, "sha256": content_hash(file), "hashes": digest.hexdigest()}
+    if found.damaged:
+        result |= {"damaged": found.damaged, "first_damage": found.first_damage}
     return result if "read" in counts else result | {"types": found.types, "first_fault": found.first_fault}
 
 
@@ -120,6 +127,9 @@ def _pages(
         elif isinstance(item, Fault):
             tally["faults"] += 1
             found.first_fault = found.first_fault or item.reason
+            if not item.is_whole:
+                found.damaged += 1
+                found.first_damage = found.first_damage or item.reason
             if faults is not None:
                 entry: dict[str, Any] = {"file": file.name, "offset": item.offset, "reason": item.reason}
                 if item.inflated:

@@ -41,6 +41,7 @@ from ksub_ds.corpus.commoncrawl.stages import Result, Stage, StageKey, StageRunn
 from ksub_ds.corpus.commoncrawl.tokenize import is_packed, pack_language, tokenise_file
 from ksub_ds.corpus.shards.folder import locked, make_folder, parts
 from ksub_ds.corpus.shards.packing import Packing
+from ksub_ds.corpus.text.skipped import LeftOut, Skipped
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 
 
@@ -230,7 +231,7 @@ def shard_cc(settings: ShardCC, comm: MPIComm) -> dict[str, Any]:
         comm: the ranks.
 
     Returns:
-        What report.json holds.
+        What report.json holds, and as "left_out" a line on the files of the input that are not read, if there are any.
 
     Raises:
         UserError: a setting out of range, no input, no room, or shards made with other settings in the way.
@@ -238,14 +239,15 @@ def shard_cc(settings: ShardCC, comm: MPIComm) -> dict[str, Any]:
     if not comm.is_main:
         get_logger().setLevel("WARNING")
     check(settings)
-    files = comm.on_main(lambda: find_files(settings, settings.segments))
+    files, besides = comm.on_main(lambda: find_files(settings, settings.segments))
     tokenizer = comm.agree(lambda: load_tokenizer(settings.tokenizer, settings.nfc))
     selection = comm.agree(lambda: load_selection(settings))
     comm.on_main(lambda: make_folder(settings.out))
     lock = locked(settings.out) if comm.is_main else nullcontext()
     comm.agree(lock.__enter__)
     try:
-        return CrawlRun(settings, comm, files, tokenizer, selection).run()
+        report = CrawlRun(settings, comm, files, tokenizer, selection).run()
+        return report | {"left_out": besides} if besides else report
     finally:
         lock.__exit__(None, None, None)
 
@@ -258,7 +260,7 @@ def dry_run(settings: ShardCC, comm: MPIComm) -> str:
 
     def on_rank_0() -> str:
         first, _, end = settings.segments.partition(":")
-        files = find_files(settings, f"{first}:{int(first) + 1}" if first.isdigit() and end.isdigit() else "")
+        files, _ = find_files(settings, f"{first}:{int(first) + 1}" if first.isdigit() and end.isdigit() else "")
         total = sum(file.size for file in files) * (1 if settings.snapshot is None else int(end) - int(first))
         selection, tokenizer = load_selection(settings), load_tokenizer(settings.tokenizer, settings.nfc)
         return estimate(
@@ -269,12 +271,21 @@ def dry_run(settings: ShardCC, comm: MPIComm) -> str:
     return comm.on_main(on_rank_0)
 
 
-def find_files(settings: ShardCC, segments: str) -> list[WetFile]:
-    """Return the input's files in their order; of a snapshot those of `segments`, fetched first."""
+def find_files(settings: ShardCC, segments: str) -> tuple[list[WetFile], list[str]]:
+    """Return the input's files in their order, and lines on what is lost of it; of a snapshot fetch `segments` first.
+
+    Raises:
+        UserError: there is no file, or --strict refuses what is lost.
+    """
     if settings.snapshot is None:
-        return find_wet_files(settings.input)
+        skipped = Skipped()
+        files = find_wet_files(settings.input, skipped)
+        lost = LeftOut({}, skipped)
+        if settings.strict:
+            lost.refuse("nothing was read")
+        return files, lost.lines
     paths = fetch_snapshot(settings.snapshot, segments, settings.base_url, settings.cache, settings.connections)
-    return [describe(path, path.relative_to(settings.cache).as_posix()) for path in paths]
+    return [describe(path, path.relative_to(settings.cache).as_posix()) for path in paths], []
 
 
 def load_selection(settings: ShardCC) -> Selection:

@@ -72,6 +72,7 @@ def build_report(
             "paragraphs_out": select["paragraphs"],
             "stages": _with_names(counts),
         }
+        entry |= {name: read[name] for name in ("damaged", "first_damage") if name in read}
         if not counts["read"]:  # no page at all: say what there is instead
             entry |= {"record_types": read.get("types", {}), "first_fault": read.get("first_fault", "")}
         entries.append(entry)
@@ -98,17 +99,19 @@ def _with_names(counts: Counts) -> dict[str, Any]:
 
 
 def left_out(report: dict[str, Any], languages: Sequence[str]) -> list[str]:
-    """Return a line for each thing that is left out whole: a file without a page, a language without one.
+    """Return a line for each thing that is left out: files of the input, parts of a file, a language.
 
     Args:
-        report: what report.json holds.
+        report: what report.json holds; "left_out", where it has that, are lines on files that were not read.
         languages: those asked for.
     """
-    lines = [_without_page(entry) for entry in report["files"] if not entry["stages"]["read"]]
+    read = [entry for entry in report["files"] if entry["stages"]["read"]]
+    lines = list(report.get("left_out", ()))
+    lines += [_without_page(entry) for entry in report["files"] if not entry["stages"]["read"]]
     missing = [language for language in languages if language not in report["shards"]]
     if missing:
         lines.append(f"no page is kept of {', '.join(_language_counts(report, language) for language in missing)}")
-    return lines
+    return lines + [_damaged(entry) for entry in read if entry.get("damaged")]
 
 
 def _language_counts(report: dict[str, Any], language: str) -> str:
@@ -134,6 +137,12 @@ def _without_page(entry: dict[str, Any]) -> str:
     if faults:
         what += f"; {faults:,} quarantined, see {QUARANTINE} (first: {entry.get('first_fault', '')})"
     return f"{_printable(entry['file'])}: {what}"
+
+
+def _damaged(entry: dict[str, Any]) -> str:
+    parts = f"{entry['damaged']:,} damaged part{'s' * (entry['damaged'] != 1)}"
+    first = f"(first: {entry['first_damage']})"
+    return f"{_printable(entry['file'])}: not read to its end: {parts}, see {QUARANTINE} {first}"
 
 
 def _printable(name: str) -> str:

@@ -23,6 +23,7 @@ import hashlib
 import os
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,12 +232,14 @@ class Fault(NamedTuple):
         reason: what is wrong.
         inflated: its offset in the inflated member.
         url: of the page, if it was readable.
+        is_whole: whether the record is whole and only its page is refused; else a part of the file is not read.
     """
 
     offset: int
     reason: str
     inflated: int = 0
     url: str = ""
+    is_whole: bool = False
 
 
 class Other(NamedTuple):
@@ -283,11 +286,11 @@ def _read_file(source: Compressed, inflated: bool, limits: Limits) -> Iterator[P
     seen: set[bytes] = set()
     offset = 0
     try:
-        head = bytes(source.at(0)[: len(_RECORD)])
+        head = bytes(source.at(0)[: len(BOM_UTF8) + len(_RECORD)])
         if not head:
             yield Fault(0, "the file is empty")
             return
-        plain = inflated or head.startswith(b"WARC/")
+        plain = inflated or head.removeprefix(BOM_UTF8).startswith(b"WARC/")
         while source.at(offset):
             if not plain and source.at(offset)[: len(MAGIC)] != MAGIC:
                 yield Fault(offset, "no gzip member starts here" if offset else "is neither gzip nor WARC")
@@ -314,6 +317,8 @@ class _Records:
 
     def __iter__(self) -> Iterator[Page | Fault | Other]:
         member = self._member
+        if member.fill(len(BOM_UTF8)) and member.data.startswith(BOM_UTF8):
+            member.drop(len(BOM_UTF8))
         while self._skip_line_ends():
             item = self._record()
             if isinstance(item, str):  # the record is malformed: its end is unknown
@@ -335,9 +340,12 @@ class _Records:
             self._member.drop(count)
         return False
 
-    def _fault(self, reason: str, url: str = "") -> Fault:
+    def _fault(self, reason: str) -> Fault:
         offset, inflated = self._member.offset, self._member.dropped
-        return Fault(inflated, reason, 0, url) if self._member.plain else Fault(offset, reason, inflated, url)
+        return Fault(inflated, reason) if self._member.plain else Fault(offset, reason, inflated)
+
+    def _refused(self, reason: str, url: str) -> Fault:
+        return self._fault(reason)._replace(url=url, is_whole=True)
 
     def _find_record(self) -> bool:
         """Drop everything up to the next line that starts a record, or to the end of the member.
@@ -389,10 +397,8 @@ class _Records:
             member.fill(end + 4 + len(_RECORD))
             if not _NEXT_RECORD.match(member.data[end : end + 4 + len(_RECORD)]):
                 return f"Content-Length is {length:,}, but the record goes on after that"
-            member.drop(end)  # not the line ends: the next record may begin at once
-            return self._page(fields, content)
         item = self._page(fields, content)
-        member.drop(min(end + 4, len(member.data)))
+        member.drop(end)  # not the line ends: there may be two, four or no bytes of them
         return item
 
     def _header(self) -> tuple[dict[bytes, bytes], int] | str:
@@ -402,8 +408,10 @@ class _Records:
         while True:
             whole = not member.fill(size)
             end, mark = member.data.find(b"\r\n\r\n", 0, limits.header), 4
-            if end < 0:
-                end, mark = member.data.find(b"\n\n", 0, limits.header), 2
+            # A header with LF ends before a blank line with CRLF in its text.
+            bare = member.data.find(b"\n\n", 0, end if end >= 0 else limits.header)
+            if bare >= 0:
+                end, mark = bare, 2
             if end >= 0:
                 break
             if whole:
@@ -429,11 +437,11 @@ class _Records:
         url = fields.get(b"warc-target-uri", b"").strip(b"<>").decode("utf-8", "replace")
         kind = fields.get(b"warc-type", b"")
         if not kind:
-            return self._fault("has no WARC-Type", url)
+            return self._refused("has no WARC-Type", url)
         if b"warc-record-id" in fields:
             identity = hashlib.blake2b(fields[b"warc-record-id"], digest_size=8).digest()
             if identity in self._seen:
-                return self._fault("duplicate WARC-Record-ID", url)
+                return self._refused("duplicate WARC-Record-ID", url)
             self._seen.add(identity)
         offset = self._member.dropped if self._member.plain else self._member.offset
         name = kind.lower().decode("latin-1")
@@ -444,9 +452,9 @@ class _Records:
         except UnicodeDecodeError as error:
             bad = content[error.start : error.start + 2]
             what = " (half a surrogate pair)" if bad[:1] == b"\xed" and bad[1:] >= b"\xa0" else ""
-            return self._fault(f"not UTF-8 at byte {error.start:,} of the text{what}", url)
+            return self._refused(f"not UTF-8 at byte {error.start:,} of the text{what}", url)
         if "\0" in text:
-            return self._fault("NUL character in the text", url)
+            return self._refused("NUL character in the text", url)
         text = text.removeprefix("\ufeff").replace("\r\n", "\n").strip("\n")
         date, digest = (
             fields.get(name, b"").decode("utf-8", "replace") for name in (b"warc-date", b"warc-block-digest")

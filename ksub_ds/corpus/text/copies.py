@@ -2,26 +2,29 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 
 from ksub_ds.common.compression import DamagedFileError, decompressed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.text.skipped import Skipped
-from ksub_ds.corpus.text.text_files import TextFile, parse_text_name, printable
+from ksub_ds.corpus.text.text_files import TextFile, TextName, parse_text_name, printable
 
 COMPARED = 1 << 20  # bytes at a time
 # A bomb is no reason to compare for ever: what is equal up to here is taken for equal, and its reader will say bomb.
 MOST_INFLATION, LEAST_COMPARED = 200, 64_000_000
 
+ParseName = Callable[[str], TextName | None]
 
-def without_copies(files: list[TextFile], skipped: Skipped) -> list[TextFile]:
+
+def without_copies(files: list[TextFile], skipped: Skipped, parse_name: ParseName = parse_text_name) -> list[TextFile]:
     """Leave out all but one of the files that hold the same text: equal files, and compressed forms of one file.
 
     Args:
         files: of one language.
         skipped: where what is left out is counted.
+        parse_name: returns the parts of a file's name; files of one stem and form hold the same.
 
     Returns:
         The other files, in the same order.
@@ -29,7 +32,7 @@ def without_copies(files: list[TextFile], skipped: Skipped) -> list[TextFile]:
     Raises:
         UserError: a file and its compressed form hold different text.
     """
-    plain_of = _compressed_copies(files)
+    plain_of = _compressed_copies(files, parse_name)
     contents = _contents(files, {*plain_of, *plain_of.values()})
     same_as: dict[str, str] = {}  # a content in another form; a copy of a compressed file is one of its plain file
     for other, plain in plain_of.items():
@@ -48,7 +51,7 @@ def without_copies(files: list[TextFile], skipped: Skipped) -> list[TextFile]:
             skipped.add("compressed_copy", f"{printable(file.name)} holds what {printable(chosen.name)} holds")
         else:
             skipped.add("copy", f"{printable(file.name)} is a copy of {printable(chosen.name)}")
-    _tell_of_forms(kept)
+    _tell_of_forms(kept, parse_name)
     return kept
 
 
@@ -67,15 +70,15 @@ def _end(same_as: dict[str, str], content: str) -> str:
     return content
 
 
-def _compressed_copies(files: list[TextFile]) -> dict[TextFile, TextFile]:
+def _compressed_copies(files: list[TextFile], parse_name: ParseName) -> dict[TextFile, TextFile]:
     """Return the compressed forms of files that are there in another form too, and that other file.
 
     Raises:
         UserError: their contents differ.
     """
     plain_of = {}
-    for forms in _groups(files, with_form=True):
-        plainest, *others = sorted(forms, key=lambda file: (_compression(file) != "", file.name))
+    for forms in _groups(files, parse_name, with_form=True):
+        plainest, *others = sorted(forms, key=lambda file: (_compression(file, parse_name) != "", file.name))
         for other in others:
             difference = _difference(plainest, other)
             if difference:
@@ -87,8 +90,8 @@ def _compressed_copies(files: list[TextFile]) -> dict[TextFile, TextFile]:
     return plain_of
 
 
-def _tell_of_forms(files: list[TextFile]) -> None:
-    groups = [sorted(printable(file.name) for file in group) for group in _groups(files, with_form=False)]
+def _tell_of_forms(files: list[TextFile], parse_name: ParseName) -> None:
+    groups = [sorted(printable(file.name) for file in group) for group in _groups(files, parse_name, with_form=False)]
     if groups:
         more = f" and {len(groups) - 1:,} more" if len(groups) > 1 else ""
         get_logger().info(
@@ -97,19 +100,19 @@ def _tell_of_forms(files: list[TextFile]) -> None:
         )
 
 
-def _groups(files: Iterable[TextFile], with_form: bool) -> list[list[TextFile]]:
+def _groups(files: Iterable[TextFile], parse_name: ParseName, with_form: bool) -> list[list[TextFile]]:
     """Return the files of one folder that share a name but for their compression, and but for their form."""
     groups: dict[tuple[PurePosixPath, str, str], list[TextFile]] = {}
     for file in files:
         path = PurePosixPath(file.name)
-        name = parse_text_name(path.name)
+        name = parse_name(path.name)
         if name is not None:
             groups.setdefault((path.parent, name.stem, name.form if with_form else ""), []).append(file)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _compression(file: TextFile) -> str:
-    name = parse_text_name(file.path.name)
+def _compression(file: TextFile, parse_name: ParseName) -> str:
+    name = parse_name(file.path.name)
     return name.compression if name else ""
 
 

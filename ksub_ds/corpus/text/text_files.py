@@ -179,49 +179,86 @@ def text_files_below(top: Path, root: Path, skipped: Skipped) -> list[Path]:
     """
     check_link(top)
     if top.is_dir():
-        return sorted(_Walk(root, skipped).files(top))
+        walk = FolderWalk(root, skipped)
+        names = _TextNames(walk)
+        return sorted(path for path in walk.files(top) if names.is_text(path))
     if not top.is_file():
         skipped.add("not_a_regular_file", printable(top.relative_to(root)))
         return []
     return [top]
 
 
-class _Walk:
+class FolderWalk:
+    """Goes through folders: links are followed, each folder is visited once, hidden names are left out and counted.
+
+    Args:
+        root: names in messages are relative to it.
+        skipped: where what is left out is counted.
+    """
+
     def __init__(self, root: Path, skipped: Skipped):
         self._root, self._skipped = root, skipped
 
     def files(self, top: Path) -> Iterator[Path]:
+        """Yield whatever lies below a folder and is no folder, in a fixed order.
+
+        Args:
+            top: the folder.
+
+        Raises:
+            UserError: a link leads nowhere or in a circle.
+        """
         folders, links, visited = [top], list[Path](), set[tuple[int, int]]()
         while folders or links:
             # Folders before links, so that a file has its own name and not the one that a link gives it.
             folder = folders.pop() if folders else links.pop(0)
             status = folder.stat()
             if (status.st_dev, status.st_ino) in visited:
-                self._count("same_folder", folder, f"is {printable(folder.resolve())} once more")
+                self.count("same_folder", folder, f"is {printable(folder.resolve())} once more")
                 continue
             visited.add((status.st_dev, status.st_ino))
             try:
                 paths = sorted(folder.iterdir())
             except OSError as error:
-                self._count("unreadable_folder", folder, error.strerror or "")
+                self.count("unreadable_folder", folder, error.strerror or "")
                 continue
-            data = self._data_files(folder)
             for path in paths:
                 if is_hidden(path.name):
-                    self._count("hidden", path)
+                    self.count("hidden", path)
                     continue
                 check_link(path)
                 if path.is_dir():
                     (links if path.is_symlink() else folders).append(path)
-                elif self._is_text(path, data):
+                else:
                     yield path
+
+    def count(self, reason: str, path: Path, found: str = "") -> None:
+        """Count a path that is left out.
+
+        Args:
+            reason: a key of the counts.
+            path: below the root.
+            found: what it is, in words.
+        """
+        name = printable(path.relative_to(self._root))
+        self._skipped.add(reason, f"{name}: {found}" if found else name)
+
+
+class _TextNames:
+    def __init__(self, walk: FolderWalk):
+        self._count = walk.count
+        self._data = dict[Path, set[Path] | None]()  # of each folder
 
     def _data_files(self, folder: Path) -> set[Path] | None:
         """Return the data files that a saved data set names; None in other folders."""
-        return set(saved_files(folder)) if (folder / STATE).is_file() and is_saved(folder) else None
+        if folder not in self._data:
+            saved = (folder / STATE).is_file() and is_saved(folder)
+            self._data[folder] = set(saved_files(folder)) if saved else None
+        return self._data[folder]
 
-    def _is_text(self, path: Path, data: set[Path] | None) -> bool:
+    def is_text(self, path: Path) -> bool:
         """Return whether a file is text to read; count it if it is not."""
+        data = self._data_files(path.parent)
         if data is not None and path in data:
             return True
         describes = data is not None and path.name in (STATE, DESCRIPTION)
@@ -239,7 +276,3 @@ class _Walk:
         else:
             return True
         return False
-
-    def _count(self, reason: str, path: Path, found: str = "") -> None:
-        name = printable(path.relative_to(self._root))
-        self._skipped.add(reason, f"{name}: {found}" if found else name)

@@ -1,6 +1,7 @@
-"""inputs.py: a Common Crawl snapshot from a local server that stalls, breaks off, refuses, lies and ignores Range."""
+"""inputs.py: files and folders; a snapshot from a server that stalls, breaks off, refuses, lies and ignores Range."""
 
 import gzip
+import lzma
 import multiprocessing
 import re
 import threading
@@ -15,7 +16,8 @@ import pytest
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.commoncrawl import inputs as snapshot_module
 from ksub_ds.corpus.commoncrawl.download import Patience
-from ksub_ds.corpus.commoncrawl.inputs import fetch_snapshot
+from ksub_ds.corpus.commoncrawl.inputs import fetch_snapshot, find_wet_files
+from ksub_ds.corpus.text.skipped import Skipped
 
 LISTING = "crawl-data/CC-MAIN-2019-09/wet.paths.gz"
 IMPATIENT = Patience(timeout=0.4, first_pause=0.01, longest_pause=0.05, attempts=4, first_attempts=2)
@@ -260,3 +262,63 @@ def test_processes_share_the_cache_and_its_connections(server: Server, tmp_path:
     assert [len(server.asked(number)) for number in range(4)] == [1] * 4
     assert server.most_open == 2
     assert leftovers(tmp_path) == []
+
+
+def found(*inputs: Path) -> tuple[list[str], dict[str, int]]:
+    skipped = Skipped()
+    return [file.name for file in find_wet_files(inputs, skipped)], dict(skipped.counts)
+
+
+def test_a_folder_is_read_once_and_whole(tmp_path: Path) -> None:
+    """Links are followed, hidden names and other suffixes are counted, a link that leads nowhere is refused."""
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere" / "deep"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "c.warc.wet.gz").write_bytes(b"c")
+    names = ["a.warc.wet.gz", "sub/b.WARC.WET", "._a.warc.wet.gz", ".ipynb_checkpoints/deep/a.warc.wet.gz"]
+    for name in (*names, "d.warc.wet.lz4", "e.zip", "f", "README.md"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "linked").symlink_to(elsewhere.parent)
+    (elsewhere / "back").symlink_to(folder / "sub")
+    skipped = Skipped()
+    files = [file.name for file in find_wet_files([folder], skipped)]
+    assert files == ["a.warc.wet.gz", "linked/deep/c.warc.wet.gz", "sub/b.WARC.WET"]
+    assert skipped.counts == {"hidden": 2, "other_suffix": 3, "not_data": 1, "same_folder": 1}
+    assert skipped.examples["other_suffix"] == "d.warc.wet.lz4: suffix .lz4"
+    (elsewhere / "round").symlink_to(elsewhere.parent)
+    with pytest.raises(UserError, match=r"round: is a link to .*, a folder that it lies in"):
+        found(folder)
+    (elsewhere / "round").unlink()
+    (folder / "gone.warc.wet.gz").symlink_to(tmp_path / "nothing")
+    for entry in (folder, folder / "gone.warc.wet.gz"):
+        with pytest.raises(UserError, match=r"gone\.warc\.wet\.gz: is a link to .*nothing, which is not there"):
+            found(entry)
+
+
+def test_each_text_counts_once(tmp_path: Path) -> None:
+    """Of copies and compressed forms one is read; two forms with other content, or a damaged one, are refused."""
+    page = b"WARC/1.0\n" * 99
+    for name, content in {
+        "a.warc.wet": page,
+        "a.warc.wet.gz": gzip.compress(page),
+        "a.warc.wet.xz": lzma.compress(page),
+        "sub/copy.warc.wet": page,
+        "sub/other.warc.wet": page[::-1],  # of the same size
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert found(tmp_path) == (["a.warc.wet", "sub/other.warc.wet"], {"copy": 1, "compressed_copy": 2})
+    assert found(tmp_path, tmp_path / "sub")[1] == {"copy": 3, "compressed_copy": 2}
+    for content, words in (
+        (gzip.compress(page + b"x"), "their contents differ"),
+        (gzip.compress(page)[:-9], "damaged"),
+    ):
+        (tmp_path / "a.warc.wet.gz").write_bytes(content)
+        with pytest.raises(UserError, match=rf"a\.warc\.wet\.gz: beside a\.warc\.wet, .*{words}.*; remove or rename"):
+            found(tmp_path)
+
+
+def test_a_folder_without_a_wet_file_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "a.warc.wet.lz4").touch()
+    with pytest.raises(UserError, match=r"holds no WET file .*; left out: other_suffix 1 \(first: a\.warc\.wet\.lz4"):
+        found(tmp_path)

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,7 @@ wet_files = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(wet_files)
 
 FINNISH = "Tämä on pieni vanha talo joen rannalla, ja lintu laulaa kiven alla hitaasti tänään. " * 5
+NOTES = "left out: other_suffix 1 (first: notes.txt: suffix .txt)"
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +157,7 @@ def test_against_plain_python(
 
 def test_the_report_adds_up(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     report = run(wet_folder, tiny_tokenizer, tmp_path / "out")
+    assert report.pop("left_out") == [NOTES]
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     chain = ["read", "dedup", "language", "quality", "length", "tokenise"]
     for part in [report, *report["files"]]:
@@ -260,8 +263,8 @@ def test_any_number_of_ranks_gives_the_same_bytes(wet_folder: Path, tiny_tokeniz
     two = start(2, "2")
     assert two.returncode == 0, two.stderr
     assert content(tmp_path / "2") == alone
-    last = two.stdout.splitlines()[-2:]
-    assert last[0].startswith("no page is kept of ar, bg, ")
+    last = two.stdout.splitlines()[-3:]
+    assert last[0] == NOTES and last[1].startswith("no page is kept of ar, bg, ")
     assert two.stdout == "\n".join([corpus_table(tmp_path / "1" / "out"), *last]) + "\n"
 
     # A unit that one rank cannot write ends all of them, with one line; three ranks then resume what two have left.
@@ -323,7 +326,6 @@ def test_hostile_files_are_quarantined_and_nothing_is_written_elsewhere(
     for name, data in files.items():
         (folder / name).write_bytes(data)
     os.mkfifo(folder / "pipe.gz")
-    (folder / "gone.gz").symlink_to(tmp_path / "nothing")
     monkeypatch.setattr("tempfile.tempdir", str(out))  # where a tokenizer is converted
     out.mkdir()
     writes.clear()
@@ -342,6 +344,7 @@ def test_hostile_files_are_quarantined_and_nothing_is_written_elsewhere(
         ("evil.gz", len(files["evil.gz"]) - len(evil[0]), "duplicate WARC-Record-ID"),
         ("headers.gz", 0, "header of more than 65"),
     ]
+    assert report["left_out"] == ["left out: not_a_regular_file 1 (first: pipe.gz)"]
     assert "kept 7 of 7 pages" in exit_line(report) and "quarantined 9 in 7 of 8 files" in exit_line(report)
     urls = [entry["url"] for path in text_out.glob("*.gz") for entry in json_lines(path)]
     assert {"../../../etc/passwd", "http://[", "file:///etc/passwd", "x" * 9000} < set(urls)
@@ -389,6 +392,32 @@ def test_a_warc_or_wat_by_mistake_is_named(wet_folder: Path, tiny_tokenizer: Pat
     for name in ("a.warc.gz", "b.warc.wat.gz", "d.warc.wet.gz"):
         (folder / name).unlink()
     run(folder, tiny_tokenizer, tmp_path / "out", strict=True, languages=("en", "el", "tr"))
+
+
+def test_what_is_not_read_is_in_the_last_lines(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    """A file of another suffix, which is refused before anything is read, and a file that is cut off."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    (folder / "more.warc.wet.lz4").write_bytes(b"x")
+    cut = (wet_folder / "segments/0/CC-0.warc.wet.gz").read_bytes()[:-9]
+    refused = wet_files.member(wet_files.record("bad", b"\xff"))
+    (folder / "a.warc.wet.gz").write_bytes(refused + cut)
+    (folder / "b.warc.wet.gz").write_bytes(refused)
+    options = {"languages": ("en", "el", "tr")}
+    lz4 = "left out: other_suffix 1 (first: more.warc.wet.lz4: suffix .lz4)"
+    a = "a.warc.wet.gz: not read to its end: 1 damaged part, see quarantine.jsonl (first: gzip member is cut off by"
+    with pytest.raises(UserError, match=re.escape(f"--strict: {lz4}; nothing was read")):
+        run(folder, tiny_tokenizer, out, strict=True, **options)
+    assert not out.exists()
+    report = run(folder, tiny_tokenizer, out, **options)
+    lines = left_out(report, options["languages"])
+    assert lines[0] == lz4 and lines[1].startswith("b.warc.wet.gz: no record") and lines[2].startswith(a)
+    assert len(lines) == 3
+    (folder / "more.warc.wet.lz4").unlink()
+    (folder / "b.warc.wet.gz").unlink()
+    with pytest.raises(UserError, match=re.escape(f"--strict: {a}")):
+        run(folder, tiny_tokenizer, out, strict=True, **options)
+    assert not (out / "manifest.json").exists()
 
 
 def test_mistakes_are_named(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ record, member, wet_file = wet_files.record, wet_files.member, wet_files.wet_fil
 
 GOOD = [member(record(number, f"page {number}\nsecond line")) for number in range(4)]
 A, B = GOOD[0], GOOD[1]
+LF = b"".join(record(number, f"text {number}") for number in range(3)).replace(b"\r\n", b"\n")
 
 
 def read(path: Path, content: bytes, limits: Limits | None = None) -> tuple[list[str], list[tuple[int, str]]]:
@@ -71,6 +72,13 @@ HOSTILE: dict[str, tuple[bytes, list[str], list[tuple[int, str]]]] = {
     "NUL": (A + member(record(9, "a\0b")) + B, ["0", "1"], [(len(A), "NUL character")]),
     "the same record twice": (A + A + B, ["0", "1"], [(len(A), "duplicate WARC-Record-ID")]),
     "no newline at the end": (A + member(record(9, "last line", end=b"")), ["0", "9"], []),
+    "LF for every CRLF": (LF, ["0", "1", "2"], []),
+    "LF in one member": (gzip.compress(LF), ["0", "1", "2"], []),
+    "LF, a blank line with CRLF inside": (
+        record(0, "").replace(b"\r\n", b"\n").replace(b": 0\n", b": 6\n").rstrip() + b"\n\na\r\n\r\nb\n\n" + LF[len(LF) // 3 :], ["0", "1", "2"], []),
+    "a byte-order mark": (b"\xef\xbb\xbf" + LF, ["0", "1", "2"], []),
+    "a byte-order mark in gzip": (gzip.compress(b"\xef\xbb\xbf" + record(0, "x")) + B, ["0", "1"], []),
+    "a byte-order mark in xz": (lzma.compress(b"\xef\xbb\xbf" + record(0, "x")), ["0"], []),
     "one line end between": (b"".join(record(n, f"text {n}", end=b"\r\n") for n in range(3)), ["0", "1", "2"], []),
     "a newline between": (b"".join(record(n, f"text {n}", end=b"\n") for n in range(3)), ["0", "1", "2"], []),
     "nothing between": (b"".join(record(n, f"text {n}", end=b"") for n in range(3)), ["0", "1", "2"], []),
