@@ -1,7 +1,5 @@
 """Open what is to be analysed: an exported model, a run's newest checkpoint, or any HuggingFace encoder."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +92,7 @@ def _from_run(folder: Path) -> tuple[Any, Tokenizer, str]:
 def _from_huggingface(source: str) -> tuple[Any, str]:
     from transformers import AutoModel
 
+    from ksub_ds.model.loading import quiet_transformers
     from ksub_ds.model.registration import register
 
     register()
@@ -103,7 +102,7 @@ def _from_huggingface(source: str) -> tuple[Any, str]:
     if not folder.is_dir() and not is_hub_name(source):
         raise UserError(f"{source}: no such folder")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, told = AutoModel.from_pretrained(source, output_loading_info=True, use_safetensors=True)
     except Exception as error:  # the library raises many kinds for a damaged or absent model
         reason = " ".join(str(error).split())[:200]
@@ -141,23 +140,3 @@ def _codes_of(model: Any, source: str, given: CodeTable | None) -> tuple[np.ndar
         raise UserError(f"--codes: has {given.num_tokens:,} tokens, {source} embeds {embedding.num_embeddings:,}")
     padding = np.zeros(embedding.num_embeddings - given.num_tokens, dtype=np.int32)
     return np.concatenate([given.codes[:, -1], padding]), ()
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide the table of keys and the progress bar of a load; what matters in them is checked here.
-
-    Yields:
-        Nothing.
-    """
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -175,3 +175,34 @@ def sha256_file(path: str | Path) -> str:
     """Return the hexadecimal sha256 of a file's content."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def stand_in(head: bytes) -> str | None:
+    """Return what the first bytes of a file show to be left in its place by a failed download, with the remedy.
+
+    Args:
+        head: some hundred bytes.
+
+    Returns:
+        In words: a Git LFS pointer, or a web page; None for anything else.
+    """
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+    if head[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return (
+            "a web page saved under this name; download the file itself (on the hub: the link `download`, or /resolve/ "
+            "in place of /blob/ in the address)"
+        )
+    return None
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Refuse a file that a failed download left in the place of another.
+
+    Raises:
+        UserError: it is one, with the remedy.
+    """
+    with open(path, "rb") as stream:
+        found = stand_in(stream.read(200))
+    if found:
+        raise UserError(f"{path}: is {found}")

@@ -261,7 +261,38 @@ class BenchmarkPlan(Plan, Generic[Settings]):
             self._encoded[part, split] = encode(rows, self.encoder, settings.max_length, settings.cache)
         return self._encoded[part, split]
 
-    def tuning(self, job: FineTuneJob, regression: bool = False) -> FineTuning:
+    def classifier_training(
+        self,
+        job: FineTuneJob,
+        num_labels: int,
+        train: Encoded,
+        validate: Callable[[Any], dict[str, Any]],
+        regression: bool = False,
+    ) -> ClassifierTraining:
+        """Return what a job trains, from the pretrained model; its own is left in WORK/model.
+
+        Args:
+            job: the fine-tuning.
+            num_labels: outputs.
+            train: the rows.
+            validate: model -> scores of an epoch, with "score".
+            regression: one output that is a number.
+        """
+        return ClassifierTraining(
+            self.model,
+            None,
+            num_labels,
+            train,
+            validate,
+            self.queue.work(job.name),
+            self.identity,
+            self.encoder,
+            self._tuning(job, regression),
+            keep_model=True,
+            attention=self.settings.attention,
+        )
+
+    def _tuning(self, job: FineTuneJob, regression: bool) -> FineTuning:
         """Return how the classifier of a job is trained."""
         settings = self.settings
         return FineTuning(

@@ -6,6 +6,7 @@ The folder holds train, validation and, if there is one, test. One fine-tuning a
 accuracy, which chooses the epoch, and the mean of the classes' F1. A test set without labels is answered, not scored.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,20 +100,9 @@ class ClassifyPlan(BenchmarkPlan[ClassifySettings]):
 
     def training(self, job: FineTuneJob) -> ClassifierTraining:
         """Return what a fine-tuning trains: its model is left in WORK/model."""
-        return ClassifierTraining(
-            self.model,
-            None,
-            len(self.classes),
-            self.encoded(PART, "train"),
-            self._validate,
-            self.queue.work(job.name),
-            self.identity,
-            self.encoder,
-            self.tuning(job),
-            keep_model=True,
-            attention=self.settings.attention,
-            classes=self.classes,
-        )
+        train = self.encoded(PART, "train")
+        training = self.classifier_training(job, len(self.classes), train, self._validate)
+        return dataclasses.replace(training, classes=self.classes)
 
     def _validate(self, model: Any) -> dict[str, Any]:
         encoded = self.encoded(PART, "validation")

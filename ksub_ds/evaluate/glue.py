@@ -8,6 +8,7 @@ are not public. All cells are kept in results.json. `--test-predictions` writes 
 takes.
 """
 
+import dataclasses
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
@@ -239,18 +240,15 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
         """Return what a cell of the grid trains; validation is scored after each epoch."""
         task = job.task
         parts, body = self._parts(task), self._body(task)
-        return ClassifierTraining(
-            self.model,
-            body,
-            GLUE_TASKS[task].num_labels,
-            self.encoded(task, "train"),
-            lambda model: self._validate(model, task, parts),
-            self.queue.work(job.name),
-            f"{self.identity} {job.name} {'' if body is None else self._mnli_cell()}",
-            self.encoder,
-            self.tuning(job, GLUE_TASKS[task].regression),
+        about, train = GLUE_TASKS[task], self.encoded(task, "train")
+        training = self.classifier_training(
+            job, about.num_labels, train, lambda model: self._validate(model, task, parts), about.regression
+        )
+        return dataclasses.replace(
+            training,
+            body=body,
+            identity=f"{self.identity} {job.name} {'' if body is None else self._mnli_cell()}",
             keep_model=self.settings.keep_models or task == "mnli" or task in self.submitted,
-            attention=self.settings.attention,
         )
 
     def _body(self, task: str) -> str | None:

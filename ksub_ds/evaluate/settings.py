@@ -134,6 +134,17 @@ class EvaluationSettings:
         """Return the names that a label may have; none where only the data tells."""
         return ()
 
+    def check_updates(self, learning_rate: float, batch_size: int) -> None:
+        """Check the values of --learning-rate and --batch-size.
+
+        Raises:
+            UserError: one is not positive, or the ranks cannot share a batch.
+        """
+        positive_rate("--learning-rate", learning_rate)
+        if batch_size < 1:
+            raise UserError(f"--batch-size {batch_size}: must be at least 1")
+        self.check_ranks(batch_size)
+
     def check_ranks(self, *batch_sizes: int) -> None:
         """Refuse more ranks than this machine has room for, or a batch that they cannot share.
 
@@ -224,10 +235,7 @@ class XnliSettings(EvaluationSettings):
         Raises:
             UserError: an impossible value.
         """
-        positive_rate("--learning-rate", self.learning_rate)
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
-        self.check_ranks(self.batch_size)
+        self.check_updates(self.learning_rate, self.batch_size)
         unknown = [language for language in self.languages if language not in LANGUAGES]
         if unknown or not self.languages:
             raise UserError(f"--languages {' '.join(unknown) or '(none)'}: XNLI's are {', '.join(LANGUAGES)}")
@@ -317,10 +325,7 @@ class ClassifySettings(EvaluationSettings):
         Raises:
             UserError: an impossible value.
         """
-        positive_rate("--learning-rate", self.learning_rate)
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
-        self.check_ranks(self.batch_size)
+        self.check_updates(self.learning_rate, self.batch_size)
         columns = " ".join(self.columns)
         if not 1 <= len(self.columns) <= 2 or len({*self.columns, self.label}) <= len(self.columns):
             raise UserError(f"--columns {columns}: give one column of text or two, and the class by --label")

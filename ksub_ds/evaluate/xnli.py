@@ -97,19 +97,7 @@ class XnliPlan(BenchmarkPlan[XnliSettings]):
     def training(self, job: FineTuneJob) -> ClassifierTraining:
         """Return what a fine-tuning trains: its model is left in WORK/model."""
         first, *others = [self.encoded(language, "train") for language in self.found["train"]]
-        return ClassifierTraining(
-            self.model,
-            None,
-            len(NLI_LABELS),
-            first.joined(others),
-            self._validate,
-            self.queue.work(job.name),
-            self.identity,
-            self.encoder,
-            self.tuning(job),
-            keep_model=True,
-            attention=self.settings.attention,
-        )
+        return self.classifier_training(job, len(NLI_LABELS), first.joined(others), self._validate)
 
     def _validate(self, model: Any) -> dict[str, Any]:
         """Return the accuracy on validation; `score` is its mean over the languages selected on."""

@@ -151,7 +151,7 @@ def _load(name: str | Path, model_class: Any) -> tuple[PreTrainedModel, set[str]
         UserError: it cannot be read, or is pickled.
     """
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = model_class.from_pretrained(str(name), use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
@@ -162,18 +162,23 @@ def _load(name: str | Path, model_class: Any) -> tuple[PreTrainedModel, set[str]
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide transformers' report of weights that a model lacks or does not use, where the caller says what matters.
+def quiet_transformers() -> Iterator[None]:
+    """Hide transformers' progress bar, and its report of weights that a model lacks or does not use.
+
+    The caller says what matters of them.
 
     Yields:
         Nothing.
     """
-    before = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(before)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _is_model(folder: Path) -> bool:

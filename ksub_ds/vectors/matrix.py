@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import refuse_stand_in
 from ksub_ds.common.logging import get_logger
-from ksub_ds.corpus.tokenizers.location import check_content
 
 LARGEST_NUMBER = 1e15  # products of such numbers are still float32
 # Names of the input embedding, the part after the last module prefix; the first that fits wins.
@@ -45,7 +45,7 @@ class TensorFiles:
             except FileNotFoundError as error:
                 raise UserError(f"{path}: no such file") from error
             except (SafetensorError, OSError) as error:
-                check_content(path)
+                refuse_stand_in(path)
                 raise UserError(f"{path}: not a readable safetensors file ({error}); fetch or save it anew") from error
             self._home.update(dict.fromkeys(stream.keys(), stream))
         self.shapes = {name: tuple(home.get_slice(name).get_shape()) for name, home in self._home.items()}

@@ -46,6 +46,14 @@ def test_ksub_help_imports_neither_torch_nor_transformers(tmp_path):
     assert output(str(script)).endswith("of a command.\n\n")
 
 
+@pytest.mark.parametrize("command", [["pretrain"], ["evaluate", "xnli"], ["evaluate", "classify"], ["compress"]])
+def test_the_help_of_a_command_imports_neither(tmp_path, command):
+    script = tmp_path / "ksub"
+    lines = ("import contextlib, sys", "from ksub_ds.cli import main", "with contextlib.suppress(SystemExit):")
+    script.write_text("\n".join([*lines, f"    main({[*command, '--help']})", HEAVY, ""]), encoding="utf-8")
+    assert output(str(script)).endswith("\n\n")
+
+
 @pytest.mark.parametrize("module", ["ksub_ds.cli", "ksub_ds.cluster.launch", "ksub_ds.cluster.supervisor"])
 def test_our_modules_start_light(module, tmp_path):
     """`python -m` in a process that prints, when it ends, which heavy packages were imported."""

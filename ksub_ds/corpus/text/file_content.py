@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ksub_ds.common.compression import SUFFIXES, DamagedFileError, compression_of, decompressed
+from ksub_ds.common.files import stand_in
 from ksub_ds.corpus.text.skipped import Skipped, shown
 
 LONGEST_LINE = 40_000_000  # bytes
@@ -22,12 +23,8 @@ PIECE = 1 << 20
 HEAD = 1 << 16  # bytes that encodings are known by
 
 TABLES = {"parquet": b"PAR1", "arrow": b"ARROW1", "arrow stream": b"\xff\xff\xff\xff"}
-FOREIGN = {
-    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file itself: run `git lfs pull`",
-    b"PK\x03\x04": "a zip archive: unpack it",
-    b"<!DOCTYPE": "an HTML page, not the file itself: download it again",
-    b"<html": "an HTML page, not the file itself: download it again",
-    b"\x1f\x8b": "compressed twice: decompress it once",
+ARCHIVES = {b"PK\x03\x04": "a zip archive: unpack it", b"\x1f\x8b": "compressed twice: decompress it once"}
+ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
 }
@@ -51,6 +48,7 @@ class FileContent:
         head: the first bytes, decompressed and in UTF-8.
         table: the kind of table the file is, one of TABLES, or None.
         about: what is odd about the whole file, for evidence, or "".
+        is_text: whether it may be text, and not an archive or what a failed download left in its place.
         line: number of the line read last.
     """
 
@@ -61,7 +59,7 @@ class FileContent:
         self.line = 0
         self._inflated = 0
         self._stream = decompressed(raw)
-        self.head, self.about = b"", ""
+        self.head, self.about, self.is_text = b"", "", True
         self.table: str | None = None
         try:
             self._look(self._stream.peek(HEAD))
@@ -70,7 +68,9 @@ class FileContent:
 
     def _look(self, head: bytes) -> None:
         self.table = next((table for table, magic in TABLES.items() if head.startswith(magic)), None)
-        self.about = next((words for magic, words in FOREIGN.items() if head.lstrip().startswith(magic)), "")
+        other = stand_in(head) or next((words for magic, words in ARCHIVES.items() if head.startswith(magic)), None)
+        self.is_text = other is None
+        self.about = other or next((words for mark, words in ENCODINGS.items() if head.startswith(mark)), "")
         utf16 = _utf16_of(head[:HEAD])
         if utf16 and head.startswith(codecs.BOM_UTF16_LE if utf16 == "utf-16-le" else codecs.BOM_UTF16_BE):
             self._stream = io.BufferedReader(_FromUtf16(self._stream), PIECE)

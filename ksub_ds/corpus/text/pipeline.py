@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -20,6 +20,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, write_json
 from ksub_ds.common.languages import language_name, standard_code
 from ksub_ds.common.logging import Progress, get_logger
+from ksub_ds.common.option_help import Section
 from ksub_ds.corpus.shards.dataset import MANIFEST, SPLITS
 from ksub_ds.corpus.shards.folder import (
     build_manifest,
@@ -54,28 +55,28 @@ class ShardText:
     """A SentencePiece .model in XLM-R's layout, the folder of a HuggingFace tokenizer, or a name in the hub's cache."""
     out: Path = tyro.MISSING
     """Folder to write the shards to."""
-    sequence_length: int = 512
+    sequence_length: Annotated[int, Section("output")] = 512
     """Tokens per row, <s> and </s> included."""
     validation_fraction: float = 0.01
     """Share of the documents held out for evaluation, chosen by a hash of their text."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that tokenise. [one per core]"""
-    languages: tuple[str, ...] = ()
+    nfc: bool = False
+    """Put text in Unicode's form NFC before tokenising; the tokenizer saved with the shards does so too."""
+    languages: Annotated[tuple[str, ...], Section("input")] = ()
     """Only these languages of --input. [all that are there]"""
     splits: tuple[Literal["train", "validation", "test"], ...] = ()
     """Take files of these splits, by names such as en.test.jsonl; other names say train. [train; names the others]"""
-    strict: bool = False
-    """Fail where a language or a file of --input is left out or cannot be read to its end."""
-    datasets: tuple[str, ...] = ()
-    """Streamed from the hub: wikipedia, bookcorpus, NAME or NAME:CONFIG (column "text"); NAME may be a local folder."""
-    datasets_language: str = "en"
-    """Language of --datasets, and edition of wikipedia."""
     text_column: str | None = None
     """Key or column that holds the text, of JSON, tables and --datasets. ["text", else "raw_content"]"""
     line_documents: bool = False
     """Each line of a .txt is a document. [blank lines separate documents]"""
-    nfc: bool = False
-    """Put text in Unicode's form NFC before tokenising; the tokenizer saved with the shards does so too."""
+    datasets: tuple[str, ...] = ()
+    """Streamed from the hub: wikipedia, bookcorpus, NAME or NAME:CONFIG (column "text"); NAME may be a local folder."""
+    datasets_language: str = "en"
+    """Language of --datasets, and edition of wikipedia."""
+    strict: bool = False
+    """Fail where a language or a file of --input is left out or cannot be read to its end."""
 
     def layout(self) -> TextLayout:
         """Return how documents lie in the files."""

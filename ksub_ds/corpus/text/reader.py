@@ -25,7 +25,6 @@ from ksub_ds.corpus.text.text_files import ARROW, PARQUET, TextFile
 LONGEST_DOCUMENT = 10_000_000  # characters
 # A .txt with this much and no blank line is told of: perhaps each of its lines is a document.
 SUSPECT_LINES, SUSPECT_BYTES = 20, 50_000
-NOT_TEXT = ("Git LFS", "HTML", "zip archive", "compressed twice")  # whatever the name says
 
 
 class DocumentReader:
@@ -105,7 +104,7 @@ class DocumentReader:
         return json_texts(file, self._layout)
 
     def _plain_text(self, file: FileContent) -> Iterator[str]:
-        if any(kind in file.about for kind in NOT_TEXT):
+        if not file.is_text:
             file.add("not_the_file")
             return
         documents, largest = 0, 0

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import refuse_stand_in
 
 # The names that transformers gives to a SentencePiece model, by family.
 SENTENCEPIECE_NAMES = (
@@ -21,8 +22,6 @@ DESCRIPTION = "tokenizer.json"
 _OWN_NAMES = (DESCRIPTION, "tokenizer_config.json", "vocab.json", "vocab.txt")  # any of these is a tokenizer's alone
 _OTHER_NAMES = ("special_tokens_map.json", "added_tokens.json", "config.json", "merges.txt")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_LFS = b"version https://git-lfs.github.com/spec/"
-_HTML = (b"<!doctype html", b"<html")
 _FORMS = "a SentencePiece .model file or a HuggingFace tokenizer folder"
 
 
@@ -44,7 +43,7 @@ def locate(given: str | Path) -> Path:
     if not path.exists():
         path = _cached(str(given))
     for file in [path] if path.is_file() else _present(path, SENTENCEPIECE_NAMES + _OWN_NAMES + _OTHER_NAMES):
-        check_content(file)
+        refuse_stand_in(file)
     return path
 
 
@@ -60,23 +59,6 @@ def holds_tokenizer(folder: Path) -> bool:
 
 def _present(folder: Path, names: tuple[str, ...]) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
-
-
-def check_content(path: Path) -> None:
-    """Check that a file is no Git LFS pointer and no web page.
-
-    Raises:
-        UserError: it is.
-    """
-    with open(path, "rb") as stream:
-        head = stream.read(200)
-    if head.startswith(_LFS):
-        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
-    if head.lstrip().lower().startswith(_HTML):
-        raise UserError(
-            f"{path}: is a web page saved under this name; download the file itself (on the hub: the link `download`, "
-            "or /resolve/ in place of /blob/ in the address)"
-        )
 
 
 def _cached(name: str) -> Path:

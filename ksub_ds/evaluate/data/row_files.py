@@ -15,6 +15,7 @@ from typing import Any
 from ksub_ds.common.compression import SUFFIXES as COMPRESSIONS
 from ksub_ds.common.compression import DamagedFileError, decompressed
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import refuse_stand_in
 from ksub_ds.common.logging import get_logger
 
 FORMS = (".jsonl", ".json", ".csv", ".tsv")
@@ -91,6 +92,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         UserError: a damaged file, or one that is not what its name says.
     """
+    refuse_stand_in(path)
     name = path.name.lower()
     if name.endswith(".parquet"):
         rows = _parquet_rows(path)

@@ -3,9 +3,7 @@
 Our models and all others are opened by the Auto classes; only safetensors are read.
 """
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.tokenizers.xlmr import MODEL_NAME
 from ksub_ds.evaluate.data.hub import cached_folder, require_on_hub
 from ksub_ds.evaluate.finetune.encoding import PairEncoder, load_encoder
-from ksub_ds.model.loading import refuse_adapter
 from ksub_ds.model.sequence_length import longest_sequence
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
@@ -86,6 +83,8 @@ def find_model(path: str, option: str = "") -> None:
         if cached is None:
             return
         folder = cached
+    from ksub_ds.model.loading import refuse_adapter
+
     refuse_adapter(given, folder)
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
         raise UserError(
@@ -148,13 +147,14 @@ def _load(path: str, num_labels: int | None, option: str = "") -> tuple[Any, boo
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from ksub_ds.model.loading import quiet_transformers
     from ksub_ds.model.registration import register
 
     register()
     find_model(path, option)
     given = f"{option} {path}".strip()
     settings = {} if num_labels is None else {"num_labels": num_labels, "ignore_mismatched_sizes": True}
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **settings
@@ -175,24 +175,6 @@ def _load(path: str, num_labels: int | None, option: str = "") -> tuple[Any, boo
     if num_labels is None and not trained:
         raise UserError(f"{given}: has no trained classification head; give a fine-tuned checkpoint")
     return model, trained
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide the report of a new head, which is what we ask for.
-
-    Yields:
-        Nothing.
-    """
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def open_encoder(model: str, tokenizer: str | None) -> PairEncoder:
@@ -281,11 +263,12 @@ def fingerprint(model: str, config: Any = None) -> str:
 def _config(model: str) -> Any:
     from transformers import AutoConfig
 
+    from ksub_ds.model.loading import quiet_transformers
     from ksub_ds.model.registration import register
 
     register()
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             return AutoConfig.from_pretrained(model)
     except Exception as error:  # the library raises many kinds
         reason = " ".join(str(error).split())[:200]
