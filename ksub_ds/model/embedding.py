@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ksub_ds.codes.table import CodeTable, table_widths
-from ksub_ds.model.code_structure import CodeStructure
+from ksub_ds.contraction.code_structure import CodeStructure
 
 
 class SubEmbedding(nn.Module):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksub_ds import CodeTable, SubEmbedding, factorized_cross_entropy, plain_codes, positional_codes
-from ksub_ds.model import search
+from ksub_ds.contraction import beam_search
 
 
 def layer_of(table, dim=20, seed=0):
@@ -94,8 +94,8 @@ def test_topk_over_any_codes_with_a_narrow_beam(sizes, seed, data):
     chosen = np.random.default_rng(seed).choice(space, count, replace=False)
     layer = layer_of(CodeTable(np.stack(np.unravel_index(chosen, sizes), axis=1), sizes), dim=8, seed=seed)
     patch = pytest.MonkeyPatch()
-    patch.setattr(search, "FIRST_BEAM", 1)
-    patch.setattr(search, "WIDER", 2)
+    patch.setattr(beam_search, "FIRST_BEAM", 1)
+    patch.setattr(beam_search, "WIDER", 2)
     with patch.context():
         bias = torch.randn(count) * data.draw(st.sampled_from([0.0, 1.0, 50.0]))
         check_topk(layer, torch.randn(5, 8), data.draw(st.integers(1, min(count, 6))), bias)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksub_ds import CodeTable, SubEmbedding, factorized_cross_entropy, plain_codes, positional_codes
+from ksub_ds.contraction.sum_product import CompleteLevel, PairedLevel, SparseLevel
 from ksub_ds.model import softmax
-from ksub_ds.model.contraction import CompleteLevel, PairedLevel, SparseLevel
 from ksub_ds.model.softmax import log_partition
 
 

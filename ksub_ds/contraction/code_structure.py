@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ksub_ds.codes.trie import Transitions, build_trie, merge_equal_states
-from ksub_ds.model.contraction import Contraction
-from ksub_ds.model.search import TopKSearch
+from ksub_ds.contraction.beam_search import TopKSearch
+from ksub_ds.contraction.sum_product import Contraction
 
 
 class CodeStructure:
