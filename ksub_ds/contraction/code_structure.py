@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ksub_ds.codes.trie import Transitions, build_trie, merge_equal_states
 from ksub_ds.contraction.beam_search import TopKSearch
+from ksub_ds.contraction.max_plus import MaxPlusFold
 from ksub_ds.contraction.sum_product import Contraction
 
 
@@ -42,6 +43,16 @@ class CodeStructure:
     def unweighted(self) -> Contraction:
         """The sum over all tokens with weight 1: over the minimal automaton."""
         return Contraction(merge_equal_states(self.trie), self.codes.device, torch.float32)
+
+    @cached_property
+    def best_weighted(self) -> MaxPlusFold:
+        """The best of all tokens, each with a bias of its own: over the trie."""
+        return MaxPlusFold(self.trie, self.trie, self.codes.device)
+
+    @cached_property
+    def best_unweighted(self) -> MaxPlusFold:
+        """The best of all tokens without a bias: over the minimal automaton."""
+        return MaxPlusFold(merge_equal_states(self.trie), self.trie, self.codes.device)
 
     @cached_property
     def search(self) -> TopKSearch:

@@ -101,10 +101,36 @@ class SubEmbedding(nn.Module):
         """
         if not 1 <= k <= self.num_embeddings:
             raise ValueError(f"k must lie in 1..{self.num_embeddings}, not {k}")
+        if k == 1:
+            best, token = self.most_probable(hidden, bias)
+            return best.unsqueeze(1), token.unsqueeze(1)
         with torch.autocast(hidden.device.type, enabled=False):
-            parts = self.to_tables(hidden.float()).split(self.widths, dim=1)
-            scores = [part @ table.float().t() for part, table in zip(parts, self.tables, strict=True)]
+            scores = self._scores(self.to_tables(hidden.float()))
             return self.structure.search(scores, None if bias is None else bias.float(), k)
+
+    @torch.no_grad()
+    def most_probable(self, hidden: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Find the largest of `logits(hidden, bias)`, exactly, at a cost that does not depend on them.
+
+        Args:
+            hidden: (B, d) decoder inputs.
+            bias: (N,) or None.
+
+        Returns:
+            (B,) logits and (B,) token ids; of equal ones always the same.
+        """
+        fold = self.structure.best_unweighted if bias is None else self.structure.best_weighted
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if bias is None else bias.float()
+            leaf_bias = [] if bias is None else fold.leaf_bias(bias)
+            blocks = self.to_tables(hidden.float()).split(fold.rows_per_block)
+            found = [fold(self._scores(rows), bias, leaf_bias) for rows in blocks]
+        return torch.cat([logits for logits, _ in found]), torch.cat([ids for _, ids in found])
+
+    def _scores(self, hidden: Tensor) -> list[Tensor]:
+        """Compute the table scores of (B, d) float32 rows, split as the tables: K matrices (B, M_k)."""
+        parts = hidden.split(self.widths, dim=1)
+        return [part @ table.float().t() for part, table in zip(parts, self.tables, strict=True)]
 
     @property
     def structure(self) -> CodeStructure:
