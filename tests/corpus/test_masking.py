@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksub_ds.corpus.masking import IGNORE, MaskingRule, mask_tokens, sequence_keys
+from ksub_ds.corpus.masking import (
+    IGNORE,
+    MaskingRule,
+    mask_tokens,
+    masked_positions,
+    padded_count,
+    sequence_keys,
+)
 
 RULE = MaskingRule(0.15, mask_id=999, special_ids=(0, 1, 2, 3, 999), vocab_size=1000)
 
@@ -76,3 +83,32 @@ def test_the_masks_are_these() -> None:
     inputs, labels = mask_tokens(np.arange(256, dtype=np.int32).reshape(4, 64), keys_of(4, seed=7), RULE)
     digest = hashlib.sha256(inputs.astype("<i8").tobytes() + labels.astype("<i8").tobytes()).hexdigest()
     assert digest[:16] == "945e75795c962a8e"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 40), st.floats(0, 1), st.one_of(st.none(), st.integers(0, 300)), st.data())
+def test_positions_and_targets_are_the_labels(rows: int, length: int, share: float, count: int | None, data) -> None:
+    draw = np.random.default_rng(data.draw(st.integers(0, 99)))
+    labels = np.where(draw.random((rows, length)) < share, draw.integers(0, 1000, (rows, length)), IGNORE)
+    labels = labels.astype(data.draw(st.sampled_from([np.int32, np.int64])))
+    positions, targets = masked_positions(labels, count)
+    masked = int((labels != IGNORE).sum())
+    assert positions.dtype == targets.dtype == np.int64 and positions.shape == targets.shape
+    if count is None:
+        assert len(positions) == masked
+    elif masked <= count:
+        assert len(positions) == count
+    else:
+        assert len(positions) % 128 == 0 and 0 <= len(positions) - masked < 128
+    back = np.full(labels.size, IGNORE)
+    back[positions[:masked]] = targets[:masked]
+    assert (back.reshape(labels.shape) == labels).all() and (np.diff(positions[:masked]) > 0).all()
+    assert (positions[masked:] == 0).all() and (targets[masked:] == IGNORE).all()
+
+
+def test_the_padded_count_holds_the_positions_of_nearly_every_batch() -> None:
+    assert padded_count(64 * 512, 0.15) == 5248  # 4915.2 + 4 * 64.6 = 5173.7
+    assert padded_count(8, 0.15) == padded_count(8, 1.0) == 128 and padded_count(8, 0.0) == 0
+    assert padded_count(1000, 0.99) == 1024  # never more than there are tokens, rounded up
+    drawn = np.random.default_rng(0).binomial(2048, 0.15, 100_000)
+    assert (drawn > padded_count(2048, 0.15)).mean() < 1e-4
