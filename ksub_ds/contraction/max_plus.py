@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ksub_ds.codes.trie import Transitions
 
-BLOCK_NUMBERS = {"cpu": 2**20, "cuda": 2**27}  # numbers V held per block of rows; a quarter is gathered at a time
+VALUES_PER_BLOCK = {"cpu": 2**20, "cuda": 2**27}  # numbers V held per block of rows; a quarter is gathered at a time
 
 
 class _Segments(NamedTuple):
@@ -96,7 +96,7 @@ class MaxPlusFold:
             torch.as_tensor(np.searchsorted(level.parent, np.arange(level.num_states)), device=device) for level in trie
         ]
         self._tokens = torch.as_tensor(trie[-1].child, device=device)
-        self._numbers = BLOCK_NUMBERS.get(device.type, BLOCK_NUMBERS["cpu"])
+        self._numbers = VALUES_PER_BLOCK.get(device.type, VALUES_PER_BLOCK["cpu"])
         numbers_per_row = sum(level.num_states for level in levels[1:]) + self._levels[0].most_children
         self.rows_per_block = max(1, self._numbers // numbers_per_row)
 

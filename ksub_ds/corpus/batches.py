@@ -218,6 +218,9 @@ class HeldOutBatches:
         mlm_probability: share of tokens to predict.
         batch_size: rows of a batch; a batch holds one language.
         seed: fixes the masks.
+
+    Attributes:
+        rule: how tokens are masked.
     """
 
     def __init__(
@@ -229,7 +232,7 @@ class HeldOutBatches:
         seed: int = 0,
     ):
         self._dataset, self._seed = dataset, seed
-        self._rule = masking_rule(dataset, mlm_probability)
+        self.rule = masking_rule(dataset, mlm_probability)
         self._plan: list[tuple[str, np.ndarray]] = []
         for language in dataset.languages:
             available = dataset.num_sequences("validation", language)
@@ -245,4 +248,4 @@ class HeldOutBatches:
         for language, indices in self._plan:
             rows = self._dataset.gather("validation", indices, language)
             keys = sequence_keys(self._seed, np.full(len(indices), _HELD_OUT_EPOCH), indices)
-            yield language, _masked_batch(self._dataset, rows, keys, self._rule)
+            yield language, _masked_batch(self._dataset, rows, keys, self.rule)

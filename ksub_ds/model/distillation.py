@@ -26,7 +26,7 @@ from ksub_ds.model.loading import open_model
 from ksub_ds.model.masked_lm import SubMaskedLM
 from ksub_ds.model.replacement import embedding_matrix
 
-BLOCK_NUMBERS = 2**24  # teacher's logits held at a time
+TEACHER_LOGITS = {"cpu": 2**24, "cuda": 2**28}  # held at a time
 
 
 class SoftTargets(NamedTuple):
@@ -81,25 +81,39 @@ class Teacher:
             self.width += size
 
     @torch.no_grad()
-    def targets(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> SoftTargets:
-        """Predict at the labelled positions of a batch (batch, length), in the order of `labels != -100`."""
-        positions = labels != -100
+    def targets(
+        self, input_ids: Tensor, masked_positions: Tensor, targets: Tensor, attention_mask: Tensor | None = None
+    ) -> SoftTargets:
+        """Predict at chosen positions of a batch.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            masked_positions: (P,) places in the flattened batch x length.
+            targets: (P,) token ids; -100 at places that only fill P up: there the teacher predicts nothing.
+            attention_mask: (batch, length), 0 at padding.
+
+        Returns:
+            Its distributions, in the order of the positions.
+        """
         if isinstance(self.model, SubMaskedLM):
-            states = self.model._decoder_input_at(input_ids, positions, attention_mask)
+            states = self.model._decoder_input_at(input_ids, masked_positions, attention_mask)
         else:
-            states = self.model(input_ids, attention_mask=attention_mask).logits[positions]
+            states = self.model(input_ids, attention_mask=attention_mask).logits.flatten(0, 1)
+            states = states.index_select(0, masked_positions)
+        counts = (targets != -100).float().unsqueeze(1)
         marginals = states.new_zeros(len(states), self.width, dtype=torch.float32)
         totals = states.new_zeros(self.num_tokens, dtype=torch.float32)
         entropy = states.new_zeros((), dtype=torch.float64)
-        rows = max(1, BLOCK_NUMBERS // self.num_tokens)
+        rows = max(1, TEACHER_LOGITS.get(states.device.type, TEACHER_LOGITS["cpu"]) // self.num_tokens)
         for start in range(0, len(states), rows):
-            logits = nn.functional.linear(states[start : start + rows], self.weight, self.bias).float()
+            block = slice(start, start + rows)
+            logits = nn.functional.linear(states[block], self.weight, self.bias).float()
             log_probability = logits.log_softmax(dim=1)
-            probability = log_probability.exp()
+            probability = log_probability.exp() * counts[block]
             entropy -= (probability * log_probability).sum().double()
             totals += probability.sum(dim=0)
             for column in self.columns:
-                marginals[start : start + rows].index_add_(1, column, probability)
+                marginals[block].index_add_(1, column, probability)
         return SoftTargets(marginals, totals, entropy.float())
 
 

@@ -66,9 +66,14 @@ class SubMaskedLM(SubEmbeddingModel):
         output_predictions: bool = False,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        masked_positions: Tensor | None = None,
+        targets: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | tuple:
-        """Compute the loss at the labelled positions, or dense logits when there are no labels.
+        """Compute the loss at the labelled positions, or dense logits when there are none.
+
+        The labels are given either as `labels`, or as `masked_positions` and `targets`: then the device is not asked
+        where they are, and shapes do not depend on their number.
 
         Args:
             input_ids: (batch, length) token ids.
@@ -86,39 +91,49 @@ class SubMaskedLM(SubEmbeddingModel):
                 loss is then the sum over this batch's divided by it, so that the losses of a step's batches add up
                 to the mean. When evaluating, it also asks for `evaluation_output`.
             output_predictions: also return, as `predictions`, the most probable token at each labelled position,
-                (batch, length), -100 elsewhere.
+                (batch, length), -100 elsewhere. Only with `labels`.
             token_type_ids: (batch, length) segments, for encoders that have them. Named, like the next, because
                 the Trainer drops columns of a data set that this signature does not name.
             position_ids: (batch, length) positions. [counted]
+            masked_positions: (P,) places of the labels in the flattened batch x length, in place of `labels`.
+            targets: (P,) their token ids; -100 at places that count for nothing and only fill P up.
             **kwargs: passed to the encoder.
 
         Returns:
             Loss, logits, and the encoder's hidden states and attentions if asked for.
+
+        Raises:
+            ValueError: labels in both ways, half of a pair, or predictions without `labels`.
         """
         given = {"token_type_ids": token_type_ids, "position_ids": position_ids}
         kwargs |= {name: value for name, value in given.items() if value is not None}
+        if output_predictions and labels is None:
+            raise ValueError("output_predictions: needs labels, whose shape the predictions have")
         if num_items_in_batch is not None:
             loss_reduction = "sum"
             if not self.training:
                 output_logits = output_logits or self.evaluation_output == "logits"
-                output_predictions = output_predictions or self.evaluation_output == "predictions"
+                wanted = labels is not None and self.evaluation_output == "predictions"
+                output_predictions = output_predictions or wanted
+        chosen = _chosen_positions(labels, masked_positions, targets)
         outputs = self.base_model(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         states = outputs.last_hidden_state
         loss = logits = None
         extra: dict[str, Tensor] = {}
-        if labels is not None:
-            labelled = labels != -100
-            decoder_input, targets = self._decoder_input(states[labelled]), labels[labelled]
+        if chosen is not None:
+            positions, targets = chosen
+            decoder_input = self._decoder_input(states.flatten(0, 1).index_select(0, positions))
             loss = self._loss(decoder_input, targets, loss_reduction, soft_targets, soft_weight)
             if num_items_in_batch is not None:
                 loss = per_item(loss, num_items_in_batch, self.training)
             if output_correct or output_predictions:
-                best = self.get_input_embeddings().predict_topk(decoder_input, 1, self.decoder_bias)[1].squeeze(1)
+                _, best = self.get_input_embeddings().most_probable(decoder_input, self.decoder_bias)
                 if output_correct:
                     extra["correct"] = (best == targets).sum()
-                if output_predictions:
-                    extra["predictions"] = torch.full_like(labels, -100).masked_scatter(labelled, best)
-        if labels is None or output_logits:
+                if output_predictions and labels is not None:
+                    nothing = torch.full_like(labels, -100)
+                    extra["predictions"] = nothing.flatten().index_copy(0, positions, best.to(labels)).view_as(labels)
+        if chosen is None or output_logits:
             logits = self.get_input_embeddings().logits(self._decoder_input(states), self.decoder_bias)
         result = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -134,23 +149,28 @@ class SubMaskedLM(SubEmbeddingModel):
         loss = factorized_cross_entropy(decoder_input, embedding, targets, bias, reduction=reduction)
         if soft_targets is not None and weight:
             delta = _distillation_delta(decoder_input, embedding, targets, bias, soft_targets)
-            loss = loss + weight * (delta / len(targets) if reduction == "mean" else delta)
+            loss = loss + weight * (delta / (targets != -100).sum() if reduction == "mean" else delta)
         return loss
 
     def _decoder_input_at(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
         states = self.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
-        return self._decoder_input(states[positions])
+        return self._decoder_input(states.flatten(0, 1).index_select(0, positions))
 
     @torch.no_grad()
-    def score_masked(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[float, int, int]:
-        """Return the summed loss, how many labels are the most probable token, and the number of labelled positions."""
+    def score_masked(self, **inputs: Tensor) -> Tensor:
+        """Score a batch by its labels.
+
+        Args:
+            **inputs: as `forward` takes them: ids, attention mask, and the labels in one of their two forms.
+
+        Returns:
+            (3,) float64: the summed loss, at how many labelled positions the label is the most probable token, and the
+            number of labelled positions.
+        """
         # Through forward, the only place where ZeRO 3 gathers the partitioned weights.
-        output = self(
-            input_ids, attention_mask=attention_mask, labels=labels, loss_reduction="sum", output_correct=True
-        )
-        return output.loss.item(), int(output["correct"]), int((labels != -100).sum())
+        output = self(**inputs, loss_reduction="sum", output_correct=True)
+        labels = inputs["labels"] if inputs.get("labels") is not None else inputs["targets"]
+        return torch.stack([each.double() for each in (output.loss, output["correct"], (labels != -100).sum())])
 
     @torch.no_grad()
     def predict_topk(
@@ -167,11 +187,33 @@ class SubMaskedLM(SubEmbeddingModel):
         Returns:
             (P, k) probabilities and (P, k) token ids, most probable first.
         """
-        decoder_input = self._decoder_input_at(input_ids, positions, attention_mask)
+        places = positions.flatten().nonzero().squeeze(1)
+        decoder_input = self._decoder_input_at(input_ids, places, attention_mask)
         embedding, bias = self.get_input_embeddings(), self.decoder_bias
         logits, ids = embedding.predict_topk(decoder_input, k, bias)
         log_total = log_partition(decoder_input, embedding, bias)
         return (logits - log_total.unsqueeze(1)).exp().float(), ids
+
+
+def _chosen_positions(
+    labels: Tensor | None, masked_positions: Tensor | None, targets: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Return the labels, however they were given, as places in the flattened batch and their token ids.
+
+    Raises:
+        ValueError: given in both ways, or half of a pair.
+    """
+    if (masked_positions is None) != (targets is None):
+        raise ValueError("masked_positions and targets: give both, or labels")
+    if masked_positions is not None and targets is not None:
+        if labels is not None:
+            raise ValueError("labels: masked_positions and targets say the same; give either")
+        return masked_positions, targets
+    if labels is None:
+        return None
+    flat = labels.flatten()
+    positions = (flat != -100).nonzero().squeeze(1)
+    return positions, flat.index_select(0, positions)
 
 
 def _distillation_delta(
@@ -180,11 +222,15 @@ def _distillation_delta(
     """Return the KL to the teacher minus the cross-entropy of the labels, summed over rows: log Z cancels."""
     parts = layer.to_tables(hidden).split(layer.widths, dim=-1)
     delta = -soft_targets.entropy
+    counts = labels != -100  # the others only fill up, and have no teacher's probabilities either
+    labels = torch.where(counts, labels, 0)
     label_codes = layer.codes[labels].long()
     marginals = soft_targets.marginals.split(layer.table_sizes, dim=1)
     for k, (part, table) in enumerate(zip(parts, layer.tables, strict=True)):
         scores = part.float() @ table.float().t()  # as exact as log Z: rounded ones make a divergence below 0
-        delta = delta + scores.gather(1, label_codes[:, k : k + 1]).sum() - (scores * marginals[k]).sum()
+        of_label = scores.gather(1, label_codes[:, k : k + 1]).squeeze(1)
+        delta = delta + torch.where(counts, of_label, 0.0).sum() - (scores * marginals[k]).sum()
     if bias is not None:
-        delta = delta + bias[labels].float().sum() - (bias.float() * soft_targets.totals).sum()
+        of_label = torch.where(counts, bias[labels].float(), 0.0)
+        delta = delta + of_label.sum() - (bias.float() * soft_targets.totals).sum()
     return delta

@@ -1,13 +1,12 @@
 """Held-out loss and masked accuracy per language, with masks that never change."""
 
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 from ksub_ds.common import distributed
-from ksub_ds.corpus.batches import Batch
+from ksub_ds.corpus.batches import HeldOutBatches
 from ksub_ds.corpus.shards.dataset import ShardDataset
-from ksub_ds.pretrain.prefetch import to_tensors
+from ksub_ds.pretrain.prefetch import model_inputs, to_tensors
 
 
 def held_out_languages(dataset: ShardDataset) -> list[str]:
@@ -15,32 +14,37 @@ def held_out_languages(dataset: ShardDataset) -> list[str]:
     return [language for language in dataset.languages if dataset.num_sequences("validation", language) > 0]
 
 
-def evaluate(model: Any, held_out: Iterable[tuple[str, Batch]], languages: list[str]) -> dict[str, Any]:
+def evaluate(model: Any, held_out: HeldOutBatches, languages: list[str]) -> dict[str, Any]:
     """Evaluate on the held-out part; every rank does its share, and all get the whole result.
+
+    The sums stay on the device until all batches are done, so a GPU computes without a pause.
 
     Args:
         model: a masked language model with `score_masked`.
-        held_out: pairs (language, batch), the same on every rank.
+        held_out: the batches, the same on every rank.
         languages: all languages `held_out` may name.
 
     Returns:
         {"loss", "masked_accuracy", "languages": {language: {"loss", "masked_accuracy", "count"}}}: nats
         and accuracy per masked token; over all languages each token counts the same.
     """
-    sums = {language: [0.0, 0.0, 0.0] for language in languages}  # loss, correct, count
-    rank, world_size = distributed.rank(), distributed.world_size()
+    import torch
+
+    rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
+    padded_for = None if device.type == "cpu" else held_out.rule.mlm_probability
+    sums = torch.zeros(len(languages), 3, dtype=torch.float64, device=device)  # loss, correct, count
     was_training = model.training
     model.eval()
     batches = iter(held_out)
     while turn := list(itertools.islice(batches, world_size)):
         # A rank without a batch in the last turn computes one too: under ZeRO 3 the others need its shards.
         language, batch = turn[min(rank, len(turn) - 1)]
-        totals = model.score_masked(**to_tensors(batch, distributed.device()))
+        totals = model.score_masked(**to_tensors(model_inputs(batch, padded_for), device))
         if rank < len(turn):
-            sums[language] = [old + float(new) for old, new in zip(sums[language], totals, strict=True)]
+            sums[languages.index(language)] += totals
     model.train(was_training)
 
-    flat = distributed.all_reduce_sum([value for language in languages for value in sums[language]])
+    flat = distributed.all_reduce_sum(sums.flatten().tolist())
     rows = {language: flat[3 * i : 3 * i + 3] for i, language in enumerate(languages)}
     scores = {language: _scores(*row) for language, row in rows.items() if row[2] > 0}
     total = _scores(*(sum(column) for column in zip(*rows.values(), strict=True)))

@@ -28,7 +28,7 @@ from ksub_ds.pretrain.engine import (
 from ksub_ds.pretrain.heldout_eval import evaluate
 from ksub_ds.pretrain.metrics import TrainingMetrics
 from ksub_ds.pretrain.preemption import StopRequest
-from ksub_ds.pretrain.prefetch import BatchPrefetcher, StepBatches, to_tensors
+from ksub_ds.pretrain.prefetch import BatchPrefetcher, StepBatches, model_inputs, to_tensors
 from ksub_ds.pretrain.recipe import Recipe
 from ksub_ds.pretrain.run_folder import RunFolder
 from ksub_ds.pretrain.schedule import dropout_seed
@@ -159,7 +159,7 @@ def _accumulate_gradients(
     engine, device = training.engine, distributed.device()
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for index, batch in zip(batches.indices, batches.micro_batches, strict=True):
-        tensors = to_tensors(batch, device)
+        tensors = to_tensors(model_inputs(batch, None), device)
         torch.manual_seed(dropout_seed("dropout", training.recipe.seed, step, index))
         engine.set_gradient_accumulation_boundary(index == batches.indices[-1])
         loss = engine(**tensors, **_soft_targets(training, tensors), loss_reduction="sum").loss
@@ -202,9 +202,9 @@ def _masked_accuracy(training: Training, batch: dict[str, Any]) -> float | None:
         return None
     model = training.engine.module
     model.eval()
-    _, correct, count = model.score_masked(**batch)
+    _, correct, count = model.score_masked(**batch).tolist()
     model.train()
-    return float(correct) / max(float(count), 1.0)
+    return correct / max(count, 1.0)
 
 
 def _update(training: Training, step: int) -> tuple[float, float | None]:

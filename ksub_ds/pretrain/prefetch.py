@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from ksub_ds.corpus.batches import Batch, TrainingBatches
+from ksub_ds.corpus.masking import masked_positions, padded_count
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,21 @@ class BatchPrefetcher:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def model_inputs(batch: Batch, padded_for: float | None) -> Batch:
+    """Return a batch with its labels as the model takes them: the places of those to predict, and what is there.
+
+    Args:
+        batch: arrays input_ids and labels (B, T), and attention_mask where rows are padded.
+        padded_for: share of the tokens that is masked, to fill up to a number that all batches have: a device that
+            is a step behind takes no shapes that depend on the data. None for as many as there are.
+    """
+    labels = batch["labels"]
+    count = None if padded_for is None else padded_count(labels.size, padded_for)
+    positions, targets = masked_positions(labels, count)
+    rest = {key: array for key, array in batch.items() if key != "labels"}
+    return {**rest, "masked_positions": positions, "targets": targets}
 
 
 def _count_tokens(batch: Batch) -> int:

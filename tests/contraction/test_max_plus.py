@@ -56,7 +56,7 @@ def test_any_codes_and_any_bias(sizes, seed, data):
     bias = torch.randn(count) * data.draw(st.sampled_from([0.0, 1.0, 50.0]))
     bias[torch.rand(count) < data.draw(st.sampled_from([0.0, 0.5]))] = -1e30
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(max_plus, "BLOCK_NUMBERS", {"cpu": data.draw(st.sampled_from([1, 200, 2**20]))})
+        patch.setattr(max_plus, "VALUES_PER_BLOCK", {"cpu": data.draw(st.sampled_from([1, 200, 2**20]))})
         for each in (bias, None):
             check(layer, torch.randn(rows, 16), each)
 
@@ -78,7 +78,7 @@ def test_every_kind_of_codes_in_blocks_of_any_size(name, with_bias, monkeypatch)
     bias = -torch.log(torch.randperm(table.num_tokens) + 1.0) if with_bias else None
     ids = check(layer_of(table), hidden, bias)
     assert torch.equal(check(layer_of(table), hidden, bias), ids), "the same on every run"
-    monkeypatch.setattr(max_plus, "BLOCK_NUMBERS", {"cpu": 1})
+    monkeypatch.setattr(max_plus, "VALUES_PER_BLOCK", {"cpu": 1})
     layer = layer_of(table)
     fold = layer.structure.best_weighted if with_bias else layer.structure.best_unweighted
     assert fold.rows_per_block == 1

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ksub_ds import CodeTable, positional_codes, replace_embeddings
+from ksub_ds.corpus.masking import masked_positions
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.replacement import to_plain
 
@@ -79,7 +80,7 @@ def test_a_family_with_new_embeddings(family, head, tmp_path):
         torch.testing.assert_close(loss, F.cross_entropy(expected.flatten(0, 1), labels.flatten()))
         loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
-        assert model.score_masked(ids, labels, mask)[2] == (labels != -100).sum()
+        assert model.score_masked(input_ids=ids, labels=labels, attention_mask=mask)[2] == (labels != -100).sum()
 
     # Back to a plain model, and through a folder, by the Auto class.
     plain = to_plain(model, type(source))
@@ -96,6 +97,68 @@ def test_a_family_with_new_embeddings(family, head, tmp_path):
     # transformers' own class must not read our folder as a plain one.
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         type(source).from_pretrained(tmp_path / "ours")
+
+
+def places(labels, count=None):
+    """Where the labels are and what they are, filled up to `count` by places that do not count."""
+    positions, targets = masked_positions(labels.numpy(), count)
+    return {"masked_positions": torch.from_numpy(positions), "targets": torch.from_numpy(targets)}
+
+
+def loss_and_gradients(model, **inputs):
+    model.zero_grad()
+    torch.manual_seed(7)  # of dropout
+    output = model(**inputs, output_correct=True)
+    output.loss.backward()
+    return output, {name: each.grad for name, each in model.named_parameters()}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_and_targets_say_what_labels_say(family, reduction):
+    model = replace_embeddings(plain_model(family), TABLE).train()
+    ids, mask, labels = batch()
+    inputs = {"input_ids": ids, "attention_mask": mask, "loss_reduction": reduction}
+    wanted, gradients = loss_and_gradients(model, **inputs, labels=labels)
+    same, same_gradients = loss_and_gradients(model, **inputs, **places(labels))
+    assert torch.equal(same.loss, wanted.loss) and torch.equal(same["correct"], wanted["correct"])
+    assert all(torch.equal(each, gradients[name]) for name, each in same_gradients.items())
+    filled, filled_gradients = loss_and_gradients(model, **inputs, **places(labels, count=40))
+    torch.testing.assert_close(filled.loss, wanted.loss)
+    assert torch.equal(filled["correct"], wanted["correct"])
+    torch.testing.assert_close(filled_gradients, gradients)
+    model.eval()
+    scores = [model.score_masked(input_ids=ids, **given) for given in ({"labels": labels}, places(labels))]
+    assert torch.equal(*scores) and scores[0][2] == (labels != -100).sum()
+
+
+@pytest.mark.parametrize("count", [None, 128])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_without_a_masked_token(family, count):
+    model = replace_embeddings(plain_model(family), TABLE).train()
+    ids, mask, labels = batch()
+    inputs = {"input_ids": ids, "attention_mask": mask, "loss_reduction": "sum"}
+    output, gradients = loss_and_gradients(model, **inputs, **places(torch.full_like(labels, -100), count))
+    assert output.loss == 0 and output["correct"] == 0
+    assert all(each is None or not each.any() for each in gradients.values())  # NaN would be any
+    nothing = places(torch.full_like(labels, -100), count)
+    assert model.score_masked(input_ids=ids, **nothing).tolist() == [0, 0, 0]
+
+
+def test_labels_are_given_in_one_way():
+    model = replace_embeddings(plain_model("bert"), TABLE)
+    ids, _, labels = batch()
+    pair = places(labels)
+    with pytest.raises(ValueError, match="give either"):
+        model(ids, labels=labels, **pair)
+    for name in pair:
+        with pytest.raises(ValueError, match="give both, or labels"):
+            model(ids, **{name: pair[name]})
+    with pytest.raises(ValueError, match="needs labels"):
+        model(ids, **pair, output_predictions=True)
+    assert model(ids, **pair).logits is None and model(ids, **pair, output_logits=True).logits.shape == (2, 12, 120)
+    predictions = model(ids, labels=labels, output_predictions=True)["predictions"]
+    assert torch.equal(predictions, torch.where(labels != -100, model(ids).logits.argmax(2), -100))
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "electra", "distilbert"])

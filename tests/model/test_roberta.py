@@ -119,7 +119,9 @@ def test_scores_and_predictions_without_logits():
     model, (ids, labels) = tiny_model(), batch()
     logits = model(ids).logits[labels != -100]
     wanted = labels[labels != -100]
-    loss, correct, count = model.score_masked(ids, labels)
+    scores = model.score_masked(input_ids=ids, labels=labels)
+    assert scores.shape == (3,) and scores.dtype == torch.float64
+    loss, correct, count = scores.tolist()
     assert count == len(wanted) and correct == (logits.argmax(1) == wanted).sum()
     assert loss == pytest.approx(F.cross_entropy(logits, wanted, reduction="sum").item(), rel=1e-6)
     probabilities, tokens = model.predict_topk(ids, labels != -100, k=4)
