@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,10 @@ from ksub_ds.evaluate.finetune.train_step import DeepSpeedStep, SingleProcessSte
 from ksub_ds.pretrain.prefetch import to_tensors
 from ksub_ds.pretrain.schedule import dropout_seed, learning_rate
 
-CHECK_STEPS = 20
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHECK_STEPS = 20  # from one look at the losses to the next: a GPU does not pause for them in between
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class _Run:
         stamp = f"{identity}\0{json.dumps(decisive)}\0{len(train)}"
         self.stamp = hashlib.sha256(stamp.encode()).hexdigest()
         self.position = state.load_state(work, self.train_step, self.stamp)
+        self._unread: list[Tensor] = []  # this rank's share of the losses since the last look
 
     def train_epoch(self, progress: Progress, check: Callable[[], None]) -> None:
         """Do the updates that are left of the current epoch.
@@ -125,21 +129,37 @@ class _Run:
         epoch, first = divmod(position.step, self.steps_an_epoch)
         self.model.train()
         for rows in training_batches(self.train.lengths(), settings.batch_size, settings.seed, epoch)[first:]:
-            position.loss_sum += self.update(rows)
+            self._unread.append(self.update(rows))
             position.step += 1
-            if not math.isfinite(position.loss_sum):
-                raise UserError(
-                    f"{self.work.name}: the loss is not finite at step {position.step}; try a lower learning rate"
-                )
+            done = position.step % self.steps_an_epoch or self.steps_an_epoch
+            save = position.step % settings.save_every_steps == 0 and done != self.steps_an_epoch
+            if position.step % CHECK_STEPS == 0 or save or done == self.steps_an_epoch:
+                self.read_losses()
             if position.step % CHECK_STEPS == 0:
                 check()
-            done = position.step % self.steps_an_epoch or self.steps_an_epoch
-            progress.advance(epoch=epoch + 1, loss=f"{position.loss_sum / done:.4f}")
-            if self.writes and position.step % settings.save_every_steps == 0 and done != self.steps_an_epoch:
+            read = done - len(self._unread)
+            progress.advance(epoch=epoch + 1, loss=f"{position.loss_sum / read:.4f}" if read else "-")
+            if self.writes and save:
                 state.save_state(self.work, self.train_step, position, self.stamp)
 
-    def update(self, rows: np.ndarray) -> float:
-        """Do one update by a batch and return its mean loss."""
+    def read_losses(self) -> None:
+        """Add the losses since the last look to the epoch's sum.
+
+        Raises:
+            UserError: one of them is not finite.
+        """
+        import torch
+
+        losses = torch.stack(self._unread).tolist()
+        losses = distributed.all_reduce_sum(losses) if self.several_ranks else losses
+        self._unread.clear()
+        for step, loss in enumerate(losses, start=self.position.step - len(losses) + 1):
+            self.position.loss_sum += loss
+            if not math.isfinite(self.position.loss_sum):
+                raise UserError(f"{self.work.name}: the loss is not finite at step {step}; try a lower learning rate")
+
+    def update(self, rows: np.ndarray) -> "Tensor":
+        """Do one update by a batch and return this rank's share of its mean loss, a float64 number on the device."""
         import torch
 
         settings, device = self.settings, next(self.model.parameters()).device
@@ -149,8 +169,7 @@ class _Run:
         loss, _ = self.train_step.forward(labels_B=torch.from_numpy(labels_B).to(device), **inputs)
         rate = _learning_rate(settings, self.position.step, self.total_steps)
         self.train_step.apply(loss * (weight / len(rows)), rate)
-        value: float = loss.item() * weight / len(rows)
-        return distributed.all_reduce_sum([value])[0] if self.several_ranks else value
+        return loss.detach().double() * weight / len(rows)
 
     def end_epoch(self, scores: dict[str, Any]) -> None:
         """Record the scores of the epoch that has ended."""

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from ksub_ds.common.errors import UserError
 from ksub_ds.evaluate.data.rows import Source
 from ksub_ds.evaluate.data.tasks import XNLI_COLUMNS
+from ksub_ds.evaluate.finetune import loop
 from ksub_ds.evaluate.finetune.classifier import load_classifier
 from ksub_ds.evaluate.finetune.encoding import Encoded, encode, load_encoder
 from ksub_ds.evaluate.finetune.loop import FineTuning, _learning_rate, finetune
@@ -48,10 +50,8 @@ def test_a_continued_run_has_the_same_bits(tiny_model: Path, tiny_xnli: Path, tm
 
         return model, finetune(model, train, settings, validate, work, "same", check)
 
-    from ksub_ds.evaluate.finetune import loop as module
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHECK_STEPS", 1)
+        patch.setattr(loop, "CHECK_STEPS", 1)
         whole_model, whole = attempt(tmp_path / "whole", None)
         for calls in (5, 4, 2, 7):  # after 5 steps; 3 saved ... each try goes on from the last save
             with pytest.raises(LeaseLost):
@@ -126,3 +126,22 @@ def test_how_often_it_is_saved_does_not_matter(
     assert (tmp_path / "parts" / "state.safetensors").stat().st_mtime_ns > before
     assert "begins anew" not in caplog.text
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_how_often_the_losses_are_read_does_not_matter(
+    tiny_model: Path, tiny_xnli: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same sums to the last bit; and the step whose loss is not finite is named, however late it is seen."""
+    train = encoded(tiny_model, tiny_xnli, "train")
+    outcomes, update = [], loop._Run.update
+    for every in (1, 7):
+        monkeypatch.setattr(loop, "CHECK_STEPS", every)
+        model = load_classifier(str(tiny_model), 3, 0)
+        settings = FineTuning(2, 4, 1e-3, seed=0)
+        outcomes.append(finetune(model, train, settings, lambda _: {"score": 0.0}, tmp_path / str(every), "x"))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._Run, "update", lambda run, rows: update(run, rows) / (run.position.step != 3))
+            with pytest.raises(UserError, match="not finite at step 4; try a lower"):
+                finetune(model, train, settings, lambda _: {"score": 0.0}, tmp_path / f"{every} broken", "x")
+    assert outcomes[0] == outcomes[1]
