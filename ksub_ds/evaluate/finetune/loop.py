@@ -165,8 +165,7 @@ class _Run:
         settings, device = self.settings, next(self.model.parameters()).device
         batch, labels_B, weight = _share(self.train, rows, self.rank, self.world_size, settings.regression)
         torch.manual_seed(dropout_seed("fine-tuning", settings.seed, self.position.step, self.rank))
-        inputs = to_tensors(batch, device)
-        loss, _ = self.train_step.forward(labels_B=torch.from_numpy(labels_B).to(device), **inputs)
+        loss, _ = self.train_step.forward(**to_tensors({**batch, "labels_B": labels_B}, device))
         rate = _learning_rate(settings, self.position.step, self.total_steps)
         self.train_step.apply(loss * (weight / len(rows)), rate)
         return loss.detach().double() * weight / len(rows)
