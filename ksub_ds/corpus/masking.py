@@ -9,11 +9,13 @@ Legend: B sequences, T positions, P predicted positions.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 IGNORE = -100  # the label of a position that is not predicted
+COUNT_MULTIPLE = 128  # padded numbers of predicted positions are multiples of it
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _MASKED = np.uint64(round(0.8 * 2**32))  # 32 random bits below this: the position is masked;
@@ -113,6 +115,41 @@ def mask_tokens(ids: np.ndarray, keys: np.ndarray, rule: MaskingRule) -> tuple[n
     substitute[random] = _ordinary_tokens(second[random] & np.uint64(0xFFFFFFFF), rule)
     flat_inputs[chosen] = substitute
     return input_ids, labels
+
+
+def masked_positions(labels: np.ndarray, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """List the predicted positions of a batch, so that no device has to look for them.
+
+    Args:
+        labels: (B, T), IGNORE where nothing is predicted.
+        count: fill up to this number with position 0 and target IGNORE; where more are predicted, up to the next
+            multiple of COUNT_MULTIPLE. None: as many as are predicted.
+
+    Returns:
+        (P,) int64 places in the flattened B x T, rising, and their (P,) int64 token ids.
+    """
+    flat = labels.reshape(-1)
+    places = np.flatnonzero(flat != IGNORE)
+    if count is None:
+        return places, flat[places].astype(np.int64)
+    size = count if len(places) <= count else _round_up(len(places))
+    positions, targets = np.zeros(size, dtype=np.int64), np.full(size, IGNORE, dtype=np.int64)
+    positions[: len(places)], targets[: len(places)] = places, flat[places]
+    return positions, targets
+
+
+def padded_count(tokens: int, mlm_probability: float) -> int:
+    """Return a number of predicted positions that batches of so many tokens nearly never exceed.
+
+    It is the mean of the binomial distribution plus four standard deviations, which 1 batch in 30,000 exceeds,
+    rounded up to COUNT_MULTIPLE: all batches of a run then have one shape.
+    """
+    deviation = math.sqrt(tokens * mlm_probability * (1 - mlm_probability))
+    return min(_round_up(math.ceil(tokens * mlm_probability + 4 * deviation)), _round_up(tokens))
+
+
+def _round_up(count: int) -> int:
+    return -(-count // COUNT_MULTIPLE) * COUNT_MULTIPLE
 
 
 @functools.lru_cache(maxsize=4)

@@ -66,6 +66,8 @@ class SubMaskedLM(SubEmbeddingModel):
         output_predictions: bool = False,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        masked_positions: Tensor | None = None,
+        targets: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | tuple:
         """Compute the loss at the labelled positions, or dense logits when there are no labels.
@@ -90,6 +92,9 @@ class SubMaskedLM(SubEmbeddingModel):
             token_type_ids: (batch, length) segments, for encoders that have them. Named, like the next, because
                 the Trainer drops columns of a data set that this signature does not name.
             position_ids: (batch, length) positions. [counted]
+            masked_positions: instead of `labels`, (P,) places in the flattened batch x length where tokens are
+                predicted, and
+            targets: (P,) their token ids, -100 at places that do not count.
             **kwargs: passed to the encoder.
 
         Returns:
@@ -106,9 +111,12 @@ class SubMaskedLM(SubEmbeddingModel):
         states = outputs.last_hidden_state
         loss = logits = None
         extra: dict[str, Tensor] = {}
-        if labels is not None:
-            labelled = labels != -100
-            decoder_input, targets = self._decoder_input(states[labelled]), labels[labelled]
+        if masked_positions is not None or labels is not None:
+            if masked_positions is None:
+                labelled = labels != -100
+                decoder_input, targets = self._decoder_input(states[labelled]), labels[labelled]
+            else:
+                decoder_input = self._decoder_input(states.flatten(0, -2)[masked_positions])
             loss = self._loss(decoder_input, targets, loss_reduction, soft_targets, soft_weight)
             if num_items_in_batch is not None:
                 loss = per_item(loss, num_items_in_batch, self.training)
@@ -118,7 +126,7 @@ class SubMaskedLM(SubEmbeddingModel):
                     extra["correct"] = (best == targets).sum()
                 if output_predictions:
                     extra["predictions"] = torch.full_like(labels, -100).masked_scatter(labelled, best)
-        if labels is None or output_logits:
+        if (labels is None and masked_positions is None) or output_logits:
             logits = self.get_input_embeddings().logits(self._decoder_input(states), self.decoder_bias)
         result = MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
