@@ -188,11 +188,17 @@ def _distillation_delta(
     """Return the KL to the teacher minus the cross-entropy of the labels, summed over rows: log Z cancels."""
     parts = layer.to_tables(hidden).split(layer.widths, dim=-1)
     delta = -soft_targets.entropy
+    counted = (labels != -100).float()
+    labels = labels.clamp(min=0)
     label_codes = layer.codes[labels].long()
     marginals = soft_targets.marginals.split(layer.table_sizes, dim=1)
     for k, (part, table) in enumerate(zip(parts, layer.tables, strict=True)):
         scores = part.float() @ table.float().t()  # as exact as log Z: rounded ones make a divergence below 0
-        delta = delta + scores.gather(1, label_codes[:, k : k + 1]).sum() - (scores * marginals[k]).sum()
+        delta = (
+            delta
+            + (scores.gather(1, label_codes[:, k : k + 1]).squeeze(1) * counted).sum()
+            - (scores * marginals[k]).sum()
+        )
     if bias is not None:
-        delta = delta + bias[labels].float().sum() - (bias.float() * soft_targets.totals).sum()
+        delta = delta + (bias[labels].float() * counted).sum() - (bias.float() * soft_targets.totals).sum()
     return delta
