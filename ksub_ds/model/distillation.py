@@ -81,13 +81,23 @@ class Teacher:
             self.width += size
 
     @torch.no_grad()
-    def targets(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> SoftTargets:
-        """Predict at the labelled positions of a batch (batch, length), in the order of `labels != -100`."""
-        positions = labels != -100
+    def targets(
+        self, input_ids: Tensor, masked_positions: Tensor, targets: Tensor, attention_mask: Tensor | None = None
+    ) -> SoftTargets:
+        """Predict at places in a flattened batch, as the model that learns does.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            masked_positions: (P,) places in the flattened batch x length.
+            targets: (P,) labels; those that are -100 only fill up, and their rows are zero.
+            attention_mask: (batch, length), 0 at padding.
+        """
         if isinstance(self.model, SubMaskedLM):
-            states = self.model._decoder_input_at(input_ids, positions, attention_mask)
+            states = self.model.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
+            states = self.model._decoder_input(states.flatten(0, 1)[masked_positions])
         else:
-            states = self.model(input_ids, attention_mask=attention_mask).logits[positions]
+            states = self.model(input_ids, attention_mask=attention_mask).logits.flatten(0, 1)[masked_positions]
+        counts = (targets != -100).unsqueeze(1).float()
         marginals = states.new_zeros(len(states), self.width, dtype=torch.float32)
         totals = states.new_zeros(self.num_tokens, dtype=torch.float32)
         entropy = states.new_zeros((), dtype=torch.float64)
@@ -95,7 +105,7 @@ class Teacher:
         for start in range(0, len(states), rows):
             logits = nn.functional.linear(states[start : start + rows], self.weight, self.bias).float()
             log_probability = logits.log_softmax(dim=1)
-            probability = log_probability.exp()
+            probability = log_probability.exp() * counts[start : start + rows]
             entropy -= (probability * log_probability).sum().double()
             totals += probability.sum(dim=0)
             for column in self.columns:

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from ksub_ds import compress, plain_codes, positional_codes, replace_embeddings
 from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.masking import masked_positions
 from ksub_ds.model import distillation
 from ksub_ds.model.distillation import Teacher
 
@@ -33,6 +34,12 @@ def batch():
     return ids, mask, torch.where((torch.rand(ids.shape, generator=generator) < 0.5) & (mask == 1), ids, -100)
 
 
+def places(labels, count=None):
+    """Where the labels are and what they are, filled up to `count` by places that do not count."""
+    positions, targets = masked_positions(labels.numpy(), count)
+    return torch.from_numpy(positions), torch.from_numpy(targets)
+
+
 def expected_loss(student, teacher_logits, ids, mask, labels, weight):
     """(1 - w) CE + w KL, summed, from dense logits in float64."""
     chosen = labels != -100
@@ -51,7 +58,7 @@ def test_the_loss_and_its_gradients_are_those_of_dense_softmaxes(family, tmp_pat
     logits = source(ids, attention_mask=mask).logits[..., :120].detach()
     table = positional_codes(120, 3)  # the teacher has ten more rows than the tokenizer has tokens
     student = compress(source, table).eval()
-    soft = Teacher(tmp_path, table).targets(ids, labels, mask)
+    soft = Teacher(tmp_path, table).targets(ids, *places(labels), mask)
     assert soft.marginals.shape == ((labels != -100).sum(), 15) and soft.totals.shape == (120,)
     torch.testing.assert_close(soft.marginals.sum(1), torch.full((len(soft.marginals),), 3.0))
     for weight in (0.3, 1.0):
@@ -75,7 +82,7 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(tmp_path):
     student = compress(source, plain_codes(130)).eval()
     student.save_pretrained(tmp_path)  # one of ours as the teacher
     ids, mask, labels = batch()
-    soft = Teacher(tmp_path, student.code_table()).targets(ids, labels, mask)
+    soft = Teacher(tmp_path, student.code_table()).targets(ids, *places(labels), mask)
     loss = student(ids, attention_mask=mask, labels=labels, soft_targets=soft, soft_weight=1.0).loss
     assert abs(loss.item()) < 1e-4
     loss.backward()
@@ -94,7 +101,7 @@ def test_in_bf16_the_divergence_is_as_exact_as_the_loss(buffers, tmp_path):
     student = compress(source, table, mixing="linear").eval().bfloat16()
     layer = student.get_input_embeddings()
     layer.mixing.data = layer.mixing.to(buffers)  # as ZeRO 1 leaves it, and as ZeRO 3 does
-    soft = Teacher(tmp_path, table).targets(ids, labels, mask)
+    soft = Teacher(tmp_path, table).targets(ids, *places(labels), mask)
     arguments = {"attention_mask": mask, "labels": labels, "loss_reduction": "sum"}
     loss = student(ids, **arguments, soft_targets=soft, soft_weight=1.0).loss
     states = student._decoder_input_at(ids, labels != -100, mask)  # the student's own, in bf16
@@ -120,3 +127,28 @@ def test_teachers_that_will_not_do(tmp_path):
     with pytest.raises(UserError, match="has 130 tokens, the codes 200"):
         Teacher(tmp_path / "small", positional_codes(200, 3))
     assert replace_embeddings(plain(), positional_codes(130, 2)).training is False
+
+
+def test_places_that_only_fill_up_change_nothing(tmp_path):
+    source = plain()
+    source.save_pretrained(tmp_path)
+    ids, mask, labels = batch()
+    table = positional_codes(120, 3)
+    student, teacher = compress(source, table).eval(), Teacher(tmp_path, table)
+    losses, gradients = [], []
+    for count in (None, 128):
+        positions, targets = places(labels, count)
+        loss = student(
+            ids,
+            attention_mask=mask,
+            masked_positions=positions,
+            targets=targets,
+            soft_targets=teacher.targets(ids, positions, targets, mask),
+            soft_weight=0.4,
+            loss_reduction="sum",
+        ).loss
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, list(student.parameters()), allow_unused=True))
+    torch.testing.assert_close(losses[1], losses[0])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one)
