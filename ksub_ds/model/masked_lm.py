@@ -112,7 +112,7 @@ class SubMaskedLM(SubEmbeddingModel):
         loss = logits = None
         extra: dict[str, Tensor] = {}
         if masked_positions is not None or labels is not None:
-            if masked_positions is None:
+            if masked_positions is None and labels is not None:
                 labelled = labels != -100
                 decoder_input, targets = self._decoder_input(states[labelled]), labels[labelled]
             else:
