@@ -96,7 +96,7 @@ class StepReport(NamedTuple):
         counted: how many there were.
         stops: ranks that want to stop.
         problems: ranks that could not write a file.
-        gradient_norm: before clipping.
+        gradient_norm: before clipping; in fp16 infinite where DeepSpeed passed over the update.
         masked: masked tokens.
         tokens: input tokens, padding not counted.
     """
@@ -212,8 +212,8 @@ def _accumulate_gradients(
 
     engine = training.engine
     masked = masked.clamp(min=1).float()
-    correct = loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device())
-    counted = 0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device())
+    correct, counted = loss_sum, 0
     for index, inputs in zip(batches.indices, batches.on_device(), strict=True):
         last = index == batches.indices[-1]
         counts = last and step % training.recipe.log_every_steps == 0
@@ -250,10 +250,8 @@ def finish_step(training: Training, state: TrainerState, flight: StepInFlight) -
         distributed.raise_on_all_ranks(training.metrics.check)
         training.checkpoints.finish()
     if not math.isfinite(report.loss):
-        losses = distributed.gather_objects(float(flight.local_loss))
-        _refuse(
-            training, flight.step, "the loss", [rank for rank, each in enumerate(losses) if not math.isfinite(each)]
-        )
+        finite = distributed.gather_objects(math.isfinite(flight.local_loss))
+        _refuse(training, flight.step, "the loss", [rank for rank, each in enumerate(finite) if not each])
     skipped = not math.isfinite(report.gradient_norm)
     if skipped and training.recipe.precision != "fp16":  # in fp16 it only halves the loss scale
         _refuse(training, flight.step, "the gradient")
