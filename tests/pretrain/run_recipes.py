@@ -8,6 +8,7 @@ LIST.json holds [{"arguments": [...]}, ...], each with any of
     "gradient_nan_on"           the same, but only the gradient
     "lag": 1                    steps in flight, as on a GPU
     "stop_at": step             there is a STOP file when this step is launched
+    "reads": true               RUN/reads.json gets what the updates of each step have read on the host
     "masters": true             after a UserError, weights and moments are written to RUN/masters.safetensors
     "shards": true              the result is what the rank holds of each parameter at the end of a step:
                                 {name: [elements kept, elements of its shard, elements of the whole]}
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ksub_ds.pretrain.run as running
 from ksub_ds import KSubRobertaForMaskedLM
@@ -30,7 +32,21 @@ from ksub_ds.pretrain import loop
 from ksub_ds.pretrain.engine_state import collect_masters
 from ksub_ds.pretrain.recipe import parse_recipe
 
+READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
 FORWARD, TRAIN_STEP, TRAIN = KSubRobertaForMaskedLM.forward, loop.train_step, running.train
+
+
+class HostReads(TorchDispatchMode):
+    """Notes where the host reads a tensor: on a GPU it would wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.overloadpacket in READS:
+            self.found.append(str(function))
+        return function(*arguments, **keywords or {})
 
 
 class NanGradient(torch.autograd.Function):
@@ -64,6 +80,9 @@ def train_as(entry: dict) -> None:
     """From now on, train with steps in flight, and keep the weights of a run that is refused."""
 
     def train(training, state):
+        reads: list[list[str]] = []
+        if "reads" in entry:
+            watch_update(training.update, reads)
         try:
             return TRAIN(training, state, entry.get("lag"))
         except UserError:
@@ -71,8 +90,27 @@ def train_as(entry: dict) -> None:
             if masters:
                 save_file(masters, training.folder.path / "masters.safetensors")
             raise
+        finally:
+            if "reads" in entry:
+                (training.folder.path / "reads.json").write_text(json.dumps(reads))
 
     running.train = train
+
+
+def watch_update(update, reads: list) -> None:
+    """Note what is read on the host from the gradient's norm to the end of DeepSpeed's step."""
+    norm, launch = update.squared_gradient_norm, update.launch
+
+    def watched(function):
+        def call(**keywords):
+            with HostReads() as noted:
+                result = function(**keywords)
+            reads.append(noted.found)
+            return result
+
+        return call
+
+    update.squared_gradient_norm, update.launch = watched(norm), watched(launch)
 
 
 def stop_at(step: int) -> None:

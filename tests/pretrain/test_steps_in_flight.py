@@ -22,7 +22,7 @@ def entry(bench: Bench, name: str, settings: dict[str, Any] | None = None, **mor
 
 
 def refused(bench: Bench, name: str, key: str, rank: int, call: int, **settings: Any) -> dict[str, Any]:
-    return entry(bench, name, settings, lag=1, masters=True, **{key: [rank, call]})
+    return entry(bench, name, settings, lag=1, masters=True, reads=True, **{key: [rank, call]})
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,14 @@ def check_refusal(bench: Bench, outcome: Outcome, name: str, what: str) -> None:
 def test_no_nan_reaches_the_weights(bench: Bench, runs: dict[str, Outcome], stage: str) -> None:
     """Of a gradient whose loss is finite; the step after it is launched already, and its numbers are good."""
     check_refusal(bench, runs[f"bad-{stage}"], f"bad-{stage}", "the gradient is not finite")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_the_host_reads_of_an_update(bench: Bench, runs: dict[str, Outcome], stage: str) -> None:
+    """Nothing, but where DeepSpeed insists: stage 3 looks at its own norm, offload computes on the host anyway."""
+    reads = json.loads((bench.folder / f"bad-{stage}" / "reads.json").read_text())
+    assert len(reads) == 2 * (BAD + 1)  # norm and update, of the step in flight too
+    assert any(reads) == (stage in ("zero3", "zero3_offload")), reads
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])
