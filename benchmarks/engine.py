@@ -35,6 +35,7 @@ from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, positional_codes
 from ksub_ds.common import distributed
 from ksub_ds.pretrain.checkpoint import CheckpointWriter, TrainerState
 from ksub_ds.pretrain.engine import (
+    GuardedUpdate,
     build_optimizer,
     compose_config,
     find_deepspeed_config,
@@ -103,6 +104,7 @@ class Zero:
             gradient_clipping=0.0,
         )
         self.engine = start_engine(model, build_optimizer(model, *ADAM), config)
+        self.update = GuardedUpdate(self.engine, gradient_clipping=0.0)
 
     def step(self, parts: list[dict[str, torch.Tensor]]) -> None:
         """One optimizer step, as pretrain/loop makes it."""
@@ -110,7 +112,8 @@ class Zero:
             self.engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
             loss = self.engine(**part, loss_reduction="sum").loss
             self.engine.backward(loss * loss_factor(self.engine) / 100, scale_wrt_gas=False)
-        self.engine.step()
+        squared_norm = distributed.sum_over_ranks(self.update.squared_gradient_norm())
+        self.update.launch(loss.detach(), squared_norm, rate=ADAM[0])
 
 
 def measure(options: Options) -> dict[str, Any]:

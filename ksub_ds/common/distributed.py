@@ -238,22 +238,55 @@ def rendezvous(info: RankInfo, patience: float, timeout: timedelta, variables: d
 # ------------------------------------------------------------ add up and agree
 
 
-def to_number(tensor: "Tensor") -> float:
-    """Read a tensor of one number. On a GPU this waits for all that is queued, collectives included."""
-    return float(tensor.item())
+class NumbersToRead:
+    """A tensor of a few numbers that the host reads later.
+
+    On a GPU they are copied to the host as soon as they are computed, so that reading them waits for no work that
+    was queued after them.
+
+    Args:
+        numbers: one-dimensional.
+    """
+
+    def __init__(self, numbers: "Tensor"):
+        self._numbers, self._arrival = numbers, None
+        if numbers.is_cuda:
+            import torch
+
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def read(self) -> list[float]:
+        """Return the numbers. On a GPU this waits until they are computed, collectives included."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._numbers.tolist()
+
+
+def to_device(values: list[float]) -> "Tensor":
+    """Return a few numbers as a float64 tensor on this rank's device, without waiting for it."""
+    import torch
+
+    return torch.tensor(values, dtype=torch.float64, pin_memory=has_gpu()).to(device(), non_blocking=True)
+
+
+def sum_over_ranks(tensor: "Tensor") -> "Tensor":
+    """Overwrite a tensor by its sum over all ranks, without waiting for the device, and return it."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        mark_progress()
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:
     """Sum a few numbers over all ranks in float64 (counts stay exact up to 2^53)."""
     if world_size() == 1:
         return [float(value) for value in values]
-    import torch
-    import torch.distributed as dist
-
-    mark_progress()
-    tensor = torch.tensor(values, dtype=torch.float64, device=device())
-    dist.all_reduce(tensor)
-    return tensor.tolist()
+    return NumbersToRead(sum_over_ranks(to_device(values))).read()
 
 
 def broadcast_object(value: Any) -> Any:

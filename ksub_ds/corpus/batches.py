@@ -188,6 +188,9 @@ class TrainingBatches:
         alpha: exponent of language smoothing, in (0, 1].
         seed: the recipe's seed.
         mlm_probability: share of tokens to predict.
+
+    Attributes:
+        rule: how tokens are masked, and how many the tokenizer has.
     """
 
     def __init__(self, dataset: ShardDataset, global_batch_size: int, alpha: float, seed: int, mlm_probability: float):
@@ -195,7 +198,7 @@ class TrainingBatches:
         self.global_batch_size = global_batch_size
         counts = {language: dataset.num_sequences("train", language) for language in dataset.languages}
         self.sampler = Sampler(counts, alpha, seed)
-        self._rule = masking_rule(dataset, mlm_probability)
+        self.rule = masking_rule(dataset, mlm_probability)
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         """Return rows [start, stop) of the global batch of optimizer step `step` (from 0).
@@ -206,7 +209,7 @@ class TrainingBatches:
         epochs, indices, sequences = self.sampler.samples(step, self.global_batch_size)
         part = slice(start, stop)
         rows = self._dataset.gather("train", sequences[part])
-        return _masked_batch(self._dataset, rows, sequence_keys(self._seed, epochs[part], indices[part]), self._rule)
+        return _masked_batch(self._dataset, rows, sequence_keys(self._seed, epochs[part], indices[part]), self.rule)
 
 
 class HeldOutBatches:

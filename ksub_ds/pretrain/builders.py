@@ -14,7 +14,14 @@ from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.statistics import log_frequency
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
-from ksub_ds.pretrain.engine import build_optimizer, compose_config, size_buckets, start_engine, zero_stage
+from ksub_ds.pretrain.engine import (
+    build_optimizer,
+    compose_config,
+    compute_in_bf16,
+    size_buckets,
+    start_engine,
+    zero_stage,
+)
 from ksub_ds.pretrain.engine_state import full_shape
 from ksub_ds.pretrain.prefetch import StepBatches
 from ksub_ds.pretrain.recipe import Recipe
@@ -129,11 +136,13 @@ def build_engine(run: ResolvedRun, model: Any, tensorboard: Path) -> "DeepSpeedE
         accumulation=batch.accumulation,
         world_size=batch.world,
         precision=recipe.precision,
-        gradient_clipping=recipe.gradient_clipping,
+        gradient_clipping=recipe.gradient_clipping if recipe.precision == "fp16" else 0.0,  # else `GuardedUpdate` clips
         tensorboard=tensorboard,
     )
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     optimizer = build_optimizer(model, recipe.peak_lr, betas, recipe.adam_epsilon, recipe.weight_decay)
+    if recipe.precision == "bf16":
+        compute_in_bf16(model)
     return start_engine(model, optimizer, config)
 
 

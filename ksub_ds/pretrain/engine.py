@@ -17,11 +17,14 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ksub_ds.common.distributed import to_device
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
+from ksub_ds.common.rank_env import device, world_size
 
 if TYPE_CHECKING:  # deepspeed must come after the process group
     from deepspeed import DeepSpeedEngine
+    from torch import Tensor
 
 # Keys that a ds_configs file may not set, and the setting that owns each.
 RECIPE_KEYS = {
@@ -182,15 +185,15 @@ def size_buckets(mechanics: dict[str, Any], parameters: int) -> dict[str, Any]:
 
 
 def check_precision(mechanics: dict[str, Any], precision: str) -> None:
-    """Refuse half precision without the ZeRO stages that keep fp32 master weights.
+    """Refuse fp16 weights without the ZeRO stages that keep fp32 master weights; in bf16 all weights are fp32.
 
     Raises:
-        UserError: stage 0 and not fp32.
+        UserError: stage 0 and fp16.
     """
-    if precision != "fp32" and zero_stage(mechanics) == 0:
+    if precision == "fp16" and zero_stage(mechanics) == 0:
         raise UserError(
-            f"--precision {precision} with ZeRO stage 0 keeps no fp32 master weights this program could save; "
-            "use --deepspeed zero1, or --precision fp32"
+            "--precision fp16 with ZeRO stage 0 keeps no fp32 master weights this program could save; "
+            "use --deepspeed zero1, or --precision bf16"
         )
 
 
@@ -211,8 +214,8 @@ def compose_config(
         micro_batch_size: sequences in one forward pass of one rank.
         accumulation: micro-batches per rank and optimizer step.
         world_size: number of ranks.
-        precision: "fp32", "bf16" or "fp16"; see `check_precision`.
-        gradient_clipping: largest gradient norm; 0 clips nothing.
+        precision: "fp32", "bf16" or "fp16". To DeepSpeed bf16 is fp32: see `compute_in_bf16`.
+        gradient_clipping: largest gradient norm that DeepSpeed clips to; 0 leaves it to `GuardedUpdate`.
         tensorboard: folder of the TensorBoard files; None for none.
     """
     config = dict(mechanics)
@@ -223,20 +226,27 @@ def compose_config(
         "gradient_clipping": gradient_clipping,
         # With offload too, the optimizer is torch's: DeepSpeed's own for the CPU is compiled at the first start.
         "zero_force_ds_cpu_optimizer": False,
+        # It would wait for the device before every forward pass and after every step.
+        "timers": {"throughput": {"enabled": False}},
     }
     if zero_stage(mechanics) != 3:
         # Each rank's loss is already divided by the global count of masked tokens: ranks add up.
         # Stage 3 knows the mean alone; see `loss_factor`.
         config["gradient_allreduce_op"] = "sum"
-    if precision == "bf16":
-        config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    elif precision == "fp16":
+    if precision == "fp16":
         config["fp16"] = {"enabled": True}
+    elif gradient_clipping == 0 and zero_stage(mechanics) in (1, 2) and not _offloads(mechanics):
+        # DeepSpeed's own norm would wait for the device; it insists on it with offload, which waits anyway.
+        config["zero_optimization"] = {**mechanics["zero_optimization"], "compute_grad_norm": False}
     if tensorboard is not None:
         config.setdefault("tensorboard", {"enabled": True})
         config["tensorboard"] |= {"output_path": str(tensorboard.parent), "job_name": tensorboard.name}
     return config
+
+
+def _offloads(mechanics: dict[str, Any]) -> bool:
+    offload = mechanics["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
 
 
 def build_optimizer(model: Any, peak_lr: float, betas: tuple[float, float], epsilon: float, weight_decay: float) -> Any:
@@ -282,6 +292,16 @@ def start_engine(model: Any, optimizer: Any, config: dict[str, Any]) -> "DeepSpe
     return engine
 
 
+def compute_in_bf16(model: Any) -> None:
+    """Make a model's forward pass compute in bf16 where that is exact enough; its weights stay as they are.
+
+    DeepSpeed's engine ends an autocast that it finds around its forward pass on a GPU, so it has to be inside.
+    """
+    import torch
+
+    model.forward = torch.autocast(device().type, torch.bfloat16)(model.forward)
+
+
 def loss_factor(engine: "DeepSpeedEngine") -> int:
     """Return the factor of a rank's loss that makes gradients add up over ranks: stage 3 divides by their number."""
     return engine.dp_world_size if zero_stage(engine.config) == 3 else 1
@@ -298,19 +318,69 @@ def set_learning_rate(engine: "DeepSpeedEngine", lr: float) -> None:
         group["lr"] = lr
 
 
-def reduced_gradient_norm(engine: "DeepSpeedEngine") -> float | None:
-    """Return the norm of the reduced gradient before the update; None with ZeRO, which has freed the gradients."""
-    import torch
+class GuardedUpdate:
+    """Updates the weights of an engine unless the loss or the gradient is not finite: the device itself decides.
 
-    if engine.zero_optimization():
-        return None
-    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    torch's fused AdamW looks at `found_inf`, a number on the device; where it is 1, weights, moments and count of
+    steps stay as they are. Once 1 it stays 1, so that the steps launched before the host learns of it change nothing
+    either. In fp16 DeepSpeed measures, clips and passes over gradients that are not finite: it halves its loss scale.
 
+    Args:
+        engine: the engine; with its configuration's `gradient_clipping` 0 unless it computes in fp16.
+        gradient_clipping: largest gradient norm; 0 clips nothing.
+    """
 
-def update_was_skipped(engine: "DeepSpeedEngine") -> bool:
-    """Return whether the last `engine.step` met a non-finite gradient and left the weights alone."""
-    return bool(getattr(engine.optimizer, "overflow", False))
+    def __init__(self, engine: "DeepSpeedEngine", gradient_clipping: float):
+        self._engine, self._clipping = engine, gradient_clipping
+        self._fp16 = engine.fp16_enabled()
+        engine.basic_optimizer.found_inf = to_device([0.0]).float().squeeze(0)
+
+    def squared_gradient_norm(self) -> "Tensor":
+        """Return this rank's part of the squared norm of the reduced gradient, float64: the parts add up."""
+        import torch
+
+        if self._fp16:
+            return to_device([0.0]).squeeze(0)
+        norms = torch.stack(torch._foreach_norm(self._gradients(), 2, torch.float64)).to(device())
+        return norms.square().sum() / (1 if self._engine.zero_optimization() else world_size())
+
+    def launch(self, loss: "Tensor", squared_norm: "Tensor", rate: float) -> "Tensor":
+        """Clip the gradient and update the weights, if both numbers, which are those of all ranks, are finite.
+
+        Args:
+            loss: of the step; its sum will do.
+            squared_norm: sum of the ranks' `squared_gradient_norm`.
+            rate: learning rate.
+
+        Returns:
+            The norm of the gradient before clipping, a float64 tensor; in fp16 infinite when DeepSpeed skipped it.
+        """
+        import torch
+
+        norm, found_inf = squared_norm.sqrt(), self._engine.basic_optimizer.found_inf
+        found_inf.copy_(torch.maximum(found_inf, (~torch.isfinite(loss + norm)).float()))
+        if self._clipping and not self._fp16:
+            gradients = self._gradients()
+            factor = 1.0 / ((norm.float() + 1e-6) / self._clipping).clamp(min=1.0)
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+        set_learning_rate(self._engine, rate)
+        self._engine.step()
+        if self._fp16:
+            return to_device([float(self._engine.get_global_grad_norm())]).squeeze(0)
+        return norm
+
+    def _gradients(self) -> "list[Tensor]":
+        """Return this rank's part of the reduced gradients; without ZeRO all of them."""
+        from deepspeed.accelerator import get_accelerator
+
+        engine, optimizer = self._engine, self._engine.optimizer
+        if not engine.zero_optimization():
+            return [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        if engine.zero_cpu_offload():
+            get_accelerator().synchronize()  # the copies to the host
+            masters = "fp32_partitioned_groups_flat" if is_sharded(engine) else "single_partition_of_fp32_groups"
+            return [master.grad for master in getattr(optimizer, masters)]
+        return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
 
 
 def loss_scale(engine: "DeepSpeedEngine") -> float | None:

@@ -1,40 +1,38 @@
-"""The training loop: step, log, save, evaluate, stop. Read `train` first, then `train_step`.
+"""The training loop: step, log, save, evaluate, stop. Read `train` first, then `train_step` and `finish_step`.
 
     python -m ksub_ds.pretrain --preset tiny --codes codes.safetensors --data shards --out run
 
 What makes a run repeatable: batch and masks are functions of (seed, step), dropout of (seed, step,
 micro-batch), and the loss is the sum over all masked tokens of the optimizer step divided by their
 global count. None of it depends on the number of ranks.
+
+A step is launched, and its report is read later: on a GPU when the next step is under way, so that the device never
+waits for the host. Whether loss and gradient are finite is therefore decided on the device (`GuardedUpdate`).
 """
 
 import dataclasses
 import math
+from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ksub_ds.common import distributed
 from ksub_ds.common.logging import get_logger, read_lines
 from ksub_ds.corpus.batches import HeldOutBatches
 from ksub_ds.pretrain import checkpoint
 from ksub_ds.pretrain.checkpoint import CheckpointWriter, TrainerState
-from ksub_ds.pretrain.engine import (
-    is_sharded,
-    loss_factor,
-    loss_scale,
-    reduced_gradient_norm,
-    set_learning_rate,
-    update_was_skipped,
-)
+from ksub_ds.pretrain.engine import GuardedUpdate, loss_factor, loss_scale
 from ksub_ds.pretrain.heldout_eval import evaluate
 from ksub_ds.pretrain.metrics import TrainingMetrics
 from ksub_ds.pretrain.preemption import StopRequest
-from ksub_ds.pretrain.prefetch import BatchPrefetcher, StepBatches, model_inputs, to_tensors
+from ksub_ds.pretrain.prefetch import BatchPrefetcher, StepBatches
 from ksub_ds.pretrain.recipe import Recipe
 from ksub_ds.pretrain.run_folder import RunFolder
 from ksub_ds.pretrain.schedule import dropout_seed
 
 if TYPE_CHECKING:  # seconds of imports, and deepspeed must come after the process group
     from deepspeed import DeepSpeedEngine
+    from torch import Tensor
 
     from ksub_ds.model.distillation import Teacher
 
@@ -47,6 +45,7 @@ class Training:
         recipe: with no setting left open.
         folder: the run folder.
         engine: the model and its optimizer.
+        update: lets the optimizer update the weights, unless a number is not finite.
         prefetcher: gives the micro-batches of a step.
         held_out: batches to evaluate on; None where the shards have no held-out part.
         languages: those with a held-out part.
@@ -59,6 +58,7 @@ class Training:
     recipe: Recipe
     folder: RunFolder
     engine: "DeepSpeedEngine"
+    update: GuardedUpdate
     prefetcher: BatchPrefetcher
     held_out: HeldOutBatches | None
     languages: list[str]
@@ -69,19 +69,57 @@ class Training:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step gave, the same on every rank; `loss` is in nats per masked token."""
+class StepInFlight:
+    """An optimizer step that is launched; a GPU may still be at it.
+
+    Attributes:
+        step: number of the step, from 1.
+        report: its numbers over all ranks, in the order of `StepReport`.
+        local_loss: the sum of this rank's losses.
+        learning_rate: of its update.
+        data_wait: seconds that the training waited for its batches.
+    """
+
+    step: int
+    report: distributed.NumbersToRead
+    local_loss: "Tensor"
+    learning_rate: float
+    data_wait: float
+
+
+class StepReport(NamedTuple):
+    """What one optimizer step gave, summed over its micro-batches and all ranks.
+
+    Attributes:
+        loss: nats, over the masked tokens.
+        correct: masked tokens of the last micro-batches that were predicted, on steps that are logged in full, and
+        counted: how many there were.
+        stops: ranks that want to stop.
+        problems: ranks that could not write a file.
+        gradient_norm: before clipping; in fp16 infinite where DeepSpeed passed over the update.
+        masked: masked tokens.
+        tokens: input tokens, padding not counted.
+    """
 
     loss: float
-    tokens: int
-    gradient_norm: float | None
-    learning_rate: float
-    masked_accuracy: float | None
-    stop_wanted: bool
+    correct: float
+    counted: float
+    stops: float
+    problems: float
+    gradient_norm: float
+    masked: float
+    tokens: float
 
 
-def train(training: Training, state: TrainerState) -> tuple[TrainerState, str | None]:
+def train(training: Training, state: TrainerState, lag: int | None = None) -> tuple[TrainerState, str | None]:
     """Train from `state` to the last step of the recipe, or until a stop is asked for.
+
+    Args:
+        training: all that the loop works on.
+        state: where to start.
+        lag: steps that are launched before the report of an earlier one is read, so that a GPU never waits for the
+            host. A stop takes effect so many steps later; nothing else depends on it. [1 on a GPU, except in fp16,
+            where DeepSpeed waits; else 0]
 
     Returns:
         The state at the end (it is saved), and the reason of an early stop.
@@ -90,27 +128,34 @@ def train(training: Training, state: TrainerState) -> tuple[TrainerState, str | 
         UserError: on every rank: loss or gradient not finite, disk full.
     """
     recipe = training.recipe
-    saved_step = state.step
+    if lag is None:
+        lag = int(distributed.has_gpu() and recipe.precision != "fp16")
+    saved_step = launched = state.step
+    in_flight: deque[StepInFlight] = deque()
     if evaluation_is_missing(recipe, training.folder, state.step):
         _evaluate(training, state.step)
 
     while state.step < recipe.max_steps:
-        batches = training.prefetcher.take(state.step)
+        batches = training.prefetcher.take(launched)
+        launched += 1
         # ------------------------------------------------------------ one optimizer step
-        result = train_step(training, batches, state.step + 1)
-        state = dataclasses.replace(state, step=state.step + 1, tokens=state.tokens + result.tokens)
+        in_flight.append(train_step(training, batches, launched))
         # --------------------------------------------------------------------------------
-        _log(training, state, result, batches.seconds_waited)
+        saves, evaluates = _save_is_due(recipe, launched), _evaluation_is_due(recipe, launched)
+        stop_wanted = False
+        while len(in_flight) > (0 if saves or evaluates or stop_wanted else lag):
+            report = finish_step(training, state, in_flight.popleft())
+            state = dataclasses.replace(state, step=state.step + 1, tokens=state.tokens + int(report.tokens))
+            stop_wanted = stop_wanted or report.stops > 0
 
-        last = result.stop_wanted or state.step == recipe.max_steps
-        if last or state.step % recipe.save_every_steps == 0 or state.step == recipe.plan().decay_begins_after:
+        if saves or stop_wanted:
             training.checkpoints.save(state)
             saved_step = state.step
             training.metrics.restart_clock()
-        if _evaluation_is_due(recipe, state.step) and (not result.stop_wanted or state.step == recipe.max_steps):
+        if evaluates and (not stop_wanted or state.step == recipe.max_steps):
             _evaluate(training, state.step)
             training.metrics.restart_clock()
-        if result.stop_wanted:
+        if stop_wanted:
             break
 
     training.checkpoints.finish()
@@ -118,31 +163,39 @@ def train(training: Training, state: TrainerState) -> tuple[TrainerState, str | 
     return state, _stop_reason(training) if state.step < recipe.max_steps else None
 
 
-def train_step(training: Training, batches: StepBatches, step: int) -> StepResult:
-    """Make one optimizer step; nothing is updated if loss or gradient are not finite.
+def train_step(training: Training, batches: StepBatches, step: int) -> StepInFlight:
+    """Launch one optimizer step; on the device, nothing is updated if loss or gradient are not finite.
+
+    Nothing here waits for a GPU.
 
     Args:
         training: all that the loop works on.
         batches: this rank's micro-batches.
         step: number of the step, from 1.
-
-    Raises:
-        UserError: on every rank: loss or gradient not finite, disk full.
     """
+    import torch
+
     distributed.watchdog().step = step
     distributed.mark_progress(f"step {step}")
-    masked, tokens = distributed.all_reduce_sum([batches.masked_tokens, batches.tokens])
-    masked = max(masked, 1.0)
-    loss_sum, last_batch = _accumulate_gradients(training, batches, step, masked)
-    loss_sum, stop_wanted = _agree(training, step, loss_sum)
-    accuracy = _masked_accuracy(training, last_batch) if step % training.recipe.log_every_steps == 0 else None
-    rate, gradient_norm = _update(training, step)
-    return StepResult(loss_sum / masked, int(tokens), gradient_norm, rate, accuracy, stop_wanted)
+    sizes = distributed.sum_over_ranks(distributed.to_device([batches.masked_tokens, batches.tokens]))
+    loss, correct, counted = _accumulate_gradients(training, batches, step, sizes[0])
+
+    wants_stop = training.stop.reason() is not None
+    has_problem = training.metrics.problem is not None or training.checkpoints.has_failed()
+    flags = distributed.to_device([counted, float(wants_stop), float(has_problem)])
+    squared_norm = training.update.squared_gradient_norm()
+    sums = distributed.sum_over_ranks(torch.cat([torch.stack([loss, correct]), flags, squared_norm.unsqueeze(0)]))
+
+    distributed.mark_progress(f"the update of step {step}")
+    rate = training.recipe.plan().rate(step)
+    norm = training.update.launch(loss=sums[0], squared_norm=sums[-1], rate=rate)
+    report = distributed.NumbersToRead(torch.cat([sums[:-1], norm.unsqueeze(0), sizes]))
+    return StepInFlight(step, report, loss, rate, batches.seconds_waited)
 
 
 def _accumulate_gradients(
-    training: Training, batches: StepBatches, step: int, masked: float
-) -> tuple[float, dict[str, Any]]:
+    training: Training, batches: StepBatches, step: int, masked: "Tensor"
+) -> tuple["Tensor", "Tensor", int]:
     """Run forward and backward over this rank's micro-batches.
 
     Args:
@@ -152,87 +205,72 @@ def _accumulate_gradients(
         masked: labels to predict in the whole step, over all ranks: the loss is divided by their number.
 
     Returns:
-        The sum of this rank's losses, and its last micro-batch.
+        The sum of this rank's losses; and of the last micro-batch, on steps that are logged in full, how many labels
+        were the most probable token, and of how many.
     """
     import torch
 
-    engine, device = training.engine, distributed.device()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    for index, batch in zip(batches.indices, batches.micro_batches, strict=True):
-        tensors = to_tensors(model_inputs(batch, None), device)
+    engine = training.engine
+    masked = masked.clamp(min=1).float()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device())
+    correct, counted = loss_sum, 0
+    for index, inputs in zip(batches.indices, batches.on_device(), strict=True):
+        last = index == batches.indices[-1]
+        counts = last and step % training.recipe.log_every_steps == 0
         torch.manual_seed(dropout_seed("dropout", training.recipe.seed, step, index))
-        engine.set_gradient_accumulation_boundary(index == batches.indices[-1])
-        loss = engine(**tensors, **_soft_targets(training, tensors), loss_reduction="sum").loss
-        engine.backward(loss * loss_factor(engine) / masked, scale_wrt_gas=False)
-        loss_sum += loss.detach()
-    return distributed.to_number(loss_sum), tensors
+        engine.set_gradient_accumulation_boundary(last)
+        output = engine(**inputs, **_soft_targets(training, inputs), loss_reduction="sum", output_correct=counts)
+        engine.backward(output.loss * loss_factor(engine) / masked, scale_wrt_gas=False)
+        loss_sum = loss_sum + output.loss.detach()
+        if counts:
+            correct, counted = output["correct"].double(), batches.masked_in_last
+    return loss_sum, correct, counted
 
 
-def _soft_targets(training: Training, tensors: dict[str, Any]) -> dict[str, Any]:
+def _soft_targets(training: Training, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return what the teacher, if there is one, adds to the arguments of the model."""
     if training.teacher is None:
         return {}
-    return {"soft_targets": training.teacher.targets(**tensors), "soft_weight": training.recipe.distill_weight}
+    return {"soft_targets": training.teacher.targets(**inputs), "soft_weight": training.recipe.distill_weight}
 
 
-def _agree(training: Training, step: int, local_loss: float) -> tuple[float, bool]:
-    """Sum the loss over the ranks, and learn whether one of them wants to stop or has met a problem.
+def finish_step(training: Training, state: TrainerState, flight: StepInFlight) -> StepReport:
+    """Read the report of a step that was launched, and log it.
 
-    Returns:
-        The loss of the whole step, summed over its masked tokens, and whether to stop after this step.
+    Args:
+        training: all that the loop works on.
+        state: before the step.
+        flight: the step.
 
     Raises:
-        UserError: on every rank: a file could not be written, or the loss is not finite.
+        UserError: on every rank: a file could not be written, loss or gradient are not finite.
     """
-    wants_stop = training.stop.reason() is not None
-    has_problem = training.metrics.problem is not None or training.checkpoints.has_failed()
-    loss, stops, problems = distributed.all_reduce_sum([local_loss, float(wants_stop), float(has_problem)])
-    if problems:
+    report = StepReport(*flight.report.read())
+    if report.problems:
         distributed.raise_on_all_ranks(training.metrics.check)
         training.checkpoints.finish()
-    if not math.isfinite(loss):
-        ranks = [rank for rank, each in enumerate(distributed.gather_objects(local_loss)) if not math.isfinite(each)]
-        _refuse(training, step, "the loss", ranks)
-    return loss, stops > 0
-
-
-def _masked_accuracy(training: Training, batch: dict[str, Any]) -> float | None:
-    """Return the share of masked tokens of a batch of rank 0 that the model predicts, before it learns from them."""
-    if not distributed.is_main() and not is_sharded(training.engine):
-        return None
-    model = training.engine.module
-    model.eval()
-    _, correct, count = model.score_masked(**batch).tolist()
-    model.train()
-    return correct / max(count, 1.0)
-
-
-def _update(training: Training, step: int) -> tuple[float, float | None]:
-    """Let the optimizer update the weights.
-
-    Returns:
-        The learning rate, and the norm of the gradient; None where fp16 skipped the update.
-
-    Raises:
-        UserError: on every rank: the gradient is not finite.
-    """
-    recipe, engine = training.recipe, training.engine
-    distributed.mark_progress(f"the update of step {step}")
-    norm = reduced_gradient_norm(engine)
-    if norm is not None and not math.isfinite(norm):
-        _refuse(training, step, "the gradient")
-    rate = recipe.plan().rate(step)
-    set_learning_rate(engine, rate)
-    engine.step()
-    if norm is None:
-        norm = float(engine.get_global_grad_norm())
-    if update_was_skipped(engine) and recipe.precision != "fp16":  # in fp16 it only halves the loss scale
-        _refuse(training, step, "the gradient")
-    return rate, norm if math.isfinite(norm) else None
+    if not math.isfinite(report.loss):
+        finite = distributed.gather_objects(math.isfinite(flight.local_loss))
+        _refuse(training, flight.step, "the loss", [rank for rank, each in enumerate(finite) if not each])
+    skipped = not math.isfinite(report.gradient_norm)
+    if skipped and training.recipe.precision != "fp16":  # in fp16 it only halves the loss scale
+        _refuse(training, flight.step, "the gradient")
+    training.metrics.step(
+        flight.step,
+        report.loss / max(report.masked, 1.0),
+        int(report.tokens),
+        lr=flight.learning_rate,
+        grad_norm=None if skipped else report.gradient_norm,
+        masked_accuracy=report.correct / report.counted if report.counted else None,
+        loss_scale=loss_scale(training.engine),
+        tokens=state.tokens + int(report.tokens),
+        data_wait_seconds=round(flight.data_wait, 5),
+    )
+    return report
 
 
 def _refuse(training: Training, step: int, what: str, ranks: list[int] | None = None) -> NoReturn:
-    """Raise the same UserError on every rank: a number is not finite, and this step was not made."""
+    """Raise the same UserError on every rank: a number is not finite, and no update was made from this step on."""
     training.checkpoints.finish()
     where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
     latest = distributed.broadcast_object(
@@ -245,18 +283,9 @@ def _refuse(training: Training, step: int, what: str, ranks: list[int] | None = 
     )
 
 
-def _log(training: Training, state: TrainerState, result: StepResult, data_wait: float) -> None:
-    training.metrics.step(
-        state.step,
-        result.loss,
-        result.tokens,
-        lr=result.learning_rate,
-        grad_norm=result.gradient_norm,
-        masked_accuracy=result.masked_accuracy,
-        loss_scale=loss_scale(training.engine),
-        tokens=state.tokens,
-        data_wait_seconds=round(data_wait, 5),
-    )
+def _save_is_due(recipe: Recipe, step: int) -> bool:
+    last, peak_ends = recipe.max_steps, recipe.plan().decay_begins_after
+    return step % recipe.save_every_steps == 0 or step in (last, peak_ends)
 
 
 def _evaluation_is_due(recipe: Recipe, step: int) -> bool:

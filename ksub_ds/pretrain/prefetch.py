@@ -1,13 +1,19 @@
-"""Micro-batches for this rank, made by a thread one optimizer step ahead of the training."""
+"""Micro-batches for this rank, made and sent to its device by a thread one optimizer step ahead of the training."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ksub_ds.common import distributed
+from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.batches import Batch, TrainingBatches
-from ksub_ds.corpus.masking import masked_positions, padded_count
+from ksub_ds.corpus.masking import IGNORE, masked_positions, padded_count
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -17,16 +23,33 @@ class StepBatches:
     Attributes:
         micro_batches: arrays input_ids and labels (B, T), and attention_mask where rows are padded.
         indices: places of the micro-batches in the global batch: accumulation index * world + rank.
-        masked_tokens: labels to predict.
-        tokens: input tokens, padding not counted.
+        copies: what of the micro-batches the model takes, on the device.
         seconds_waited: how long the training waited for them.
     """
 
     micro_batches: list[Batch]
     indices: list[int]
-    masked_tokens: int
-    tokens: int
+    copies: "DeviceCopies"
     seconds_waited: float
+
+    @property
+    def masked_tokens(self) -> int:
+        """Labels to predict."""
+        return sum(map(_count_masked, self.micro_batches))
+
+    @property
+    def masked_in_last(self) -> int:
+        """Labels to predict in the last micro-batch."""
+        return _count_masked(self.micro_batches[-1])
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens, padding not counted."""
+        return sum(map(_count_tokens, self.micro_batches))
+
+    def on_device(self) -> "list[dict[str, Tensor]]":
+        """Return the model's arguments, for each micro-batch: labels as masked_positions and targets (P,)."""
+        return self.copies.arrive()
 
 
 class BatchPrefetcher:
@@ -41,24 +64,37 @@ class BatchPrefetcher:
         self._batches = batches
         self._micro_batch_size = micro_batch_size
         self._indices = [index * world_size + rank for index in range(accumulation)]
+        self._device = distributed.device()
+        self._stream: Any = None
+        if self._device.type != "cpu":
+            import torch
+
+            self._stream = torch.get_device_module(self._device).Stream()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self._next: tuple[int, Future[tuple[list[Batch], DeviceCopies]]] | None = None
 
     def take(self, steps_done: int) -> StepBatches:
-        """Return the micro-batches of the step after `steps_done`, and begin to make those of the one after it."""
+        """Return the micro-batches of the step after `steps_done`, and begin to make those of the one after it.
+
+        Raises:
+            UserError: token ids that the tokenizer does not have.
+        """
         start = time.perf_counter()
         ready = self._next is not None and self._next[0] == steps_done
         future = self._next[1] if ready else self._thread.submit(self._make, steps_done)
-        micro_batches = future.result()
+        micro_batches, copies = future.result()
         waited = time.perf_counter() - start
         self._next = (steps_done + 1, self._thread.submit(self._make, steps_done + 1))
-        masked = sum(int((batch["labels"] >= 0).sum()) for batch in micro_batches)
-        tokens = sum(_count_tokens(batch) for batch in micro_batches)
-        return StepBatches(micro_batches, self._indices, masked, tokens, waited)
+        return StepBatches(micro_batches, self._indices, copies, waited)
 
-    def _make(self, steps_done: int) -> list[Batch]:
+    def _make(self, steps_done: int) -> "tuple[list[Batch], DeviceCopies]":
         size = self._micro_batch_size
-        return [self._batches.batch(steps_done, index * size, (index + 1) * size) for index in self._indices]
+        micro_batches = [self._batches.batch(steps_done, index * size, (index + 1) * size) for index in self._indices]
+        for batch in micro_batches:
+            _check_ids(batch, self._batches.rule.vocab_size)
+        rate = self._batches.rule.mlm_probability
+        inputs = [model_inputs(batch, None if self._stream is None else rate) for batch in micro_batches]
+        return micro_batches, DeviceCopies(inputs, self._device, self._stream)
 
     def __enter__(self) -> "BatchPrefetcher":
         return self
@@ -82,11 +118,61 @@ def model_inputs(batch: Batch, padded_for: float | None) -> Batch:
     return {**rest, "masked_positions": positions, "targets": targets}
 
 
+class DeviceCopies:
+    """Batches on their way to a device: to a GPU from pinned memory, on a stream of their own beside the training's.
+
+    Args:
+        batches: numpy arrays by name.
+        device: where they go.
+        stream: of the device, to copy on; None for the CPU, where arrays are taken as they are.
+    """
+
+    def __init__(self, batches: list[Batch], device: "torch.device", stream: Any):
+        import torch
+
+        self._device = torch.get_device_module(device)
+        self._tensors = [{key: torch.from_numpy(array) for key, array in batch.items()} for batch in batches]
+        self._arrival: Any = None
+        if stream is not None:
+            with self._device.stream(stream):
+                self._tensors = [
+                    {key: tensor.pin_memory().to(device, non_blocking=True) for key, tensor in batch.items()}
+                    for batch in self._tensors
+                ]
+                self._arrival = stream.record_event()
+
+    def arrive(self) -> "list[dict[str, Tensor]]":
+        """Return the tensors; what is queued on the current stream from now on waits for them, the host does not."""
+        if self._arrival is not None:
+            current = self._device.current_stream()
+            current.wait_event(self._arrival)
+            for batch in self._tensors:
+                for tensor in batch.values():
+                    tensor.record_stream(current)  # else their memory could be given away while it is read
+        return self._tensors
+
+
+def _check_ids(batch: Batch, vocab_size: int) -> None:
+    """Check on the host what a GPU would answer with an error that ends the process.
+
+    Raises:
+        UserError: an id that is no token.
+    """
+    for ids in (batch["input_ids"], batch["labels"][batch["labels"] != IGNORE]):
+        wrong = ids[(ids < 0) | (ids >= vocab_size)]
+        if wrong.size:
+            raise UserError(f"--data: holds the token id {wrong[0]} of {vocab_size:,} tokens; make the shards anew")
+
+
+def _count_masked(batch: Batch) -> int:
+    return int((batch["labels"] != IGNORE).sum())
+
+
 def _count_tokens(batch: Batch) -> int:
     return int(batch["attention_mask"].astype(bool).sum()) if "attention_mask" in batch else batch["input_ids"].size
 
 
-def to_tensors(batch: Batch, device: Any) -> dict[str, Any]:
+def to_tensors(batch: Batch, device: Any) -> "dict[str, Tensor]":
     """Return a batch of numpy arrays as tensors on a device."""
     import torch
 

@@ -117,7 +117,8 @@ class Recipe:
 
     # ---- engine ----
     precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, Section("engine")] = None
-    """Number format of weights and activations; master weights are always fp32. [bf16 on a GPU, fp32 on a CPU]"""
+    """Number format of matrix products; in bf16 all weights stay fp32, fp16 has fp32 masters of half precision ones.
+    [bf16 on a GPU, fp32 on a CPU]"""
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """How attention is computed, by transformers' names: flash_attention_2 needs the package flash-attn; on a CPU in
     bf16 `eager` is the fastest for rows of 128. [transformers' choice]"""
@@ -135,7 +136,8 @@ class Recipe:
     eval_sequences: int = 64
     """Held-out sequences per language in one evaluation."""
     log_every_steps: int = 10
-    """Measure masked accuracy every this many steps; metrics.jsonl has a line for every step."""
+    """Measure masked accuracy, on the last micro-batches, every this many steps; metrics.jsonl has a line for each
+    step."""
 
     def plan(self) -> TrainingPlan:
         """Return length and learning rates of a resolved recipe."""

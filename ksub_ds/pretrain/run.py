@@ -11,6 +11,7 @@ from ksub_ds.common.logging import add_log_file, close_log_files, get_logger
 from ksub_ds.corpus.batches import HeldOutBatches, TrainingBatches
 from ksub_ds.pretrain import builders, checkpoint
 from ksub_ds.pretrain.checkpoint import CheckpointWriter, TrainerState
+from ksub_ds.pretrain.engine import GuardedUpdate
 from ksub_ds.pretrain.heldout_eval import held_out_languages
 from ksub_ds.pretrain.loop import Training, evaluation_is_missing, train
 from ksub_ds.pretrain.metrics import TrainingMetrics
@@ -94,8 +95,9 @@ def _train(run: ResolvedRun, folder: RunFolder) -> int:
         with distributed.raise_on_all_ranks(
             lambda: TrainingMetrics(folder, engine.monitor, state.step, recipe.max_steps)
         ) as metrics:
+            update = GuardedUpdate(engine, recipe.gradient_clipping)
             training = Training(
-                recipe, folder, engine, prefetcher, held_out, languages, metrics, checkpoints, stop, teacher
+                recipe, folder, engine, update, prefetcher, held_out, languages, metrics, checkpoints, stop, teacher
             )
             state, reason = train(training, state)
         exit_codes = [code for code in distributed.gather_objects(stop.exit_code()) if code]

@@ -16,9 +16,10 @@ from ksub_ds.common.watchdog import Heartbeats, MainThread, Watchdog, main_threa
 
 
 class Queued:
-    """A number on a GPU, behind a collective that does not end."""
+    """Numbers on a GPU, behind a collective that does not end."""
 
-    item = functools.partial(time.sleep, 0.5)  # a call without a frame of Python
+    is_cuda = False
+    tolist = functools.partial(time.sleep, 0.5)  # a call without a frame of Python
 
 
 def frame_during(call) -> tuple[bool, str]:
@@ -32,8 +33,8 @@ def frame_during(call) -> tuple[bool, str]:
 
 
 def test_reading_a_number_is_waiting_and_working_is_not() -> None:
-    waits, where = frame_during(lambda: distributed.to_number(Queued()))
-    assert waits and where.startswith("to_number")
+    waits, where = frame_during(distributed.NumbersToRead(Queued()).read)
+    assert waits and where.startswith("read")
     waits, where = frame_during(lambda: distributed.on_main(working))
     assert not waits and where.startswith("working")
 
