@@ -1,4 +1,4 @@
-"""What follows from the codes alone: their trie, the contractions over it, and the top-k search."""
+"""What follows from the codes alone: their trie, the sums over it, and the top-k search."""
 
 from functools import cached_property
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ksub_ds.codes.trie import Transitions, build_trie, merge_equal_states
 from ksub_ds.contraction.beam_search import TopKSearch
+from ksub_ds.contraction.fused import BoxPlan, FusedContraction, plan_boxes, why_not_here
 from ksub_ds.contraction.max_plus import MaxPlusFold
 from ksub_ds.contraction.sum_product import Contraction
 
@@ -43,6 +44,21 @@ class CodeStructure:
     def unweighted(self) -> Contraction:
         """The sum over all tokens with weight 1: over the minimal automaton."""
         return Contraction(merge_equal_states(self.trie), self.codes.device, torch.float32)
+
+    @cached_property
+    def plan(self) -> BoxPlan | str:
+        """The box of the fused sum, or why there is none here."""
+        return why_not_here(self.codes.device) or plan_boxes(self.codes.cpu().numpy(), self.table_sizes)
+
+    @cached_property
+    def fused(self) -> FusedContraction | None:
+        """The sum over all tokens, each with a weight or with 1, by kernels that suit the device; None without them."""
+        return None if isinstance(self.plan, str) else FusedContraction(self.codes, self.table_sizes, self.plan)
+
+    @property
+    def form(self) -> str:
+        """How the sum over all tokens is taken here, and why, for people."""
+        return repr(self.fused) if self.fused is not None else f"in torch ({self.plan})"
 
     @cached_property
     def best_weighted(self) -> MaxPlusFold:

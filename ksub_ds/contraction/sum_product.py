@@ -27,13 +27,28 @@ from ksub_ds.codes.trie import Transitions
 SPARSE_BELOW = 1 / 16  # share of used cells under which CSR beats the dense product
 
 
-def csr_matrix(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Build a CSR matrix from coordinates sorted by row."""
-    row_starts = torch.zeros(shape[0] + 1, dtype=torch.int64, device=row.device)
-    row_starts[1:] = torch.cumsum(torch.bincount(row, minlength=shape[0]), 0)
-    with warnings.catch_warnings():  # products are all that is used of torch's sparse tensors, and those are settled
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(row_starts, column, values, shape, check_invariants=False)
+class CsrPattern:
+    """Which entries a sparse matrix has. Built once, so that a matrix of it takes no count, which the host waits for.
+
+    Args:
+        row: (entries,) rows, in rising order.
+        column: (entries,) columns.
+        shape: of the matrix.
+    """
+
+    def __init__(self, row: Tensor, column: Tensor, shape: tuple[int, int]):
+        self.shape = shape
+        self.column = column
+        self.row_starts = torch.zeros(shape[0] + 1, dtype=torch.int64, device=row.device)
+        self.row_starts[1:] = torch.cumsum(torch.bincount(row, minlength=shape[0]), 0)
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """Return the CSR matrix with these entries."""
+        with (
+            warnings.catch_warnings()
+        ):  # products are all that is used of torch's sparse tensors, and those are settled
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(self.row_starts, self.column, values, self.shape, check_invariants=False)
 
 
 class LeafShape:
@@ -65,6 +80,18 @@ class LeafShape:
     def by_code(self) -> Tensor:
         """Order of the entries by code and leaf, for the transposed matrix."""
         return torch.argsort(self.position % self.shape[1] * self.shape[0] + self.position // self.shape[1])
+
+    @cached_property
+    def pattern(self) -> CsrPattern:
+        """A's entries in the order `by_leaf`."""
+        position = self.position[self.by_leaf]
+        return CsrPattern(position // self.shape[1], position % self.shape[1], self.shape)
+
+    @cached_property
+    def transposed_pattern(self) -> CsrPattern:
+        """Those of A^T in the order `by_code`."""
+        position = self.position[self.by_code]
+        return CsrPattern(position % self.shape[1], position // self.shape[1], self.shape[::-1])
 
 
 class DenseLeaves:
@@ -102,11 +129,10 @@ class SparseLeaves:
     """A in CSR form, for one pass over the rows."""
 
     def __init__(self, shape: LeafShape, weights: Tensor | None, rows: int, with_gradient: bool):
-        values, (leaves, codes) = shape.values(weights), shape.shape
-        position, transposed = shape.position[shape.by_leaf], shape.position[shape.by_code]
+        values = shape.values(weights)
         self.by_leaf = shape.by_leaf
-        self.matrix = csr_matrix(position // codes, position % codes, values[shape.by_leaf], (leaves, codes))
-        self.transposed = csr_matrix(transposed % codes, transposed // codes, values[shape.by_code], (codes, leaves))
+        self.matrix = shape.pattern.matrix(values[shape.by_leaf])
+        self.transposed = shape.transposed_pattern.matrix(values[shape.by_code])
         self.gradient = self.matrix * 0 if with_gradient else None
 
     def forward(self, e_RM: Tensor) -> Tensor:
@@ -198,7 +224,7 @@ class SumBy:
     def __init__(self, index: Tensor, size: int, dtype: torch.dtype):
         order = torch.argsort(index, stable=True)
         ones = torch.ones(len(index), dtype=dtype, device=index.device)
-        self.matrix = csr_matrix(index[order], order, ones, (size, len(index)))
+        self.matrix = CsrPattern(index[order], order, (size, len(index))).matrix(ones)
 
     def __call__(self, values: Tensor) -> Tensor:
         """Add up the columns of (R, T) values: (R, size)."""

@@ -6,28 +6,34 @@ The logit of token n is a sum of K table scores and a bias, so exp(logit) is a p
     logit_n = s_1[f_1(n)] + ... + s_K[f_K(n)] + b_n
     log Z = log sum_n exp(b_n) · prod_k e_k[f_k(n)] + sum_k max s_k,      e_k = exp(s_k - max s_k)
 
-The sum is the `Contraction` of the codes' trie: no (B, N), no (N, d). The gradient with respect to
-s_k[c] is the probability that code c is the k-th of the predicted token, which the same fold run
-backwards gives. Loss and gradients are made block by block of rows, in one pass, so that nothing
-but the gradients themselves outlives a block.
+The sum is the `Contraction` of the codes' trie, or on a GPU the `FusedContraction` of their box: no (B, N),
+no (N, d). The gradient with respect to s_k[c] is the probability that code c is the k-th of the predicted
+token, which the same fold run backwards gives. Loss and gradients are made block by block of rows, in one
+pass, so that nothing but the gradients themselves outlives a block.
 
 Scores, their maxima and their exponents are taken in float64 (they are small), sums in float32.
 When the maxima of the K tables meet in no token, Z underflows; rows with Z < 1e-25 are summed again
-over explicit logits, a few rows at a time.
+over explicit logits.
+
+On the CPU, ignored rows are left out and labels are checked. Any other device is never asked for a value, as the
+host would wait for it: there ignored rows stay and count as zero. The one exception is the underflow of the form
+in torch, which asks which rows it must sum again.
 """
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ksub_ds.contraction.fused import SMALLEST_SUM, FusedSoftmax, FusedWeights
 from ksub_ds.model.embedding import SubEmbedding
 
-SMALLEST_SUM = 1e-25  # under this, float32 terms of Z begin to vanish
 BLOCK_NUMBERS = {"cpu": 2**21, "cuda": 2**28}  # numbers of the widest level or table held per block
 FEWEST_ROWS = 64  # fewer would read the plain decoder's N x d table too often
 FALLBACK_NUMBERS = 2**20  # float64 logits per block of the underflow path
+READ_BY_HOST = {"cpu"}  # devices whose values cost the host no wait
 
 
 def factorized_cross_entropy(
@@ -52,7 +58,7 @@ def factorized_cross_entropy(
         The loss, a float32 scalar.
 
     Raises:
-        ValueError: shapes that do not fit, a label out of range, an unknown reduction.
+        ValueError: shapes that do not fit, an unknown reduction, on a CPU a label out of range.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
@@ -64,28 +70,28 @@ def factorized_cross_entropy(
     if bias is not None and bias.shape != (num_tokens,):
         raise ValueError(f"bias must be of shape ({num_tokens},), not {tuple(bias.shape)}")
     labels = labels.reshape(-1)
-    kept = (labels != ignore_index).nonzero().squeeze(1)
     hidden_BD = hidden.reshape(-1, hidden.shape[-1])
-    if len(kept) != len(labels):
-        hidden_BD, labels = hidden_BD[kept], labels[kept]
-    on_cpu = labels.device.type == "cpu"  # a GPU checks its own indices; asking it here would wait for it
-    if on_cpu and len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_tokens):
-        raise ValueError(f"labels must be {ignore_index} or token ids in [0, {num_tokens})")
+    if labels.device.type in READ_BY_HOST:
+        kept = (labels != ignore_index).nonzero().squeeze(1)
+        if len(kept) != len(labels):
+            hidden_BD, labels = hidden_BD[kept], labels[kept]
+        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_tokens):
+            raise ValueError(f"labels must be {ignore_index} or token ids in [0, {num_tokens})")
     with torch.autocast(hidden.device.type, enabled=False):  # sums are float32 whatever the rest of the model is
         hidden_BD = layer.to_tables(hidden_BD)
-        loss = _SummedLoss.apply(hidden_BD, bias, labels, layer, torch.is_grad_enabled(), *layer.tables)
-    return loss / len(labels) if reduction == "mean" else loss
+        loss = _SummedLoss.apply(hidden_BD, bias, labels, ignore_index, layer, torch.is_grad_enabled(), *layer.tables)
+    if reduction == "sum":
+        return loss
+    return loss / (len(labels) if labels.device.type in READ_BY_HOST else (labels != ignore_index).sum())
 
 
 @torch.no_grad()
 def log_partition(hidden: Tensor, layer: SubEmbedding, bias: Tensor | None = None) -> Tensor:
     """Compute log Z of every row: (B, d) decoder inputs -> (B,) float64. No gradient."""
     with torch.autocast(hidden.device.type, enabled=False):
-        run = _BlockedLoss(
-            layer, tuple(layer.tables), bias, len(hidden), with_gradients=False, with_bias_gradient=False
-        )
+        run = _blocked_loss(layer, tuple(layer.tables), bias, len(hidden), False, False)
         blocks = layer.to_tables(hidden).split(run.rows_per_block)
-        return torch.cat([run.log_partition_and_code_probs(run.scores(rows)).log_partition for rows in blocks])
+        return torch.cat([run.log_partition(rows) for rows in blocks])
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -97,28 +103,26 @@ class _SummedLoss(torch.autograd.Function):
         hidden: Tensor,
         bias: Tensor | None,
         labels: Tensor,
+        ignore_index: int,
         layer: SubEmbedding,
         with_gradients: bool,
         *tables: Tensor,
     ) -> Tensor:
         needs = ctx.needs_input_grad
         with_gradients = with_gradients and any(needs)
-        run = _BlockedLoss(layer, tables, bias, len(labels), with_gradients, with_gradients and needs[1])
-        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        run = _blocked_loss(layer, tables, bias, len(labels), with_gradients, with_gradients and needs[1])
+        block_losses = []
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if with_gradients else None
         for start in range(0, len(labels), run.rows_per_block):
             rows = slice(start, start + run.rows_per_block)
-            scores, label_codes = run.scores(hidden[rows]), run.codes[labels[rows]].long()
-            block = run.log_partition_and_code_probs(scores)
-            loss += (block.log_partition - run.gather_label_logits(scores, labels[rows], label_codes)).sum()
+            losses, score_grads = run.losses_and_score_grads(hidden[rows], labels[rows], ignore_index)
+            block_losses.append(losses.sum())
             if grad_hidden is not None:
-                run.add_bias_gradient_(block)
-                to_score_grads_(block.code_probs, label_codes)
-                run.add_gradients_(hidden[rows], block.code_probs, grad_hidden[rows])
+                run.add_gradients_(hidden[rows], score_grads, grad_hidden[rows])
         if with_gradients:
-            ctx.gradients = (grad_hidden, run.bias_gradient(labels), None, None, None, *run.grad_tables)
-            ctx.dtypes = [getattr(tensor, "dtype", None) for tensor in (hidden, bias, None, None, None, *tables)]
-        return loss.float()
+            ctx.gradients = (grad_hidden, run.bias_gradient(), None, None, None, None, *run.grad_tables)
+            ctx.dtypes = [getattr(tensor, "dtype", None) for tensor in (hidden, bias, None, None, None, None, *tables)]
+        return reduce(torch.add, block_losses).float() if block_losses else hidden.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
@@ -128,6 +132,116 @@ class _SummedLoss(torch.autograd.Function):
             (gradient * grad_output).to(dtype) if gradient is not None and needed else None
             for gradient, dtype, needed in triples
         )
+
+
+def _zeros_like(tables: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return float32 zeros of the tables' shapes: one buffer, filled at once, each part where a cache line begins."""
+    sizes = [-(-table.numel() // 16) * 16 for table in tables]
+    parts = torch.zeros(sum(sizes), dtype=torch.float32, device=tables[0].device).split(sizes)
+    return [part[: table.numel()].view_as(table) for part, table in zip(parts, tables, strict=True)]
+
+
+class _BlockedLoss:
+    """One call of the loss over all its blocks of rows: cast tables and the gradients being summed.
+
+    Attributes:
+        rows_per_block: R, the most rows of a block.
+        grad_tables: of the summed loss; empty when no gradients are wanted.
+    """
+
+    def __init__(self, tables: tuple[Tensor, ...], num_rows: int, numbers_per_row: int, with_gradients: bool):
+        # K = 1 is the plain decoder: its scores are N wide, and float64 would double their cost for nothing.
+        self.score_dtype = torch.float64 if len(tables) > 1 else torch.float32
+        self.score_tables = [table.detach().to(self.score_dtype) for table in tables]
+        self.float_tables = [table.detach().float() for table in tables]
+        self.widths = [table.shape[1] for table in tables]
+        self.with_gradients = with_gradients
+        self.grad_tables = _zeros_like(tables) if with_gradients else []
+        numbers = BLOCK_NUMBERS.get(tables[0].device.type, BLOCK_NUMBERS["cpu"])
+        self.rows_per_block = max(1, min(num_rows, max(FEWEST_ROWS, numbers // numbers_per_row)))
+
+    def log_partition(self, hidden: Tensor) -> Tensor:
+        """Compute log Z of R rows, (R,) float64."""
+        raise NotImplementedError
+
+    def losses_and_score_grads(self, hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, list[Tensor]]:
+        """Compute the losses of R rows, (R,) float64, and, when wanted, their gradients by the scores: K (R, M_k)."""
+        raise NotImplementedError
+
+    def bias_gradient(self) -> Tensor | None:
+        """Return the gradient of the bias, (N,): probability of each token minus the labels, summed over rows."""
+        raise NotImplementedError
+
+    def add_gradients_(self, hidden: Tensor, score_grads: list[Tensor], grad_hidden: Tensor) -> None:
+        """Add this block to the tables' gradients and write the gradient of its hidden rows, (R, d)."""
+        parts = hidden.detach().float().split(self.widths, dim=1)
+        grad_parts = grad_hidden.split(self.widths, dim=1)
+        for k, score_grad in enumerate(score_grads):
+            self.grad_tables[k].addmm_(score_grad.t(), parts[k])
+            torch.mm(score_grad, self.float_tables[k], out=grad_parts[k])
+
+
+def _blocked_loss(
+    layer: SubEmbedding,
+    tables: tuple[Tensor, ...],
+    bias: Tensor | None,
+    num_rows: int,
+    with_gradients: bool,
+    with_bias_gradient: bool,
+) -> _BlockedLoss:
+    """Begin a call of the loss, in the form that the layer's codes and device have."""
+    form = _TrieLoss if layer.structure.fused is None else _FusedLoss
+    return form(layer, tables, bias, num_rows, with_gradients, with_bias_gradient)
+
+
+class _FusedLoss(_BlockedLoss):
+    """The loss by the kernels of `FusedSoftmax`."""
+
+    def __init__(
+        self,
+        layer: SubEmbedding,
+        tables: tuple[Tensor, ...],
+        bias: Tensor | None,
+        num_rows: int,
+        with_gradients: bool,
+        with_bias_gradient: bool,
+    ):
+        assert layer.structure.fused is not None
+        self.contraction = layer.structure.fused
+        super().__init__(tables, num_rows, self.contraction.numbers_per_row, with_gradients)
+        self.weights = FusedWeights(self.contraction, bias)
+        self.with_bias_gradient = with_bias_gradient
+        self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and not num_rows else None
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Compute the table scores of R rows next to each other, (R, sum of M_k)."""
+        scores = hidden.new_empty((len(hidden), self.contraction.width), dtype=self.score_dtype)
+        parts = hidden.detach().to(self.score_dtype).split(self.widths, dim=1)
+        columns = scores.split(self.contraction.table_sizes, dim=1)
+        for part, table, score in zip(parts, self.score_tables, columns, strict=True):
+            torch.mm(part, table.t(), out=score)
+        return scores
+
+    def log_partition(self, hidden: Tensor) -> Tensor:
+        """Do as _BlockedLoss.log_partition."""
+        return FusedSoftmax(self.contraction, self.weights, self.scores(hidden)).log_partition
+
+    def losses_and_score_grads(self, hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, list[Tensor]]:
+        """Do as _BlockedLoss.losses_and_score_grads."""
+        softmax = FusedSoftmax(
+            self.contraction, self.weights, self.scores(hidden), labels, ignore_index, self.with_gradients
+        )
+        losses, counted_labels, minus_ones = softmax.label_losses()
+        if not self.with_gradients:
+            return losses, []
+        if self.with_bias_gradient:
+            gradient = softmax.bias_gradient().index_add_(0, counted_labels, minus_ones)
+            self.grad_bias = gradient if self.grad_bias is None else self.grad_bias + gradient
+        return losses, list(softmax.score_grads().split(self.contraction.table_sizes, dim=1))
+
+    def bias_gradient(self) -> Tensor | None:
+        """Do as _BlockedLoss.bias_gradient."""
+        return self.grad_bias
 
 
 class _BlockSoftmax(NamedTuple):
@@ -148,8 +262,8 @@ class _BlockSoftmax(NamedTuple):
     fallback_token_probs: list[Tensor]
 
 
-class _BlockedLoss:
-    """One call of the loss over all its blocks: cast tables, leaf matrix, gradients being summed."""
+class _TrieLoss(_BlockedLoss):
+    """The loss in torch, by the fold of the codes' trie."""
 
     def __init__(
         self,
@@ -161,40 +275,59 @@ class _BlockedLoss:
         with_bias_gradient: bool,
     ):
         self.contraction = layer.structure.unweighted if bias is None else layer.structure.weighted
+        super().__init__(tables, num_rows, self.contraction.numbers_per_row, with_gradients)
         self.codes = layer.codes
-        # K = 1 is the plain decoder: its scores are N wide, and float64 would double their cost for nothing.
-        self.score_dtype = torch.float64 if len(tables) > 1 else torch.float32
-        self.tables = [table.detach().to(self.score_dtype) for table in tables]
-        self.widths = [table.shape[1] for table in tables]
-        self.grad_tables = [torch.zeros_like(table, dtype=torch.float32) for table in tables] if with_gradients else []
-        self.with_gradients = with_gradients
         self.bias = None if bias is None else bias.detach().to(torch.float64)
         self.bias_max = 0.0 if self.bias is None else self.bias.max()
-        weights = None if self.bias is None else (self.bias - self.bias_max).exp().float()
-        self.weights = weights
+        self.weights = None if self.bias is None else (self.bias - self.bias_max).exp().float()
         self.fallback_grad_bias = torch.zeros_like(self.bias) if with_bias_gradient else None
-        numbers = BLOCK_NUMBERS.get(self.codes.device.type, BLOCK_NUMBERS["cpu"])
-        rows = max(FEWEST_ROWS, numbers // self.contraction.numbers_per_row)
-        self.rows_per_block = max(1, min(num_rows, rows))
-        self.leaves = self.contraction.leaves(weights, self.rows_per_block, with_bias_gradient)
+        self.seen_labels: list[tuple[Tensor, Tensor]] = []  # with -1 for each that counts
+        self.leaves = self.contraction.leaves(self.weights, self.rows_per_block, with_bias_gradient)
+
+    def log_partition(self, hidden: Tensor) -> Tensor:
+        """Do as _BlockedLoss.log_partition."""
+        return self.softmax(self.scores(hidden), None).log_partition
+
+    def losses_and_score_grads(self, hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, list[Tensor]]:
+        """Do as _BlockedLoss.losses_and_score_grads."""
+        counted = None  # all rows, on the CPU
+        if labels.device.type not in READ_BY_HOST:
+            counted = labels != ignore_index
+            labels = torch.where(counted, labels, 0)
+        scores, label_codes = self.scores(hidden), self.codes[labels].long()
+        block = self.softmax(scores, counted)
+        losses = block.log_partition - self.gather_label_logits(scores, labels, label_codes)
+        if counted is not None:
+            losses = torch.where(counted, losses, 0.0)
+        if self.with_gradients:
+            self.add_bias_gradient_(block, labels, counted)
+            to_score_grads_(block.code_probs, label_codes)
+        return losses, block.code_probs
 
     def scores(self, hidden: Tensor) -> list[Tensor]:
         """Compute the table scores s_k of R rows: K matrices (R, M_k)."""
         parts = hidden.detach().to(self.score_dtype).split(self.widths, dim=1)
-        return [part @ table.t() for part, table in zip(parts, self.tables, strict=True)]
+        return [part @ table.t() for part, table in zip(parts, self.score_tables, strict=True)]
 
-    def log_partition_and_code_probs(self, scores: list[Tensor]) -> _BlockSoftmax:
-        """Compute log Z of R rows and, when gradients are wanted, the probability of every code of every table."""
+    def softmax(self, scores: list[Tensor], counted: Tensor | None) -> _BlockSoftmax:
+        """Compute log Z of R rows and, when gradients are wanted, the probability of every code of every table.
+
+        Args:
+            scores: K matrices (R, M_k).
+            counted: (R,) which rows count; the others have probabilities 0, and any log Z. None: all.
+        """
         maxima = [score.amax(dim=1, keepdim=True) for score in scores]
         factors = [(score - top).exp_().float() for score, top in zip(scores, maxima, strict=True)]
         folded = self.contraction.forward(factors, self.leaves)
         total = folded[-1].squeeze(1)
         log_partition = total.double().log() + torch.cat(maxima, dim=1).double().sum(dim=1) + self.bias_max
-        underflowed = (~(total >= SMALLEST_SUM)).nonzero().squeeze(1)
+        enough = total >= SMALLEST_SUM
+        underflowed = (~enough if counted is None else ~enough & counted).nonzero().squeeze(1)
         code_probs: list[Tensor] = []
         last_factor = leaf_grads = None
         if self.with_gradients:  # the probability of a code: its e_k times the derivative of log Z by e_k
-            inverse = torch.where(total >= SMALLEST_SUM, 1.0 / total, 0.0).unsqueeze(1)
+            exact = enough if counted is None else enough & counted
+            inverse = torch.where(exact, 1.0 / total, 0.0).unsqueeze(1)
             gradients, leaf_grads = self.contraction.backward(factors, self.leaves, folded, inverse)
             code_probs = [gradient * e for gradient, e in zip(gradients, factors, strict=True)]
             last_factor = factors[-1]
@@ -224,29 +357,25 @@ class _BlockedLoss:
             logits = logits + score.gather(1, label_codes[:, k : k + 1]).squeeze(1)
         return logits if self.bias is None else logits + self.bias[labels]
 
-    def add_gradients_(self, hidden: Tensor, score_grads: list[Tensor], grad_hidden: Tensor) -> None:
-        """Add this block to the tables' gradients and write the gradient of its hidden rows, (R, d)."""
-        parts = hidden.detach().float().split(self.widths, dim=1)
-        grad_parts = grad_hidden.split(self.widths, dim=1)
-        for k, score_grad in enumerate(score_grads):
-            self.grad_tables[k].addmm_(score_grad.t(), parts[k])
-            torch.mm(score_grad, self.tables[k].float(), out=grad_parts[k])
-
-    def add_bias_gradient_(self, block: _BlockSoftmax) -> None:
+    def add_bias_gradient_(self, block: _BlockSoftmax, labels: Tensor, counted: Tensor | None) -> None:
         """Add this block's probabilities of the tokens to the gradient of the bias, where that is wanted."""
         if self.fallback_grad_bias is None or block.last_factor is None or block.leaf_grads is None:
             return
         self.leaves.add_gradient_(block.last_factor, block.leaf_grads)
         for token_probs in block.fallback_token_probs:
             self.fallback_grad_bias += token_probs
+        minus_ones = block.leaf_grads.new_full(labels.shape, -1.0) if counted is None else -counted.float()
+        self.seen_labels.append((labels, minus_ones))
 
-    def bias_gradient(self, labels: Tensor) -> Tensor | None:
-        """Return the gradient of the bias, (N,): probability of each token minus the labels, summed over rows."""
+    def bias_gradient(self) -> Tensor | None:
+        """Do as _BlockedLoss.bias_gradient."""
         if self.fallback_grad_bias is None or self.weights is None:
             return None
         gradient = self.leaves.weights_gradient().mul_(self.weights)
         gradient = gradient + self.fallback_grad_bias.float()
-        return gradient.index_add_(0, labels, gradient.new_full(labels.shape, -1.0))
+        for labels, minus_ones in self.seen_labels:
+            gradient.index_add_(0, labels, minus_ones)
+        return gradient
 
 
 def to_score_grads_(code_probs: list[Tensor], label_codes: Tensor) -> None:

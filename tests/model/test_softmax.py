@@ -1,73 +1,16 @@
 """The exact factorised loss against dense float64 logits: values, gradients, and where it is hard."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksub_ds import CodeTable, SubEmbedding, factorized_cross_entropy, plain_codes, positional_codes
-from ksub_ds.contraction.sum_product import CompleteLevel, PairedLevel, SparseLevel
+from ksub_ds import factorized_cross_entropy, plain_codes, positional_codes
 from ksub_ds.model import softmax
 from ksub_ds.model.softmax import log_partition
 
-
-def random_codes(num_tokens, sizes, seed=0):
-    chosen = np.random.default_rng(seed).choice(int(np.prod(sizes)), num_tokens, replace=False)
-    return CodeTable(np.stack(np.unravel_index(chosen, sizes), axis=1), sizes)
-
-
-def contraction(case):
-    return case.layer.structure.unweighted if case.bias is None else case.layer.structure.weighted
-
-
-def gradients(loss, tensors):
-    return torch.autograd.grad(loss, tensors, allow_unused=True)
-
-
-def relative(ours, reference):
-    return ((ours.double() - reference).norm() / reference.norm().clamp_min(0.1)).item()
-
-
-class Case:
-    """One problem, solved by us in float32, densely in float64 and densely in float32."""
-
-    def __init__(self, table, rows=37, dim=24, scale=1.0, with_bias=True, seed=0, bias_scale=1.0):
-        generator = torch.Generator().manual_seed(seed)
-        self.layer = SubEmbedding(table, dim)
-        with torch.no_grad():
-            for weights in self.layer.tables:
-                weights.copy_(torch.randn(weights.shape, generator=generator))
-        self.hidden = (torch.randn(rows, dim, generator=generator) * scale).requires_grad_()
-        self.bias = (torch.randn(table.num_tokens, generator=generator) * bias_scale).requires_grad_()
-        self.bias = self.bias.detach().requires_grad_() if with_bias else None
-        self.labels = torch.randint(table.num_tokens, (rows,), generator=generator)
-        self.labels[1::5] = -100
-
-    def tensors(self):
-        return [self.hidden, *self.layer.tables, *([self.bias] if self.bias is not None else [])]
-
-    def ours(self):
-        loss = factorized_cross_entropy(self.hidden, self.layer, self.labels, self.bias)
-        return loss.detach(), gradients(loss, self.tensors())
-
-    def dense(self, dtype):
-        tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in self.tensors()]
-        hidden, tables = tensors[0], tensors[1 : 1 + len(self.layer.tables)]
-        weight = torch.cat([table[self.layer.codes[:, k].long()] for k, table in enumerate(tables)], dim=1)
-        logits = hidden @ weight.t()
-        loss = F.cross_entropy(logits if self.bias is None else logits + tensors[-1], self.labels)
-        return loss.detach(), gradients(loss, tensors)
-
-    def check(self, gradient_limit=5e-6):
-        loss, ours = self.ours()
-        reference, exact = self.dense(torch.float64)
-        _, naive = self.dense(torch.float32)
-        assert loss.dtype == torch.float32
-        assert abs(loss.double() - reference) <= 5e-6 * max(1.0, abs(reference.item()))
-        for mine, plain, wanted in zip(ours, naive, exact, strict=True):
-            assert relative(mine, wanted) <= max(gradient_limit, 3 * relative(plain, wanted))
+from .loss_case import Case, any_table, gradients, maxima_that_meet_nowhere, random_codes, relative
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -90,37 +33,6 @@ def test_large_logits(num_tables, scale, with_bias):
     case.check(gradient_limit=1e-4 if scale >= 1000 else 5e-6)
 
 
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_dense_and_sparse_leaves_agree_with_the_reference(dense, with_bias):
-    case = Case(random_codes(2000, (9, 11, 40 if dense else 400)), with_bias=with_bias)
-    assert contraction(case).leaf_shape.is_dense is dense
-    case.check()
-
-
-@pytest.mark.parametrize(
-    ("table", "with_bias", "form"),
-    [
-        (positional_codes(1000, 3), True, CompleteLevel),
-        (positional_codes(1000, 3), False, PairedLevel),
-        (positional_codes(1000, 4, special_ids=range(5)), False, PairedLevel),
-        (random_codes(60, (9, 8, 7, 6)), True, SparseLevel),
-        (random_codes(60, (9, 8, 7, 6)), False, SparseLevel),
-    ],
-)
-def test_every_form_of_an_inner_level(table, with_bias, form):
-    case = Case(table, with_bias=with_bias)
-    assert form in {type(level) for level in contraction(case).inner}
-    case.check()
-
-
-@st.composite
-def any_table(draw):
-    sizes = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=5)))
-    space = int(np.prod(sizes))
-    return random_codes(draw(st.integers(1, min(space, 200))), sizes, draw(st.integers(0, 99)))
-
-
 @settings(deadline=None, max_examples=60)
 @given(any_table(), st.booleans(), st.integers(1, 9), st.integers(5, 17))
 def test_any_code_table(table, with_bias, rows, dim):
@@ -131,20 +43,12 @@ def test_any_code_table(table, with_bias, rows, dim):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_maxima_that_meet_in_no_token(gap, with_bias):
     """Every table has a favourite code, but no token has all of them: Z loses exp(gap), and must not."""
-    codes = np.array([(a, b, c) for a in range(3) for b in range(3) for c in range(3) if len({a, b, c} & {0}) == 0
-                      or (a, b, c).count(0) == 1])  # fmt: skip
-    case = Case(CodeTable(codes, (3, 3, 3)), rows=6, dim=3, with_bias=with_bias)
-    with torch.no_grad():
-        for table in case.layer.tables:
-            table.copy_(torch.tensor([[1.0], [-0.01], [0.02]]))
-        case.hidden.fill_(gap / 2)
-        case.hidden[::2] += torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
-    case.check()
+    maxima_that_meet_nowhere(gap, with_bias).check()
 
 
 def test_the_underflow_path_is_taken_only_when_needed(monkeypatch):
     case = Case(positional_codes(300, 3))
-    monkeypatch.setattr(softmax._BlockedLoss, "_dense_fallback", lambda *_: pytest.fail("no row underflows here"))
+    monkeypatch.setattr(softmax._TrieLoss, "_dense_fallback", lambda *_: pytest.fail("no row underflows here"))
     case.ours()
 
 
@@ -268,7 +172,48 @@ def test_no_tensor_is_as_wide_as_rows_times_tokens():
 
     rows, dim = 600, 96
     case = Case(random_codes(50_000, (40, 40, 40)), rows=rows, dim=dim)
-    contraction(case)
+    _ = case.layer.structure.weighted  # built once, and large
     with Largest() as largest:
         case.ours()
     assert largest.numbers <= 2**21 < min(rows * 50_000, 50_000 * dim)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("table", [positional_codes(900, 3), positional_codes(900, 3, special_ids=range(5))])
+def test_a_device_that_is_not_asked_agrees_with_the_cpu(table, with_bias, monkeypatch):
+    """There ignored rows stay and count as zero; here they are left out. A row that underflows may be ignored too."""
+    cases = [Case(table, with_bias=with_bias), maxima_that_meet_nowhere(120, with_bias)]
+    on_cpu = [case.ours() for case in cases]
+    monkeypatch.setattr(softmax, "READ_BY_HOST", frozenset())
+    for case, (loss, exact) in zip(cases, on_cpu, strict=True):
+        again, ours = case.ours()
+        assert abs(again - loss) <= 1e-6 * abs(loss)
+        assert all(relative(a, b.double()) < 1e-6 for a, b in zip(ours, exact, strict=True))
+        assert (ours[0][case.labels == -100] == 0).all()
+        case.labels.fill_(-100)
+        total = factorized_cross_entropy(case.hidden, case.layer, case.labels, case.bias, reduction="sum")
+        assert total == 0 and all((gradient == 0).all() for gradient in gradients(total, case.tensors()))
+
+
+def test_a_device_is_asked_for_underflows_only(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Waits(TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function._schema.name.split("::")[1]
+            indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
+            masked = any(index is not None and index.dtype == torch.bool for index in indices)
+            if masked or name in ("_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select", "unique"):
+                self.names += (name,)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(softmax, "READ_BY_HOST", frozenset())
+    for sizes in ((9, 11, 40), (9, 11, 400)):  # dense and sparse leaves
+        for with_bias in (False, True):
+            case = Case(random_codes(2000, sizes), with_bias=with_bias)
+            case.ours()  # builds the structures of the codes
+            with Waits() as waits:
+                case.ours()
+            assert waits.names == ("nonzero",)
