@@ -55,7 +55,8 @@ def test_two_graphs_and_the_same_run(bench: Bench, monkeypatch: pytest.MonkeyPat
     assert losses(compiled) == losses(eager)
     assert (compiled / "evaluation.jsonl").read_text() == (eager / "evaluation.jsonl").read_text()
     assert state_bytes(compiled, 6) == state_bytes(eager, 6), "names of weights included"
-    assert "encoder compiled" in start_lines(compiled)
+    assert "device: cpu; loss in torch" in start_lines(compiled)
+    assert "; attention by sdpa; encoder compiled\n" in start_lines(compiled)
     assert "encoder not compiled (on a CPU only with --compile)" in start_lines(eager)
 
 
