@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from ksub_ds.pretrain.open_run import open_run
 
 LOG_VERSIONS = re.compile(r"^(?P<when>[\d :,-]+?),\d+ (?P<what>python [\d.]+, torch .*)$")
 LOG_RANKS = re.compile(r"^[\d :,-]+ (?P<what>\d+ ranks? \(.*)$")
+LOG_DEVICE = re.compile(r"^[\d :,-]+ device: (?P<what>.*)$")
 LONGEST_LOG = 50_000_000  # bytes; beyond it only the beginning is looked through
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start or continuation: when, with what software, on which ranks and hosts (as train.log says)."""
+    """One start or continuation: when, with what software, on which ranks, hosts and device (as train.log says)."""
 
     when: str
     versions: str
-    ranks: str
+    ranks: str = ""
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,11 @@ def _starts(log: str) -> list[Start]:
     starts: list[Start] = []
     for line in log.splitlines():
         if found := LOG_VERSIONS.match(line):
-            starts.append(Start(found["when"].strip(), found["what"], ""))
+            starts.append(Start(found["when"].strip(), found["what"]))
         elif starts and not starts[-1].ranks and (found := LOG_RANKS.match(line)):
-            starts[-1] = Start(starts[-1].when, starts[-1].versions, found["what"])
+            starts[-1] = replace(starts[-1], ranks=found["what"])
+        elif starts and not starts[-1].device and (found := LOG_DEVICE.match(line)):
+            starts[-1] = replace(starts[-1], device=found["what"])
     return starts
 
 

@@ -31,7 +31,8 @@ RECIPE_ROWS = (
         "gradient_clipping",
         "mlm_probability",
     ),
-    *("alpha", "dropout", "decoder_bias", "seed", "precision", "deepspeed", "codes", "data"),
+    *("alpha", "dropout", "decoder_bias", "seed", "precision", "attention", "compile", "deterministic", "deepspeed"),
+    *("codes", "data"),
     *("warm_start", "distill_from", "distill_weight"),
 )
 CODES_ROWS = (
@@ -219,8 +220,22 @@ def speed(run: RunFiles) -> str:
         ("time in steps", f"{number(whole, 1)} s"),
         ("wait for data", f"{number(math.fsum(waits), 3)} s, {number(math.fsum(waits) / whole, 2, percent=True)}"),
         ("tokens in all", number(run.tokens_at(run.metrics[-1]["step"]))),
+        *_use_of_devices(run),
     ]
     return section("Speed", facts(rows), f'<div class="charts">{"".join(charts)}</div>')
+
+
+def _use_of_devices(run: RunFiles) -> list[tuple[str, str]]:
+    """Return what the model's own operations use of the devices, as far as it was recorded."""
+    flops, mfu, memory = (values(run.metrics, key) for key in ("model_tflops", "mfu", "peak_memory_gb"))
+    rows = []
+    if flops:
+        rows.append(("TFLOP/s of the model, median", number(statistics.median(flops), 3)))
+    if mfu:
+        rows.append(("share of the devices' bf16 peak (MFU), median", number(statistics.median(mfu), 1, percent=True)))
+    if memory:
+        rows.append(("most GPU memory in use, rank 0", f"{number(max(memory), 2)} GB"))
+    return rows
 
 
 def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -284,14 +299,14 @@ def provenance(run: RunFiles) -> str:
     prints = [(str(key), f"<code>{text(run.recipe[key])}</code>") for key in keys]
     checkpoints = ", ".join(f"{step:,}" for step in sorted(run.checkpoint_steps)) or "none"
     prints += [("checkpoints of steps", checkpoints), ("report made by", f"ksub_ds {text(ksub_ds.__version__)}")]
-    starts = [[text(each.when), text(each.ranks), text(each.versions)] for each in run.starts]
-    header = ["start", "ranks, hosts, engine", "software"]
+    starts = [[text(each.when), text(each.ranks), text(each.device), text(each.versions)] for each in run.starts]
+    header = ["start", "ranks, hosts, engine", "device", "software"]
     commands = "".join(f"<pre>{text(line)}</pre>" for line in run.commands)
     return section(
         "Provenance",
         "<h3>Recipe</h3>" + facts(recipe),
         _plans(run),
         "<h3>Fingerprints</h3>" + facts(prints),
-        "<h3>Starts</h3>" + table(header, starts, words=3) if starts else "",
+        "<h3>Starts</h3>" + table(header, starts, words=4) if starts else "",
         "<h3>Commands</h3>" + commands if commands else "",
     )

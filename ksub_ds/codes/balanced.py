@@ -1,15 +1,18 @@
 """Balanced k-means: Lloyd's iterations in which every assignment has equal sizes, so the result has them too.
 
-FAISS gives the first centroids (its own k-means, with free sizes) and the distances, on a GPU if there is one.
+FAISS gives the first centroids (its own k-means, with free sizes) and the distances; large problems on a GPU, where
+faiss-gpu is installed and one is there: the first that CUDA_VISIBLE_DEVICES shows.
 Balancing once, after an unconstrained k-means, costs about 10 % of inertia; iterating with balanced sizes costs
 1 to 3 %.
 
 Vectors are first moved to mean 0 and scaled to a largest value of 1: float32 distances of vectors far from the origin
 would lose their digits. The result is the same bit for bit on any number of threads: every block of rows is computed
-on one thread, and sums are taken in the order of the blocks.
+on one thread, and sums are taken in the order of the blocks. A GPU rounds otherwise; whether it is used follows from
+the size of a problem alone, so codes still do not depend on the number of processes.
 """
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,6 +27,10 @@ ITERATIONS = 15
 FIRST_ITERATIONS = 10  # of FAISS's k-means, for the first centroids
 TRAINING_POINTS = 256  # per centroid, at most, that FAISS trains on
 SMALLEST_GAIN = 5e-4  # of the inertia; an iteration that gains less is the last
+# Products of numbers in one pass over the distances, from which on a GPU is worth its start. Level 1 of 250,002 vectors
+# has 2e10, so one process asks the GPU; the thousands of small groups below stay on the CPU, in as many processes.
+GPU_WORK = 2e9
+GPU_BLOCK_BYTES = 2**28  # of points, and of their distances, on the GPU at a time
 
 
 class Clustering(NamedTuple):
@@ -99,7 +106,7 @@ def balanced_kmeans(
             centroids = free_kmeans(sample, num_clusters, seed, FIRST_ITERATIONS).centroids
         else:
             centroids = ((initial - mean) / scale).astype(np.float32)
-        distances = _Distances(points, threads)
+        distances = _Distances(points, num_clusters, threads)
         squares, inertia, prices = _sum_of_squares(points), np.inf, None
         for _ in range(iterations):
             labels, prices = balanced_assignment(distances.to(centroids), prices, threads, progress)
@@ -131,14 +138,41 @@ def free_kmeans(vectors: np.ndarray, num_clusters: int, seed: int, iterations: i
             seed=seed,
             min_points_per_centroid=1,
             max_points_per_centroid=TRAINING_POINTS,
-            gpu=faiss.get_num_gpus() > 0,
         )
+        resources = gpu_resources(len(points), num_clusters, points.shape[1])
+        if resources is not None:  # one GPU: the option gpu=1 equals True, which means all of them
+            kmeans.index = faiss.index_cpu_to_gpu(resources, 0, kmeans.index)
         kmeans.train(points)
         assert kmeans.centroids is not None, "trained just now"
         distance, labels = kmeans.index.search(points, 1)
     inertia = float(distance.sum(dtype=np.float64)) * scale**2
     centroids = np.asarray(kmeans.centroids)
     return Clustering(labels[:, 0], centroids * np.float32(scale) + mean, inertia)
+
+
+def gpu_resources(num_points: int, num_clusters: int, width: int) -> Any:
+    """Return what FAISS needs for a GPU; None where it has none, or the problem is not worth its start."""
+    import faiss
+
+    if not hasattr(faiss, "StandardGpuResources") or num_points * num_clusters * width < GPU_WORK:
+        return None
+    # Where a driver is missing, or too old, faiss-gpu's own get_num_gpus ends the process.
+    if not driver_shows_gpu() or faiss.get_num_gpus() == 0:
+        get_logger().info("FAISS could use a GPU, but none is visible: it computes on the CPU")
+        return None
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(2 * GPU_BLOCK_BYTES)  # 1.5 GB, if one does not say
+    return resources
+
+
+def driver_shows_gpu() -> bool:
+    """Return whether the CUDA driver is there and shows a GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def training_sample(vectors: np.ndarray, num_clusters: int) -> np.ndarray:
@@ -171,11 +205,9 @@ def _standardise(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
 class _Distances:
     """Squared L2 distances from all points to some centroids, (N, M) float32, by FAISS."""
 
-    def __init__(self, points: np.ndarray, threads: int):
-        import faiss
-
+    def __init__(self, points: np.ndarray, num_clusters: int, threads: int):
         self.points, self.threads = points, threads
-        self.resources = faiss.StandardGpuResources() if faiss.get_num_gpus() else None
+        self.resources = gpu_resources(len(points), num_clusters, points.shape[1])
         if threads > 1 or self.resources:
             place = "a GPU" if self.resources else f"the CPU, {threads} threads"
             get_logger().info(f"balanced k-means of {len(points):,} vectors: FAISS computes distances on {place}")
@@ -183,9 +215,13 @@ class _Distances:
     def to(self, centroids: np.ndarray) -> np.ndarray:
         import faiss
 
-        if self.resources:
-            return faiss.pairwise_distance_gpu(self.resources, self.points, centroids)
         costs = np.empty((len(self.points), len(centroids)), dtype=np.float32)
+        if self.resources is not None:
+            rows = max(1, GPU_BLOCK_BYTES // (4 * max(centroids.shape)))
+            for start in range(0, len(costs), rows):
+                block = slice(start, start + rows)
+                faiss.pairwise_distance_gpu(self.resources, self.points[block], centroids, D=costs[block])
+            return costs
 
         def of_block(block: slice) -> None:
             faiss.omp_set_num_threads(1)  # OpenMP keeps this number per thread

@@ -11,6 +11,7 @@ The ranks meet at MASTER_ADDR:MASTER_PORT, in torch's TCPStore.
 """
 
 import atexit
+import contextlib
 import errno
 import os
 import socket
@@ -76,11 +77,11 @@ def init_distributed() -> RankInfo:
         This rank's place among all.
 
     Raises:
-        UserError: the environment names ranks but no address to meet at (MASTER_ADDR), or its port is taken.
+        UserError: the environment names ranks but no address to meet at (MASTER_ADDR), its port is taken, or a host
+            has more ranks than GPUs.
         RuntimeError: not all ranks came in time; the missing ones are named.
     """
     global _watchdog, _had_peers
-    import torch
     import torch.distributed as dist
 
     info = rank_info()
@@ -92,10 +93,10 @@ def init_distributed() -> RankInfo:
     # DeepSpeed's cache of compiled operators is shared by all environments of a user, which then
     # rebuild each other's files.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))  # noqa: PTH118
-    if has_gpu():
-        torch.cuda.set_device(info.local_rank % torch.cuda.device_count())
     variables = rank_variables()  # as the launcher left them
     set_rendezvous_address(info)
+    if has_gpu():
+        _bind_gpu(info)
 
     import deepspeed
     import deepspeed.ops
@@ -114,6 +115,20 @@ def init_distributed() -> RankInfo:
     if info.world_size == 1:
         _watchdog = Watchdog(0, [socket.gethostname()])
     return info
+
+
+def _bind_gpu(info: RankInfo) -> None:
+    """Choose this rank's GPU among those it sees, before anything starts on one.
+
+    Where each rank sees one GPU only (SLURM's --gpus-per-task, CUDA_VISIBLE_DEVICES), it is number 0 on every rank.
+    """
+    import torch
+
+    index = info.local_rank % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    # DeepSpeed takes LOCAL_RANK for the number of the GPU, and under mpirun compares it with mpirun's.
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    os.environ.update({name: str(index) for name in names if name in os.environ})
 
 
 def _share_cores(info: RankInfo) -> None:
@@ -180,7 +195,7 @@ def rendezvous(info: RankInfo, patience: float, timeout: timedelta, variables: d
         The running watchdog.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the port is taken, or two ranks have the same GPU.
         RuntimeError: not all ranks came in time; the missing ones are named.
     """
     import torch.distributed as dist
@@ -211,7 +226,7 @@ def rendezvous(info: RankInfo, patience: float, timeout: timedelta, variables: d
         raise RuntimeError(f"no answer from rank 0 at {address}:{port} for {patience} s") from None
     finally:
         notice.cancel()
-    store.set(f"ksub/{attempt}/here/{info.rank}", socket.gethostname())
+    store.set(f"ksub/{attempt}/here/{info.rank}", f"{socket.gethostname()} {_gpu_id()}")
     begun = time.monotonic()
     keys = [f"ksub/{attempt}/here/{rank}" for rank in range(info.world_size)]
     told = info.rank > 0  # rank 0 speaks for all that have come
@@ -225,14 +240,56 @@ def rendezvous(info: RankInfo, patience: float, timeout: timedelta, variables: d
             say(missing)
             told = True
         time.sleep(0.02)
-    hosts = [host.decode() for host in store.multi_get(keys)]
+    places = [place.decode() for place in store.multi_get(keys)]
+    if shared := shared_gpu(places):
+        _leave_together(store, f"ksub/{attempt}/refused", info)
+        raise UserError(shared, agreed=True)
+    hosts = [place.split()[0] for place in places]
     silence = env_integer("KSUB_SILENCE_SECONDS", SILENCE_SECONDS)
     connect = connector(address, port, f"ksub/{attempt}", timedelta(seconds=silence))
     watchdog = Watchdog(info.rank, hosts, connect, patience, silence)
-    backend = "nccl" if has_gpu() else "gloo"
+    backend, own_device = ("nccl", device()) if has_gpu() else ("gloo", None)
     group_store = dist.PrefixStore(f"group/{attempt}", store)
-    dist.init_process_group(backend, store=group_store, rank=info.rank, world_size=info.world_size, timeout=timeout)
+    dist.init_process_group(
+        backend, store=group_store, rank=info.rank, world_size=info.world_size, timeout=timeout, device_id=own_device
+    )
     return watchdog
+
+
+def _gpu_id() -> str:
+    """Return what tells this rank's GPU from every other one; nothing on a CPU."""
+    if not has_gpu():
+        return ""
+    import torch
+
+    return str(torch.cuda.get_device_properties(device()).uuid)
+
+
+def shared_gpu(places: list[str]) -> str | None:
+    """Return what is wrong where two ranks have the same GPU; None where all have their own, or compute on CPUs.
+
+    Args:
+        places: of each rank, its host and the id of its GPU, if it has one.
+    """
+    with_gpu = [place for place in places if len(place.split()) == 2]
+    twice = next((place for place in with_gpu if with_gpu.count(place) > 1), None)
+    if twice is None:
+        return None
+    host = twice.split()[0]
+    ranks = [rank for rank, place in enumerate(places) if place.split()[0] == host]
+    gpus = len({places[rank] for rank in ranks})
+    return (
+        f"{host} has {len(ranks)} ranks ({', '.join(map(str, ranks))}) and {gpus} GPU{'s' * (gpus > 1)} for them; "
+        f"start {gpus} rank{'s' * (gpus > 1)} there (slots in the hostfile, --nproc-per-node, --ntasks-per-node)"
+    )
+
+
+def _leave_together(store: Any, key: str, info: RankInfo) -> None:
+    """Have rank 0, which serves the store, wait until all others have read it."""
+    store.set(f"{key}/{info.rank}", "")
+    if info.rank == 0:
+        with contextlib.suppress(RuntimeError):  # a rank that died meanwhile needs no answer
+            store.wait([f"{key}/{rank}" for rank in range(info.world_size)], timedelta(seconds=NOTICE_SECONDS))
 
 
 # ------------------------------------------------------------ add up and agree

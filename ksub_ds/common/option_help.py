@@ -63,7 +63,8 @@ def page(kind: Callable[..., object]) -> type:
     """Return a dataclass whose help, printed by tyro with `OmitArgPrefixes`, is that of `kind` in sections."""
     from tyro.conf import arg
 
-    rows = [(option.section, (option.name, _annotated(option), option.field)) for option in options_of(kind)]
+    shown = [_as_flag(option) for option in options_of(kind)]
+    rows = [(option.section, (option.name, _annotated(option), option.field)) for option in shown]
     fields: list[Any] = [field for section, field in rows if not section]
     for number, title in enumerate(dict.fromkeys(section for section, _ in rows if section)):
         part = dataclasses.make_dataclass(
@@ -117,6 +118,13 @@ def _parameters_described(function: Callable[..., object]) -> dict[str, str]:
     section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", inspect.getdoc(function) or "", re.MULTILINE)
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _as_flag(option: Option) -> Option:
+    """Return an option `bool | None`, which `parse` takes as --NAME and --no-NAME, as the bool that tyro shows so."""
+    if option.hint != bool | None:
+        return option
+    return option._replace(hint=bool, field=dataclasses.field(default=False))
 
 
 def _annotated(option: Option) -> Any:

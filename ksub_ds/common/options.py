@@ -10,7 +10,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.option_help import hanging, page, paragraphs
@@ -33,7 +33,15 @@ def parse(
         UserError: what is wrong with the arguments; all ranks raise it, as they parse the same words.
         SystemExit: --help was given, and is printed.
     """
-    return _parse(kind, kind, arguments, prog, default)
+    return _parse(kind, kind, _spelt_out(kind, sys.argv[1:] if arguments is None else arguments), prog, default)
+
+
+def _spelt_out(kind: Any, arguments: Sequence[str]) -> list[str]:
+    """Give flags that may be left open (`bool | None`) the value that tyro wants behind them."""
+    hints = get_type_hints(kind)
+    open_flags = [name.replace("_", "-") for name, hint in hints.items() if hint == bool | None]
+    spelt = {f"--{no}{name}": [f"--{name}", str(not no)] for name in open_flags for no in ("", "no-")}
+    return [part for word in arguments for part in spelt.get(word, [word])]
 
 
 def call(function: Callable[..., object], arguments: Sequence[str], prog: str) -> None:

@@ -1,5 +1,6 @@
 """Build what the loop works on, from a resolved run: model, teacher, engine; and describe the run before step 1."""
 
+import importlib.util
 import math
 import platform
 import socket
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.gpu import device_name, is_out_of_memory, peak_bf16
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.statistics import log_frequency
@@ -23,10 +25,17 @@ from ksub_ds.pretrain.engine import (
     zero_stage,
 )
 from ksub_ds.pretrain.engine_state import full_shape
+from ksub_ds.pretrain.metrics import Work
 from ksub_ds.pretrain.prefetch import StepBatches
-from ksub_ds.pretrain.recipe import Recipe
+from ksub_ds.pretrain.recipe import Recipe, smaller_micro_batch
 from ksub_ds.pretrain.resolved_run import ResolvedRun
 from ksub_ds.pretrain.warm_start import open_warm_start
+
+# What --attention needs: a module, and the package that has it.
+ATTENTION_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
 
 if TYPE_CHECKING:  # seconds of imports, and deepspeed must come after the process group
     from deepspeed import DeepSpeedEngine
@@ -86,14 +95,17 @@ def set_attention(model: Any, name: str | None) -> None:
     """Have a model compute attention by transformers' implementation of this name; None leaves the choice to it.
 
     Raises:
-        UserError: it needs a package that is not installed, or this model has no such attention.
+        UserError: it needs a package that is not installed, a kernel that cannot be had, or another device.
     """
     if name is None:
         return
+    module, package = ATTENTION_PACKAGES.get(name, ("kernels", "kernels") if "/" in name else ("torch", "torch"))
+    if importlib.util.find_spec(module) is None:  # transformers would go on with a kernel that it downloads
+        raise UserError(f"--attention {name}: needs the package {package}: pip install {package}; or leave it out")
     try:
         model.set_attn_implementation(name)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"--attention {name}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of transformers, of the package, or of the connection to the Hub
+        raise UserError(f"--attention {name}: {' '.join(str(error).split())[:300]}; or leave it out") from error
 
 
 def start_bias(model: Any, dataset: ShardDataset, alpha: float) -> None:
@@ -146,11 +158,77 @@ def build_engine(run: ResolvedRun, model: Any, tensorboard: Path) -> "DeepSpeedE
     return start_engine(model, optimizer, config)
 
 
+def compile_where_possible(run: ResolvedRun, engine: "DeepSpeedEngine", first: StepBatches) -> str | None:
+    """Compile the encoder if the recipe says so, by a rehearsal that changes nothing. A collective.
+
+    Args:
+        run: gives the recipe.
+        engine: of the model; where one rank cannot compile it, it runs eager on all.
+        first: batches of the shape that all have.
+
+    Returns:
+        None if it is compiled, else why not.
+
+    Raises:
+        RuntimeError: the micro-batch does not fit into the memory.
+    """
+    if not run.recipe.compile:
+        return "--no-compile" if distributed.has_gpu() else "on a CPU only with --compile"
+    if zero_stage(engine.config) == 3:
+        return "ZeRO 3 gathers weights in the midst of the forward pass"
+    import torch
+
+    from ksub_ds.model.compilation import compile_encoder, rehearse, run_eager
+
+    def reason() -> str | None:
+        input_ids = torch.from_numpy(first.micro_batches[0]["input_ids"]).to(distributed.device())
+        try:
+            compile_encoder(engine.module)
+            for masked in (False, True):
+                distributed.mark_progress("the compilation of the encoder" + " with a mask" * masked)
+                rehearse(engine.module, input_ids, masked)
+        except Exception as error:  # of dynamo, of the backend, of a C++ compiler: whatever it is, eager goes without
+            if is_out_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return None
+
+    reasons = distributed.gather_objects(reason())
+    failed = next((rank for rank, each in enumerate(reasons) if each is not None), None)
+    if failed is None:
+        return None
+    run_eager(engine.module)
+    return reasons[failed] + (f" (on rank {failed})" if failed else "")
+
+
+def micro_batch_advice(run: ResolvedRun) -> str:
+    """Return what to do when the training of a run is out of memory."""
+    smaller = smaller_micro_batch(run.recipe, run.batch.world)
+    advice = f"--micro-batch-size {smaller}" if smaller else "--deepspeed zero3_offload, or shards of shorter rows"
+    return f"--micro-batch-size {run.batch.micro} of {run.dataset.sequence_length} tokens is too much; try {advice}"
+
+
+def count_work(run: ResolvedRun, engine: "DeepSpeedEngine") -> Work:
+    """Return what a token costs, and what the ranks' devices can do together. A collective."""
+    from ksub_ds.model.flops import training_flops
+
+    flops = training_flops(engine.module, run.dataset.sequence_length, run.recipe.mlm_probability)
+    peaks = distributed.gather_objects(peak_bf16(device_name()))
+    return Work(flops, None if None in peaks else sum(peaks))
+
+
 # ---------------------------------------------------------------- logged before the first step
 
 
-def describe_start(run: ResolvedRun, engine: "DeepSpeedEngine", first: StepBatches) -> None:
-    """Log versions, hosts, batch arithmetic, the parameter table and one training row. A collective."""
+def describe_start(run: ResolvedRun, engine: "DeepSpeedEngine", first: StepBatches, not_compiled: str | None) -> None:
+    """Log versions, hosts, device, batch arithmetic, the parameter table and one training row. A collective.
+
+    Args:
+        run: what is trained.
+        engine: of the model.
+        first: batches of the first step.
+        not_compiled: why the encoder is not compiled; None if it is.
+    """
     hosts = distributed.gather_objects(socket.gethostname())
     if not distributed.is_main():
         return
@@ -162,6 +240,9 @@ def describe_start(run: ResolvedRun, engine: "DeepSpeedEngine", first: StepBatch
         f"python {platform.python_version()}, {versions}",
         f"{world_size} rank{'s' * (world_size > 1)} ({places}) on {distributed.device().type}, {recipe.precision}, "
         f"ZeRO stage {zero_stage(engine.config)}",
+        f"device: {device_name()}; loss {loss_form(engine.module)}; "
+        f"attention by {engine.module.config._attn_implementation}; "
+        + ("encoder compiled" if not_compiled is None else f"encoder not compiled ({not_compiled})"),
         f"batch: {run.batch} sequences of {run.dataset.sequence_length} tokens a step",
         f"steps: {recipe.plan().describe()}",
         *parameter_table(engine.module, run.table),
@@ -169,6 +250,11 @@ def describe_start(run: ResolvedRun, engine: "DeepSpeedEngine", first: StepBatch
     ]
     for line in lines:
         get_logger().info(line)
+
+
+def loss_form(model: Any) -> str:
+    """Return how the sum over all tokens is taken on the model's device, for people."""
+    return getattr(model.get_input_embeddings().structure, "form", "in torch")
 
 
 def parameter_table(model: Any, table: CodeTable) -> list[str]:

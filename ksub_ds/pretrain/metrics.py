@@ -1,6 +1,7 @@
 """What a run reports while it trains: metrics.jsonl, evaluation.jsonl, TensorBoard, progress lines. Rank 0 only."""
 
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -8,6 +9,21 @@ from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import MetricsWriter, Progress, get_logger
 from ksub_ds.pretrain.run_folder import RunFolder
+
+NOTABLE_WAIT = 0.02  # share of a step that waits for data, from which on the progress line tells it
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a token of training costs, and what can be done.
+
+    Attributes:
+        flops: operations of a token, forward and backward (model/flops.py).
+        peak: operations a second of all devices together, in bf16 as their makers state it; None if not known.
+    """
+
+    flops: float
+    peak: float | None
 
 
 class TrainingMetrics:
@@ -21,12 +37,13 @@ class TrainingMetrics:
         monitor: DeepSpeed's, which writes TensorBoard files.
         resume_step: step of the checkpoint that training starts from; later lines are dropped.
         max_steps: the last step of the run.
+        work: for the share of the devices' peak rate that the model's own operations use (MFU), whatever the precision.
     """
 
-    def __init__(self, folder: RunFolder, monitor: Any, resume_step: int, max_steps: int):
+    def __init__(self, folder: RunFolder, monitor: Any, resume_step: int, max_steps: int, work: Work):
         self.problem: UserError | None = None
         self._folder, self._monitor = folder, monitor
-        self._max_steps = max_steps
+        self._max_steps, self._work = max_steps, work
         self._clock = time.perf_counter()
         self._mean_seconds: float | None = None
         self._main = distributed.is_main()
@@ -57,9 +74,29 @@ class TrainingMetrics:
         line["tokens_per_second"] = round(step_tokens / seconds, 1)
         line["step_seconds"] = round(seconds, 4)
         line["eta_seconds"] = round(self._mean_seconds * (self._max_steps - step), 1)
+        line |= self._use_of_devices(step_tokens / seconds)
         self._write(self._metrics, "train", step, line)
         rate = step_tokens / self._mean_seconds
-        self._progress.advance(1, loss=f"{loss:.4f}", **{"tokens/s": f"{rate:,.0f}"})
+        info = {"loss": f"{loss:.4f}", "tokens/s": f"{rate:,.0f}"}
+        if self._work.peak is not None:
+            info["MFU"] = f"{rate * self._work.flops / self._work.peak:.1%}"
+        if "peak_memory_gb" in line:
+            info["memory"] = f"{line['peak_memory_gb']:.1f} GB"
+        if line.get("data_wait_seconds", 0) > NOTABLE_WAIT * seconds:
+            info["waits for data"] = f"{line['data_wait_seconds'] / seconds:.0%}"
+        self._progress.advance(1, **info)
+
+    def _use_of_devices(self, tokens_per_second: float) -> dict[str, float]:
+        """Return how much the model computes a second on all ranks, and the most memory that rank 0's GPU has held."""
+        rate = tokens_per_second * self._work.flops
+        use = {"model_tflops": float(f"{rate / 1e12:.4g}")}
+        if self._work.peak is not None:
+            use["mfu"] = round(rate / self._work.peak, 4)
+        if distributed.has_gpu():
+            import torch
+
+            use["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        return use
 
     def evaluation(self, step: int, scores: dict[str, Any]) -> None:
         """Record one evaluation on the held-out part."""

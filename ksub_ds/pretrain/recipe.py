@@ -7,6 +7,7 @@ learning rate, steps, clipping and precision; the files in ds_configs/ own ZeRO 
 
 import dataclasses
 import math
+import re
 import sys
 import types
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 DECAY_FRACTION = 0.1  # of max_steps, for wsd
+ATTENTION = r"sdpa|eager|flash_attention_[23]|kernels-community/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?"
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,16 @@ class Recipe:
     precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, Section("engine")] = None
     """Number format of matrix products; in bf16 all weights stay fp32, fp16 has fp32 masters of half precision ones.
     [bf16 on a GPU, fp32 on a CPU]"""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
-    """How attention is computed, by transformers' names: flash_attention_2 needs the package flash-attn; on a CPU in
-    bf16 `eager` is the fastest for rows of 128. [transformers' choice]"""
+    attention: str | None = None
+    """How attention is computed, by transformers' names: sdpa; eager, on a CPU in bf16 the fastest for rows of 128;
+    flash_attention_2 or _3 where the package flash-attn or flash-attn-3 is; or a kernel of the Hub, such as
+    kernels-community/flash-attn3, which is downloaded. [transformers' choice]"""
+    compile: bool | None = None
+    """Compile the encoder by torch.compile (the loss has kernels of its own); a line at the start says so, or why it
+    cannot be. Results differ by rounding, and by other draws of dropout. [on for a GPU, off on a CPU]"""
+    deterministic: bool = False
+    """On a GPU, add up in an order that never changes, so that a resumed run is the same bit for bit; costs some
+    speed. On a CPU it is always so, and this changes nothing."""
     deepspeed: str = "zero1"
     """DeepSpeed's mechanics: a JSON file, or a name in ds_configs/ (zero0, zero1, zero2, zero3, zero3_offload)."""
 
@@ -181,7 +190,8 @@ def resolve(recipe: Recipe, world_size: int, on_gpu: bool, previous_micro_batch_
     if micro is None and previous and recipe.global_batch_size % (previous * world_size) == 0:
         micro = previous
     micro = micro or _largest_micro_batch(recipe, world_size, 64 if on_gpu else 8)
-    recipe = dataclasses.replace(recipe, micro_batch_size=micro)
+    compiled = on_gpu if recipe.compile is None else recipe.compile
+    recipe = dataclasses.replace(recipe, micro_batch_size=micro, compile=compiled)
     divide_batch(recipe, world_size)
     return recipe
 
@@ -201,7 +211,7 @@ def parse_recipe(arguments: Sequence[str] | None) -> Recipe:
         return parse(Recipe, words, "ksub pretrain")
     run = _run_to_extend(words)
     kept = _kept_copies(run)
-    open_settings = {"max_steps": None, "max_hours": None, "micro_batch_size": None}
+    open_settings = {"max_steps": None, "max_hours": None, "micro_batch_size": None, "compile": None}
     recipe = parse(Recipe, words, "ksub pretrain", dataclasses.replace(run, **open_settings, **kept))
     if recipe.max_steps is None:
         raise UserError(
@@ -284,6 +294,11 @@ def _check_values(recipe: Recipe, whose_warmup: str) -> None:
             raise UserError(f"{_flag(key)} {getattr(recipe, key)}: must lie in [0, 1)")
     if recipe.distill_weight is not None and not (recipe.distill_from is not None and 0 < recipe.distill_weight <= 1):
         raise UserError(f"--distill-weight {recipe.distill_weight}: must lie in (0, 1], together with --distill-from")
+    if recipe.attention is not None and not re.fullmatch(ATTENTION, recipe.attention):
+        raise UserError(
+            f"--attention {recipe.attention}: must be sdpa, eager, flash_attention_2, flash_attention_3 or a kernel of "
+            "the Hub by its name, such as kernels-community/flash-attn3"
+        )
     if recipe.dropout is not None and not 0 <= recipe.dropout < 1:
         raise UserError(f"--dropout {recipe.dropout}: must lie in [0, 1)")
     if not 0 < recipe.alpha <= 1:
@@ -309,6 +324,12 @@ def _flag(key: str) -> str:
 def _largest_micro_batch(recipe: Recipe, world_size: int, limit: int) -> int:
     per_rank = max(1, recipe.global_batch_size // world_size)
     return max(size for size in range(1, min(limit, per_rank) + 1) if per_rank % size == 0)
+
+
+def smaller_micro_batch(recipe: Recipe, world_size: int) -> int | None:
+    """Return the largest micro-batch size that divides and is at most half of a resolved recipe's; None below 1."""
+    half = recipe.micro_batch_size // 2
+    return _largest_micro_batch(recipe, world_size, half) if half else None
 
 
 @dataclass(frozen=True)
@@ -355,7 +376,8 @@ def divide_batch(recipe: Recipe, world_size: int) -> BatchSizes:
 # May change between a start and its continuation: they do not affect what is learnt. The codes and the data may move
 # to another folder: their content is compared, not their path.
 FREE_KEYS = (
-    *("codes", "data", "out", "warm_start", "attention", "deepspeed", "micro_batch_size", "max_hours"),
+    *("codes", "data", "out", "warm_start", "deepspeed", "micro_batch_size", "max_hours"),
+    *("attention", "compile", "deterministic"),
     *("save_every_steps", "keep_last", "eval_every_steps", "eval_sequences", "log_every_steps"),
 )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import RESUME
+from ksub_ds.common.gpu import deterministic_algorithms, out_of_memory_is_told
 from ksub_ds.common.logging import add_log_file, close_log_files, get_logger
 from ksub_ds.corpus.batches import HeldOutBatches, TrainingBatches
 from ksub_ds.pretrain import builders, checkpoint
@@ -56,7 +57,11 @@ def run(recipe: Recipe) -> int:
         distributed.on_main(lambda: add_log_file(folder.log))
         if news:
             get_logger().info(news)
-        return _train(resolved, folder)
+        with (
+            deterministic_algorithms(settings.recipe.deterministic and distributed.has_gpu()),
+            out_of_memory_is_told(builders.micro_batch_advice(resolved)),
+        ):
+            return _train(resolved, folder)
     finally:
         close_log_files()
         folder.unlock()
@@ -72,9 +77,10 @@ def _train(run: ResolvedRun, folder: RunFolder) -> int:
         log.info(f"{folder.path}: step {state.step:,} of {recipe.max_steps:,} is done; nothing left to train")
         return 0
 
-    teacher = distributed.raise_on_all_ranks(lambda: builders.build_teacher(run))
-    model = distributed.raise_on_all_ranks(lambda: builders.build_model(run))
-    engine = distributed.raise_on_all_ranks(lambda: builders.build_engine(run, model, folder.tensorboard))
+    with out_of_memory_is_told("model and optimizer do not fit; try --deepspeed zero3_offload"):
+        teacher = distributed.raise_on_all_ranks(lambda: builders.build_teacher(run))
+        model = distributed.raise_on_all_ranks(lambda: builders.build_model(run))
+        engine = distributed.raise_on_all_ranks(lambda: builders.build_engine(run, model, folder.tensorboard))
     if start is not None:
         checkpoint.load(engine, start, state)
         log.info(f"continuing from {start}")
@@ -91,9 +97,11 @@ def _train(run: ResolvedRun, folder: RunFolder) -> int:
         StopRequest(folder.stop, recipe.max_hours) as stop,
         CheckpointWriter(engine, folder.checkpoints, recipe.keep_last, recipe.plan().decay_begins_after) as checkpoints,
     ):
-        builders.describe_start(run, engine, prefetcher.take(state.step))
+        first = prefetcher.take(state.step)
+        builders.describe_start(run, engine, first, builders.compile_where_possible(run, engine, first))
+        work = builders.count_work(run, engine)
         with distributed.raise_on_all_ranks(
-            lambda: TrainingMetrics(folder, engine.monitor, state.step, recipe.max_steps)
+            lambda: TrainingMetrics(folder, engine.monitor, state.step, recipe.max_steps, work)
         ) as metrics:
             update = GuardedUpdate(engine, recipe.gradient_clipping)
             training = Training(

@@ -41,6 +41,7 @@ def make_run(folder: Path, last_step: int = STEPS) -> Path:
         for step in range(1, last_step + 1):
             line = {"step": step, "loss": loss_at(step), "lr": 1e-3 * step / STEPS, "grad_norm": 1 / step}
             line |= {"tokens": 1000 * step, "tokens_per_second": 100.5 + step, "step_seconds": 0.5}
+            line |= {"model_tflops": 100.25 + step, "mfu": step / 7777, "peak_memory_gb": 40 + step / 3000}
             line |= {"data_wait_seconds": 0.001, **({"masked_accuracy": step / 5000} if step % 10 == 0 else {})}
             stream.write(json.dumps(line) + "\n")
     with open(folder / "evaluation.jsonl", "w") as stream:
@@ -54,6 +55,7 @@ def make_run(folder: Path, last_step: int = STEPS) -> Path:
     (folder / "train.log").write_text(
         "2026-11-20 22:24:16,938 python 3.11.7, torch 2.13.0+cpu, deepspeed 0.19.8\n"
         f"2026-11-20 22:24:16,942 2 ranks ({HOSTILE} x 2) on cpu, fp32, ZeRO stage 1\n"
+        f"2026-11-20 22:24:16,943 device: NVIDIA H200 {HOSTILE}, 140 GiB; attention by sdpa, encoder compiled\n"
         "2026-11-20 22:24:17,000 training: 1/6 steps\n"
     )
     (folder / "command.txt").write_text(f"2026-11-20 22:24:00 ksub pretrain --data {HOSTILE}\n")
@@ -235,6 +237,8 @@ def test_analysis_is_that_of_its_numbers(page):
 
 def test_headline_and_speed(page, report):
     values = [value for value, _ in page.data]
+    for expected in (600.25 + 0.5, 500.5 / 7777, 40 + 1 / 3):
+        assert any(value == pytest.approx(expected, rel=1e-12) for value in values), expected
     for expected in (loss_at(1000), 600.5 + 0.5, 500, 1.0, 1_000_000, 0.07241321834724553):
         assert any(value == pytest.approx(expected, rel=1e-12) for value in values), expected
     shown = html.unescape(report.read_text(encoding="utf-8"))
@@ -242,6 +246,8 @@ def test_headline_and_speed(page, report):
         "finished",
         "torch 2.13.0+cpu",
         "2 ranks",
+        "140 GiB; attention by sdpa, encoder compiled",
+        "bf16 peak (MFU)",
         "ab" * 32,
         "500",
         "no train set",

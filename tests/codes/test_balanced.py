@@ -1,10 +1,14 @@
 """Balanced k-means: exact sizes, duplicates, determinism, the oracle's inertia."""
 
+from typing import Any
+
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ksub_ds.codes import balanced
 from ksub_ds.codes.balanced import balanced_kmeans, free_kmeans
 from ksub_ds.common.errors import UserError
 
@@ -85,3 +89,60 @@ def test_against_k_means_constrained():
     found = balanced_kmeans(vectors, 12, initial=start, iterations=50)
     assert_balanced(found.labels, 600, 12)
     assert found.inertia <= 1.003 * 2027.852
+
+
+class Resources:
+    """Stands in for faiss-gpu's, which no CPU build has."""
+
+    def setTempMemory(self, size: int) -> None:
+        assert 0 < size < 2**30
+
+
+def as_gpu_build(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Make faiss look like faiss-gpu, whose functions compute on the CPU; returns the sizes of what they are given."""
+    calls: list[tuple[int, ...]] = []
+
+    def pairwise_distance_gpu(resources: Resources, xq: Any, xb: Any, D: Any) -> None:
+        assert xq.flags.c_contiguous and xb.flags.c_contiguous and D.flags.c_contiguous and D.dtype == np.float32
+        assert D.shape == (len(xq), len(xb)) and D.base is not None, "a part of the whole result"
+        calls.append((len(xq), len(xb)))
+        D[:] = faiss.pairwise_distances(xq, xb)
+
+    def index_cpu_to_gpu(resources: Resources, number: int, index: Any) -> Any:
+        calls.append((number,))
+        return index
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
+    monkeypatch.setattr(faiss, "pairwise_distance_gpu", pairwise_distance_gpu)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", index_cpu_to_gpu, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 4)
+    monkeypatch.setattr(balanced, "GPU_WORK", 600 * 10 * 6)
+    return calls
+
+
+def test_distances_on_a_gpu_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = mixture(600, 6, 3)
+    expected = balanced_kmeans(vectors, 10)
+    calls = as_gpu_build(monkeypatch)
+    monkeypatch.setattr(balanced, "driver_shows_gpu", lambda: True)
+    monkeypatch.setattr(balanced, "GPU_BLOCK_BYTES", 4 * 10 * 250)
+    found = balanced_kmeans(vectors, 10)
+    assert calls[:4] == [(0,), (250, 10), (250, 10), (100, 10)], "one GPU of four, and never all rows at once"
+    assert (found.labels == expected.labels).all() and found.inertia == pytest.approx(expected.inertia)
+    calls.clear()
+    balanced_kmeans(vectors[:599], 10)
+    assert not calls, "a small problem stays on the CPU, whichever process computes it"
+
+
+def test_faiss_gpu_where_no_gpu_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a driver faiss-gpu's own question for GPUs ends the process: it must not be asked."""
+    if balanced.driver_shows_gpu():
+        pytest.skip("this machine has a GPU")
+    vectors = mixture(600, 6, 3)
+    expected = balanced_kmeans(vectors, 10)
+    calls = as_gpu_build(monkeypatch)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: pytest.fail("faiss-gpu would end the process"))
+    told: list[str] = []
+    monkeypatch.setattr(balanced.get_logger(), "info", told.append)
+    assert (balanced_kmeans(vectors, 10).labels == expected.labels).all() and not calls
+    assert "FAISS could use a GPU, but none is visible: it computes on the CPU" in told

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ksub_ds.common.distributed import shared_gpu
 from ksub_ds.common.exit_codes import FAILED, USER_ERROR
 
 from .runs import HERE, Bench, environment
@@ -24,11 +25,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_broken(bench: Bench, name: str, how: str, rank: int, call: int) -> tuple[list[int], list[str], dict]:
+def run_broken(
+    bench: Bench, name: str, how: str, rank: int, call: int, *more: str
+) -> tuple[list[int], list[str], dict]:
     """Two ranks, of which one breaks. Returns exit codes, the lines of both in their order, and failure.json."""
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     log = bench.folder / f"{name}.log"
-    arguments = bench.arguments(name, save_every_steps=2, eval_every=0)
+    arguments = bench.arguments(name, *more, save_every_steps=2, eval_every=0)
     command = [sys.executable, str(HERE / "broken_rank.py"), how, str(rank), str(call), *arguments]
     with open(log, "a") as stream:
         start = stream.tell()
@@ -82,6 +85,53 @@ def test_a_mistake_that_one_rank_alone_meets(bench: Bench) -> None:
     assert codes == [USER_ERROR, USER_ERROR], lines
     assert lines[-1] == f"error: the disk of this rank alone is full (rank 1 on {socket.gethostname()})"
     assert "Traceback" not in "".join(lines) and not failure["restart_may_help"]
+
+
+def test_a_rank_without_a_compiler_and_then_without_memory(bench: Bench) -> None:
+    """Where one rank cannot compile, none does; where one is out of memory, all end, and its line says what to do."""
+    codes, lines, failure = run_broken(bench, "small", "runs out", 1, 4, "--compile")
+    assert codes == [USER_ERROR, USER_ERROR], lines
+    told = next(line for line in lines if "device: cpu" in line)
+    assert "encoder not compiled (BackendCompilerFailed: " in told and told.endswith("(on rank 1))"), told
+    advice = "--micro-batch-size 4 of 64 tokens is too much; try --micro-batch-size 2"
+    assert lines[-1] == f"error: out of memory on cpu: {advice} (rank 1 on {socket.gethostname()})"
+    assert "Traceback" not in "".join(lines) and not failure["restart_may_help"]
+    assert failure["step"] > 1
+
+
+def test_two_ranks_with_one_gpu(tmp_path: Path) -> None:
+    """As seen before NCCL starts; on CPUs that say they were the same GPU."""
+    words = ["--preset", "tiny", "--plain", "--data", "d", "--out", "o"]
+    program = (
+        "import sys; from ksub_ds.common import distributed; from ksub_ds.pretrain.__main__ import main\n"
+        f"distributed._gpu_id = lambda: 'GPU-7'\nsys.exit(main({words}))"
+    )
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=environment() | WATCH | place | {"RANK": each, "LOCAL_RANK": each},
+        )
+        for each in ("0", "1")
+    ]
+    errors = [process.communicate(timeout=200)[1].splitlines() for process in ranks]
+    assert [process.returncode for process in ranks] == [USER_ERROR, USER_ERROR], errors
+    here = socket.gethostname()
+    expected = f"error: {here} has 2 ranks (0, 1) and 1 GPU for them; start 1 rank there"
+    assert errors[0][-1].startswith(expected) and not errors[1], errors
+
+
+def test_which_gpus_are_shared() -> None:
+    assert shared_gpu(["a GPU-1", "a GPU-2", "b GPU-3"]) is None
+    assert shared_gpu(["a", "a", "b"]) is None, "CPUs"
+    assert shared_gpu(["a 0", "b 0"]) is None, "of different hosts"
+    message = shared_gpu(["b GPU-9", "a GPU-1", "a GPU-2", "a GPU-1"])
+    assert message is not None and message.startswith(
+        "a has 3 ranks (1, 2, 3) and 2 GPUs for them; start 2 ranks there"
+    )
 
 
 def test_a_rank_that_never_comes_is_named(bench: Bench, tmp_path: Path) -> None:

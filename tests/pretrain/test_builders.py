@@ -51,9 +51,17 @@ def test_attention_of_a_run(bench: Bench) -> None:
     assert not [key for key in models[1].config.to_dict() if "attn" in key]
     now = to_json(recipe)
     assert changed_keys(now, now | {"attention": "eager"}) == []
-    if importlib.util.find_spec("flash_attn") is None:
-        with pytest.raises(UserError, match=r"--attention flash_attention_2: .*FlashAttention"):
-            build_model(changed(run, attention="flash_attention_2"))
+    names = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+    for name, module in (names | {"kernels-community/flash-attn3": "kernels"}).items():
+        # The package is not there; or there is no GPU for it, or no connection to the Hub. Nothing else is taken.
+        expected = "needs the package" if importlib.util.find_spec(module) is None else ""
+        with pytest.raises(UserError, match=rf"^--attention {name}: {expected}.*; or leave it out$"):
+            build_model(changed(run, attention=name))
+    for name in ("flash", "kernels-community", "somebody/kernel", "paged|sdpa", "sdpa\n"):
+        with pytest.raises(UserError, match="must be sdpa, eager, flash_attention_2, flash_attention_3 or a kernel"):
+            resolve(dataclasses.replace(recipe, attention=name), 1, False)
+    kernel = "kernels-community/flash-attn2@v1:flash_attn_varlen_func"
+    assert resolve(dataclasses.replace(recipe, attention=kernel), 1, True).attention == kernel
 
 
 def test_values(bench: Bench) -> None:
