@@ -40,7 +40,7 @@ class Trip:
     @property
     def tokens(self) -> int:
         """N of what is not read from --data."""
-        return 8000 if self.rehearsal else 250_002
+        return 2000 if self.rehearsal else 250_002
 
     @property
     def preset(self) -> str:
