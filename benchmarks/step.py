@@ -10,7 +10,9 @@
     positional     our model, codes by Algorithm 1, with the bias per token
     leaves         our model, codes of the shape of 128 x 128 balanced leaves, with the bias
 
-Memory is the peak above weights, gradients and optimizer state, each variant in a fresh process.
+Memory is the peak above weights, gradients and optimizer state, each variant in a fresh process. On a GPU the
+transformers variant takes 16 sequences at a time and accumulates (64 would need 115 GB for logits): its memory is that
+of 16 sequences.
 """
 
 import json
@@ -31,6 +33,7 @@ from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, factorized_cross_
 
 N, LENGTH = 250_002, 512
 VARIANTS = ("transformers", "masked dense", "positional", "leaves")
+TRANSFORMERS_ON_GPU = 16  # sequences; 29 GB of logits, in bf16 and float32, their softmax and their gradient
 FLOP_PER_TOKEN = 178e6  # encoder of 25.5M weights and 8 layers of attention over 512 tokens, forward and backward
 
 
@@ -85,12 +88,15 @@ def step_of(name: str, options: Options) -> Callable[[], None]:
         model.roberta.encoder.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=options.device == "cuda" or None)
     ids, labels = batch(options)
+    at_once = TRANSFORMERS_ON_GPU if name == "transformers" and options.device != "cpu" else options.micro_batch
+    parts = list(zip(ids.split(at_once), labels.split(at_once), strict=True))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)
-        with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
-            loss = loss_of(name, model, ids, labels)
-        loss.backward()
+        for some_ids, some_labels in parts:
+            with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
+                loss = loss_of(name, model, some_ids, some_labels)
+            (loss / len(parts)).backward()
         optimizer.step()
         if options.device == "cuda":
             torch.cuda.synchronize()

@@ -41,7 +41,7 @@ def _is_own_program() -> bool:
         module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
         return module.split(".")[0] == "ksub_ds"
     path, package = Path(program).resolve(), Path(__file__).resolve().parent
-    scripts = [package.parent / folder for folder in ("launch", "preprocessing", "benchmarks")]
+    scripts = [package.parent / folder for folder in ("launch", "preprocessing", "benchmarks", "benchmarks/gpu")]
     return path.name == "ksub" or package in path.parents or path.parent in scripts
 
 
