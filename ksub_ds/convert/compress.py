@@ -136,8 +136,9 @@ def compress_with_report(
     with torch.no_grad():
         for k, (ours, fitted) in enumerate(zip(layer.tables, fit.tables, strict=True)):
             used = torch.from_numpy(np.unique(table.codes[:, k]))
-            ours += torch.from_numpy(fitted)[used].mean(dim=0)  # rows for tokens that join later: near the others
-            ours[used] = torch.from_numpy(fitted).to(ours)[used]
+            rows = torch.from_numpy(fitted)[used].to(ours.device)
+            ours += rows.mean(dim=0)  # rows for tokens that join later: near the others
+            ours[used] = rows.to(ours.dtype)
         if layer.mixing is not None:
             layer.mixing.copy_(torch.as_tensor(fit.mixing))
     dense = layer.dense_weight().detach().float().cpu().numpy()

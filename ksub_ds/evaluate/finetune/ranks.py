@@ -15,6 +15,7 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json, write_json
+from ksub_ds.common.rank_env import has_gpu, local_rank
 
 RESULT = "result.json"
 
@@ -63,7 +64,12 @@ def train_on_ranks(task: RankTask, work: Path, ranks: int, check: Callable[[], N
     processes = []
     try:
         for rank in range(ranks):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": place_on_machine(rank, ranks),
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+            }
             environment = os.environ | {key: str(value) for key, value in place.items()}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             processes.append(subprocess.Popen(command, env=environment))
@@ -82,6 +88,19 @@ def train_on_ranks(task: RankTask, work: Path, ranks: int, check: Callable[[], N
         raise UserError(f"{task.job}: its {ranks} ranks ended with exit codes {codes}; their messages stand above")
     outcome: dict[str, Any] = read_json(result)
     return outcome
+
+
+def place_on_machine(rank: int, ranks: int) -> int:
+    """Return the number of a rank on this machine: of the GPU it takes, where there are any.
+
+    Workers of one machine stand side by side, so the ranks of the second come after those of the first.
+    """
+    if not has_gpu():
+        return rank
+    import torch
+
+    worker = int(os.environ.get("KSUB_WORKER", local_rank()))
+    return (worker * ranks + rank) % torch.cuda.device_count()
 
 
 def _free_port() -> str:
