@@ -10,8 +10,9 @@ Every operation is computed, so values are true, and sizes that depend on data t
 operation meets tensors of two devices (a number of the CPU, without dimensions, may join), and where numpy asks for
 memory of the device. It records, each with the place in ksub_ds that caused it,
 
-    waits      the host reads from the device: item(), tolist(), cpu(), nonzero, an index by booleans, bincount, unique
-    copies     from the host to the device
+    waits      the host reads from the device: item(), tolist(), cpu(), nonzero, an index by booleans, bincount, unique;
+               or waits for an event or a stream
+    copies     from the host to the device, of pinned memory or not
     doubles    floating-point kernels over more than one float64 number
     kernels    all operations but views: a library may fuse some, and has several kernels for others
 
@@ -22,8 +23,8 @@ All of torch that is experimental stands in this file: torch.utils.backend_regis
 tensor subclasses and dispatch modes do the rest. It holds for a whole process and cannot be undone, so the tests start
 one of their own.
 
-What it cannot show: streams, pinned memory, collectives, inference mode, compiled graphs, kernels of Triton, and code
-that asks for `device.type == "cuda"`.
+What it cannot show: whether streams are in the right order (they do nothing), collectives, inference mode, compiled
+graphs, kernels of Triton, and code that asks for `device.type == "cuda"`.
 """
 
 import collections
@@ -108,6 +109,9 @@ class DeviceTensor(Tensor):
         _note_wait("tolist")
         return self.held.tolist()
 
+    def record_stream(self, stream: Any) -> None:
+        pass
+
     def numpy(self, *, force: bool = False) -> Any:
         if not force:
             raise TypeError(f"can't convert {NAME} tensor to numpy; use Tensor.cpu() first")
@@ -121,6 +125,38 @@ class DeviceTensor(Tensor):
 
     def __repr__(self, **_: Any) -> str:
         return f"{NAME}({self.held!r})"
+
+
+class Event:
+    """An event of a stream, which is always past."""
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        _note_wait("an event")
+
+
+class Stream:
+    """A queue of the device: here everything is done at once."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def record_event(self, event: Event | None = None) -> Event:
+        return event or Event()
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        _note_wait("a stream")
+
+
+def _pinned(tensor: Tensor, *_: Any) -> Tensor:
+    copy = tensor.clone()
+    copy.is_in_pinned_memory = True  # type: ignore[attr-defined]
+    return copy
 
 
 class FakeAccelerator(TorchDispatchMode):
@@ -138,10 +174,22 @@ class FakeAccelerator(TorchDispatchMode):
         )
 
         class Module(_DummyBackendModule):
+            Stream, Event = Stream, Event
+
             def get_amp_supported_dtype(self) -> list[torch.dtype]:
                 return [torch.bfloat16, torch.float16]
 
+            def current_stream(self, device: Any = None) -> Stream:
+                return Stream()
+
+            def stream(self, stream: Stream) -> Any:
+                return contextlib.nullcontext()
+
+            def synchronize(self, device: Any = None) -> None:
+                _note_wait("the device")
+
         _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
+        Tensor.pin_memory = _pinned  # type: ignore[method-assign]
         self._kernels = [_autocast_kernels(), _factories()]  # a library unregisters when it is collected
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -161,6 +209,11 @@ class FakeAccelerator(TorchDispatchMode):
 def host(thing: Any) -> Any:
     """The CPU's tensors inside tensors of the accelerator, unrecorded: for a test's own look."""
     return _map(lambda each: each.detach().held if isinstance(each, DeviceTensor) else each, thing)
+
+
+def note_kernel(name: str) -> None:
+    """Record a kernel that is none of torch's."""
+    _note("kernels", name)
 
 
 def _map(function: Callable[[Any], Any], thing: Any) -> Any:
@@ -228,7 +281,8 @@ def _to_cpu(thing: Any) -> Any:
 def _check_foreign(name: str, foreign: list[Tensor], args: tuple) -> None:
     """Say what CUDA does of tensors of the host in an operation of the device."""
     if name in COPYING:
-        _note("copies", "from the host")
+        pinned = all(hasattr(each, "is_in_pinned_memory") for each in foreign)
+        _note("copies", "from pinned memory" if pinned else "from the host")
         return
     if name in INDEXING and any(index is each for each in foreign for index in args[1]):
         _note("copies", "an index of the host")

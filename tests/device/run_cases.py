@@ -1,6 +1,6 @@
 """Run what a GPU runs on the fake accelerator, and write what it waited for and copied: {case: report}.
 
-    python tests/device/run_cases.py REPORTS.json [case ...]
+    TRITON_INTERPRET=1 python tests/device/run_cases.py REPORTS.json [case ...]
 
 A process of its own, because the accelerator cannot be taken out of one again. Each case prepares on the CPU, moves to
 the device, and records only what it is about. Where the CPU computes the same, the results are compared too: branches
@@ -10,13 +10,16 @@ Not covered: DeepSpeed's engine, whose part of a step is played by torch's AdamW
 (`PlainEngine`); several ranks; torch.compile; kernels of Triton.
 """
 
+import contextlib
 import copy
 import json
+import os
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -24,13 +27,16 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from fake_accelerator import NAME, FakeAccelerator, Record, host
+from fake_accelerator import NAME, FakeAccelerator, Record, host, note_kernel
 from torch import Tensor
 
 from ksub_ds import CodeTable, compress, factorized_cross_entropy, plain_codes, positional_codes, replace_embeddings
 from ksub_ds.common import distributed
 from ksub_ds.common.watchdog import Watchdog
+from ksub_ds.contraction import code_structure
+from ksub_ds.contraction.fused import FusedContraction
 from ksub_ds.convert.export import compare_with_reload
+from ksub_ds.corpus.masking import MaskingRule
 from ksub_ds.evaluate.finetune.classifier import load_classifier
 from ksub_ds.evaluate.finetune.encoding import Encoded
 from ksub_ds.evaluate.finetune.loop import FineTuning, finetune
@@ -40,10 +46,11 @@ from ksub_ds.model.distillation import Teacher
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.presets import fresh_masked_lm, small_modernbert
 from ksub_ds.model.replacement import to_plain
-from ksub_ds.pretrain.engine import build_optimizer
+from ksub_ds.pretrain import engine
+from ksub_ds.pretrain.engine import GuardedUpdate, build_optimizer, compute_in_bf16
 from ksub_ds.pretrain.heldout_eval import evaluate
-from ksub_ds.pretrain.loop import train_step
-from ksub_ds.pretrain.prefetch import StepBatches
+from ksub_ds.pretrain.loop import finish_step, train_step
+from ksub_ds.pretrain.prefetch import BatchPrefetcher, model_inputs
 from ksub_ds.pretrain.schedule import TrainingPlan
 
 N, DIM, ROWS, LENGTH = 40, 24, 4, 12
@@ -97,6 +104,11 @@ def arrays(padded: bool = True, seed: int = 1) -> dict[str, np.ndarray]:
     return batch
 
 
+def listed(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The labels as training gives them: places and targets, filled up to a number that does not depend on the data."""
+    return model_inputs(batch, 0.3)
+
+
 def tensors(batch: dict[str, np.ndarray], device: str) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
 
@@ -123,9 +135,10 @@ def encoded() -> Encoded:
 # ---------------------------------------------------------------- model and loss
 
 
-def forward_and_backward(accelerator: FakeAccelerator, **form: Any) -> Record:
+def forward_and_backward(accelerator: FakeAccelerator, labels: bool = False, **form: Any) -> Record:
+    """As training does, or with labels in the place of their tokens, as others do."""
     expected, batch = network(**form), arrays()
-    model, inputs = on_device(expected), tensors(batch, NAME)
+    model, inputs = on_device(expected), tensors(batch if labels else listed(batch), NAME)
     warm_up(model)
     with accelerator.recorded() as record:
         loss = model(**inputs, loss_reduction="sum").loss
@@ -140,7 +153,8 @@ def forward_and_backward(accelerator: FakeAccelerator, **form: Any) -> Record:
 def warm_up(model: Any) -> None:
     """Have the structures of the codes built: once in a run, so no step pays for it (`first use` does here)."""
     structure = model.get_input_embeddings().structure
-    _ = structure.weighted, structure.unweighted, structure.search
+    _ = structure.weighted, structure.unweighted, structure.fused
+    _ = structure.best_weighted, structure.best_unweighted, structure.search
 
 
 for family in ("roberta", "modernbert"):
@@ -148,12 +162,13 @@ for family in ("roberta", "modernbert"):
         for bias in (True, False):
             name = f"{family}, {codes} codes, {'with' if bias else 'no'} bias"
             case(name, family=family, codes=codes, bias=bias)(forward_and_backward)
+case("labels in their places", labels=True)(forward_and_backward)
 
 
 @case("autocast to bf16")
 def autocast(accelerator: FakeAccelerator) -> Record:
     expected, batch = network(), arrays()
-    model, inputs = on_device(expected), tensors(batch, NAME)
+    model, inputs = on_device(expected), tensors(listed(batch), NAME)
     warm_up(model)
     with accelerator.recorded() as record, torch.autocast(NAME, torch.bfloat16):
         output = model(**inputs, output_hidden_states=True)
@@ -253,13 +268,14 @@ def logits(accelerator: FakeAccelerator) -> Record:
 
 
 class PlainEngine:
-    """DeepSpeed's ZeRO stage 0 in fp32 on one rank, as far as the loop sees it: it clips and steps as torch does."""
+    """DeepSpeed's ZeRO stage 0 on one rank, as far as the loop sees it: torch's optimizer and nothing else."""
 
     config: ClassVar[dict[str, Any]] = {}
     dp_world_size = 1
 
     def __init__(self, model: Any):
-        self.module, self.optimizer = model, build_optimizer(model, 1e-3, (0.9, 0.98), 1e-6, 0.01)
+        self.module = model
+        self.optimizer = self.basic_optimizer = build_optimizer(model, 1e-3, (0.9, 0.98), 1e-6, 0.01)
 
     def __call__(self, **inputs: Any) -> Any:
         return self.module(**inputs)
@@ -271,7 +287,6 @@ class PlainEngine:
         self.at_boundary = last
 
     def step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -282,56 +297,143 @@ class PlainEngine:
         return False
 
 
-def training(model: Any, **fields: Any) -> Any:
-    recipe = SimpleNamespace(
-        seed=0,
-        log_every_steps=10,
-        precision="fp32",
-        distill_weight=0.5,
-        plan=lambda: TrainingPlan("linear", 1e-3, 0, 9),
-    )
-    parts = {"recipe": recipe, "engine": PlainEngine(model), "teacher": None} | fields
-    nobody = SimpleNamespace(reason=lambda: None, problem=None, has_failed=lambda: False)
-    return SimpleNamespace(**parts, stop=nobody, metrics=nobody, checkpoints=nobody)
+@contextlib.contextmanager
+def on_the_accelerator() -> Iterator[None]:
+    """The programs' device is the accelerator."""
+    device = torch.device(NAME, 0)
+    with contextlib.ExitStack() as patches:
+        for module in (distributed, engine):
+            patches.enter_context(patch.object(module, "device", lambda: device))
+        yield
 
 
-def step_batches() -> StepBatches:
-    """Two micro-batches of full rows, as training has them."""
-    made = [arrays(padded=False, seed=seed) for seed in (1, 2)]
-    masked = sum(int((batch["labels"] >= 0).sum()) for batch in made)
-    return StepBatches(made, [0, 1], masked, 2 * ROWS * LENGTH, 0.0)
+class Batches:
+    """Rows of which nothing is padded, as training has them; the interface of `TrainingBatches`."""
+
+    rule = MaskingRule(0.3, 3, (0, 1, 2), N)
+
+    def batch(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        return arrays(padded=False, seed=step + start)
 
 
-def optimizer_step(accelerator: FakeAccelerator, number: int, distil: bool = False) -> Record:
+class Run:
+    """What the loop works on, in little; the report of a step is read as the loop reads it."""
+
+    def __init__(self, model: Any, teacher: Teacher | None, precision: str):
+        plan = TrainingPlan("linear", 1e-3, 0, 9)
+        recipe = SimpleNamespace(seed=0, log_every_steps=10, precision=precision, distill_weight=0.5, plan=lambda: plan)
+        nobody = SimpleNamespace(reason=lambda: None, problem=None, has_failed=lambda: False, finish=lambda: None)
+        metrics = SimpleNamespace(problem=None, step=lambda step, loss, total, **more: self.lines.append((loss, more)))
+        if precision == "bf16":
+            compute_in_bf16(model)
+        engine = PlainEngine(model)
+        self.lines: list[Any] = []
+        self.model, self.prefetcher = model, BatchPrefetcher(Batches(), ROWS, 2, 0, 1)
+        self.training: Any = SimpleNamespace(
+            recipe=recipe, engine=engine, update=GuardedUpdate(engine, 1.0), teacher=teacher, stop=nobody,
+            metrics=metrics, checkpoints=nobody, folder=SimpleNamespace(checkpoints=Path("nowhere")),
+        )  # fmt: skip
+
+    def step(self, number: int) -> None:
+        flight = train_step(self.training, self.prefetcher.take(number - 1), number)
+        finish_step(self.training, SimpleNamespace(tokens=0), flight)
+
+
+@contextlib.contextmanager
+def fused_kernels() -> Iterator[None]:
+    """The accelerator has kernels of Triton: its interpreter runs them on what the tensors hold, unrecorded."""
+
+    def run(box: FusedContraction, kernel: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        note_kernel(kernel)
+        getattr(box.kernels, kernel)[grid](*host(list(arguments)), **constants)
+
+    def why_not_here(device: torch.device) -> str | None:
+        return None if device.type == NAME else "the CPU is what it is compared with"
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(patch.dict(os.environ, TRITON_INTERPRET="1"))
+        patches.enter_context(patch.object(code_structure, "why_not_here", why_not_here))
+        patches.enter_context(patch.object(FusedContraction, "run", run))
+        yield
+
+
+def optimizer_step(accelerator: FakeAccelerator, number: int, distil: bool = False, precision: str = "fp32") -> Record:
     with tempfile.TemporaryDirectory() as folder:
         teachers: list[Any] = [None, None]
         if distil:
-            replace_embeddings(network("roberta"), CODES["clustered"]).save_pretrained(folder)
+            network().save_pretrained(folder)
             teachers = [Teacher(folder, CODES["clustered"], device) for device in ("cpu", NAME)]
-        expected = training(network().train(), teacher=teachers[0])
-        ours = training(on_device(expected.engine.module), teacher=teachers[1])
-    warm_up(ours.engine.module)
-    reference = train_step(expected, step_batches(), number)
-    with accelerator.recorded() as record, patch.object(distributed, "device", lambda: torch.device(NAME)):
-        result = train_step(ours, step_batches(), number)
-    assert abs(result.loss - reference.loss) < 1e-5
+        model = network().train()
+        expected = Run(copy.deepcopy(model), teachers[0], "fp32")
+    with on_the_accelerator():
+        ours = Run(on_device(model), teachers[1], precision)
+        warm_up(ours.model)
+        with accelerator.recorded() as record:
+            ours.step(number)
+    expected.step(number)
+    (loss, more), (reference, wanted) = ours.lines[-1], expected.lines[-1]
+    tolerance = 1e-5 if precision == "fp32" else 0.02
+    assert abs(loss - reference) < tolerance
+    assert more["masked_accuracy"] == wanted["masked_accuracy"]
+    assert abs(more["grad_norm"] - wanted["grad_norm"]) < tolerance * wanted["grad_norm"]
     return record
+
+
+def fused_step(accelerator: FakeAccelerator) -> Record:
+    with fused_kernels():
+        return optimizer_step(accelerator, number=10)
 
 
 case("optimizer step", number=1)(optimizer_step)
 case("optimizer step with accuracy", number=10)(optimizer_step)
 case("optimizer step with a teacher", number=1, distil=True)(optimizer_step)
+case("optimizer step in bf16", number=1, precision="bf16")(optimizer_step)
+if find_spec("triton"):
+    case("optimizer step with the fused loss")(fused_step)
+
+
+@case("a step that is not finite")
+def not_finite(accelerator: FakeAccelerator) -> Record:
+    """The device itself leaves weights and moments as they are, in this step and in those that follow."""
+    with on_the_accelerator():
+        run = Run(on_device(network()), None, "fp32")
+        run.step(1)
+        before = state(run)
+        broken, sound = run.prefetcher.take(1), run.prefetcher.take(2)
+        run.training.engine.backward = lambda loss, **_: (loss * float("nan")).backward()
+        with accelerator.recorded() as record:
+            train_step(run.training, broken, 2)
+            del run.training.engine.backward
+            train_step(run.training, sound, 3)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(state(run), before, strict=True))
+    return record
+
+
+def state(run: Run) -> list[Tensor]:
+    """A copy of all weights and moments."""
+    moments = [each for of_weight in run.training.engine.optimizer.state.values() for each in of_weight.values()]
+    return [each.clone() for each in host([*run.model.state_dict().values(), *moments])]
+
+
+class HeldOut:
+    """The interface of `HeldOutBatches`."""
+
+    rule = Batches.rule
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        return iter(
+            [("en", arrays(seed=1)), ("en", arrays(padded=False, seed=2)), ("tr", arrays(padded=False, seed=3))]
+        )
 
 
 @case("held-out evaluation")
 def held_out(accelerator: FakeAccelerator) -> Record:
     expected = network()
     model = on_device(expected)
-    batches = [("en", arrays(seed=1)), ("en", arrays(seed=2)), ("tr", arrays(seed=3))]
     warm_up(model)
-    with accelerator.recorded() as record, patch.object(distributed, "device", lambda: torch.device(NAME)):
-        scores = evaluate(model, batches, ["en", "tr"])
-    reference = evaluate(expected, batches, ["en", "tr"])
+    with on_the_accelerator(), accelerator.recorded() as record:
+        scores = evaluate(model, HeldOut(), ["en", "tr"])
+    reference = evaluate(expected, HeldOut(), ["en", "tr"])
     assert scores["masked_accuracy"] == reference["masked_accuracy"]
     assert abs(scores["loss"] - reference["loss"]) < 1e-5
     return record
@@ -339,7 +441,7 @@ def held_out(accelerator: FakeAccelerator) -> Record:
 
 @case("a teacher of another family")
 def plain_teacher(accelerator: FakeAccelerator) -> Record:
-    batch = tensors(arrays(), "cpu")
+    batch = tensors(listed(arrays()), "cpu")
     with tempfile.TemporaryDirectory() as folder:
         to_plain(network("modernbert", "plain")).save_pretrained(folder)
         expected, teacher = (Teacher(folder, CODES["clustered"], device) for device in ("cpu", NAME))
@@ -474,6 +576,10 @@ def reports(accelerator: FakeAccelerator, names: list[str]) -> Iterator[tuple[st
 
 
 def main(target: str, names: list[str]) -> None:
+    if find_spec("triton"):
+        import triton.language  # noqa: F401 - with the interpreter for its own functions; only one case has it later
+
+    os.environ.pop("TRITON_INTERPRET", None)
     try:
         accelerator = FakeAccelerator()
     except (ImportError, AttributeError) as error:
