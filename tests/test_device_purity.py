@@ -33,7 +33,8 @@ ALLOWED = tomllib.loads((HERE / "allowed.toml").read_text(encoding="utf-8"))
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("device") / "reports.json"
     command = [sys.executable, str(HERE / "run_cases.py"), str(path)]
-    ended = subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if "skipped" in found:
@@ -79,13 +80,22 @@ def test_nothing_is_listed_that_does_not_happen(reports: dict[str, Any], kind: s
 def test_an_optimizer_step_waits_once(reports: dict[str, Any]) -> None:
     """Whatever it has of accuracy, teacher and precision; the loss in torch asks too, once a block of rows."""
     steps = {case: report for case, report in reports.items() if case.startswith("optimizer step")}
-    assert len(steps) == 4
+    assert len(steps) >= 4  # and one with the fused loss, where Triton is
     for case, report in steps.items():
         waits = [
             (place, count) for place, _, count in report["waits"] if place != "ksub_ds.model.softmax._TrieLoss.softmax"
         ]
         assert waits == [("ksub_ds.common.distributed.NumbersToRead.read", 1)], case
         assert total(report, "waits") <= 3, case  # two micro-batches of a block each
+
+
+def test_the_fused_loss_has_few_kernels(reports: dict[str, Any]) -> None:
+    """At most 40 a micro-batch, forward and backward; the step has two."""
+    report = reports.get("optimizer step with the fused loss")
+    if report is None:
+        pytest.skip("Triton is not installed")
+    ours = ("ksub_ds.model.softmax.", "ksub_ds.contraction.fused.")
+    assert sum(count for place, _, count in report["kernels"] if place.startswith(ours)) <= 2 * 40
 
 
 def test_the_kernels_of_the_loss_do_not_grow(reports: dict[str, Any]) -> None:
@@ -107,16 +117,17 @@ def branches() -> dict[str, list[str]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for name, node in _named_nodes(ast.parse(path.read_text(encoding="utf-8")), module):
-            text = ast.unparse(node)
-            asks = isinstance(node, ast.Attribute) and (
-                node.attr in ("is_cuda", "is_cpu", "device_type")
-                or text.startswith("torch.cuda.")
-                or (node.attr == "type" and "device" in ast.unparse(node.value))
-            )
-            calls = isinstance(node, ast.Call) and text.split("(")[0].endswith("has_gpu")
-            if asks or calls:
-                found.setdefault(name, []).append(f"{path}:{node.lineno} {text}")
+            if isinstance(node, ast.Attribute | ast.Call) and _asks_for_the_device(node):
+                found.setdefault(name, []).append(f"{path}:{node.lineno} {ast.unparse(node)}")
     return found
+
+
+def _asks_for_the_device(node: ast.Attribute | ast.Call) -> bool:
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func).endswith("has_gpu")
+    if node.attr == "type":
+        return "device" in ast.unparse(node.value)
+    return node.attr in ("is_cuda", "is_cpu") or ast.unparse(node).startswith("torch.cuda.")
 
 
 def _named_nodes(tree: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:

@@ -211,6 +211,11 @@ def host(thing: Any) -> Any:
     return _map(lambda each: each.detach().held if isinstance(each, DeviceTensor) else each, thing)
 
 
+def note_kernel(name: str) -> None:
+    """Record a kernel that is none of torch's."""
+    _note("kernels", name)
+
+
 def _map(function: Callable[[Any], Any], thing: Any) -> Any:
     """Apply a function to all that is in lists, tuples and dicts."""
     if isinstance(thing, list | tuple):
