@@ -19,7 +19,7 @@ DENSE_ROWS = 4096
 
 
 def variants(trip: Trip) -> Variants:
-    sizes = (64,) if trip.rehearsal else ROWS
+    sizes = (16,) if trip.rehearsal else ROWS
     for rows in sizes:
         for name in OURS:
             for form, enter in forms(trip.device).items():

@@ -4,6 +4,7 @@ Each run is a process of `python -m ksub_ds.pretrain`, as a user starts it, with
 numbers are those of its own metrics.jsonl. Its small files stay in OUT/runs, its checkpoints do not.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -44,7 +45,7 @@ def training_variants(trip: Trip) -> Variants:
     more = ("--max-steps", steps, "--max-hours", f"{seconds / 3600:.5f}", "--eval-every", every)
     more += ("--schedule", "wsd", "--decay-steps", "0", "--warmup-steps", "2" if trip.rehearsal else "100")
     more += ("--peak-lr", "5e-4", "--decoder-bias", "frequency", "--dropout", "0", "--save-every-steps", "1000000")
-    more += ("--micro-batch-size", "2", "--eval-sequences", "2") if trip.rehearsal else ("--micro-batch-size", "256")
+    more += ("--micro-batch-size", "2", "--eval-sequences", "1") if trip.rehearsal else ("--micro-batch-size", "256")
     for codes in CODES:
         yield f"{codes}, {seconds:.0f} s", partial(train, trip, f"run {codes}", codes, more)
 
@@ -92,19 +93,22 @@ def environment(trip: Trip) -> dict[str, str]:
 
 
 def outcome(run: Path) -> Row:
-    """Summarise a run folder: every number of metrics.jsonl as the median of its later half, and its evaluations."""
+    """Summarise a run folder: every number of metrics.jsonl as the median of its later half, and its evaluations.
+
+    Times begin after the first step: it compiles, and its line has the evaluation before it.
+    """
     steps = read_lines(run / "metrics.jsonl")
     later = steps[len(steps) // 2 :]
     numbers = [key for key, value in later[-1].items() if isinstance(value, int | float) and key != "eta_seconds"]
     row: Row = {key: median(line[key] for line in later if key in line) for key in numbers}
-    row["step"], row["trained_seconds"] = steps[-1]["step"], round(sum(line["step_seconds"] for line in steps), 1)
+    clock = [0.0, 0.0, *itertools.accumulate(line["step_seconds"] for line in steps[1:])]  # by step, after the first
+    row["step"], row["trained_seconds"] = steps[-1]["step"], round(clock[-1], 1)
     row["data_wait_share"] = round(
         sum(line.get("data_wait_seconds", 0.0) for line in later) / sum(line["step_seconds"] for line in later), 4
     )
     scores = read_lines(run / "evaluation.jsonl") if (run / "evaluation.jsonl").exists() else []
     if scores:
-        clock = {line["step"]: sum(each["step_seconds"] for each in steps[: line["step"]]) for line in steps} | {0: 0.0}
-        row["held_out"] = [[line["step"], round(clock.get(line["step"], 0.0), 1), line["loss"]] for line in scores]
+        row["held_out"] = [[line["step"], round(clock[line["step"]], 1), line["loss"]] for line in scores]
         row["held_out_by_language"] = {key: value["loss"] for key, value in scores[-1]["languages"].items()}
     return row
 

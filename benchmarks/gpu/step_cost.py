@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from loss import clustered
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from trip import Row, Trip, Variants
 
@@ -114,9 +115,11 @@ def profiled(trip: Trip, sequences: int, how: str, shown: int = 25) -> Row:
         trip.synchronize()
         wall = 1e3 * (time.perf_counter() - start)
     averages = events.key_averages()
+    on_device = DeviceType.CUDA if trip.device == "cuda" else DeviceType.CPU  # operators repeat their kernels' times
     attribute = "self_device_time_total" if trip.device == "cuda" else "self_cpu_time_total"
-    by_time = sorted(averages, key=lambda event: -getattr(event, attribute))
-    busy = sum(getattr(event, attribute) for event in averages) / 1e3
+    timed = [event for event in averages if event.device_type == on_device]
+    by_time = sorted(timed, key=lambda event: -getattr(event, attribute))
+    busy = sum(getattr(event, attribute) for event in timed) / 1e3
     waits = {event.key: event.count for event in averages if any(name in event.key for name in HOST_WAITS)}
     kernels = {event.key[:90]: [event.count, round(getattr(event, attribute) / 1e3, 3)] for event in by_time[:shown]}
     return {
