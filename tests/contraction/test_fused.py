@@ -27,7 +27,7 @@ def plan(table):
 
 
 @pytest.mark.parametrize(
-    ("num_tables", "sizes"), [(3, (63, 63, 63)), (4, (529, 23, 23)), (6, (64, 64, 64)), (8, (125, 125, 25))]
+    ("num_tables", "sizes"), [(3, (63, 63, 63)), (4, (529, 23, 23)), (6, (64, 64, 64)), (8, (25, 125, 125))]
 )
 def test_positional_codes_of_a_large_vocabulary_make_a_box(num_tables, sizes):
     found = plan(positional_codes(250_002, num_tables))
