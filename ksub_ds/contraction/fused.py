@@ -9,8 +9,8 @@ A tile of the kernels holds at most 128 rows of the second and third group. Wher
 rows of special tokens, its 128 most used ones make the box, and the few tokens outside it are added one by one. Codes
 for which no such box exists, or for which it would be mostly empty, keep the form in torch: `plan_boxes` decides.
 
-The kernels run where Triton is (it comes with torch for CUDA), and in Triton's interpreter, on a CPU, when the
-environment says TRITON_INTERPRET=1. Nothing here asks the device for a value.
+The kernels run on an H100 or H200 where Triton is (it comes with torch for CUDA), and in Triton's interpreter, on a
+CPU, when the environment says TRITON_INTERPRET=1. Nothing here asks the device for a value.
 """
 
 import importlib.util
@@ -31,6 +31,7 @@ SMALLEST_TILE = 16  # the tensor cores' least
 MOST_OUTSIDE = 64  # tokens outside the box
 MOST_CELLS = 2**25  # of a box: 128 MB of its bfloat16 parts, and twice that for its gradient
 STEP_CELLS = 2**12  # what a step of the loop over the first group costs beside its cells, in cells
+CAPABILITY = 9  # Hopper; the tiles overflow the registers of GPUs before it, and the shared memory of those after
 PROGRAMS = 528  # wanted per kernel: four for each processor of an H100
 MOST_PARTS = 8  # of a sum that is divided over programs
 
@@ -40,7 +41,11 @@ def why_not_here(device: torch.device) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != ("cpu" if interpreted else "cuda"):
         return f"no kernels for {device.type}"
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed"
+    if not interpreted and (capability := torch.cuda.get_device_capability(device))[0] != CAPABILITY:
+        return f"the kernels are for compute capability {CAPABILITY}, and this is {capability[0]}.{capability[1]}"
+    return None
 
 
 def tile(size: int) -> int:

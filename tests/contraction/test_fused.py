@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksub_ds import SubEmbedding, plain_codes, positional_codes
-from ksub_ds.contraction.fused import LARGEST_TILE, MOST_OUTSIDE, plan_boxes, tile
+from ksub_ds.contraction.fused import LARGEST_TILE, MOST_OUTSIDE, plan_boxes, tile, why_not_here
 
 from ..model.loss_case import random_codes
 
@@ -27,7 +27,7 @@ def plan(table):
 
 
 @pytest.mark.parametrize(
-    ("num_tables", "sizes"), [(3, (63, 63, 63)), (4, (529, 23, 23)), (6, (64, 64, 64)), (8, (125, 125, 25))]
+    ("num_tables", "sizes"), [(3, (63, 63, 63)), (4, (529, 23, 23)), (6, (64, 64, 64)), (8, (25, 125, 125))]
 )
 def test_positional_codes_of_a_large_vocabulary_make_a_box(num_tables, sizes):
     found = plan(positional_codes(250_002, num_tables))
@@ -58,6 +58,15 @@ def test_codes_without_a_box_say_why(table, why):
 def test_without_a_gpu_the_form_is_torch():
     structure = SubEmbedding(positional_codes(1000, 3), 12).structure
     assert structure.fused is None and structure.form == "in torch (no kernels for cpu)"
+
+
+@needs_triton
+def test_other_gpus_keep_the_form_in_torch(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert why_not_here(torch.device("cuda")) == "the kernels are for compute capability 9, and this is 8.9"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert why_not_here(torch.device("cuda")) is None
 
 
 def test_nothing_imports_triton_before_a_kernel_is_needed():
