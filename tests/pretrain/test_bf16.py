@@ -51,8 +51,8 @@ def test_the_loss_is_exact_for_rounded_states(monkeypatch: pytest.MonkeyPatch) -
     output = rounded(**inputs, output_correct=True)
     assert output.loss.dtype == torch.float32 and output.loss != exact
     torch.testing.assert_close(output.loss, exact, rtol=5e-3, atol=0)
-    dense = rounded.get_input_embeddings().dense_weight().double()
-    logits = seen[-1].double() @ dense.t() + rounded.decoder_bias.double()
+    dense = plain.get_input_embeddings().dense_weight().double()
+    logits = seen[-1].double() @ dense.t() + plain.decoder_bias.double()
     torch.testing.assert_close(output.loss.double(), F.cross_entropy(logits, inputs["targets"]), rtol=1e-6, atol=0)
     assert int(output["correct"]) == int((logits.argmax(1) == inputs["targets"]).sum())
 
