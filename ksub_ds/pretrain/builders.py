@@ -240,7 +240,7 @@ def describe_start(run: ResolvedRun, engine: "DeepSpeedEngine", first: StepBatch
         f"python {platform.python_version()}, {versions}",
         f"{world_size} rank{'s' * (world_size > 1)} ({places}) on {distributed.device().type}, {recipe.precision}, "
         f"ZeRO stage {zero_stage(engine.config)}",
-        f"device: {device_name()}; loss {loss_form(engine.module)}; "
+        f"device: {device_name()}; loss {engine.module.get_input_embeddings().structure.form}; "
         f"attention by {engine.module.config._attn_implementation}; "
         + ("encoder compiled" if not_compiled is None else f"encoder not compiled ({not_compiled})"),
         f"batch: {run.batch} sequences of {run.dataset.sequence_length} tokens a step",
@@ -250,11 +250,6 @@ def describe_start(run: ResolvedRun, engine: "DeepSpeedEngine", first: StepBatch
     ]
     for line in lines:
         get_logger().info(line)
-
-
-def loss_form(model: Any) -> str:
-    """Return how the sum over all tokens is taken on the model's device, for people."""
-    return getattr(model.get_input_embeddings().structure, "form", "in torch")
 
 
 def parameter_table(model: Any, table: CodeTable) -> list[str]:
