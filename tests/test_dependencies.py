@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "onnxruntime": {"onnxruntime"},
     "onnxscript": {"onnxscript"},
     "splintr": {"splintr-rs"},
+    "triton": {"torch"},  # comes with torch for CUDA
 }
 # Declared, though no file of ours imports it.
 USED_BY = {

@@ -82,14 +82,12 @@ def batch(trip: Trip, sequences: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, trip.tokens, (sequences, trip.length), generator=generator)
     labels = torch.where(torch.rand(ids.shape, generator=generator) < MASKED, ids, -100)
-    inputs = {"input_ids": ids, "labels": labels}
-    if hasattr(masking, "masked_positions"):  # as the training gives them: a fixed number, made on the host
-        positions, targets = masking.masked_positions(labels.numpy(), masking.padded_count(labels.numel(), MASKED))
-        inputs = {
-            "input_ids": ids,
-            "masked_positions": torch.from_numpy(positions),
-            "targets": torch.from_numpy(targets),
-        }
+    positions, targets = masking.masked_positions(labels.numpy(), masking.padded_count(labels.numel(), MASKED))
+    inputs = {
+        "input_ids": ids,
+        "masked_positions": torch.from_numpy(positions),
+        "targets": torch.from_numpy(targets),
+    }
     return {name: tensor.to(trip.device) for name, tensor in inputs.items()}
 
 

@@ -127,11 +127,10 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        triples = zip(ctx.gradients, ctx.dtypes, ctx.needs_input_grad, strict=True)
-        return tuple(
-            (gradient * grad_output).to(dtype) if gradient is not None and needed else None
-            for gradient, dtype, needed in triples
-        )
+        places = [i for i, each in enumerate(ctx.gradients) if each is not None and ctx.needs_input_grad[i]]
+        scaled = torch._foreach_mul([ctx.gradients[i] for i in places], grad_output)  # one kernel for all on a GPU
+        found = {i: gradient.to(ctx.dtypes[i]) for i, gradient in zip(places, scaled, strict=True)}
+        return tuple(found.get(i) for i in range(len(ctx.gradients)))
 
 
 def _zeros_like(tables: tuple[Tensor, ...]) -> list[Tensor]:
