@@ -191,7 +191,7 @@ class FusedContraction:
         return (self.token_of_cell >= 0).to(self.part_dtype)
 
     def run(self, kernel: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """ProgramShape a kernel."""
+        """Launch a kernel."""
         getattr(self.kernels, kernel)[grid](*arguments, **constants)
 
 
