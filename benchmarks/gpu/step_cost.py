@@ -37,7 +37,7 @@ def cost(trip: Trip, sequences: int, how: str, dropout: float) -> Row:
 
     def encoder() -> None:
         with autocast(trip):
-            states = model.base_model(input_ids=inputs["input_ids"]).last_hidden_state
+            states = model.base_model(inputs["input_ids"], attention_mask=None, return_dict=True).last_hidden_state
         states.float().sum().backward()
 
     whole = forward_and_backward(trip, model, inputs)

@@ -13,6 +13,7 @@ The kernels run on an H100 or H200 where Triton is (it comes with torch for CUDA
 CPU, when the environment says TRITON_INTERPRET=1. Nothing here asks the device for a value.
 """
 
+import importlib
 import importlib.util
 import itertools
 import os
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+KERNELS = "ksub_ds.contraction.fused_kernels"  # by name: a model's form in one file does without them
 SMALLEST_SUM = 1e-25  # under this, float32 terms of Z begin to vanish
 LARGEST_TILE = 128  # rows of the second and third group
 SMALLEST_TILE = 16  # the tensor cores' least
@@ -41,10 +43,16 @@ def why_not_here(device: torch.device) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != ("cpu" if interpreted else "cuda"):
         return f"no kernels for {device.type}"
-    if not importlib.util.find_spec("triton"):
+    if not all(importlib.util.find_spec(package) for package in ("triton", KERNELS.partition(".")[0])):
         return "triton is not installed"
-    if not interpreted and (capability := torch.cuda.get_device_capability(device))[0] != CAPABILITY:
+    if interpreted:
+        return None
+    if (capability := torch.cuda.get_device_capability(device))[0] != CAPABILITY:
         return f"the kernels are for compute capability {CAPABILITY}, and this is {capability[0]}.{capability[1]}"
+    try:
+        importlib.import_module("triton").runtime.driver.active.utils  # noqa: B018  builds Triton's launcher
+    except Exception as error:  # a compiler or Python.h is missing, or whatever that build meets: torch goes without
+        return f"triton cannot start: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
     return None
 
 
@@ -129,9 +137,7 @@ class FusedContraction:
     """
 
     def __init__(self, codes: Tensor, table_sizes: tuple[int, ...], plan: BoxPlan, shape: ProgramShape | None = None):
-        from ksub_ds.contraction import fused_kernels
-
-        self.kernels = fused_kernels
+        self.kernels = importlib.import_module(KERNELS)
         self.emulate = os.environ.get("TRITON_INTERPRET") == "1"
         self.shape = shape or ProgramShape()
         self.table_sizes = table_sizes
@@ -190,9 +196,14 @@ class FusedContraction:
         """The box of weights 1."""
         return (self.token_of_cell >= 0).to(self.part_dtype)
 
+    def round_up(self, rows: int) -> int:
+        """Return the rows of whole programs, at least those of one."""
+        return max(1, _blocks(rows, self.shape.rows)) * self.shape.rows
+
     def run(self, kernel: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Launch a kernel."""
-        getattr(self.kernels, kernel)[grid](*arguments, **constants)
+        """Launch a kernel, on the device of the codes: Triton takes the current one."""
+        with torch.cuda.device_of(self.codes):  # does nothing on a CPU
+            getattr(self.kernels, kernel)[grid](*arguments, **constants)
 
 
 def _group_columns(plan: BoxPlan, group: range, offsets: np.ndarray) -> np.ndarray:
@@ -262,7 +273,7 @@ class FusedSoftmax:
         self.box, self.weights, self.scores, self.ignore_index = contraction, weights, scores, ignore_index
         self.labels = None if labels is None else labels.contiguous()
         self.rows = len(scores)
-        self.padded = _blocks(self.rows, contraction.shape.rows) * contraction.shape.rows
+        self.padded = contraction.round_up(self.rows)
         self.log_partition = scores.new_empty(self.rows)
         self.far = self._numbers(self.rows, dtype=torch.int32)
         self._make_factors()
@@ -355,11 +366,10 @@ class FusedSoftmax:
         """Return the tokens' probabilities summed over the rows that count, (N,)."""
         box, weights, shape = self.box, self.weights, self.box.shape
         (s, *_), (tile_j, tile_c), tokens = box.sizes, box.tiles, len(box.codes)
-        pairs = _blocks(s, 2)
-        steps, parts = _share(_blocks(self.padded, shape.gradient_rows), PROGRAMS // pairs)
+        steps, parts = _share(_blocks(self.padded, shape.gradient_rows), PROGRAMS // s)
         ga_part, gradient = self._numbers(parts, box.cells), self._numbers(tokens)
         box.run(
-            "fold_over_rows", (pairs, parts), self.e1t, *self.e2_parts, self.e3, self.scale, ga_part,
+            "fold_over_rows", (s, parts), self.e1t, *self.e2_parts, self.e3, self.scale, ga_part,
             self.padded, s, steps, BR=shape.gradient_rows, BJ=tile_j, BC=tile_c, EMULATE=box.emulate,
             STAGES=shape.stages, num_warps=shape.warps,
         )  # fmt: skip

@@ -208,6 +208,10 @@ class _FusedLoss(_BlockedLoss):
         assert layer.structure.fused is not None
         self.contraction = layer.structure.fused
         super().__init__(tables, num_rows, self.contraction.numbers_per_row, with_gradients)
+        blocks = (
+            -(-num_rows // self.rows_per_block) or 1
+        )  # of one size: a short last one would cost as much as a long one
+        self.rows_per_block = self.contraction.round_up(-(-num_rows // max(1, blocks)))
         self.weights = FusedWeights(self.contraction, bias)
         self.with_bias_gradient = with_bias_gradient
         self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and not num_rows else None

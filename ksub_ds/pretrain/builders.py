@@ -176,17 +176,13 @@ def compile_where_possible(run: ResolvedRun, engine: "DeepSpeedEngine", first: S
         return "--no-compile" if distributed.has_gpu() else "on a CPU only with --compile"
     if zero_stage(engine.config) == 3:
         return "ZeRO 3 gathers weights in the midst of the forward pass"
-    import torch
-
     from ksub_ds.model.compilation import compile_encoder, rehearse, run_eager
 
     def reason() -> str | None:
-        input_ids = torch.from_numpy(first.micro_batches[0]["input_ids"]).to(distributed.device())
+        distributed.mark_progress("the compilation of the encoder")
         try:
             compile_encoder(engine.module)
-            for masked in (False, True):
-                distributed.mark_progress("the compilation of the encoder" + " with a mask" * masked)
-                rehearse(engine.module, input_ids, masked)
+            rehearse(engine.module, first.on_device()[0])
         except Exception as error:  # of dynamo, of the backend, of a C++ compiler: whatever it is, eager goes without
             if is_out_of_memory(error):
                 raise

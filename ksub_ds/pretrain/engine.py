@@ -333,7 +333,7 @@ class GuardedUpdate:
     def __init__(self, engine: "DeepSpeedEngine", gradient_clipping: float):
         self._engine, self._clipping = engine, gradient_clipping
         self._fp16 = engine.fp16_enabled()
-        engine.basic_optimizer.found_inf = to_device([0.0]).float().squeeze(0)
+        self._found_inf = engine.basic_optimizer.found_inf = to_device([0.0]).float().squeeze(0)
 
     def squared_gradient_norm(self) -> "Tensor":
         """Return this rank's part of the squared norm of the reduced gradient, float64: the parts add up."""
@@ -357,8 +357,12 @@ class GuardedUpdate:
         """
         import torch
 
-        norm, found_inf = squared_norm.sqrt(), self._engine.basic_optimizer.found_inf
-        found_inf.copy_(torch.maximum(found_inf, (~torch.isfinite(loss + norm)).float()))
+        norm = squared_norm.sqrt()
+        self._found_inf.copy_(torch.maximum(self._found_inf, (~torch.isfinite(loss + norm)).float()))
+        if (
+            self._engine.zero_optimization() and self._engine.zero_cpu_offload()
+        ):  # Adam's own copy to the host would be read before it arrives
+            self._engine.basic_optimizer.found_inf = self._found_inf.cpu()
         if self._clipping and not self._fp16:
             gradients = self._gradients()
             factor = 1.0 / ((norm.float() + 1e-6) / self._clipping).clamp(min=1.0)

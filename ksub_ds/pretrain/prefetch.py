@@ -66,11 +66,14 @@ class BatchPrefetcher:
         self._indices = [index * world_size + rank for index in range(accumulation)]
         self._device = distributed.device()
         self._stream: Any = None
+        bind: Any = None
         if self._device.type != "cpu":
             import torch
 
-            self._stream = torch.get_device_module(self._device).Stream()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+            module = torch.get_device_module(self._device)
+            self._stream, bind = module.Stream(), module.set_device
+        # A thread begins on the first device, and would open a context there.
+        self._thread = ThreadPoolExecutor(1, "batches", bind, (self._device,) if bind else ())
         self._next: tuple[int, Future[tuple[list[Batch], DeviceCopies]]] | None = None
 
     def take(self, steps_done: int) -> StepBatches:

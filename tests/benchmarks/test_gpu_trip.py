@@ -17,9 +17,11 @@ BENCHMARKS = ROOT / "benchmarks"
 @pytest.fixture
 def modules(monkeypatch):
     """Import modules of benchmarks/gpu by name; their names are common ones, and do not outlive the test."""
-    before = set(sys.modules)
     for folder in (BENCHMARKS, BENCHMARKS / "gpu"):
         monkeypatch.syspath_prepend(str(folder))
+    for path in (*BENCHMARKS.glob("*.py"), *(BENCHMARKS / "gpu").glob("*.py")):  # other tests have a `run` too
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
         file = getattr(sys.modules[name], "__file__", None)

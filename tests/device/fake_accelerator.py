@@ -182,6 +182,9 @@ class FakeAccelerator(TorchDispatchMode):
             def current_stream(self, device: Any = None) -> Stream:
                 return Stream()
 
+            def set_device(self, device: Any) -> None:
+                pass
+
             def stream(self, stream: Stream) -> Any:
                 return contextlib.nullcontext()
 
