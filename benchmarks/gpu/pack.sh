@@ -14,12 +14,21 @@
 #
 # What was made lies in PACK.parts and is taken again the next time.
 set -euo pipefail
-pack=${1:?usage: SHARDS=DIR benchmarks/gpu/pack.sh PACK}
+case "$#,${1:-}" in
+1,-*|0,*|[2-9],*) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2 ;;
+esac
+pack=$1
 python=${PYTHON:-python3}
 limit=60000000
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 parts=$pack.parts
+fail() { echo "error: $*" >&2; exit 2; }
+[ -n "${SHARDS:-}" ] || [ -d "${TEXT:-}" -a -e "${TOKENIZER:-}" ] || fail "give SHARDS, or TEXT (a folder) and TOKENIZER"
+[ -z "${SHARDS:-}" ] || [ -e "$SHARDS/manifest.json" ] || fail "SHARDS=$SHARDS: no manifest.json there"
+for file in positional clustered; do
+    [ -z "${CODES:-}" ] || [ -e "$CODES/$file.safetensors" ] || fail "CODES=$CODES: no $file.safetensors there"
+done
 mkdir -p "$pack" "$parts"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 say() { echo "== $*"; }
@@ -27,8 +36,8 @@ say() { echo "== $*"; }
 if [ -z "${SHARDS:-}" ]; then
     SHARDS=$parts/shards
     if [ ! -e "$SHARDS/manifest.json" ]; then
-        say "token shards from ${TEXT:?give SHARDS, or TEXT and TOKENIZER}"
-        "$python" "$root/preprocessing/shard_text.py" --input "$TEXT" --tokenizer "${TOKENIZER:?}" --out "$SHARDS" \
+        say "token shards from $TEXT"
+        "$python" "$root/preprocessing/shard_text.py" --input "$TEXT" --tokenizer "$TOKENIZER" --out "$SHARDS" \
             --sequence-length 512 --validation-fraction 0.01
     fi
 fi

@@ -101,7 +101,7 @@ def environment(trip: Trip) -> dict[str, str]:
 def outcome(run: Path) -> Row:
     """Summarise a run folder: every number of metrics.jsonl as the median of its later half, and its evaluations.
 
-    Times begin after the first step: it compiles, and its line has the evaluation before it.
+    Times begin after the first step, which warms up.
     """
     steps = read_lines(run / "metrics.jsonl")
     later = steps[len(steps) // 2 :]

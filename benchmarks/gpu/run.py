@@ -47,7 +47,7 @@ WIDTH_OF_NAMES = 60
 @dataclass
 class Options:
     out: Path
-    """Folder for results.json and the logs of the runs."""
+    """Folder for results.json (of a rehearsal rehearsal.json) and the logs of the runs."""
     data: Path | None = None
     """Folder with shards/ and codes/, for the parts engine and run. [a rehearsal makes a small one]"""
     only: tuple[Literal["machine", "errors", "loss", "step", "engine", "profile", "run"], ...] = tuple(PARTS)
@@ -58,12 +58,18 @@ class Options:
     """Everything small and on a CPU, with Triton's interpreter."""
 
 
-def main() -> None:
+def main() -> int:
+    """Return 1 if a variant failed."""
     options = tyro.cli(Options, description=__doc__)
     ends = math.inf if options.rehearse else time.monotonic() + options.seconds
     if options.rehearse:  # before Triton and DeepSpeed are imported
         os.environ |= {"TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    import torch
     from trip import Trip
+
+    if not options.rehearse and not torch.cuda.is_available():
+        print("error: no GPU here; --rehearse does everything small on a CPU", file=sys.stderr)
+        return 2
 
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,12 +82,18 @@ def main() -> None:
         results = measure(trip, [name for name in PARTS if name in options.only])
     print_table(results)
     failed = [f"{part}: {name}" for part, rows in results.items() for name, row in rows.items() if "error" in row]
-    print(f"\n{sum(map(len, results.values()))} variants, {len(failed)} failed; results in {options.out}/results.json")
+    print(f"\n{sum(map(len, results.values()))} variants, {len(failed)} failed; results in {results_file(trip)}")
+    return int(bool(failed))
+
+
+def results_file(trip: Any) -> Path:
+    """Return where results go: those of a rehearsal are no measurements, and never among them."""
+    return trip.out / ("rehearsal.json" if trip.rehearsal else "results.json")
 
 
 def measure(trip: Any, parts: list[str]) -> dict[str, dict[str, Any]]:
     """Measure the parts one variant after the other; what an earlier command left of other parts stays."""
-    path = trip.out / "results.json"
+    path = results_file(trip)
     results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     for part in parts:
         print(f"== {part}", flush=True)

@@ -31,10 +31,10 @@ from ksub_ds.pretrain.recipe import Recipe, smaller_micro_batch
 from ksub_ds.pretrain.resolved_run import ResolvedRun
 from ksub_ds.pretrain.warm_start import open_warm_start
 
-# What --attention needs: a module, and the package that has it.
+# What --attention needs: a module, and how to get it.
 ATTENTION_PACKAGES = {
-    "flash_attention_2": ("flash_attn", "flash-attn"),
-    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+    "flash_attention_2": ("flash_attn", "pip install flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "build flash-attention's folder hopper"),
 }
 
 if TYPE_CHECKING:  # seconds of imports, and deepspeed must come after the process group
@@ -99,9 +99,10 @@ def set_attention(model: Any, name: str | None) -> None:
     """
     if name is None:
         return
-    module, package = ATTENTION_PACKAGES.get(name, ("kernels", "kernels") if "/" in name else ("torch", "torch"))
+    from_hub = ("kernels", "pip install kernels")
+    module, remedy = ATTENTION_PACKAGES.get(name, from_hub if "/" in name else ("torch", ""))
     if importlib.util.find_spec(module) is None:  # transformers would go on with a kernel that it downloads
-        raise UserError(f"--attention {name}: needs the package {package}: pip install {package}; or leave it out")
+        raise UserError(f"--attention {name}: needs the module {module}: {remedy}; or leave it out")
     try:
         model.set_attn_implementation(name)
     except Exception as error:  # of transformers, of the package, or of the connection to the Hub
@@ -173,20 +174,21 @@ def compile_where_possible(run: ResolvedRun, engine: "DeepSpeedEngine", first: S
         RuntimeError: the micro-batch does not fit into the memory.
     """
     if not run.recipe.compile:
-        return "--no-compile" if distributed.has_gpu() else "on a CPU only with --compile"
+        return "--no-compile" if distributed.has_gpu() else "--compile is not given"
     if zero_stage(engine.config) == 3:
         return "ZeRO 3 gathers weights in the midst of the forward pass"
     from ksub_ds.model.compilation import compile_encoder, rehearse, run_eager
 
     def reason() -> str | None:
         distributed.mark_progress("the compilation of the encoder")
+        get_logger().info("compiling the encoder: a minute or more; --no-compile leaves it out")
         try:
             compile_encoder(engine.module)
             rehearse(engine.module, first.on_device()[0])
         except Exception as error:  # of dynamo, of the backend, of a C++ compiler: whatever it is, eager goes without
             if is_out_of_memory(error):
                 raise
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return f"{type(error).__name__}: {_reason(str(error))}"
         return None
 
     reasons = distributed.gather_objects(reason())
@@ -195,6 +197,14 @@ def compile_where_possible(run: ResolvedRun, engine: "DeepSpeedEngine", first: S
         return None
     run_eager(engine.module)
     return reasons[failed] + (f" (on rank {failed})" if failed else "")
+
+
+def _reason(message: str) -> str:
+    """Return a compiler's message in one line: its beginning, and its end, where a C++ compiler says what is wrong."""
+    if "InvalidCxxCompiler" in message:
+        return "no C++ compiler: install g++, or name one by CXX"
+    text = " ".join(message.split()).split(" Set TORCHDYNAMO_VERBOSE")[0]
+    return text if len(text) <= 240 else f"{text[:80]} ... {text[-160:]}"
 
 
 def micro_batch_advice(run: ResolvedRun) -> str:

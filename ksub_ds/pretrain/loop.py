@@ -134,6 +134,7 @@ def train(training: Training, state: TrainerState, lag: int | None = None) -> tu
     in_flight: deque[StepInFlight] = deque()
     if evaluation_is_missing(recipe, training.folder, state.step):
         _evaluate(training, state.step)
+    training.metrics.restart_clock()
 
     while state.step < recipe.max_steps:
         batches = training.prefetcher.take(launched)

@@ -123,8 +123,8 @@ class Recipe:
     [bf16 on a GPU, fp32 on a CPU]"""
     attention: str | None = None
     """How attention is computed, by transformers' names: sdpa; eager, on a CPU in bf16 the fastest for rows of 128;
-    flash_attention_2 or _3 where the package flash-attn or flash-attn-3 is; or a kernel of the Hub, such as
-    kernels-community/flash-attn3, which is downloaded. [transformers' choice]"""
+    flash_attention_2 or _3 where the package flash-attn or flash-attn-3 is; or a kernel of the Hub named
+    kernels-community/..., such as kernels-community/flash-attn3, which is downloaded. [transformers' choice]"""
     compile: bool | None = None
     """Compile the encoder by torch.compile (the loss has kernels of its own); a line at the start says so, or why it
     cannot be. Results differ by rounding, and by other draws of dropout. [on for a GPU, off on a CPU]"""
@@ -297,7 +297,7 @@ def _check_values(recipe: Recipe, whose_warmup: str) -> None:
     if recipe.attention is not None and not re.fullmatch(ATTENTION, recipe.attention):
         raise UserError(
             f"--attention {recipe.attention}: must be sdpa, eager, flash_attention_2, flash_attention_3 or a kernel of "
-            "the Hub by its name, such as kernels-community/flash-attn3"
+            "the Hub named kernels-community/..., such as kernels-community/flash-attn3"
         )
     if recipe.dropout is not None and not 0 <= recipe.dropout < 1:
         raise UserError(f"--dropout {recipe.dropout}: must lie in [0, 1)")

@@ -41,7 +41,7 @@ def test_two_parts_as_one_command(tmp_path):
         timeout=110,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "rehearsal.json").read_text())
     assert set(results) == {"machine", "errors"} and " 0 failed" in done.stdout
     assert results["machine"]["bf16 product"]["tflops"] >= 0
     assert len(results["errors"]) > 6 and all(row["ok"] for row in results["errors"].values())
@@ -63,7 +63,7 @@ def test_a_variant_that_fails_is_one_line_and_no_variant_begins_late(modules, tm
     assert results["machine"]["breaks"]["error"].startswith("ZeroDivisionError")
     assert results["machine"]["works"]["ms"] == 1.5
     assert results["machine"]["machine"]["error"] == "ImportError: no such package"
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert json.loads((tmp_path / "rehearsal.json").read_text()) == results
     late = run.measure(trip.Trip(tmp_path, True, "cpu", 0.0), ["machine"])
     assert late["machine"]["works"] == {"skipped": "no time left"}
 

@@ -54,7 +54,7 @@ def test_attention_of_a_run(bench: Bench) -> None:
     names = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
     for name, module in (names | {"kernels-community/flash-attn3": "kernels"}).items():
         # The package is not there; or there is no GPU for it, or no connection to the Hub. Nothing else is taken.
-        expected = "needs the package" if importlib.util.find_spec(module) is None else ""
+        expected = "needs the module" if importlib.util.find_spec(module) is None else ""
         with pytest.raises(UserError, match=rf"^--attention {name}: {expected}.*; or leave it out$"):
             build_model(changed(run, attention=name))
     for name in ("flash", "kernels-community", "somebody/kernel", "paged|sdpa", "sdpa\n"):
