@@ -19,8 +19,9 @@ What is assumed, so that a measurement can say which assumption was wrong:
     torch form    the loss with W written out: W goes through memory five times, six with a bias, and its products are
                   in float32; scores in float64
     fused form    two products over the box in bf16 parts (three products for one in float32, two without a bias, whose
-                  box is of zeros and ones), a third for the gradient of the bias; per row block and first code the
-                  longer of tensor cores and L2
+                  box is of zeros and ones), a third for the gradient of the bias, whose steps are added up outside the
+                  tensor cores; per row block and first code the longer of tensor cores and L2
+    plain         dense products in float32, without tensor cores
     engine        the gaps that nobody counts: 0.8 ms a micro-batch where the host waits for the device, 0.35 ms of
                   hooks, 3 ms a step of optimizer and reading
 """
@@ -159,13 +160,19 @@ def fused_loss(rows: int, codes: Codes, bias: bool, sum_parts: int = 3, gradient
     blocks = math.ceil(rows / 128)
     seconds = kernel(blocks, codes.first, sums, 128, box * (2 if bias and sum_parts > 1 else 1), 550)
     seconds += kernel(blocks, codes.first, gradients, 128, box * (2 if bias and gradient_parts > 1 else 1), 350)
-    if bias:  # two first codes a program; operands in one part or in two
+    if bias:  # operands in one part or in two
         parts = 1 if gradient_parts == 1 else 2
         loaded = 64 * (parts * second + 2 * third)
-        seconds += kernel(math.ceil(rows / 64) / 2, codes.first, 2 * gradient_parts, 64, loaded, 400)
+        seconds += kernel(math.ceil(rows / 64), codes.first, gradient_parts, 64, loaded, 200)
     d, size = NETWORK.width, codes.third
     traffic = rows * (d * 14 + 3 * size * 40) / RATES.memory
     return seconds + 14 * RATES.smallest_kernel + traffic + 4 * rows * d * size / (RATES.bf16 * 0.25)
+
+
+def plain_loss(rows: int) -> float:
+    """The plain decoder's, K = 1: dense products in float32, and ten passes over rows x N numbers."""
+    numbers = rows * NETWORK.vocabulary
+    return 6 * numbers * NETWORK.width / RATES.fp32 + 10 * numbers * 4 / RATES.memory
 
 
 def peers(rows: int = 20_000) -> dict[str, float]:
@@ -215,6 +222,7 @@ def rows_of_table() -> list[dict[str, float | str]]:
         add(f"encoder, {how}, 131,072 tokens", sum(encoder(131_072, how).values()), 131_072)
     for rows in (4_915, 20_000):
         add(f"head, {rows:,} rows", head(rows))
+        add(f"loss, {rows:,} rows, plain", plain_loss(rows))
         add(f"loss, {rows:,} rows, positional, torch form", merged_loss(rows))
         add(f"loss, {rows:,} rows, positional + bias, torch form", torch_loss(rows, POSITIONAL, True))
         add(f"loss, {rows:,} rows, clustered, torch form", torch_loss(rows, CLUSTERED, False))

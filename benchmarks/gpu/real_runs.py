@@ -5,7 +5,6 @@ numbers are those of its own metrics.jsonl. Its small files stay in OUT/runs, it
 """
 
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ from pathlib import Path
 from statistics import median
 
 from trip import ROOT, Row, Trip, Variants
+
+from ksub_ds.common.logging import read_lines
 
 KEPT = ("metrics.jsonl", "evaluation.jsonl", "recipe.json", "train.log")
 ENGINES = {
@@ -112,12 +113,8 @@ def outcome(run: Path) -> Row:
     row["data_wait_share"] = round(
         sum(line.get("data_wait_seconds", 0.0) for line in later) / sum(line["step_seconds"] for line in later), 4
     )
-    scores = read_lines(run / "evaluation.jsonl") if (run / "evaluation.jsonl").exists() else []
+    scores = read_lines(run / "evaluation.jsonl")
     if scores:
         row["held_out"] = [[line["step"], round(clock[line["step"]], 1), line["loss"]] for line in scores]
         row["held_out_by_language"] = {key: value["loss"] for key, value in scores[-1]["languages"].items()}
     return row
-
-
-def read_lines(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

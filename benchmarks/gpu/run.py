@@ -19,7 +19,6 @@ that a trip cut short keeps what it had. No variant is begun after --seconds; a 
 
 import gc
 import importlib
-import json
 import math
 import os
 import sys
@@ -31,6 +30,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import run_main
+from ksub_ds.common.files import read_json, write_json
 
 PARTS = {
     "machine": ("ceilings", "variants"),
@@ -68,8 +71,7 @@ def main() -> int:
     from trip import Trip
 
     if not options.rehearse and not torch.cuda.is_available():
-        print("error: no GPU here; --rehearse does everything small on a CPU", file=sys.stderr)
-        return 2
+        raise UserError("no GPU here; --rehearse does everything small on a CPU")
 
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,13 +96,13 @@ def results_file(trip: Any) -> Path:
 def measure(trip: Any, parts: list[str]) -> dict[str, dict[str, Any]]:
     """Measure the parts one variant after the other; what an earlier command left of other parts stays."""
     path = results_file(trip)
-    results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    results: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
     for part in parts:
         print(f"== {part}", flush=True)
         rows = results[part] = {}
         for name, row in rows_of(trip, part):
             rows[name] = row
-            path.write_text(json.dumps(results, indent=1, default=float) + "\n")
+            write_json(path, results)
             print(line(name, row), flush=True)
     return {part: results[part] for part in PARTS if part in results}
 
@@ -168,4 +170,4 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -71,6 +71,24 @@ def _sum_scores(row_scores, columns, MEMBERS, WIDTH, at, row_ok, BR: tl.constexp
 
 
 @triton.jit
+def _write_factor(
+    row_scores, columns, MEMBERS, WIDTH, rows, row_ok, e, e_high, e_low,
+    BR: tl.constexpr, BLOCK: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Write the factor of a group that fits one tile, (BR, BLOCK), and its two parts; return the maxima, (BR,)."""
+    at = tl.arange(0, BLOCK)
+    s = _sum_scores(row_scores, columns, MEMBERS, WIDTH, at, row_ok, BR, BLOCK)
+    top = tl.max(s, axis=1)
+    factor = tl.where(row_ok[:, None], tl.exp(s - top[:, None]), 0.0).to(tl.float32)
+    high = _high(factor, EMULATE)
+    place = rows[:, None] * BLOCK + at[None, :]
+    tl.store(e + place, factor)
+    tl.store(e_high + place, high)
+    tl.store(e_low + place, _low(factor, high, EMULATE))
+    return top
+
+
+@triton.jit
 def make_factors(
     scores, columns1, columns2, columns3, top, e1t, e2, e2_high, e2_low, e3, e3_high, e3_low,
     R, RP, WIDTH, S, J, C, MEMBERS1, MEMBERS2, MEMBERS3,
@@ -89,24 +107,8 @@ def make_factors(
         s = _sum_scores(row_scores, columns1, MEMBERS1, S, first + i, row_ok, BR, BI)
         e = tl.where(row_ok[:, None], tl.exp(s - top1[:, None]), 0.0).to(tl.float32)
         tl.store(e1t + (first + i)[None, :] * RP + rows[:, None], e, mask=(first + i < S)[None, :])
-    j = tl.arange(0, BJ)
-    s = _sum_scores(row_scores, columns2, MEMBERS2, J, j, row_ok, BR, BJ)
-    top2 = tl.max(s, axis=1)
-    e = tl.where(row_ok[:, None], tl.exp(s - top2[:, None]), 0.0).to(tl.float32)
-    high = _high(e, EMULATE)
-    place = rows[:, None] * BJ + j[None, :]
-    tl.store(e2 + place, e)
-    tl.store(e2_high + place, high)
-    tl.store(e2_low + place, _low(e, high, EMULATE))
-    c = tl.arange(0, BC)
-    s = _sum_scores(row_scores, columns3, MEMBERS3, C, c, row_ok, BR, BC)
-    top3 = tl.max(s, axis=1)
-    e = tl.where(row_ok[:, None], tl.exp(s - top3[:, None]), 0.0).to(tl.float32)
-    high = _high(e, EMULATE)
-    place = rows[:, None] * BC + c[None, :]
-    tl.store(e3 + place, e)
-    tl.store(e3_high + place, high)
-    tl.store(e3_low + place, _low(e, high, EMULATE))
+    top2 = _write_factor(row_scores, columns2, MEMBERS2, J, rows, row_ok, e2, e2_high, e2_low, BR, BJ, EMULATE)
+    top3 = _write_factor(row_scores, columns3, MEMBERS3, C, rows, row_ok, e3, e3_high, e3_low, BR, BC, EMULATE)
     tl.store(top + rows, top1 + top2 + top3)
 
 

@@ -44,9 +44,8 @@ class CsrPattern:
 
     def matrix(self, values: Tensor) -> Tensor:
         """Return the CSR matrix with these entries."""
-        with (
-            warnings.catch_warnings()
-        ):  # products are all that is used of torch's sparse tensors, and those are settled
+        with warnings.catch_warnings():
+            # Products are all that is used of torch's sparse tensors, and those are settled.
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             return torch.sparse_csr_tensor(self.row_starts, self.column, values, self.shape, check_invariants=False)
 

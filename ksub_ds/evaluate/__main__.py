@@ -11,7 +11,6 @@ Exit codes: 0 all is done; 2 the user's mistake, one line on stderr; 130 Ctrl-C,
 terminal or ssh): the leased jobs are given back, and the same command resumes.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -86,13 +85,13 @@ def _evaluate(settings: EvaluationSettings) -> None:
 
 def _use_own_gpu() -> None:
     """Share the GPUs of a machine among its workers, by their order on it."""
-    from ksub_ds.common import distributed
+    from ksub_ds.common.rank_env import has_gpu
+    from ksub_ds.evaluate.finetune.ranks import worker_on_machine
 
-    if distributed.has_gpu():
+    if has_gpu():
         import torch
 
-        place = int(os.environ.get("KSUB_WORKER", distributed.local_rank()))
-        torch.cuda.set_device(place % torch.cuda.device_count())
+        torch.cuda.set_device(worker_on_machine() % torch.cuda.device_count())
 
 
 def _print_status(settings: StatusSettings) -> None:

@@ -89,7 +89,7 @@ def factorized_cross_entropy(
 def log_partition(hidden: Tensor, layer: SubEmbedding, bias: Tensor | None = None) -> Tensor:
     """Compute log Z of every row: (B, d) decoder inputs -> (B,) float64. No gradient."""
     with torch.autocast(hidden.device.type, enabled=False):
-        run = _blocked_loss(layer, tuple(layer.tables), bias, len(hidden), False, False)
+        run = _loss_form(layer)(layer, tuple(layer.tables), bias, len(hidden), False, False)
         blocks = layer.to_tables(hidden).split(run.rows_per_block)
         return torch.cat([run.log_partition(rows) for rows in blocks])
 
@@ -110,7 +110,7 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad
         with_gradients = with_gradients and any(needs)
-        run = _blocked_loss(layer, tables, bias, len(labels), with_gradients, with_gradients and needs[1])
+        run = _loss_form(layer)(layer, tables, bias, len(labels), with_gradients, with_gradients and needs[1])
         block_losses = []
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if with_gradients else None
         for start in range(0, len(labels), run.rows_per_block):
@@ -180,17 +180,9 @@ class _BlockedLoss:
             torch.mm(score_grad, self.float_tables[k], out=grad_parts[k])
 
 
-def _blocked_loss(
-    layer: SubEmbedding,
-    tables: tuple[Tensor, ...],
-    bias: Tensor | None,
-    num_rows: int,
-    with_gradients: bool,
-    with_bias_gradient: bool,
-) -> _BlockedLoss:
-    """Begin a call of the loss, in the form that the layer's codes and device have."""
-    form = _TrieLoss if layer.structure.fused is None else _FusedLoss
-    return form(layer, tables, bias, num_rows, with_gradients, with_bias_gradient)
+def _loss_form(layer: SubEmbedding) -> "type[_TrieLoss | _FusedLoss]":
+    """Return the form of the loss that the layer's codes and device have."""
+    return _TrieLoss if layer.structure.fused is None else _FusedLoss
 
 
 class _FusedLoss(_BlockedLoss):
@@ -208,10 +200,9 @@ class _FusedLoss(_BlockedLoss):
         assert layer.structure.fused is not None
         self.contraction = layer.structure.fused
         super().__init__(tables, num_rows, self.contraction.numbers_per_row, with_gradients)
-        blocks = (
-            -(-num_rows // self.rows_per_block) or 1
-        )  # of one size: a short last one would cost as much as a long one
-        self.rows_per_block = self.contraction.round_up(-(-num_rows // max(1, blocks)))
+        # Blocks of one size: a short last one would cost as much as a long one.
+        blocks = max(1, -(-num_rows // self.rows_per_block))
+        self.rows_per_block = self.contraction.round_up(-(-num_rows // blocks))
         self.weights = FusedWeights(self.contraction, bias)
         self.with_bias_gradient = with_bias_gradient
         self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and not num_rows else None

@@ -333,6 +333,7 @@ class GuardedUpdate:
     def __init__(self, engine: "DeepSpeedEngine", gradient_clipping: float):
         self._engine, self._clipping = engine, gradient_clipping
         self._fp16 = engine.fp16_enabled()
+        self._on_host = bool(engine.zero_optimization() and engine.zero_cpu_offload())
         self._found_inf = engine.basic_optimizer.found_inf = to_device([0.0]).float().squeeze(0)
 
     def squared_gradient_norm(self) -> "Tensor":
@@ -359,9 +360,7 @@ class GuardedUpdate:
 
         norm = squared_norm.sqrt()
         self._found_inf.copy_(torch.maximum(self._found_inf, (~torch.isfinite(loss + norm)).float()))
-        if (
-            self._engine.zero_optimization() and self._engine.zero_cpu_offload()
-        ):  # Adam's own copy to the host would be read before it arrives
+        if self._on_host:  # Adam's own copy to the host would be read before it arrives
             self._engine.basic_optimizer.found_inf = self._found_inf.cpu()
         if self._clipping and not self._fp16:
             gradients = self._gradients()
@@ -380,7 +379,7 @@ class GuardedUpdate:
         engine, optimizer = self._engine, self._engine.optimizer
         if not engine.zero_optimization():
             return [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        if engine.zero_cpu_offload():
+        if self._on_host:
             get_accelerator().synchronize()  # the copies to the host
             masters = "fp32_partitioned_groups_flat" if is_sharded(engine) else "single_partition_of_fp32_groups"
             return [master.grad for master in getattr(optimizer, masters)]

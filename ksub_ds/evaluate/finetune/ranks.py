@@ -99,8 +99,12 @@ def place_on_machine(rank: int, ranks: int) -> int:
         return rank
     import torch
 
-    worker = int(os.environ.get("KSUB_WORKER", local_rank()))
-    return (worker * ranks + rank) % torch.cuda.device_count()
+    return (worker_on_machine() * ranks + rank) % torch.cuda.device_count()
+
+
+def worker_on_machine() -> int:
+    """Return the number of this worker among those of its machine, as `worker_command` or a launcher says."""
+    return int(os.environ.get("KSUB_WORKER", local_rank()))
 
 
 def _free_port() -> str:
