@@ -158,7 +158,8 @@ def test_any_code_table(sizes, tokens, with_bias, rows, seed):
     table = random_codes(min(tokens, int(np.prod(sizes))), tuple(sizes), seed)
     case = Case(table, rows=rows, dim=17, with_bias=with_bias, seed=seed)
     assert case.layer.structure.fused is not None
-    case.check()
+    rounding_of_one_product = 2**-16  # what two parts of bf16 lose: of a sum of few tokens nothing averages out
+    case.check(gradient_limit=rounding_of_one_product, loss_limit=rounding_of_one_product)
 
 
 def test_ignored_rows_count_as_zero_wherever_they_are(as_on_a_device):
