@@ -48,7 +48,7 @@ def extend_codes(table: CodeTable, count: int, vectors: object = None, known: ob
         added = _nearest(table.codes, sizes, *_check_vectors(table, count, vectors, known))
     metadata = {key: value for key, value in table.metadata.items() if key not in ("tokenizer_fingerprint", "quality")}
     metadata["added_tokens"] = str(int(metadata.get("added_tokens", "0")) + count)
-    extended = CodeTable(np.concatenate([table.codes, added]), table.table_sizes, metadata)
+    extended = CodeTable(np.concatenate([table.codes, added]), table.table_sizes, metadata, table.dedicated)
     extended.verify()
     return extended
 

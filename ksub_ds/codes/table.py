@@ -6,6 +6,8 @@
 
 The embedding of n is the concatenation of row f_k(n) of table k over k. Uniqueness (the paper's
 requirement 1) makes it a different vector for every token. K = 1 with M_1 = N is the plain embedding.
+
+F of the tokens may be dedicated: a row of d numbers, which no other token has, is added to what the tables give them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +19,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, canonical_safetensors, sha256_bytes
 
 FORMAT = "ksub-codes-1"
+FORMAT_DEDICATED = "ksub-codes-2"  # has the tensor `dedicated` too
 
 
 def table_widths(embedding_dim: int, num_tables: int) -> tuple[int, ...]:
@@ -38,12 +41,20 @@ class CodeTable:
         codes: (N, K) integers.
         table_sizes: the K numbers M_k.
         metadata: strings about the origin (algorithm, seed, tokenizer fingerprint), saved with the codes.
+        dedicated: ids of the F tokens that have a row of their own beside the shared ones, in rising order. [none]
 
     Raises:
-        ValueError: shapes or types that do not fit. `verify` checks range and uniqueness.
+        ValueError: shapes or types that do not fit, or ids that are none. `verify` checks the codes' range and
+            uniqueness.
     """
 
-    def __init__(self, codes: object, table_sizes: Sequence[int], metadata: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        codes: object,
+        table_sizes: Sequence[int],
+        metadata: Mapping[str, str] | None = None,
+        dedicated: object = None,
+    ):
         array = np.asarray(codes)
         sizes = tuple(int(size) for size in table_sizes)
         if array.ndim != 2 or 0 in array.shape:
@@ -60,6 +71,7 @@ class CodeTable:
         self.codes.flags.writeable = False
         self.table_sizes = sizes
         self.metadata = dict(metadata or {})
+        self.dedicated = _token_ids(() if dedicated is None else dedicated, self.num_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -72,15 +84,22 @@ class CodeTable:
         return self.codes.shape[1]
 
     @property
+    def num_dedicated(self) -> int:
+        """The number of tokens with a row of their own, F."""
+        return len(self.dedicated)
+
+    @property
     def sha256(self) -> str:
-        """Fingerprint of codes and table sizes: equal if and only if two tables are the same map."""
+        """Fingerprint of codes, table sizes and dedicated tokens: equal if and only if two tables are the same map."""
         header = repr((self.codes.shape, self.table_sizes)).encode()
-        return sha256_bytes(header + self.codes.astype("<i4").tobytes())
+        codes = header + self.codes.astype("<i4").tobytes()
+        return sha256_bytes(codes + self.dedicated.astype("<i4").tobytes())
 
     def num_parameters(self, embedding_dim: int) -> int:
-        """Count the parameters of the tables at width d: sum over k of M_k * d_k."""
+        """Count the parameters at width d: sum over k of M_k * d_k, and F * d of the dedicated rows."""
         widths = table_widths(embedding_dim, self.num_tables)
-        return sum(size * width for size, width in zip(self.table_sizes, widths, strict=True))
+        shared = sum(size * width for size, width in zip(self.table_sizes, widths, strict=True))
+        return shared + self.num_dedicated * embedding_dim
 
     def _equal_pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens sorted by their codes, and the positions in this order whose code equals the next one's."""
@@ -114,7 +133,7 @@ class CodeTable:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, atomically: tensor `codes`, metadata with sizes and sha256.
+        """Write a safetensors file, atomically: tensor `codes`, `dedicated` if any, metadata with sizes and sha256.
 
         Raises:
             ValueError: a code is out of range or not unique.
@@ -124,14 +143,15 @@ class CodeTable:
         from safetensors.numpy import save
 
         self.verify()
+        tensors = {"codes": self.codes} | ({"dedicated": self.dedicated} if self.num_dedicated else {})
         metadata = self.metadata | {
-            "format": FORMAT,
+            "format": FORMAT_DEDICATED if self.num_dedicated else FORMAT,
             "table_sizes": ",".join(map(str, self.table_sizes)),
             "sha256": self.sha256,
         }
         try:
             with atomic_path(Path(path).absolute()) as temporary:
-                temporary.write_bytes(canonical_safetensors(save({"codes": self.codes}, metadata=metadata)))
+                temporary.write_bytes(canonical_safetensors(save(tensors, metadata=metadata)))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be written ({error}); choose another place") from error
 
@@ -148,17 +168,19 @@ class CodeTable:
             with safe_open(path, framework="np") as stream:
                 metadata = stream.metadata() or {}
                 codes = stream.get_tensor("codes")
+                dedicated = stream.get_tensor("dedicated") if metadata.get("format") == FORMAT_DEDICATED else None
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such code file; make one with `ksub codes positional`") from error
         except (SafetensorError, OSError, TypeError) as error:  # TypeError: numpy has no bfloat16
             raise UserError(f"{path}: not a readable code file ({error}); make it again with `ksub codes`") from error
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in (FORMAT, FORMAT_DEDICATED):
             raise UserError(
-                f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r}; make it again with `ksub codes`"
+                f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r} or {FORMAT_DEDICATED!r}; "
+                "make it again with `ksub codes`"
             )
         origin = {key: value for key, value in metadata.items() if key not in ("format", "table_sizes", "sha256")}
         try:
-            table = cls(codes, [int(size) for size in metadata["table_sizes"].split(",")], origin)
+            table = cls(codes, [int(size) for size in metadata["table_sizes"].split(",")], origin, dedicated)
             table.verify()
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: {error}; the file is damaged, make it again with `ksub codes`") from error
@@ -169,7 +191,29 @@ class CodeTable:
         return table
 
     def __repr__(self) -> str:
-        return f"CodeTable(num_tokens={self.num_tokens}, table_sizes={self.table_sizes})"
+        dedicated = f", num_dedicated={self.num_dedicated}" if self.num_dedicated else ""
+        return f"CodeTable(num_tokens={self.num_tokens}, table_sizes={self.table_sizes}{dedicated})"
+
+
+def _token_ids(ids: object, num_tokens: int) -> np.ndarray:
+    """Return the ids of dedicated tokens as an int32 array that cannot be written.
+
+    Raises:
+        ValueError: they are no list of distinct ids in rising order, in [0, N).
+    """
+    given = np.asarray(ids)
+    if given.ndim != 1 or not (np.issubdtype(given.dtype, np.integer) or not given.size):
+        raise ValueError(f"dedicated must be a list of token ids, not of shape {given.shape} and type {given.dtype}")
+    outside = given[(given < 0) | (given >= num_tokens)]
+    if outside.size:
+        raise ValueError(f"dedicated token {int(outside[0])} is not in [0, {num_tokens})")
+    falling = np.flatnonzero(given[1:] <= given[:-1])
+    if falling.size:
+        first, second = (int(token) for token in given[falling[0] : falling[0] + 2])
+        raise ValueError(f"dedicated tokens must be distinct and in rising order, but {second} follows {first}")
+    array = np.array(given, dtype=np.int32)
+    array.flags.writeable = False
+    return array
 
 
 def reserve_special_tokens(ordinary: CodeTable, special_ids: Iterable[int]) -> CodeTable:
@@ -198,4 +242,5 @@ def reserve_special_tokens(ordinary: CodeTable, special_ids: Iterable[int]) -> C
     codes[~is_special] = ordinary.codes
     codes[special] = np.array(ordinary.table_sizes) + np.arange(len(special))[:, None]
     sizes = [size + len(special) for size in ordinary.table_sizes]
-    return CodeTable(codes, sizes, ordinary.metadata | {"special_ids": ",".join(map(str, special.tolist()))})
+    metadata = ordinary.metadata | {"special_ids": ",".join(map(str, special.tolist()))}
+    return CodeTable(codes, sizes, metadata, np.flatnonzero(~is_special)[ordinary.dedicated])

@@ -33,11 +33,14 @@ def with_table(config: Any, table: CodeTable | None) -> tuple[Any, CodeTable]:
             raise ValueError(f"config.vocab_size {config.vocab_size} is not the code table's {table.num_tokens} tokens")
         config = copy.deepcopy(config)
         config.table_sizes = list(table.table_sizes)
+        if config.num_dedicated != table.num_dedicated:
+            config.num_dedicated = table.num_dedicated
         return config, table
     if config.table_sizes is None or torch.get_default_device().type != "meta":
         raise ValueError("a new model needs a code table: pass table=positional_codes(...) or a loaded CodeTable")
     # transformers builds on the meta device, where only shapes count, and then reads the codes from the file.
-    return config, CodeTable(np.zeros((config.vocab_size, len(config.table_sizes)), np.int32), config.table_sizes)
+    codes = np.zeros((config.vocab_size, len(config.table_sizes)), np.int32)
+    return config, CodeTable(codes, config.table_sizes, dedicated=range(config.num_dedicated))
 
 
 class SubEmbeddingModel(PreTrainedModel):
@@ -59,6 +62,8 @@ class SubEmbeddingModel(PreTrainedModel):
             return
         for table in module.tables:
             init.normal_(table, mean=0.0, std=self.config.initializer_range)
+        if module.dedicated_rows is not None:
+            init.zeros_(module.dedicated_rows)
         if module.mixing is not None:
             init.copy_(module.mixing, torch.eye(len(module.mixing)))
 
@@ -150,10 +155,17 @@ class SubEmbeddingModel(PreTrainedModel):
             known = None if vectors is None else layer.dense_weight().detach().float().cpu().numpy()
             table = extend_codes(table, size - old, vectors, known)
         layer.codes = torch.tensor(table.codes[:size], device=layer.codes.device)
+        kept = int(np.searchsorted(table.dedicated, size))
+        if layer.dedicated is not None and layer.dedicated_rows is not None and kept < table.num_dedicated:
+            rows = layer.dedicated_rows
+            layer.dedicated = layer.dedicated[:kept].clone() if kept else None
+            layer.dedicated_rows = nn.Parameter(rows.detach()[:kept].clone(), rows.requires_grad) if kept else None
         self._resize_bias(size, mean_resizing)
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.config.vocab_size = size
+                if module.config.num_dedicated != kept:
+                    module.config.num_dedicated = kept
         return layer
 
     def _resize_bias(self, size: int, mean_resizing: bool) -> None:

@@ -20,6 +20,7 @@ class KSubRobertaConfig(RobertaConfig):
         table_sizes: M_1 .. M_K; set by the model from its code table.
         decoder_bias: whether the masked-token head has a bias per token, as RoBERTa's has.
         embedding_mixing: whether the embedding keeps a fixed d x d matrix beside its tables (a compressed model).
+        num_dedicated: F, how many tokens have a row of their own beside the shared ones; set as table_sizes is.
     """
 
     model_type = "ksub_roberta"
@@ -34,6 +35,7 @@ class KSubRobertaConfig(RobertaConfig):
     table_sizes: list[int] | tuple[int, ...] | None = None
     decoder_bias: bool = True
     embedding_mixing: bool = False
+    num_dedicated = 0  # not a field: so it is saved only where there are some
 
     def validate_architecture(self) -> None:
         """Check the sizes; transformers calls this when a configuration is built.

@@ -8,24 +8,28 @@ from torch import Tensor, nn
 
 from ksub_ds.codes.table import CodeTable, table_widths
 from ksub_ds.contraction.code_structure import CodeStructure
+from ksub_ds.contraction.dedicated import DedicatedBlock
 
 
 class SubEmbedding(nn.Module):
-    """Drop-in for `nn.Embedding`: e_n = concat over k of E_k[f_k(n)].
+    """Drop-in for `nn.Embedding`: e_n = A · concat over k of E_k[f_k(n)], and + R_n for the dedicated tokens.
 
     Args:
         table: the codes; K = 1 with M = N is a plain embedding.
         embedding_dim: d; the first d mod K tables are one wider.
         padding_idx: token whose lookups send no gradient, as in `nn.Embedding`.
-        mixing: keep a fixed (d, d) matrix A and embed e_n = A · concat over k of E_k[f_k(n)]. It comes with
-            tables fitted to another model's embedding (ksub_ds/convert/fitting.py); a new layer has the identity.
+        mixing: keep the fixed (d, d) matrix A. It comes with tables fitted to another model's embedding
+            (ksub_ds/convert/fitting.py); a new layer has the identity. Without, there is none.
 
-    The tables E_k (M_k, d_k) are exactly `parameters()`. The codes, (N, K) int32, and A, if there is one,
-    are the persistent buffers; `structure` is derived from the codes when first needed. Replace the codes by
-    assigning another tensor or by load_state_dict, not in place.
+    The tables E_k (M_k, d_k) and R, `dedicated_rows` (F, d), zero in a new layer, are exactly `parameters()`. The
+    codes, (N, K) int32, the ids of the `dedicated` tokens, (F,) int32, and A are the persistent buffers. What there is
+    none of is None: R and the ids for F = 0, A without `mixing`. `structure` is derived from codes and ids when first
+    needed. Replace these by assigning another tensor or by load_state_dict, not in place.
     """
 
     codes: Tensor
+    dedicated: Tensor | None
+    dedicated_rows: nn.Parameter | None
     mixing: Tensor | None
 
     def __init__(self, table: CodeTable, embedding_dim: int, padding_idx: int | None = None, mixing: bool = False):
@@ -35,10 +39,13 @@ class SubEmbedding(nn.Module):
         self.table_sizes = table.table_sizes
         self.widths = table_widths(embedding_dim, table.num_tables)
         self.register_buffer("codes", torch.tensor(table.codes))
+        self.register_buffer("dedicated", torch.tensor(table.dedicated) if table.num_dedicated else None)
         self.register_buffer("mixing", torch.eye(embedding_dim) if mixing else None)
         self.tables = nn.ParameterList(
             torch.empty(size, width) for size, width in zip(self.table_sizes, self.widths, strict=True)
         )
+        rows = nn.Parameter(torch.empty(table.num_dedicated, embedding_dim)) if table.num_dedicated else None
+        self.register_parameter("dedicated_rows", rows)
         self._structure: CodeStructure | None = None
         self.reset_parameters()
 
@@ -48,28 +55,50 @@ class SubEmbedding(nn.Module):
         return self.codes.shape[0]
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Draw the tables from a normal distribution (BERT's 0.02)."""
+        """Draw the tables from a normal distribution (BERT's 0.02); the dedicated rows are zero."""
         for table in self.tables:
             nn.init.normal_(table, std=std)
+        if self.dedicated_rows is not None:
+            nn.init.zeros_(self.dedicated_rows)
 
     def code_table(self) -> CodeTable:
-        """Return the codes as a `CodeTable`."""
-        return CodeTable(self.codes.cpu().numpy(), self.table_sizes)
+        """Return the codes, and which tokens are dedicated, as a `CodeTable`."""
+        dedicated = None if self.dedicated is None else self.dedicated.cpu().numpy()
+        return CodeTable(self.codes.cpu().numpy(), self.table_sizes, dedicated=dedicated)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed (...) token ids: (..., d)."""
         codes = F.embedding(ids, self.codes)  # checks the range, where indexing would read -1 as the last token
-        embedded = torch.cat([F.embedding(codes[..., k], table) for k, table in enumerate(self.tables)], dim=-1)
-        if self.mixing is not None:
-            embedded = embedded @ self.mixing.t().to(embedded.dtype)  # ZeRO 3 casts parameters, not buffers
+        embedded = self._compose(codes)
+        if self.dedicated is not None and self.dedicated_rows is not None:
+            # Made in each call: it follows `dedicated` wherever that goes, and exports to ONNX (searchsorted does not).
+            numbers = torch.arange(1, len(self.dedicated) + 1, device=ids.device)
+            places = numbers.new_zeros(self.num_embeddings).index_copy(0, self.dedicated.long(), numbers)
+            place = places[ids].unsqueeze(-1)  # from 1; 0 is for those without a row
+            own = F.embedding(place.squeeze(-1).sub(1).clamp(min=0), self.dedicated_rows)
+            embedded = torch.where(place > 0, embedded + own, embedded)
         if self.padding_idx is not None and embedded.requires_grad:
             embedded = torch.where((ids == self.padding_idx).unsqueeze(-1), embedded.detach(), embedded)
         return embedded
 
+    def _compose(self, codes: Tensor) -> Tensor:
+        """Return what the tables give to tokens with codes (..., K): (..., d)."""
+        embedded = torch.cat([F.embedding(codes[..., k], table) for k, table in enumerate(self.tables)], dim=-1)
+        if self.mixing is not None:
+            embedded = embedded @ self.mixing.t().to(embedded.dtype)  # ZeRO 3 casts parameters, not buffers
+        return embedded
+
     def dense_weight(self) -> Tensor:
         """Return the (N, d) matrix that this layer stands for."""
-        rows = torch.cat([table[self.codes[:, k]] for k, table in enumerate(self.tables)], dim=1)
-        return rows if self.mixing is None else rows @ self.mixing.t().to(rows.dtype)
+        rows = self._compose(self.codes)
+        if self.dedicated is None or self.dedicated_rows is None:
+            return rows
+        return rows.index_add(0, self.dedicated, self.dedicated_rows)
+
+    def dedicated_weight(self) -> Tensor:
+        """Return those rows of the dense weight that belong to the dedicated tokens, (F, d), in float32."""
+        assert self.dedicated is not None and self.dedicated_rows is not None, "there are no dedicated tokens"
+        return self._compose(F.embedding(self.dedicated, self.codes)).float() + self.dedicated_rows.float()
 
     def to_tables(self, hidden: Tensor) -> Tensor:
         """Turn (..., d) decoder inputs to the columns of the tables: h · (A c) = (A^T h) · c."""
@@ -82,6 +111,8 @@ class SubEmbedding(nn.Module):
         total = scores[0].index_select(-1, self.codes[:, 0])  # ONNX gathers by int32 here, but not by [...]
         for k, score in enumerate(scores[1:], start=1):
             total = total + score.index_select(-1, self.codes[:, k])
+        if self.dedicated is not None and self.dedicated_rows is not None:
+            total = total.index_add(-1, self.dedicated.long(), hidden @ self.dedicated_rows.t())
         return total if bias is None else total + bias
 
     @torch.no_grad()
@@ -101,12 +132,23 @@ class SubEmbedding(nn.Module):
         """
         if not 1 <= k <= self.num_embeddings:
             raise ValueError(f"k must lie in 1..{self.num_embeddings}, not {k}")
-        if k == 1:
-            best, token = self.most_probable(hidden, bias)
-            return best.unsqueeze(1), token.unsqueeze(1)
+        structure, found = self.structure, []
+        bias = None if bias is None else bias.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = self._scores(self.to_tables(hidden.float()))
-            return self.structure.search(scores, None if bias is None else bias.float(), k)
+            hidden = hidden.float()
+            if structure.num_shared:
+                of_shared = bias if bias is None or structure.shared is None else bias[structure.shared]
+                logits, ids = self._best_shared(self.to_tables(hidden), min(k, structure.num_shared), of_shared)
+                found.append((logits, ids if structure.shared is None else structure.shared[ids]))
+            if self.dedicated is not None:
+                block = DedicatedBlock(self.dedicated_weight(), None if bias is None else bias[self.dedicated])
+                logits, places = block.topk(hidden, min(k, len(self.dedicated)))
+                found.append((logits, self.dedicated.long()[places]))
+        if len(found) == 1:
+            return found[0]
+        logits, ids = (torch.cat(both, dim=1) for both in zip(*found, strict=True))
+        best, place = logits.topk(k, dim=1)
+        return best, ids.gather(1, place)
 
     @torch.no_grad()
     def most_probable(self, hidden: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -119,13 +161,17 @@ class SubEmbedding(nn.Module):
         Returns:
             (B,) logits and (B,) token ids; of equal ones always the same.
         """
+        logits, ids = self.predict_topk(hidden, 1, bias)
+        return logits.squeeze(1), ids.squeeze(1)
+
+    def _best_shared(self, hidden: Tensor, k: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Find the k best of the shared tokens, by their places: (B, k) each. `hidden` is as the tables' columns."""
+        if k > 1:
+            return self.structure.search(self._scores(hidden), bias, k)
         fold = self.structure.best_unweighted if bias is None else self.structure.best_weighted
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if bias is None else bias.float()
-            leaf_bias = [] if bias is None else fold.leaf_bias(bias)
-            blocks = self.to_tables(hidden.float()).split(fold.rows_per_block)
-            found = [fold(self._scores(rows), bias, leaf_bias) for rows in blocks]
-        return torch.cat([logits for logits, _ in found]), torch.cat([ids for _, ids in found])
+        leaf_bias = [] if bias is None else fold.leaf_bias(bias)
+        found = [fold(self._scores(rows), bias, leaf_bias) for rows in hidden.split(fold.rows_per_block)]
+        return torch.cat([best for best, _ in found]).unsqueeze(1), torch.cat([ids for _, ids in found]).unsqueeze(1)
 
     def _scores(self, hidden: Tensor) -> list[Tensor]:
         """Compute the table scores of (B, d) float32 rows, split as the tables: K matrices (B, M_k)."""
@@ -135,9 +181,12 @@ class SubEmbedding(nn.Module):
     @property
     def structure(self) -> CodeStructure:
         """The trie of the current codes, and what is computed over it."""
-        if self._structure is None or self._structure.codes is not self.codes:  # moved to a device, or replaced
-            self._structure = CodeStructure(self.codes, self.table_sizes)
-        return self._structure
+        known = self._structure
+        if (
+            known is None or known.codes is not self.codes or known.dedicated is not self.dedicated
+        ):  # moved, or replaced
+            known = self._structure = CodeStructure(self.codes, self.table_sizes, self.dedicated)
+        return known
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         guard = state_dict.get(f"{prefix}weight")
@@ -156,4 +205,5 @@ class SubEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the sizes, for `repr`."""
-        return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, tables={self.table_sizes}"
+        sizes = f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, tables={self.table_sizes}"
+        return sizes if self.dedicated is None else f"{sizes}, dedicated={len(self.dedicated)}"

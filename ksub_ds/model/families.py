@@ -87,6 +87,7 @@ class KSubBertConfig(BertConfig):
     model_type = "ksub_bert"
     table_sizes: list[int] | tuple[int, ...] | None = None
     embedding_mixing: bool = False
+    num_dedicated = 0
 
 
 class KSubBertModel(GraftedModel, BertModel):
@@ -130,6 +131,7 @@ class KSubElectraConfig(ElectraConfig):
     model_type = "ksub_electra"
     table_sizes: list[int] | tuple[int, ...] | None = None
     embedding_mixing: bool = False
+    num_dedicated = 0
 
 
 class KSubElectraModel(GraftedModel, ElectraModel):
@@ -172,6 +174,7 @@ class KSubDistilBertConfig(DistilBertConfig):
     model_type = "ksub_distilbert"
     table_sizes: list[int] | tuple[int, ...] | None = None
     embedding_mixing: bool = False
+    num_dedicated = 0
 
 
 class KSubDistilBertModel(GraftedModel, DistilBertModel):
@@ -214,6 +217,7 @@ class KSubModernBertConfig(ModernBertConfig):
     model_type = "ksub_modernbert"
     table_sizes: list[int] | tuple[int, ...] | None = None
     embedding_mixing: bool = False
+    num_dedicated = 0
 
 
 class GraftedModernBert(GraftedModel):

@@ -13,9 +13,10 @@ def training_flops(model: Any, sequence_length: int, masked_share: float) -> flo
 
     Counted are the matrix products that the model prescribes, whatever computes them: every linear layer of the
     encoder, attention's two products over the positions it may see (ModernBERT's local layers see a window), and at
-    masked positions the head's linear layers and the scores of all rows of the tables. Not counted are the
-    embeddings, norms and other elementwise work, and the loss's fold of these scores over the codes, whose cost depends
-    on how it is done: 1 % of XLM-R-MEDIUM with 16,384 leaves. XLM-R-MEDIUM needs 176.4 million at 512 positions.
+    masked positions the head's linear layers and the scores of all rows, the tables' and the dedicated ones. Not
+    counted are the embeddings, norms and other elementwise work, and the loss's fold of these scores over the codes,
+    whose cost depends on how it is done: 1 % of XLM-R-MEDIUM with 16,384 leaves. XLM-R-MEDIUM needs 176.4 million at
+    512 positions.
 
     Args:
         model: a masked language model of ours.
@@ -35,7 +36,8 @@ def _linear_weights(modules: Any) -> int:
 
 
 def _table_shapes(embedding: Any) -> list[tuple[int, int]]:
-    return list(zip(embedding.table_sizes, embedding.widths, strict=True))
+    own = [] if embedding.dedicated_rows is None else [tuple(embedding.dedicated_rows.shape)]
+    return [*zip(embedding.table_sizes, embedding.widths, strict=True), *own]
 
 
 def _attention(config: Any, length: int) -> float:

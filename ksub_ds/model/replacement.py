@@ -58,7 +58,7 @@ CLASSES: dict[type, type[SubEmbeddingModel]] = {
     modernbert.ModernBertForMaskedLM: families.KSubModernBertForMaskedLM,
     modernbert.ModernBertForSequenceClassification: families.KSubModernBertForSequenceClassification,
 }
-OUR_FIELDS = ("table_sizes", "embedding_mixing")  # configuration fields that no plain model has
+OUR_FIELDS = ("table_sizes", "embedding_mixing", "num_dedicated")  # configuration fields that no plain model has
 FILE_FIELDS = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
 
 

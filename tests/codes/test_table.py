@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ksub_ds import CodeTable, plain_codes, positional_codes
-from ksub_ds.codes.table import table_widths
+from ksub_ds.codes.extension import extend_codes
+from ksub_ds.codes.table import reserve_special_tokens, table_widths
 from ksub_ds.common.errors import UserError
 
 
@@ -146,3 +148,59 @@ def test_codes_in_a_type_that_numpy_lacks(tmp_path):
     save_file({"codes": torch.zeros(3, 2, dtype=torch.bfloat16)}, tmp_path / "codes.safetensors", {"format": "x"})
     with pytest.raises(UserError, match="not a readable code file"):
         CodeTable.load(tmp_path / "codes.safetensors")
+
+
+def test_dedicated_tokens_are_part_of_the_map(tmp_path):
+    table = positional_codes(1000, 3)
+    some = CodeTable(table.codes, table.table_sizes, table.metadata, dedicated=[3, 40, 999])
+    assert some.num_dedicated == 3 and some.dedicated.dtype == np.int32
+    assert some.num_parameters(30) == table.num_parameters(30) + 3 * 30
+    others = [CodeTable(table.codes, table.table_sizes, dedicated=ids) for ids in ([3, 40], [3, 40, 998], ())]
+    assert len({each.sha256 for each in (some, *others)}) == 4 and others[-1].sha256 == table.sha256
+    some.save(tmp_path / "codes.safetensors")
+    loaded = CodeTable.load(tmp_path / "codes.safetensors")
+    assert loaded.dedicated.tolist() == [3, 40, 999] and loaded.sha256 == some.sha256
+    assert loaded.metadata == table.metadata and "num_dedicated=3" in repr(loaded)
+    with pytest.raises(ValueError):
+        loaded.dedicated[0] = 1
+
+
+def test_without_dedicated_tokens_files_and_fingerprints_are_the_old_ones(tmp_path):
+    table = CodeTable([[0, 1], [1, 0], [1, 1]], (2, 2), dedicated=[])
+    assert table.sha256 == "d5e9086ee16b48669cd8e6376b4643abf59f0010b74e4899cc852c444759af5e"
+    table.save(tmp_path / "codes.safetensors")
+    with safe_open(tmp_path / "codes.safetensors", "np") as stream:
+        assert stream.metadata()["format"] == "ksub-codes-1" and list(stream.keys()) == ["codes"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "fault"),
+    [
+        ([1, 3], r"token 3 is not in \[0, 3\)"),
+        ([-1, 1], r"token -1 is not in \[0, 3\)"),
+        ([2, 1], "distinct and in rising order, but 1 follows 2"),
+        ([1, 1], "distinct and in rising order, but 1 follows 1"),
+        ([0.5], "list of token ids, not of shape"),
+        ([[1]], "list of token ids, not of shape"),
+    ],
+)
+def test_what_is_no_list_of_dedicated_tokens(ids, fault, tmp_path):
+    table = CodeTable([[0, 1], [1, 0], [1, 1]], (2, 2), dedicated=[1])
+    with pytest.raises(ValueError, match=fault):
+        CodeTable(table.codes, (2, 2), dedicated=ids)
+    stored = {"codes": table.codes, "dedicated": np.array(ids)}
+    save_file(stored, tmp_path / "codes", {"format": "ksub-codes-2", "table_sizes": "2,2", "sha256": table.sha256})
+    with pytest.raises(UserError, match=fault):
+        CodeTable.load(tmp_path / "codes")
+
+
+def test_a_file_of_the_new_format_without_its_tensor(tmp_path):
+    save_file({"codes": np.zeros((1, 1), np.int32)}, tmp_path / "codes", {"format": "ksub-codes-2"})
+    with pytest.raises(UserError, match="not a readable code file"):
+        CodeTable.load(tmp_path / "codes")
+
+
+def test_dedicated_tokens_follow_the_special_and_the_added_ones():
+    ordinary = CodeTable(positional_codes(20, 2, table_size=6).codes, (6, 6), dedicated=[0, 1, 19])
+    assert reserve_special_tokens(ordinary, [1, 3]).dedicated.tolist() == [0, 2, 21]
+    assert extend_codes(ordinary, 4).dedicated.tolist() == [0, 1, 19]

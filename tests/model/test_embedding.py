@@ -191,3 +191,58 @@ def test_a_mixing_matrix_is_part_of_the_embedding_everywhere(num_tables):
     torch.testing.assert_close(ours, theirs)
     inputs = [hidden, *layer.parameters()]
     torch.testing.assert_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs))
+
+
+def dedicated_layer(table, ids, dim=20, **keywords):
+    """A layer whose dedicated rows are not zero, and the one without them with the same tables."""
+    plain = SubEmbedding(table, dim, **keywords)
+    layer = SubEmbedding(CodeTable(table.codes, table.table_sizes, dedicated=ids), dim, **keywords)
+    missing, unexpected = layer.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == ["dedicated_rows", "dedicated"] and not unexpected
+    if layer.mixing is not None:
+        for each in (plain, layer):
+            each.mixing.copy_(torch.randn(dim, dim, generator=torch.Generator().manual_seed(0)) / 4)
+    return layer, plain
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+@pytest.mark.parametrize("ids", [[0], [3, 8, 59], list(range(60))])
+def test_dedicated_rows_are_added_at_the_input_and_in_the_logits(ids, mixing):
+    layer, plain = dedicated_layer(positional_codes(60, 3), ids, padding_idx=3, mixing=mixing)
+    tokens, hidden, bias = torch.arange(60), torch.randn(5, 20), torch.randn(60)
+    assert torch.equal(layer(tokens), plain(tokens))  # the new rows are zero: nothing changes
+    assert torch.equal(layer.logits(hidden, bias), plain.logits(hidden, bias))
+    with torch.no_grad():
+        layer.dedicated_rows.normal_()
+    wanted = plain.dense_weight().detach().clone()
+    wanted[ids] += layer.dedicated_rows
+    torch.testing.assert_close(layer.dense_weight(), wanted)
+    torch.testing.assert_close(layer(tokens.int().view(6, 10)), wanted.view(6, 10, 20))
+    torch.testing.assert_close(layer.dedicated_weight(), wanted[ids])
+    torch.testing.assert_close(layer.logits(hidden, bias), hidden @ wanted.T + bias)
+    layer.reset_parameters()
+    assert not layer.dedicated_rows.any() and f"dedicated={len(ids)}" in repr(layer)
+
+
+def test_dedicated_rows_have_the_gradients_of_the_dense_matrix():
+    layer, _ = dedicated_layer(positional_codes(60, 3), [1, 3, 8, 59], padding_idx=3)
+    ids, weight = torch.tensor([[0, 1, 3], [8, 8, 59]]), torch.randn(2, 3, 20)
+    inputs = [layer.dedicated_rows, *layer.tables]
+    ours = torch.autograd.grad((layer(ids) * weight).sum(), inputs)
+    kept = (ids != 3).unsqueeze(-1)
+    theirs = torch.autograd.grad((layer.dense_weight()[ids] * weight * kept).sum(), inputs)
+    torch.testing.assert_close(ours, theirs)
+    assert ours[0].any(dim=1).tolist() == [True, False, True, True]
+
+
+def test_dedicated_tokens_are_stored_and_come_back():
+    layer, _ = dedicated_layer(positional_codes(60, 3), [3, 8, 59])
+    assert {name for name, _ in layer.named_parameters()} == {"tables.0", "tables.1", "tables.2", "dedicated_rows"}
+    assert [name for name, _ in layer.named_buffers()] == ["codes", "dedicated"]
+    assert layer.code_table().dedicated.tolist() == [3, 8, 59]
+    other, _ = dedicated_layer(positional_codes(60, 3), [0, 1, 2])
+    with torch.no_grad():
+        layer.dedicated_rows.normal_()
+    other.load_state_dict(layer.state_dict())
+    assert other.code_table().sha256 == layer.code_table().sha256
+    assert torch.equal(other(torch.arange(60)), layer(torch.arange(60)))

@@ -179,6 +179,40 @@ def test_heads_read_each_others_folders_and_grow(family, tmp_path):
         model.resize_token_embeddings(126)
 
 
+@pytest.mark.parametrize("family", ["xlm-roberta", "bert", "modernbert"])
+def test_dedicated_rows_go_where_the_tables_go(family, tmp_path):
+    """Through a folder, every head and a plain model; into fewer tokens; and out of the configuration without them."""
+    source, (ids, mask, _) = plain_model(family), batch()
+    dedicated = [0, 1, 7, 30, 119]
+    model = replace_embeddings(source, CodeTable(TABLE.codes, TABLE.table_sizes, dedicated=dedicated))
+    layer = model.get_input_embeddings()
+    plain = replace_embeddings(source, TABLE)
+    plain.get_input_embeddings().load_state_dict(layer.state_dict(), strict=False)
+    assert torch.equal(outputs(model, ids, mask), outputs(plain, ids, mask))  # the rows are zero
+    assert "num_dedicated" not in plain.config.to_json_string() and "num_dedicated" not in plain.config.to_dict()
+    with torch.no_grad():
+        layer.dedicated_rows.normal_()
+        source.get_input_embeddings().weight.copy_(layer.dense_weight())
+    assert model.config.num_dedicated == 5
+    assert model.code_table().dedicated.tolist() == dedicated
+    torch.testing.assert_close(outputs(model, ids, mask), outputs(source, ids, mask))
+    torch.testing.assert_close(outputs(to_plain(model, type(source)), ids, mask), outputs(source, ids, mask))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(outputs(again, ids, mask), outputs(model, ids, mask))
+    for door in (AutoModel, AutoModelForSequenceClassification):
+        theirs = door.from_pretrained(tmp_path).base_model.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in model.base_model.state_dict().items())
+    before = model(ids % 100).logits
+    for size, kept in ((125, 5), (100, 4), (1, 1)):
+        model.resize_token_embeddings(size)
+        assert model.config.num_dedicated == kept == len(layer.dedicated_rows), size
+        if size > 1:
+            torch.testing.assert_close(model(ids % 100).logits[..., :100], before[..., :100])
+    model.save_pretrained(tmp_path / "small")
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "small").code_table().dedicated.tolist() == [0]
+
+
 def test_other_codes_for_one_of_ours():
     model = replace_embeddings(plain_model("bert"), TABLE)
     fewer = replace_embeddings(model, positional_codes(100, 2))
