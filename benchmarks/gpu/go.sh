@@ -12,7 +12,7 @@ if [ "$(cat "$work/unpacked" 2>/dev/null)" != "$stamp" ]; then
     rm -rf "$work/site" "$work/source" "$work/data"
     mkdir -p "$work"
     "$python" -m pip install --quiet --upgrade --no-index --no-deps --target "$work/site" "$here"/wheels/*.whl
-    for name in source data; do "$python" -m tarfile --extract "$here/$name.tar.xz" "$work/$name"; done
+    for name in source data; do "$python" -m tarfile --filter data --extract "$here/$name.tar.xz" "$work/$name"; done
     echo "$stamp" > "$work/unpacked"
 fi
 export PYTHONPATH="$work/source:$work/site${PYTHONPATH:+:$PYTHONPATH}"

@@ -7,7 +7,7 @@
 # SHARDS      a folder of token shards; without it they are made from TEXT (a folder of <lang>.jsonl.gz) by TOKENIZER.
 #             20M tokens are 30 MB here.
 # CODES       a folder with positional.safetensors and clustered.safetensors; without it both are made from the shards
-#             (Algorithm 2 on co-occurrence: half an hour on two cores for 250,002 tokens).
+#             (Algorithm 2 on co-occurrence: some minutes on two cores for 250,002 tokens).
 # TABLE_SIZE  rows of a table of the clustered codes [128]
 # WHEELS      a folder of wheels; without it wheels.sh downloads them.
 # PYTHON      the Python that has this project's packages [python3]

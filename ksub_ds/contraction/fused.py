@@ -2,12 +2,14 @@
 
 The K tables become three: each of three groups of neighbouring tables counts as one table, whose codes are the
 tuples of its members' codes, with the sum of their scores. K = 8 tables of 5 rows are one of 125, one of 125 and one
-of 25. The tokens are cells of a box (S, J, C); `ksub_ds.contraction.fused_kernels` has the sums over it. The
-probability of a member's code is the sum of those of the group's codes that contain it.
+of 25; the first group of K = 2 is empty, and has the one code (). The tokens are cells of a box (S, J, C);
+`ksub_ds.contraction.fused_kernels` has the sums over it. The probability of a member's code is the sum of those of the
+group's codes that contain it.
 
-A tile of the kernels holds at most 128 rows of the second and third group. Where a table has a few more, such as the
-rows of special tokens, its 128 most used ones make the box, and the few tokens outside it are added one by one. Codes
-for which no such box exists, or for which it would be mostly empty, keep the form in torch: `plan_boxes` decides.
+A tile of the kernels holds at most 128 rows of the second and third group; longer axes are cut into chunks, and the
+box into pieces, one for each pair of them: two tables of 500 rows are 4 x 4 pieces. Where a table has a few rows more
+than chunks hold, such as those of special tokens, the most used ones make the box, and the few tokens outside it are
+added one by one. Codes whose box would be mostly empty keep the form in torch: `plan_boxes` decides.
 
 The kernels run on an H100 or H200 where Triton is (it comes with torch for CUDA), and in Triton's interpreter, on a
 CPU, when the environment says TRITON_INTERPRET=1. Nothing here asks the device for a value.
@@ -28,11 +30,12 @@ from torch import Tensor
 
 KERNELS = "ksub_ds.contraction.fused_kernels"  # by name: a model's form in one file does without them
 SMALLEST_SUM = 1e-25  # under this, float32 terms of Z begin to vanish
-LARGEST_TILE = 128  # rows of the second and third group
+LARGEST_TILE = 128  # rows of a chunk of the second and third group
 SMALLEST_TILE = 16  # the tensor cores' least
 MOST_OUTSIDE = 64  # tokens outside the box
 MOST_CELLS = 2**25  # of a box: 128 MB of its bfloat16 parts, and twice that for its gradient
 STEP_CELLS = 2**12  # what a step of the loop over the first group costs beside its cells, in cells
+PIECE_CELLS = 2**16  # what reading the factors of a piece of the box and writing its sums cost, in cells
 CAPABILITY = 9  # Hopper; the tiles overflow the registers of GPUs before it, and the shared memory of those after
 PROGRAMS = 528  # wanted per kernel: four for each processor of an H100
 MOST_PARTS = 8  # of a sum that is divided over programs
@@ -66,14 +69,12 @@ class BoxPlan:
     """Three groups of tables as the axes of a box.
 
     Attributes:
-        groups: the tables of each axis; neighbours, the axes in the order of the kernels' loops.
+        groups: the tables of each axis; neighbours, in the order of the kernels' loops. The first may be empty.
         kept: for each table, its codes inside the box, in rising order.
-        inside: (N,) whether a token is in the box.
     """
 
     groups: tuple[range, range, range]
     kept: tuple[np.ndarray, ...]
-    inside: np.ndarray
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -81,34 +82,70 @@ class BoxPlan:
         first, second, third = (prod(len(self.kept[k]) for k in group) for group in self.groups)
         return first, second, third
 
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """How many chunks the second and the third axis are cut into."""
+        _, second, third = self.sizes
+        return _blocks(second, LARGEST_TILE), _blocks(third, LARGEST_TILE)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """The rows of a chunk of either, as the kernels have them."""
+        _, second, third = self.sizes
+        return tile(min(second, LARGEST_TILE)), tile(min(third, LARGEST_TILE))
+
+    @property
+    def cells(self) -> int:
+        """The cells of the box, with the padding of the tiles."""
+        return self.sizes[0] * prod(self.chunks) * prod(self.tiles)
+
+    @property
+    def cost(self) -> int:
+        """What the fold takes, in cells."""
+        pieces = prod(self.chunks)
+        return self.cells + pieces * (self.sizes[0] * STEP_CELLS + PIECE_CELLS)
+
+    def inside(self, codes: np.ndarray) -> np.ndarray:
+        """Return which tokens are in the box, (N,), for codes (N, K)."""
+        inside = np.ones(len(codes), dtype=bool)
+        for code, kept in zip(codes.T, self.kept, strict=True):
+            inside &= np.isin(code, kept)
+        return inside
+
 
 def plan_boxes(codes: np.ndarray, table_sizes: tuple[int, ...]) -> BoxPlan | str:
     """Find the cheapest box for codes (N, K), or say why there is none."""
-    if len(table_sizes) < 3:
-        return "fewer than three tables"
-    counts = [np.bincount(codes[:, k], minlength=size) for k, size in enumerate(table_sizes)]
-    whole = tuple(np.arange(size) for size in table_sizes)
-    most_used = tuple(np.sort(np.argsort(-count, kind="stable")[:LARGEST_TILE]) for count in counts)
-    best: tuple[int, BoxPlan] | None = None
-    for cuts in itertools.combinations(range(1, len(table_sizes)), 2):
-        parts = [range(*ends) for ends in itertools.pairwise((0, *cuts, len(table_sizes)))]
+    if len(table_sizes) < 2:
+        return "a single table"
+    choices = [_rows_to_keep(codes[:, k], size) for k, size in enumerate(table_sizes)]
+    whole = [np.arange(size) for size in table_sizes]
+    plans = []
+    for ends in itertools.combinations(range(len(table_sizes)), 2):
+        parts = [range(*pair) for pair in itertools.pairwise((0, *ends, len(table_sizes)))]
         for first in range(3):
             groups = (parts[first], *(part for at, part in enumerate(parts) if at != first))
-            kept = list(whole)
-            for group in groups[1:]:
-                if len(group) == 1:
-                    kept[group.start] = most_used[group.start]
-            inside = np.ones(len(codes), dtype=bool)
-            for k, rows in enumerate(kept):
-                if len(rows) < table_sizes[k]:
-                    inside &= np.isin(codes[:, k], rows)
-            plan = BoxPlan((groups[0], groups[1], groups[2]), tuple(kept), inside)
-            steps, *tiles = plan.sizes
-            cells = steps * tile(tiles[0]) * tile(tiles[1])
-            fits = max(tiles) <= LARGEST_TILE and cells <= MOST_CELLS and len(codes) - inside.sum() <= MOST_OUTSIDE
-            if fits and (best is None or cells + steps * STEP_CELLS < best[0]):
-                best = (cells + steps * STEP_CELLS, plan)
-    return "no box of the codes fits the kernels" if best is None else best[1]
+            if not (groups[1] and groups[2]):
+                continue
+            # Of a table that is an axis alone, a part of the rows may do.
+            alone = [group.start for group in groups[1:] if len(group) == 1]
+            for rows in itertools.product(*(choices[k] for k in alone)):
+                kept = whole.copy()
+                for k, chosen in zip(alone, rows, strict=True):
+                    kept[k] = chosen
+                plans.append(BoxPlan((groups[0], groups[1], groups[2]), tuple(kept)))
+    for plan in sorted((plan for plan in plans if plan.cells <= MOST_CELLS), key=lambda plan: plan.cost):
+        if len(codes) - plan.inside(codes).sum() <= MOST_OUTSIDE:
+            return plan
+    return "no box of the codes fits the kernels"
+
+
+def _rows_to_keep(code: np.ndarray, size: int) -> list[np.ndarray]:
+    """Return the most used codes of a table that fill chunks, of which few tokens have another; all codes last."""
+    count = np.bincount(code, minlength=size)
+    most_used = np.argsort(-count, kind="stable")
+    left_out = len(code) - np.cumsum(count[most_used])
+    filled = (rows for rows in range(LARGEST_TILE, size, LARGEST_TILE) if left_out[rows - 1] <= MOST_OUTSIDE)
+    return [*(np.sort(most_used[:rows]) for rows in filled), np.arange(size)]
 
 
 @dataclass(frozen=True)
@@ -142,12 +179,13 @@ class FusedContraction:
         self.shape = shape or ProgramShape()
         self.table_sizes = table_sizes
         self.codes = codes.to(torch.int32).contiguous()
-        self.sizes = plan.sizes
-        self.tiles = (tile(self.sizes[1]), tile(self.sizes[2]))
-        self.cells = self.sizes[0] * self.tiles[0] * self.tiles[1]
+        self.sizes, self.chunks, self.tiles, self.cells = plan.sizes, plan.chunks, plan.tiles, plan.cells
+        self.pieces = prod(self.chunks)
+        self.most_parts = max(1, MOST_PARTS // self.pieces)
         self.width = sum(table_sizes)
         self.groups_width = sum(self.sizes)
-        self.numbers_per_row = 4 * self.groups_width + 2 * self.width + 6 * MOST_PARTS * sum(self.tiles)
+        sums = self.pieces * (self.sizes[0] + 6 * self.most_parts * sum(self.tiles))
+        self.numbers_per_row = 4 * self.groups_width + 2 * self.width + sums
 
         numbers, device = codes.cpu().numpy().astype(np.int64), codes.device
         offsets = np.concatenate([[0], np.cumsum(table_sizes)])
@@ -158,18 +196,17 @@ class FusedContraction:
         positions = np.full(self.width, -1)
         for k, kept in enumerate(plan.kept):
             positions[offsets[k] + kept] = np.arange(len(kept))
-        axes = [
-            np.ravel_multi_index(
-                tuple(positions[offsets[k] + numbers[plan.inside, k]] for k in group),
-                tuple(len(plan.kept[k]) for k in group),
-            )
+        inside = plan.inside(numbers)
+        first, second, third = (
+            sum(positions[offsets[k] + numbers[inside, k]] * _stride(plan, group, k) for k in group)
             for group in plan.groups
-        ]
-        cell = (axes[0] * self.tiles[0] + axes[1]) * self.tiles[1] + axes[2]
+        )
+        (chunk2, j), (chunk3, c) = divmod(second, self.tiles[0]), divmod(third, self.tiles[1])
+        cell = (((chunk2 * self.chunks[1] + chunk3) * self.sizes[0] + first) * self.tiles[0] + j) * self.tiles[1] + c
         token_of_cell, cell_of_token = np.full(self.cells, -1), np.full(len(numbers), -1)
-        token_of_cell[cell] = np.flatnonzero(plan.inside)
-        cell_of_token[plan.inside] = cell
-        outside = np.flatnonzero(~plan.inside)
+        token_of_cell[cell] = np.flatnonzero(inside)
+        cell_of_token[inside] = cell
+        outside = np.flatnonzero(~inside)
         columns = numbers + offsets[:-1]
 
         self.offsets, self.positions = on_device(offsets[:-1]), on_device(positions)
@@ -184,7 +221,8 @@ class FusedContraction:
 
     def __repr__(self) -> str:
         outside = f" and {len(self.outside)} tokens" if len(self.outside) else ""
-        return f"fused, box {' x '.join(map(str, self.sizes))}{outside}"
+        pieces = f" in {' x '.join(map(str, self.chunks))} pieces" if self.pieces > 1 else ""
+        return f"fused, box {' x '.join(map(str, self.sizes))}{pieces}{outside}"
 
     @property
     def part_dtype(self) -> torch.dtype:
@@ -206,10 +244,15 @@ class FusedContraction:
             getattr(self.kernels, kernel)[grid](*arguments, **constants)
 
 
+def _stride(plan: BoxPlan, group: range, table: int) -> int:
+    """Return the distance, among a group's codes, of two that differ by one kept code of a table."""
+    return prod(len(plan.kept[later]) for later in group if later > table)
+
+
 def _group_columns(plan: BoxPlan, group: range, offsets: np.ndarray) -> np.ndarray:
     """Return the columns of the scores that add up to those of a group's codes, (members, codes)."""
-    columns = np.meshgrid(*(offsets[k] + plan.kept[k] for k in group), indexing="ij")
-    return np.stack([column.ravel() for column in columns])
+    columns = itertools.product(*(offsets[k] + plan.kept[k] for k in group))
+    return np.array([*columns]).T
 
 
 def _layout(plan: BoxPlan, table_sizes: tuple[int, ...], offsets: np.ndarray) -> np.ndarray:
@@ -223,8 +266,8 @@ def _layout(plan: BoxPlan, table_sizes: tuple[int, ...], offsets: np.ndarray) ->
     for axis, group in enumerate(plan.groups):
         for k in group:
             kept = len(plan.kept[k])
-            stride = prod(len(plan.kept[later]) for later in group if later > k)
-            rows[k] = offsets[k], table_sizes[k], starts[axis], kept, stride, plan.sizes[axis] // kept
+            repeats = plan.sizes[axis] // kept
+            rows[k] = offsets[k], table_sizes[k], starts[axis], kept, _stride(plan, group, k), repeats
     return rows
 
 
@@ -284,12 +327,12 @@ class FusedSoftmax:
 
     def _make_factors(self) -> None:
         box, rows = self.box, self.padded
-        (s, j, c), (tile_j, tile_c) = box.sizes, box.tiles
+        (s, j, c), (tile_j, tile_c), (chunks_j, chunks_c) = box.sizes, box.tiles, box.chunks
         self.top = self._numbers(rows, dtype=torch.float64)
         self.e1t = self._numbers(s, rows)
-        self.e2, self.e3 = self._numbers(rows, tile_j), self._numbers(rows, tile_c)
-        self.e2_parts = [self._numbers(rows, tile_j, dtype=box.part_dtype) for _ in range(2)]
-        self.e3_parts = [self._numbers(rows, tile_c, dtype=box.part_dtype) for _ in range(2)]
+        self.e2, self.e3 = self._numbers(chunks_j, rows, tile_j), self._numbers(chunks_c, rows, tile_c)
+        self.e2_parts = [torch.empty_like(self.e2, dtype=box.part_dtype) for _ in range(2)]
+        self.e3_parts = [torch.empty_like(self.e3, dtype=box.part_dtype) for _ in range(2)]
         box.run(
             "make_factors", (rows // 16,),
             self.scores, *box.group_columns, self.top, self.e1t, self.e2, *self.e2_parts, self.e3, *self.e3_parts,
@@ -299,23 +342,25 @@ class FusedSoftmax:
 
     def _fold(self, with_gradients: bool) -> None:
         box, weights, shape, rows = self.box, self.weights, self.box.shape, self.padded
-        (s, j, c), (tile_j, tile_c) = box.sizes, box.tiles
+        (s, j, c), (tile_j, tile_c), (chunks_j, chunks_c) = box.sizes, box.tiles, box.chunks
         blocks = rows // shape.rows
-        steps, parts = _share(s, PROGRAMS // blocks)
-        g2_part, g3_part = self._numbers(parts, rows, tile_j), self._numbers(parts, rows, tile_c)
-        g1 = self._numbers(s, rows) if with_gradients else g2_part
+        steps, parts = _share(s, PROGRAMS // (blocks * box.pieces), box.most_parts)
+        g2_part = self._numbers(box.pieces, parts, rows, tile_j)
+        g3_part = self._numbers(box.pieces, parts, rows, tile_c)
+        g1_part = self._numbers(box.pieces, s, rows) if with_gradients else g2_part
         constants = {
             "BR": shape.rows, "BJ": tile_j, "BC": tile_c, "WEIGHTED": weights.weighted, "STAGES": shape.stages,
             "num_warps": shape.warps,
         }  # fmt: skip
+        grid = (blocks, parts, box.pieces)
         box.run(
-            "fold_over_c", (blocks, parts), self.e1t, self.e2, *self.e3_parts, weights.high, weights.low, g1, g2_part,
-            rows, s, steps, GRADIENTS=with_gradients, **constants,
+            "fold_over_c", grid, self.e1t, self.e2, *self.e3_parts, weights.high, weights.low, g1_part, g2_part,
+            rows, s, steps, chunks_c, GRADIENTS=with_gradients, **constants,
         )  # fmt: skip
         if with_gradients:
             box.run(
-                "fold_over_j", (blocks, parts), self.e1t, *self.e2_parts, weights.high, weights.low, g3_part,
-                rows, s, steps, **constants,
+                "fold_over_j", grid, self.e1t, *self.e2_parts, weights.high, weights.low, g3_part,
+                rows, s, steps, chunks_j, chunks_c, **constants,
             )  # fmt: skip
         self.scale = self._numbers(rows)
         self.group_probs = self._numbers(self.rows, box.groups_width) if with_gradients else self.scale
@@ -325,9 +370,10 @@ class FusedSoftmax:
         labels = self.far if self.labels is None else self.labels  # not read without labels
         box.run(
             "finish_rows", (rows // 16,), self.scores, box.outside_columns, box.outside, weights.bias, weights.largest,
-            self.top, self.e1t, self.e2, self.e3, g1, g2_part, g3_part, labels,
+            self.top, self.e1t, self.e2, self.e3, g1_part, g2_part, g3_part, labels,
             self.log_partition, self.scale, self.far, self.group_probs, self.outside_probs,
-            self.rows, rows, box.width, s, j, c, tables, outside, parts, SMALLEST_SUM, self.ignore_index,
+            self.rows, rows, box.width, s, j, c, chunks_j, chunks_c, tables, outside, parts, SMALLEST_SUM,
+            self.ignore_index,
             BR=16, BI=LARGEST_TILE, BJ=tile_j, BC=tile_c, BX=box.outside_tile,
             WEIGHTED=weights.weighted, LABELLED=self.labels is not None, GRADIENTS=with_gradients,
         )  # fmt: skip
@@ -379,11 +425,11 @@ class FusedSoftmax:
         """Return the tokens' probabilities summed over the rows that count, (N,)."""
         box, weights, shape = self.box, self.weights, self.box.shape
         (s, *_), (tile_j, tile_c), tokens = box.sizes, box.tiles, len(box.codes)
-        steps, parts = _share(_blocks(self.padded, shape.gradient_rows), PROGRAMS // s)
+        steps, parts = _share(_blocks(self.padded, shape.gradient_rows), PROGRAMS // (s * box.pieces))
         ga_part, gradient = self._numbers(parts, box.cells), self._numbers(tokens)
         box.run(
-            "fold_over_rows", (s, parts), self.e1t, *self.e2_parts, self.e3, self.scale, ga_part,
-            self.padded, s, steps, BR=shape.gradient_rows, BJ=tile_j, BC=tile_c, EMULATE=box.emulate,
+            "fold_over_rows", (s * box.pieces, parts), self.e1t, *self.e2_parts, self.e3, self.scale, ga_part,
+            self.padded, s, steps, box.chunks[1], BR=shape.gradient_rows, BJ=tile_j, BC=tile_c, EMULATE=box.emulate,
             STAGES=shape.stages, num_warps=shape.warps,
         )  # fmt: skip
         box.run(
@@ -404,7 +450,7 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _share(steps: int, wanted: int) -> tuple[int, int]:
+def _share(steps: int, wanted: int, most: int = MOST_PARTS) -> tuple[int, int]:
     """Divide steps over about `wanted` programs: (steps of each, programs)."""
-    each = _blocks(steps, min(max(wanted, 1), MOST_PARTS))
+    each = _blocks(steps, min(max(wanted, 1), most))
     return each, _blocks(steps, each)

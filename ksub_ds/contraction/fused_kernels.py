@@ -11,6 +11,10 @@ The fold, of the box A (S, J, C) of the tokens' weights with the factors e_1 (R,
 Z is linear in each factor, so nothing is computed twice, and W_i lives in registers only. No program writes where
 another does, so results do not depend on the order in which programs run.
 
+The second axis lies in chunks of BJ codes and the third in chunks of BC, one pair of chunks for each piece of the box:
+e_2 is (CHUNKS_J, R, BJ), e_3 (CHUNKS_C, R, BC), A (CHUNKS_J, CHUNKS_C, S, BJ, BC). The folds do one piece and write its
+share of g1, g2 and g3; `finish_rows` adds the shares. Three tables of at most 128 rows are one piece.
+
 Operands of the tensor cores are split in bf16 high and low parts; high·high + high·low + low·high is within 2^-16 of
 their product, and its rounding errors are independent over the sum. Accumulators are float32. EMULATE keeps the parts
 in float32 for Triton's interpreter, which has no products of bf16; those are exact in float32, so nothing changes.
@@ -71,20 +75,32 @@ def _sum_scores(row_scores, columns, MEMBERS, WIDTH, at, row_ok, BR: tl.constexp
 
 
 @triton.jit
+def _largest(row_scores, columns, MEMBERS, WIDTH, row_ok, BR: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the largest score of a group's codes, (BR,)."""
+    at = tl.arange(0, BLOCK)
+    top = tl.full((BR,), float("-inf"), dtype=tl.float64)
+    for first in range(0, WIDTH, BLOCK):
+        s = _sum_scores(row_scores, columns, MEMBERS, WIDTH, first + at, row_ok, BR, BLOCK)
+        top = tl.maximum(top, tl.max(s, axis=1))
+    return top
+
+
+@triton.jit
 def _write_factor(
-    row_scores, columns, MEMBERS, WIDTH, rows, row_ok, e, e_high, e_low,
+    row_scores, columns, MEMBERS, WIDTH, rows, row_ok, RP, e, e_high, e_low,
     BR: tl.constexpr, BLOCK: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Write the factor of a group that fits one tile, (BR, BLOCK), and its two parts; return the maxima, (BR,)."""
+    """Write the factor of a group in chunks of BLOCK codes, and its two parts; return the maxima, (BR,)."""
     at = tl.arange(0, BLOCK)
-    s = _sum_scores(row_scores, columns, MEMBERS, WIDTH, at, row_ok, BR, BLOCK)
-    top = tl.max(s, axis=1)
-    factor = tl.where(row_ok[:, None], tl.exp(s - top[:, None]), 0.0).to(tl.float32)
-    high = _high(factor, EMULATE)
-    place = rows[:, None] * BLOCK + at[None, :]
-    tl.store(e + place, factor)
-    tl.store(e_high + place, high)
-    tl.store(e_low + place, _low(factor, high, EMULATE))
+    top = _largest(row_scores, columns, MEMBERS, WIDTH, row_ok, BR, BLOCK)
+    for first in range(0, WIDTH, BLOCK):
+        s = _sum_scores(row_scores, columns, MEMBERS, WIDTH, first + at, row_ok, BR, BLOCK)
+        factor = tl.where(row_ok[:, None], tl.exp(s - top[:, None]), 0.0).to(tl.float32)
+        high = _high(factor, EMULATE)
+        place = first * RP + rows[:, None] * BLOCK + at[None, :]
+        tl.store(e + place, factor)
+        tl.store(e_high + place, high)
+        tl.store(e_low + place, _low(factor, high, EMULATE))
     return top
 
 
@@ -99,76 +115,98 @@ def make_factors(
     row_ok = rows < R
     row_scores = scores + rows * WIDTH
     i = tl.arange(0, BI)
-    top1 = tl.full((BR,), float("-inf"), dtype=tl.float64)
-    for first in range(0, S, BI):
-        s = _sum_scores(row_scores, columns1, MEMBERS1, S, first + i, row_ok, BR, BI)
-        top1 = tl.maximum(top1, tl.max(s, axis=1))
+    top1 = _largest(row_scores, columns1, MEMBERS1, S, row_ok, BR, BI)
     for first in range(0, S, BI):
         s = _sum_scores(row_scores, columns1, MEMBERS1, S, first + i, row_ok, BR, BI)
         e = tl.where(row_ok[:, None], tl.exp(s - top1[:, None]), 0.0).to(tl.float32)
         tl.store(e1t + (first + i)[None, :] * RP + rows[:, None], e, mask=(first + i < S)[None, :])
-    top2 = _write_factor(row_scores, columns2, MEMBERS2, J, rows, row_ok, e2, e2_high, e2_low, BR, BJ, EMULATE)
-    top3 = _write_factor(row_scores, columns3, MEMBERS3, C, rows, row_ok, e3, e3_high, e3_low, BR, BC, EMULATE)
+    top2 = _write_factor(row_scores, columns2, MEMBERS2, J, rows, row_ok, RP, e2, e2_high, e2_low, BR, BJ, EMULATE)
+    top3 = _write_factor(row_scores, columns3, MEMBERS3, C, rows, row_ok, RP, e3, e3_high, e3_low, BR, BC, EMULATE)
     tl.store(top + rows, top1 + top2 + top3)
 
 
 @triton.jit
 def fold_over_c(
-    e1t, e2, e3_high, e3_low, a_high, a_low, g1, g2_part, RP, S, STEPS,
+    e1t, e2, e3_high, e3_low, a_high, a_low, g1_part, g2_part, RP, S, STEPS, CHUNKS_C,
     BR: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, GRADIENTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write g1, and the share of g2 of STEPS values of i, by W_i = e_3 A_i^T. e_3's parts stay in shared memory."""
+    """Write the shares of g1 and, for STEPS values of i, of g2, by W_i = e_3 A_i^T. e_3 stays in shared memory."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     part = tl.program_id(1)
+    piece = tl.program_id(2)
     j = tl.arange(0, BJ)
     c = tl.arange(0, BC)
-    place_RC = rows[:, None] * BC + c[None, :]
+    place_RC = ((piece % CHUNKS_C) * RP + rows)[:, None] * BC + c[None, :]
     e3_high_RC = tl.load(e3_high + place_RC)
     e3_low_RC = tl.load(e3_low + place_RC)
-    place_RJ = rows[:, None] * BJ + j[None, :]
-    e2_RJ = tl.load(e2 + place_RJ)
+    e2_RJ = tl.load(e2 + ((piece // CHUNKS_C) * RP + rows)[:, None] * BJ + j[None, :])
     g2_RJ = tl.zeros((BR, BJ), dtype=tl.float32)
-    cell = j[:, None] * BC + c[None, :]
+    cell = piece * S * (BJ * BC) + j[:, None] * BC + c[None, :]
     for i in tl.range(part * STEPS, min(part * STEPS + STEPS, S), num_stages=STAGES):
         high_CJ = tl.trans(tl.load(a_high + i * (BJ * BC) + cell))
         low_CJ = tl.trans(tl.load(a_low + i * (BJ * BC) + cell)) if WEIGHTED else high_CJ
         w_RJ = _product(e3_high_RC, e3_low_RC, high_CJ, low_CJ, WEIGHTED)
         x = tl.load(e1t + i * RP + rows)
         if GRADIENTS:
-            tl.store(g1 + i * RP + rows, tl.sum(w_RJ * e2_RJ, axis=1))
+            tl.store(g1_part + (piece * S + i) * RP + rows, tl.sum(w_RJ * e2_RJ, axis=1))
         g2_RJ += x[:, None] * w_RJ
-    tl.store(g2_part + part * RP * BJ + place_RJ, g2_RJ)
+    share = piece * tl.num_programs(1) + part
+    tl.store(g2_part + (share * RP + rows)[:, None] * BJ + j[None, :], g2_RJ)
 
 
 @triton.jit
 def fold_over_j(
-    e1t, e2_high, e2_low, a_high, a_low, g3_part, RP, S, STEPS,
+    e1t, e2_high, e2_low, a_high, a_low, g3_part, RP, S, STEPS, CHUNKS_J, CHUNKS_C,
     BR: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write the share of g3 of STEPS values of i. e_1 is taken out of the product, so e_2's parts never change."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     part = tl.program_id(1)
+    piece = tl.program_id(2)
+    chunk_j = piece // CHUNKS_C
     j = tl.arange(0, BJ)
     c = tl.arange(0, BC)
-    place_RJ = rows[:, None] * BJ + j[None, :]
+    place_RJ = (chunk_j * RP + rows)[:, None] * BJ + j[None, :]
     e2_high_RJ = tl.load(e2_high + place_RJ)
     e2_low_RJ = tl.load(e2_low + place_RJ)
     g3_RC = tl.zeros((BR, BC), dtype=tl.float32)
-    cell = j[:, None] * BC + c[None, :]
+    cell = piece * S * (BJ * BC) + j[:, None] * BC + c[None, :]
     for i in tl.range(part * STEPS, min(part * STEPS + STEPS, S), num_stages=STAGES):
         high_JC = tl.load(a_high + i * (BJ * BC) + cell)
         low_JC = tl.load(a_low + i * (BJ * BC) + cell) if WEIGHTED else high_JC
         x = tl.load(e1t + i * RP + rows)
         g3_RC += x[:, None] * _product(e2_high_RJ, e2_low_RJ, high_JC, low_JC, WEIGHTED)
-    tl.store(g3_part + part * RP * BC + rows[:, None] * BC + c[None, :], g3_RC)
+    share = ((piece % CHUNKS_C) * CHUNKS_J + chunk_j) * tl.num_programs(1) + part
+    tl.store(g3_part + (share * RP + rows)[:, None] * BC + c[None, :], g3_RC)
+
+
+@triton.jit
+def _terms(e, g_part, chunk, SHARES, rows, RP, BR: tl.constexpr, BLOCK: tl.constexpr):
+    """Return e·dZ/de of a chunk of codes, (BR, BLOCK): the shares of each chunk lie next to each other."""
+    at = tl.arange(0, BLOCK)[None, :]
+    g = tl.zeros((BR, BLOCK), dtype=tl.float32)
+    for share in range(chunk * SHARES, (chunk + 1) * SHARES):
+        g += tl.load(g_part + (share * RP + rows)[:, None] * BLOCK + at)
+    return g * tl.load(e + (chunk * RP + rows)[:, None] * BLOCK + at)
+
+
+@triton.jit
+def _write_probs(
+    group_probs, e, g_part, CHUNKS, SHARES, WIDTH, rows, row_ok, RP, near, factor, BR: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write the probabilities of a group's codes: `factor` times their terms of Z, 0 where not `near`."""
+    for chunk in range(CHUNKS):
+        q = tl.where(near[:, None], _terms(e, g_part, chunk, SHARES, rows, RP, BR, BLOCK) * factor[:, None], 0.0)
+        code = (chunk * BLOCK + tl.arange(0, BLOCK))[None, :]
+        tl.store(group_probs[:, None] + code, q, mask=row_ok[:, None] & (code < WIDTH))
 
 
 @triton.jit
 def finish_rows(
-    scores, outside_columns, outside, bias, largest, top, e1t, e2, e3, g1, g2_part, g3_part, labels,
+    scores, outside_columns, outside, bias, largest, top, e1t, e2, e3, g1_part, g2_part, g3_part, labels,
     log_partition, scale, far, group_probs, outside_probs,
-    R, RP, WIDTH, S, J, C, K, X, PARTS, SMALLEST, IGNORED,
+    R, RP, WIDTH, S, J, C, CHUNKS_J, CHUNKS_C, K, X, PARTS, SMALLEST, IGNORED,
     BR: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, BX: tl.constexpr,
     WEIGHTED: tl.constexpr, LABELLED: tl.constexpr, GRADIENTS: tl.constexpr,
 ):  # fmt: skip
@@ -179,12 +217,9 @@ def finish_rows(
     """
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     row_ok = rows < R
-    j = tl.arange(0, BJ)
-    g2_RJ = tl.zeros((BR, BJ), dtype=tl.float32)
-    for part in range(PARTS):
-        g2_RJ += tl.load(g2_part + (part * RP + rows)[:, None] * BJ + j[None, :])
-    q2_RJ = g2_RJ * tl.load(e2 + rows[:, None] * BJ + j[None, :])
-    z = tl.sum(q2_RJ, axis=1)
+    z = tl.zeros((BR,), dtype=tl.float32)
+    for chunk in range(CHUNKS_J):
+        z += tl.sum(_terms(e2, g2_part, chunk, CHUNKS_C * PARTS, rows, RP, BR, BJ), axis=1)
     tops = tl.load(top + rows)
     if WEIGHTED:
         tops += tl.load(largest).to(tl.float64)
@@ -206,22 +241,21 @@ def finish_rows(
     if GRADIENTS:
         factor = tl.where(near, tl.exp(tops - total), 0.0).to(tl.float32)
         tl.store(scale + rows, factor)
-        place = rows[:, None] * (S + J + C)
         near_R1 = near[:, None]
-        q2_RJ = tl.where(near_R1, q2_RJ * factor[:, None], 0.0)
-        tl.store(group_probs + place + S + j[None, :], q2_RJ, mask=row_ok[:, None] & (j < J)[None, :])
-        c = tl.arange(0, BC)
-        g3_RC = tl.zeros((BR, BC), dtype=tl.float32)
-        for part in range(PARTS):
-            g3_RC += tl.load(g3_part + (part * RP + rows)[:, None] * BC + c[None, :])
-        q3_RC = tl.where(near_R1, g3_RC * tl.load(e3 + rows[:, None] * BC + c[None, :]) * factor[:, None], 0.0)
-        tl.store(group_probs + place + S + J + c[None, :], q3_RC, mask=row_ok[:, None] & (c < C)[None, :])
+        row_probs = group_probs + rows * (S + J + C)
         for first in range(0, S, BI):
             i = first + tl.arange(0, BI)
             used = (i < S)[None, :] & row_ok[:, None]
             at = i[None, :] * RP + rows[:, None]
-            q1_RI = tl.load(g1 + at, mask=used, other=0.0) * tl.load(e1t + at, mask=used, other=0.0)
-            tl.store(group_probs + place + i[None, :], tl.where(near_R1, q1_RI * factor[:, None], 0.0), mask=used)
+            g1_RI = tl.zeros((BR, BI), dtype=tl.float32)
+            for piece in range(CHUNKS_J * CHUNKS_C):
+                g1_RI += tl.load(g1_part + piece * S * RP + at, mask=used, other=0.0)
+            q1_RI = g1_RI * tl.load(e1t + at, mask=used, other=0.0)
+            tl.store(row_probs[:, None] + i[None, :], tl.where(near_R1, q1_RI * factor[:, None], 0.0), mask=used)
+        _write_probs(row_probs + S, e2, g2_part, CHUNKS_J, CHUNKS_C * PARTS, J, rows, row_ok, RP, near, factor, BR, BJ)
+        _write_probs(
+            row_probs + S + J, e3, g3_part, CHUNKS_C, CHUNKS_J * PARTS, C, rows, row_ok, RP, near, factor, BR, BC
+        )
         if BX:
             p_RX = tl.where(near_R1, tl.exp(logits_RX - total[:, None]), 0.0)
             tl.store(outside_probs + rows[:, None] * BX + x[None, :], p_RX.to(tl.float32), mask=row_ok[:, None])
@@ -342,29 +376,33 @@ def make_score_grads(
 
 @triton.jit
 def fold_over_rows(
-    e1t, e2_high, e2_low, e3, scale, ga_part, RP, S, STEPS,
+    e1t, e2_high, e2_low, e3, scale, ga_part, RP, S, STEPS, CHUNKS_C,
     BR: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, EMULATE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write A's gradient at one i.
+    """Write A's gradient at one i of one piece.
 
     The products of each step are added up outside the tensor cores, which cut off where they add to float32: over
     thousands of rows that is 1e-5 of the gradient, always in the same direction.
     """
-    i = tl.program_id(0)
+    step = tl.program_id(0)
     part = tl.program_id(1)
+    piece = step // S
+    chunk_j = piece // CHUNKS_C
+    chunk_c = piece % CHUNKS_C
     j = tl.arange(0, BJ)
     c = tl.arange(0, BC)
     total = tl.zeros((BJ, BC), dtype=tl.float32)
     for start in tl.range(part * STEPS * BR, min((part + 1) * STEPS * BR, RP), BR, num_stages=STAGES):
         rows = start + tl.arange(0, BR)
-        e3_RC = tl.load(e3 + rows[:, None] * BC + c[None, :]) * tl.load(scale + rows)[:, None]
-        high_JR = tl.trans(tl.load(e2_high + rows[:, None] * BJ + j[None, :]))
-        low_JR = tl.trans(tl.load(e2_low + rows[:, None] * BJ + j[None, :]))
-        x = tl.load(e1t + i * RP + rows)[:, None] * e3_RC
+        e3_RC = tl.load(e3 + (chunk_c * RP + rows)[:, None] * BC + c[None, :]) * tl.load(scale + rows)[:, None]
+        place_RJ = (chunk_j * RP + rows)[:, None] * BJ + j[None, :]
+        high_JR = tl.trans(tl.load(e2_high + place_RJ))
+        low_JR = tl.trans(tl.load(e2_low + place_RJ))
+        x = tl.load(e1t + (step % S) * RP + rows)[:, None] * e3_RC
         x_high = _high(x, EMULATE)
         total += _product(high_JR, low_JR, x_high, _low(x, x_high, EMULATE), True)
     cell = j[:, None] * BC + c[None, :]
-    tl.store(ga_part + (part * S + i) * (BJ * BC) + cell, total)
+    tl.store(ga_part + (part * tl.num_programs(0) + step) * (BJ * BC) + cell, total)
 
 
 @triton.jit

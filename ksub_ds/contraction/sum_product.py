@@ -45,8 +45,9 @@ class CsrPattern:
     def matrix(self, values: Tensor) -> Tensor:
         """Return the CSR matrix with these entries."""
         with warnings.catch_warnings():
-            # Products are all that is used of torch's sparse tensors, and those are settled.
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            # Products are all that is used of torch's sparse tensors, and those are settled. torch 2.11 says besides
+            # that it does not check what it is told not to check.
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta|Sparse invariant checks")
             return torch.sparse_csr_tensor(self.row_starts, self.column, values, self.shape, check_invariants=False)
 
 

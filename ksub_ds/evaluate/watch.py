@@ -137,7 +137,7 @@ class WatchSettings:
     patience_seconds: float = 60.0
     """With --once: wait so long for a checkpoint that is half written."""
     use_gpu: bool = False
-    """Compute on a GPU; by default on the CPU, because the run needs the GPUs."""
+    """Compute on the first GPU that CUDA_VISIBLE_DEVICES leaves; by default on the CPU: the run needs the GPUs."""
 
 
 def watch(settings: WatchSettings) -> None:

@@ -20,7 +20,8 @@ of both.
 
 On the CPU, ignored rows are left out and labels are checked. Any other device is never asked for a value, as the
 host would wait for it: there ignored rows stay and count as zero. The one exception is the underflow of the form
-in torch, which asks which rows it must sum again.
+in torch, which asks which rows it must sum again. K = 1 is the plain decoder: a block of its N logits is held at a
+time, and its products are those of tensor cores (`split_products`).
 """
 
 from functools import reduce
@@ -33,11 +34,13 @@ from torch.autograd.function import once_differentiable
 from ksub_ds.contraction.code_structure import CodeStructure
 from ksub_ds.contraction.dedicated import DedicatedBlock, share_of
 from ksub_ds.contraction.fused import SMALLEST_SUM, FusedSoftmax, FusedWeights
+from ksub_ds.contraction.split_products import multiply, pairs, product, split
 from ksub_ds.model.embedding import SubEmbedding
 
 BLOCK_NUMBERS = {"cpu": 2**21, "cuda": 2**28}  # numbers of the widest level or table held per block
 FEWEST_ROWS = 64  # fewer would read the plain decoder's N x d table too often
 FALLBACK_NUMBERS = 2**20  # float64 logits per block of the underflow path
+LOGIT_PARTS = 3  # of bf16, for logits of hundreds; gradients do with two
 READ_BY_HOST = {"cpu"}  # devices whose values cost the host no wait
 IGNORED = -100  # the label of rows that do not count, where labels are places and -1 says "among the others"
 
@@ -190,12 +193,12 @@ class _LossRun:
         self.structure = structure = layer.structure
         self.with_gradients = with_gradients
         self.num_tokens = layer.num_embeddings
-        self.shared: _TrieLoss | _FusedLoss | None = None
+        self.shared: _BlockedLoss | None = None
         self.own: DedicatedBlock | None = None
         self.rows_per_block = _rows_per_block(layer.codes.device, num_rows, max(1, structure.num_dedicated))
         if structure.num_shared:
             of_shared = bias if bias is None or structure.shared is None else bias.detach()[structure.shared]
-            form = _TrieLoss if structure.fused is None else _FusedLoss
+            form = _loss_form(structure)
             self.shared = form(structure, tables, of_shared, self.rows_per_block, with_gradients, with_bias_gradient)
             self.rows_per_block = self.shared.rows_per_block
         self.grad_tables = _zeros_like(tables) if self.shared is None and with_gradients else []
@@ -313,6 +316,14 @@ class _BlockedLoss:
             torch.mm(score_grad, self.float_tables[k], out=grad_parts[k])
 
 
+def _loss_form(structure: CodeStructure) -> "type[_TrieLoss | _FusedLoss | _DenseLoss]":
+    """Return the form of the loss over the shared tokens that their codes and device have."""
+    if structure.fused is not None:
+        return _FusedLoss
+    is_plain = len(structure.table_sizes) == 1 and structure.dedicated is None
+    return _DenseLoss if is_plain and structure.codes.device.type not in READ_BY_HOST else _TrieLoss
+
+
 class _FusedLoss(_BlockedLoss):
     """The loss by the kernels of `FusedSoftmax`."""
 
@@ -373,6 +384,78 @@ class _FusedLoss(_BlockedLoss):
             minus_others = minus_ones * share_of(others, log_shared).float()
             score_grads.scatter_add_(1, columns, minus_others.unsqueeze(1).expand(columns.shape))
         return losses, list(score_grads.split(self.contraction.table_sizes, dim=1)), log_shared
+
+    def bias_gradient(self) -> Tensor | None:
+        """Do as _BlockedLoss.bias_gradient."""
+        return self.grad_bias
+
+
+class _DenseLoss(_BlockedLoss):
+    """The loss of K = 1 on an accelerator, by products of bf16 parts; never asks the device for a value."""
+
+    def __init__(
+        self,
+        structure: CodeStructure,
+        tables: tuple[Tensor, ...],
+        bias: Tensor | None,
+        num_rows: int,
+        with_gradients: bool,
+        with_bias_gradient: bool,
+    ):
+        super().__init__(tables, num_rows, len(structure.codes), with_gradients)
+        self.row_of_token = structure.codes[:, 0]
+        parts = split(self.float_tables[0].index_select(0, self.row_of_token), LOGIT_PARTS)
+        self.weight = parts[:2]
+        # All pairs of parts next to each other: one sum, small terms first, and (R, N) is written once.
+        self.wide_weight = torch.cat([parts[second] for _, second in pairs(LOGIT_PARTS)], dim=1)
+        self.bias = None if bias is None else bias.detach().float()
+        self.grad_bias = (
+            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and with_bias_gradient else None
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute the logits of R rows, (R, N)."""
+        parts = split(hidden.detach().float(), LOGIT_PARTS)
+        wide = torch.cat([parts[first] for first, _ in pairs(LOGIT_PARTS)], dim=1)
+        logits = multiply(wide, self.wide_weight.t())
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def log_partition(self, hidden: Tensor) -> Tensor:
+        """Do as _BlockedLoss.log_partition."""
+        logits = self.logits(hidden)
+        top = logits.amax(dim=1, keepdim=True)
+        return logits.sub_(top).exp_().sum(dim=1).double().log() + top.squeeze(1).double()
+
+    def losses_and_score_grads(
+        self, hidden: Tensor, labels: Tensor, ignore_index: int, others: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Do as _BlockedLoss.losses_and_score_grads; the scores are the logits, in the order of the tokens."""
+        counted = labels != ignore_index
+        label = torch.where(counted, labels, 0).unsqueeze(1)
+        logits = self.logits(hidden)
+        label_logits = logits.gather(1, label).squeeze(1)
+        top = logits.amax(dim=1, keepdim=True)
+        terms = logits.sub_(top).exp_()
+        at_label = terms.gather(1, label).squeeze(1)
+        # Without the label first: p - 1 is there minus the sum of the others.
+        rest = terms.scatter_(1, label, 0.0).sum(dim=1)
+        total = rest + at_label
+        log_partition = total.double().log() + top.squeeze(1).double()
+        losses = torch.where(counted, log_partition - label_logits, 0.0)
+        if not self.with_gradients:
+            return losses, [], log_partition
+        inverse = torch.where(counted, 1.0 / total, 0.0).unsqueeze(1)
+        grads = terms.scatter_(1, label, -rest.unsqueeze(1)).mul_(inverse)
+        if self.grad_bias is not None:
+            self.grad_bias += grads.sum(dim=0)
+        return losses, [grads], log_partition
+
+    def add_gradients_(self, hidden: Tensor, score_grads: list[Tensor], grad_hidden: Tensor) -> None:
+        """Do as _BlockedLoss.add_gradients_."""
+        grads = split(score_grads[0])
+        grad_hidden.copy_(product(grads, self.weight))
+        grad_weight = product([part.t() for part in grads], split(hidden.detach().float()))
+        self.grad_tables[0].index_add_(0, self.row_of_token, grad_weight)
 
     def bias_gradient(self) -> Tensor | None:
         """Do as _BlockedLoss.bias_gradient."""

@@ -176,7 +176,10 @@ def _count_tokens(batch: Batch) -> int:
 
 
 def to_tensors(batch: Batch, device: Any) -> "dict[str, Tensor]":
-    """Return a batch of numpy arrays as tensors on a device."""
+    """Return a batch of numpy arrays as tensors on a device; the host does not wait until they are there."""
     import torch
 
-    return {key: torch.from_numpy(array).to(device, non_blocking=True) for key, array in batch.items()}
+    tensors = {key: torch.from_numpy(array) for key, array in batch.items()}
+    if torch.device(device).type == "cpu":
+        return tensors
+    return {key: tensor.pin_memory().to(device, non_blocking=True) for key, tensor in tensors.items()}

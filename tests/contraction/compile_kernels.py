@@ -2,7 +2,7 @@
 
     python tests/contraction/compile_kernels.py 90          one JSON line a kernel: registers, stack, shared memory
 
-The call is that of a layer of XLM-R's size with tensors on the CPU; instead of being launched, kernels are compiled.
+The calls are those of layers of XLM-R's size with tensors on the CPU; instead of being launched, kernels are compiled.
 """
 
 import json
@@ -57,11 +57,11 @@ class Compiled(FusedContraction):
         print(json.dumps(line), flush=True)
 
 
-def compile_all(with_bias, specials, rows=4915, tokens=20_000):
-    cells = np.random.default_rng(0).choice(128**3, tokens, replace=False)
-    codes = np.stack(np.unravel_index(cells, (128, 128, 128)), axis=1)
-    codes = np.concatenate([codes, np.arange(128, 128 + specials)[:, None].repeat(3, axis=1)])
-    sizes = (128 + specials,) * 3
+def compile_all(with_bias, specials, size=128, num_tables=3, rows=4915, tokens=20_000):
+    cells = np.random.default_rng(0).choice(size**num_tables, tokens, replace=False)
+    codes = np.stack(np.unravel_index(cells, (size,) * num_tables), axis=1)
+    codes = np.concatenate([codes, np.arange(size, size + specials)[:, None].repeat(num_tables, axis=1)])
+    sizes = (size + specials,) * num_tables
     box = Compiled(torch.as_tensor(codes, dtype=torch.int32), sizes, plan_boxes(codes, sizes))
     bias = torch.zeros(len(codes)) if with_bias else None
     scores, labels = torch.zeros(rows, box.width, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
@@ -77,3 +77,4 @@ if __name__ == "__main__":
     compile_all(True, 0)
     compile_all(True, 5)
     compile_all(False, 0)
+    compile_all(True, 0, size=501, num_tables=2)

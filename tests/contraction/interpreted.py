@@ -89,8 +89,10 @@ def more_rows_than_a_tile(rows=16, tokens=600):
 
 
 MORE_ROWS = "more rows than a tile"
+PIECES = "two tables of more rows than a tile"
 TABLES = {
-    **{f"positional, K = {k}": positional_codes(1000, k) for k in range(3, 9)},
+    **{f"positional, K = {k}": positional_codes(1000, k) for k in range(2, 9)},
+    PIECES: random_codes(2500, (150, 180)),
     "positional, reserved": positional_codes(900, 3, special_ids=range(5)),
     "clustered": clustered(2000, 12, 40),
     "holes": random_codes(700, (9, 17, 35)),
@@ -112,6 +114,39 @@ def test_every_kind_of_codes(name, with_bias, as_on_a_device, monkeypatch):
     case = case_of(name, monkeypatch, with_bias=with_bias)
     assert case.layer.structure.form.startswith("fused")
     assert bool(len(case.layer.structure.fused.outside)) is (name == MORE_ROWS)
+    case.check()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Boxes of several pieces that are small."""
+    monkeypatch.setattr(fused, "LARGEST_TILE", 16)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "chunks"),
+    [((40, 37), 900, (3, 3)), ((33, 5), 130, (3, 1)), ((5,) * 5, 900, (1, 2))],
+)
+def test_boxes_of_several_pieces(sizes, tokens, chunks, with_bias, as_on_a_device, small_tiles, monkeypatch):
+    monkeypatch.setattr(fused, "MOST_OUTSIDE", 0)
+    case = Case(random_codes(tokens, sizes), rows=45, with_bias=with_bias)
+    assert case.layer.structure.fused.chunks == chunks
+    case.check()
+
+
+@pytest.mark.parametrize("gap", [60, 800])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_maxima_of_two_tables_that_meet_in_no_token(gap, with_bias, as_on_a_device, small_tiles):
+    """The favourite codes lie in different pieces: Z loses exp(gap)."""
+    codes = np.array([(a, b) for a in range(20) for b in range(18) if a != 19 or b != 17])
+    case = Case(CodeTable(codes, (20, 18)), rows=6, dim=2, with_bias=with_bias)
+    with torch.no_grad():
+        for table in case.layer.tables:
+            table.copy_(torch.linspace(-0.01, 0.01, len(table)).unsqueeze(1))
+            table[-1] = 1.0
+        case.hidden.fill_(gap)
+        case.hidden[::2] += torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
     case.check()
 
 
@@ -151,10 +186,10 @@ def test_tokens_outside_the_box(with_bias, as_on_a_device, monkeypatch):
 
 @settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(st.integers(1, 7), min_size=3, max_size=5), st.integers(1, 200), st.booleans(), st.integers(9, 40),
-    st.integers(0, 99),
+    st.lists(st.integers(1, 7), min_size=3, max_size=5) | st.lists(st.integers(1, 40), min_size=2, max_size=2),
+    st.integers(1, 200), st.booleans(), st.integers(9, 40), st.integers(0, 99),
 )  # fmt: skip
-def test_any_code_table(sizes, tokens, with_bias, rows, seed):
+def test_any_code_table(small_tiles, sizes, tokens, with_bias, rows, seed):
     table = random_codes(min(tokens, int(np.prod(sizes))), tuple(sizes), seed)
     case = Case(table, rows=rows, dim=17, with_bias=with_bias, seed=seed)
     assert case.layer.structure.fused is not None
@@ -197,7 +232,8 @@ def test_the_fused_and_the_torch_form_agree(with_bias, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("clustered", 35), ("positional, reserved", 35), (MORE_ROWS, 37), ("positional, K = 8", 55)]
+    ("name", "most"),
+    [(PIECES, 35), ("clustered", 35), ("positional, reserved", 35), (MORE_ROWS, 37), ("positional, K = 8", 55)],
 )
 def test_kernels_and_waits_of_a_micro_batch(name, most, as_on_a_device, monkeypatch):
     """The kernels of a GPU: those of torch, and ours. K = 8 has more tables to multiply by."""

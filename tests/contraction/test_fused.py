@@ -27,11 +27,19 @@ def plan(table):
 
 
 @pytest.mark.parametrize(
-    ("num_tables", "sizes"), [(3, (63, 63, 63)), (4, (529, 23, 23)), (6, (64, 64, 64)), (8, (25, 125, 125))]
+    ("num_tables", "sizes", "chunks"),
+    [
+        (2, (1, 501, 501), (4, 4)),
+        (3, (63, 63, 63), (1, 1)),
+        (4, (23, 23, 529), (1, 5)),
+        (6, (64, 64, 64), (1, 1)),
+        (8, (25, 125, 125), (1, 1)),
+    ],
 )
-def test_positional_codes_of_a_large_vocabulary_make_a_box(num_tables, sizes):
-    found = plan(positional_codes(250_002, num_tables))
-    assert found.sizes == sizes and found.inside.all()
+def test_positional_codes_of_a_large_vocabulary_make_a_box(num_tables, sizes, chunks):
+    table = positional_codes(250_002, num_tables)
+    found = plan(table)
+    assert (found.sizes, found.chunks) == (sizes, chunks) and found.inside(table.codes).all()
 
 
 def test_tables_with_a_few_rows_more_leave_a_few_tokens_outside():
@@ -39,16 +47,23 @@ def test_tables_with_a_few_rows_more_leave_a_few_tokens_outside():
     special = np.arange(128, 133)[:, None].repeat(3, axis=1)
     found = plan_boxes(np.concatenate([special, codes]), (133, 133, 133))
     assert found.sizes == (133, 128, 128)
-    assert np.flatnonzero(~found.inside).tolist() == [0, 1, 2, 3, 4]
+    assert np.flatnonzero(~found.inside(np.concatenate([special, codes]))).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_two_tables_with_a_few_rows_more_than_whole_chunks():
+    codes = np.stack(np.unravel_index(np.arange(256 * 384), (256, 384)), axis=1)[::5]
+    special = np.stack([np.arange(256, 261), np.arange(384, 389)], axis=1)
+    found = plan_boxes(np.concatenate([special, codes]), (261, 389))
+    assert (found.sizes, found.chunks) == ((1, 256, 384), (2, 3))
+    assert found.inside(special).sum() == 0 and found.inside(codes).all()
 
 
 @pytest.mark.parametrize(
     ("table", "why"),
     [
-        (plain_codes(50), "fewer than three tables"),
-        (positional_codes(50, 2), "fewer than three tables"),
-        (random_codes(5000, (300, 300, 300)), "no box"),  # every table needs more rows than a tile has
-        (random_codes(5000, (3000, 128, 120)), "no box"),  # would be mostly empty
+        (plain_codes(50), "a single table"),
+        (random_codes(5000, (400, 400, 400)), "no box"),  # would be mostly empty
+        (random_codes(5000, (3000, 128, 120)), "no box"),
     ],
 )
 def test_codes_without_a_box_say_why(table, why):
@@ -75,7 +90,7 @@ def test_nothing_imports_triton_before_a_kernel_is_needed():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 150), min_size=3, max_size=6), st.integers(1, 300), st.integers(0, 99))
+@given(st.lists(st.integers(1, 300), min_size=2, max_size=6), st.integers(1, 300), st.integers(0, 99))
 def test_a_box_holds_every_token_inside_once(sizes, tokens, seed):
     space = int(np.prod(sizes, dtype=np.int64))
     cells = np.unique(np.random.default_rng(seed).integers(0, space, tokens))
@@ -83,10 +98,13 @@ def test_a_box_holds_every_token_inside_once(sizes, tokens, seed):
     found = plan_boxes(codes, tuple(sizes))
     if isinstance(found, str):
         return
-    assert max(found.sizes[1:]) <= LARGEST_TILE and (~found.inside).sum() <= MOST_OUTSIDE
+    inside = found.inside(codes)
+    assert max(found.tiles) <= LARGEST_TILE and (~inside).sum() <= MOST_OUTSIDE
+    for size, chunks, rows in zip(found.sizes[1:], found.chunks, found.tiles, strict=True):
+        assert (chunks - 1) * rows < size <= chunks * rows
     assert [k for group in sorted(found.groups, key=lambda group: group.start) for k in group] == [*range(len(sizes))]
     for k, kept in enumerate(found.kept):
-        assert np.isin(codes[found.inside, k], kept).all()
+        assert np.isin(codes[inside, k], kept).all()
 
 
 def test_tiles():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ksub_ds import factorized_cross_entropy, plain_codes, positional_codes
@@ -193,6 +193,51 @@ def test_a_device_that_is_not_asked_agrees_with_the_cpu(table, with_bias, monkey
         case.labels.fill_(-100)
         total = factorized_cross_entropy(case.hidden, case.layer, case.labels, case.bias, reduction="sum")
         assert total == 0 and all((gradient == 0).all() for gradient in gradients(total, case.tensors()))
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    monkeypatch.setattr(softmax, "READ_BY_HOST", frozenset())
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("width", [24, 300])
+def test_the_plain_decoder_on_a_device_keeps_the_bounds(width, scale, with_bias, as_on_a_device, monkeypatch):
+    """By products of bf16 parts, with the rounding of those; two blocks of rows."""
+    monkeypatch.setattr(softmax, "BLOCK_NUMBERS", {"cpu": 1})
+    case = Case(plain_codes(1500), rows=90, dim=width, scale=scale, with_bias=with_bias)
+    case.check(gradient_limit=1e-4 if scale >= 1000 else 5e-6)
+    loss, ours = case.ours()
+    again, repeated = case.ours()
+    assert loss == again and all(torch.equal(a, b) for a, b in zip(ours, repeated, strict=True))
+    assert (ours[0][case.labels == -100] == 0).all()
+    exact = case.hidden.detach().double() @ case.layer.dense_weight().detach().double().t()
+    exact = (exact if case.bias is None else exact + case.bias.detach().double()).logsumexp(dim=1)
+    assert ((log_partition(case.hidden, case.layer, case.bias) - exact).abs() <= 1e-6 * exact.abs().clamp_min(10)).all()
+    case.labels.fill_(-100)
+    total = factorized_cross_entropy(case.hidden, case.layer, case.labels, case.bias, reduction="sum")
+    assert total == 0 and all((gradient == 0).all() for gradient in gradients(total, case.tensors()))
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 60), st.integers(0, 20), st.booleans(), st.integers(1, 9), st.integers(2, 17))
+def test_any_plain_decoder_on_a_device(as_on_a_device, tokens, unused, with_bias, rows, dim):
+    """Tokens in any order of the table's rows, some of which no token has. Errors of few numbers do not average out."""
+    case = Case(random_codes(tokens, (tokens + unused,)), rows=rows, dim=dim, with_bias=with_bias)
+    case.check(gradient_limit=2**-16)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_plain_decoder_of_bf16_weights_on_a_device(with_bias, as_on_a_device):
+    case = Case(plain_codes(200), with_bias=with_bias)
+    case.layer.to(torch.bfloat16)
+    case.hidden = case.hidden.detach().bfloat16().requires_grad_()
+    loss, ours = case.ours()
+    reference, exact = case.dense(torch.float64)
+    assert abs(loss.double() - reference) <= 5e-6 * abs(reference)
+    assert all(relative(a, b) <= 4e-3 for a, b in zip(ours, exact, strict=True))
+    assert ours[0].dtype == ours[1].dtype == torch.bfloat16
 
 
 def test_a_device_is_asked_for_underflows_only(monkeypatch):
