@@ -89,13 +89,14 @@ def codes_for(folder: Path, given: CodeTable, name: str) -> CodeTable:
         UserError: other codes, or dedicated tokens of the model that are not among theirs.
     """
     own = read_codes(folder)
+    fit = f"fit the model to them first: ksub compress {folder} --codes {name} --out MODEL"
     if own.table_sizes != given.table_sizes or not np.array_equal(own.codes, given.codes):
-        raise UserError(f"--codes {name}: are not the codes of --warm-start {folder}; leave --codes out")
+        raise UserError(f"--codes {name}: are not the codes of --warm-start {folder}; leave --codes out, or {fit}")
     lost = np.setdiff1d(own.dedicated, given.dedicated)
     if len(lost):
         raise UserError(
             f"--codes {name}: lack {len(lost):,} of the {own.num_dedicated:,} dedicated tokens of --warm-start "
-            f"{folder} (token {lost[0]}), whose rows would be lost; leave --codes out, or dedicate these tokens too"
+            f"{folder} (token {lost[0]}), whose rows would be lost; leave --codes out, or {fit}"
         )
     return given
 
