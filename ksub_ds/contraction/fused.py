@@ -253,7 +253,7 @@ class FusedSoftmax:
         contraction: the box.
         weights: of the tokens.
         scores: (R, sum of M_k) float64, the K table scores next to each other.
-        labels: (R,) token ids, or None if only log Z is wanted.
+        labels: (R,) token ids, negative where the label is none of these tokens; None if only log Z is wanted.
         ignore_index: the label of rows that do not count: their loss and their gradients are 0.
         with_gradients: make what the gradients need.
 
@@ -361,6 +361,19 @@ class FusedSoftmax:
             len(box.outside), self.ignore_index, BR=rows, BM=widest, BX=box.outside_tile,
         )  # fmt: skip
         return self.score_probs
+
+    def weigh_(self, log_partition: Tensor, share: Tensor) -> None:
+        """Make the gradients those of a softmax over more tokens, of whose Z these have a share. Before any is taken.
+
+        Args:
+            log_partition: (R,) log Z over all of them.
+            share: (R,).
+        """
+        self.log_partition = log_partition
+        share = share.float()
+        self.scale[: self.rows].mul_(share)
+        for probs in (self.group_probs, self.outside_probs, self.score_probs):
+            probs.mul_(share.unsqueeze(1))
 
     def bias_gradient(self) -> Tensor:
         """Return the tokens' probabilities summed over the rows that count, (N,)."""

@@ -275,22 +275,27 @@ def label_losses(
     scores, codes, offsets, bias, labels, log_partition, losses, label_of_row, minus_ones, R, K, WIDTH, IGNORED,
     BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Write log Z minus the label's logit; 0 in ignored rows, which count as -0 times label 0."""
+    """Write log Z minus the label's logit; 0 in ignored rows, which count as -0 times label 0.
+
+    The label of a row that counts may be none of these tokens: then it is negative, and its logit counts as 0.
+    """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row_ok = rows < R
     label = tl.load(labels + rows, mask=row_ok, other=IGNORED)
     counts = row_ok & (label != IGNORED)
-    label = tl.where(counts, label, 0)
+    here = counts & (label >= 0)
+    label = tl.where(here, label, 0)
     logit = tl.zeros((BLOCK,), dtype=tl.float64)
     for k in range(K):
         column = tl.load(codes + label * K + k) + tl.load(offsets + k)
         logit += tl.load(scores + rows * WIDTH + column, mask=row_ok, other=0.0)
     if WEIGHTED:
         logit += tl.load(bias + label).to(tl.float64)
+    logit = tl.where(here, logit, 0.0)
     loss = tl.where(counts, tl.load(log_partition + rows, mask=row_ok, other=0.0) - logit, 0.0)
     tl.store(losses + rows, loss, mask=row_ok)
     tl.store(label_of_row + rows, label, mask=row_ok)
-    tl.store(minus_ones + rows, tl.where(counts, -1.0, 0.0), mask=row_ok)
+    tl.store(minus_ones + rows, tl.where(here, -1.0, 0.0), mask=row_ok)
 
 
 @triton.jit
@@ -329,7 +334,7 @@ def make_score_grads(
     is_far = (tl.load(far + rows, mask=row_ok, other=0) != 0)[:, None]
     p = tl.where(is_far, tl.load(place, mask=used & is_far, other=0.0), p)
     label = tl.load(labels + rows, mask=row_ok, other=IGNORED)
-    code = tl.load(codes + label * K + k, mask=label != IGNORED, other=-1)
+    code = tl.load(codes + label * K + k, mask=(label != IGNORED) & (label >= 0), other=-1)
     at_label = c[None, :] == code[:, None]
     p = tl.where(at_label, 0.0, p)
     tl.store(place, tl.where(at_label, -tl.sum(p, axis=1)[:, None], p), mask=used)

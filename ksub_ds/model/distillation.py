@@ -7,7 +7,8 @@ With p the teacher's softmax at a position and logit(n) = sum over k of s_k[f_k(
 since the expectation of a sum is the sum of the expectations: the teacher's distribution is needed only through its
 K marginals over codes, sum of M_k numbers a position, and through sum over positions of p, N numbers in all. log Z is
 the exact one of softmax.py. Subtracting the teacher's entropy makes it the Kullback-Leibler divergence. Nothing is
-sampled, and nothing cut off after the best k tokens.
+sampled, and nothing cut off after the best k tokens. Where tokens are dedicated, their rows R_n are one table more, of
+which no other token has a row: its scores are h · R_n, its marginals the p_n themselves.
 
 Where there is a label too, CE(label, student) has the same log Z, so both losses cost one pass:
 
@@ -33,7 +34,7 @@ class SoftTargets(NamedTuple):
     """A teacher's distributions at P positions, as far as a student over sub-embeddings needs them.
 
     Attributes:
-        marginals: (P, sum of M_k) probability of every code of every table.
+        marginals: (P, sum of M_k + F) probability of every code of every table, then of every dedicated token.
         totals: (N,) sum over the positions of the probability of each token.
         entropy: () sum over the positions of the distribution's entropy, nats.
     """
@@ -79,6 +80,8 @@ class Teacher:
         for column, size in zip(table.codes.T, table.table_sizes, strict=True):
             self.columns.append((torch.tensor(column).long() + self.width).to(device))
             self.width += size
+        self.dedicated = torch.tensor(table.dedicated).long().to(device)
+        self.width += table.num_dedicated
 
     @torch.no_grad()
     def targets(
@@ -114,6 +117,8 @@ class Teacher:
             totals += probability.sum(dim=0)
             for column in self.columns:
                 marginals[block].index_add_(1, column, probability)
+            if len(self.dedicated):
+                marginals[block, -len(self.dedicated) :] = probability[:, self.dedicated]
         return SoftTargets(marginals, totals, entropy.float())
 
 

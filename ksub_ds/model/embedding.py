@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ksub_ds.codes.table import CodeTable, table_widths
 from ksub_ds.contraction.code_structure import CodeStructure
+from ksub_ds.contraction.dedicated import DedicatedBlock
 
 
 class SubEmbedding(nn.Module):
@@ -131,12 +132,23 @@ class SubEmbedding(nn.Module):
         """
         if not 1 <= k <= self.num_embeddings:
             raise ValueError(f"k must lie in 1..{self.num_embeddings}, not {k}")
-        if k == 1:
-            best, token = self.most_probable(hidden, bias)
-            return best.unsqueeze(1), token.unsqueeze(1)
+        structure, found = self.structure, []
+        bias = None if bias is None else bias.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = self._scores(self.to_tables(hidden.float()))
-            return self.structure.search(scores, None if bias is None else bias.float(), k)
+            hidden = hidden.float()
+            if structure.num_shared:
+                of_shared = bias if bias is None or structure.shared is None else bias[structure.shared]
+                logits, ids = self._best_shared(self.to_tables(hidden), min(k, structure.num_shared), of_shared)
+                found.append((logits, ids if structure.shared is None else structure.shared[ids]))
+            if self.dedicated is not None:
+                block = DedicatedBlock(self.dedicated_weight(), None if bias is None else bias[self.dedicated])
+                logits, places = block.topk(hidden, min(k, len(self.dedicated)))
+                found.append((logits, self.dedicated.long()[places]))
+        if len(found) == 1:
+            return found[0]
+        logits, ids = (torch.cat(both, dim=1) for both in zip(*found, strict=True))
+        best, place = logits.topk(k, dim=1)
+        return best, ids.gather(1, place)
 
     @torch.no_grad()
     def most_probable(self, hidden: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -149,13 +161,17 @@ class SubEmbedding(nn.Module):
         Returns:
             (B,) logits and (B,) token ids; of equal ones always the same.
         """
+        logits, ids = self.predict_topk(hidden, 1, bias)
+        return logits.squeeze(1), ids.squeeze(1)
+
+    def _best_shared(self, hidden: Tensor, k: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Find the k best of the shared tokens, by their places: (B, k) each. `hidden` is as the tables' columns."""
+        if k > 1:
+            return self.structure.search(self._scores(hidden), bias, k)
         fold = self.structure.best_unweighted if bias is None else self.structure.best_weighted
-        with torch.autocast(hidden.device.type, enabled=False):
-            bias = None if bias is None else bias.float()
-            leaf_bias = [] if bias is None else fold.leaf_bias(bias)
-            blocks = self.to_tables(hidden.float()).split(fold.rows_per_block)
-            found = [fold(self._scores(rows), bias, leaf_bias) for rows in blocks]
-        return torch.cat([logits for logits, _ in found]), torch.cat([ids for _, ids in found])
+        leaf_bias = [] if bias is None else fold.leaf_bias(bias)
+        found = [fold(self._scores(rows), bias, leaf_bias) for rows in hidden.split(fold.rows_per_block)]
+        return torch.cat([best for best, _ in found]).unsqueeze(1), torch.cat([ids for _, ids in found]).unsqueeze(1)
 
     def _scores(self, hidden: Tensor) -> list[Tensor]:
         """Compute the table scores of (B, d) float32 rows, split as the tables: K matrices (B, M_k)."""
@@ -165,9 +181,12 @@ class SubEmbedding(nn.Module):
     @property
     def structure(self) -> CodeStructure:
         """The trie of the current codes, and what is computed over it."""
-        if self._structure is None or self._structure.codes is not self.codes:  # moved to a device, or replaced
-            self._structure = CodeStructure(self.codes, self.table_sizes)
-        return self._structure
+        known = self._structure
+        if (
+            known is None or known.codes is not self.codes or known.dedicated is not self.dedicated
+        ):  # moved, or replaced
+            known = self._structure = CodeStructure(self.codes, self.table_sizes, self.dedicated)
+        return known
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         guard = state_dict.get(f"{prefix}weight")

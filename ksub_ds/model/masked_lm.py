@@ -247,11 +247,19 @@ def _distillation_delta(
     counts = labels != -100  # the others only fill up, and have no teacher's probabilities either
     labels = torch.where(counts, labels, 0)
     label_codes = layer.codes[labels].long()
-    marginals = soft_targets.marginals.split(layer.table_sizes, dim=1)
+    own_rows = layer.dedicated_rows
+    *marginals, dedicated_probs = soft_targets.marginals.split(
+        [*layer.table_sizes, layer.structure.num_dedicated], dim=1
+    )
     for k, (part, table) in enumerate(zip(parts, layer.tables, strict=True)):
         scores = part.float() @ table.float().t()  # as exact as log Z: rounded ones make a divergence below 0
         of_label = scores.gather(1, label_codes[:, k : k + 1]).squeeze(1)
         delta = delta + torch.where(counts, of_label, 0.0).sum() - (scores * marginals[k]).sum()
+    if own_rows is not None:
+        places = -1 - layer.structure.places[labels]
+        is_own = (counts & (places >= 0)).unsqueeze(1)
+        of_label = torch.where(is_own, nn.functional.embedding(places.clamp(min=0), own_rows).float(), 0.0)
+        delta = delta + (hidden.float() * (of_label - dedicated_probs @ own_rows.float())).sum()
     if bias is not None:
         of_label = torch.where(counts, bias[labels].float(), 0.0)
         delta = delta + of_label.sum() - (bias.float() * soft_targets.totals).sum()

@@ -15,6 +15,9 @@ Scores, their maxima and their exponents are taken in float64 (they are small), 
 When the maxima of the K tables meet in no token, Z underflows; rows with Z < 1e-25 are summed again
 over explicit logits.
 
+Dedicated tokens are no part of that sum: their logits are a dense block beside it, and log Z is the logaddexp
+of both.
+
 On the CPU, ignored rows are left out and labels are checked. Any other device is never asked for a value, as the
 host would wait for it: there ignored rows stay and count as zero. The one exception is the underflow of the form
 in torch, which asks which rows it must sum again.
@@ -27,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ksub_ds.contraction.code_structure import CodeStructure
+from ksub_ds.contraction.dedicated import DedicatedBlock, share_of
 from ksub_ds.contraction.fused import SMALLEST_SUM, FusedSoftmax, FusedWeights
 from ksub_ds.model.embedding import SubEmbedding
 
@@ -34,6 +39,7 @@ BLOCK_NUMBERS = {"cpu": 2**21, "cuda": 2**28}  # numbers of the widest level or 
 FEWEST_ROWS = 64  # fewer would read the plain decoder's N x d table too often
 FALLBACK_NUMBERS = 2**20  # float64 logits per block of the underflow path
 READ_BY_HOST = {"cpu"}  # devices whose values cost the host no wait
+IGNORED = -100  # the label of rows that do not count, where labels are places and -1 says "among the others"
 
 
 def factorized_cross_entropy(
@@ -48,7 +54,7 @@ def factorized_cross_entropy(
 
     Args:
         hidden: (..., d) decoder inputs, any float type; sums are in float32.
-        layer: the tied sub-embedding; its tables receive gradients.
+        layer: the tied sub-embedding; its tables and its dedicated rows receive gradients.
         labels: (...) token ids.
         bias: (N,) or None.
         ignore_index: the label of rows that do not count.
@@ -78,8 +84,13 @@ def factorized_cross_entropy(
         if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_tokens):
             raise ValueError(f"labels must be {ignore_index} or token ids in [0, {num_tokens})")
     with torch.autocast(hidden.device.type, enabled=False):  # sums are float32 whatever the rest of the model is
-        hidden_BD = layer.to_tables(hidden_BD)
-        loss = _SummedLoss.apply(hidden_BD, bias, labels, ignore_index, layer, torch.is_grad_enabled(), *layer.tables)
+        # The rows of the dedicated tokens, made of tables and R, are an input: autograd carries their gradient on.
+        rows = None if layer.dedicated is None else layer.dedicated_weight()
+        with_gradients = torch.is_grad_enabled()
+        loss = _SummedLoss.apply(
+            layer.to_tables(hidden_BD), bias, None if rows is None else hidden_BD, rows, labels, ignore_index, layer,
+            with_gradients, *layer.tables,
+        )  # fmt: skip
     if reduction == "sum":
         return loss
     return loss / (len(labels) if labels.device.type in READ_BY_HOST else (labels != ignore_index).sum())
@@ -89,9 +100,10 @@ def factorized_cross_entropy(
 def log_partition(hidden: Tensor, layer: SubEmbedding, bias: Tensor | None = None) -> Tensor:
     """Compute log Z of every row: (B, d) decoder inputs -> (B,) float64. No gradient."""
     with torch.autocast(hidden.device.type, enabled=False):
-        run = _loss_form(layer)(layer, tuple(layer.tables), bias, len(hidden), False, False)
-        blocks = layer.to_tables(hidden).split(run.rows_per_block)
-        return torch.cat([run.log_partition(rows) for rows in blocks])
+        rows = None if layer.dedicated is None else layer.dedicated_weight()
+        run = _LossRun(layer, tuple(layer.tables), bias, rows, len(hidden), False, False)
+        blocks = (each.split(run.rows_per_block) for each in (layer.to_tables(hidden), hidden))
+        return torch.cat([run.log_partition(rows, own_rows) for rows, own_rows in zip(*blocks, strict=True)])
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -102,6 +114,8 @@ class _SummedLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         bias: Tensor | None,
+        own_hidden: Tensor | None,
+        own_rows: Tensor | None,
         labels: Tensor,
         ignore_index: int,
         layer: SubEmbedding,
@@ -110,18 +124,23 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad
         with_gradients = with_gradients and any(needs)
-        run = _loss_form(layer)(layer, tables, bias, len(labels), with_gradients, with_gradients and needs[1])
+        run = _LossRun(layer, tables, bias, own_rows, len(labels), with_gradients, with_gradients and needs[1])
         block_losses = []
-        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if with_gradients else None
+        grad_hidden, grad_own_hidden = (
+            torch.empty_like(each, dtype=torch.float32) if with_gradients and each is not None else None
+            for each in (hidden, own_hidden)
+        )
         for start in range(0, len(labels), run.rows_per_block):
-            rows = slice(start, start + run.rows_per_block)
-            losses, score_grads = run.losses_and_score_grads(hidden[rows], labels[rows], ignore_index)
+            block = slice(start, start + run.rows_per_block)
+            of_block = [None if each is None else each[block] for each in (own_hidden, grad_hidden, grad_own_hidden)]
+            losses = run.losses(hidden[block], labels[block], ignore_index, *of_block)
             block_losses.append(losses.sum())
-            if grad_hidden is not None:
-                run.add_gradients_(hidden[rows], score_grads, grad_hidden[rows])
         if with_gradients:
-            ctx.gradients = (grad_hidden, run.bias_gradient(), None, None, None, None, *run.grad_tables)
-            ctx.dtypes = [getattr(tensor, "dtype", None) for tensor in (hidden, bias, None, None, None, None, *tables)]
+            others = (None,) * 4  # of labels, ignore_index, layer, with_gradients
+            found = (grad_hidden, run.bias_gradient(), grad_own_hidden, run.grad_own_rows, *others, *run.grad_tables)
+            ctx.gradients = found
+            inputs = (hidden, bias, own_hidden, own_rows, *others, *tables)
+            ctx.dtypes = [getattr(tensor, "dtype", None) for tensor in inputs]
         return reduce(torch.add, block_losses).float() if block_losses else hidden.new_zeros((), dtype=torch.float32)
 
     @staticmethod
@@ -140,8 +159,110 @@ def _zeros_like(tables: tuple[Tensor, ...]) -> list[Tensor]:
     return [part[: table.numel()].view_as(table) for part, table in zip(parts, tables, strict=True)]
 
 
+def _rows_per_block(device: torch.device, num_rows: int, numbers_per_row: int) -> int:
+    numbers = BLOCK_NUMBERS.get(device.type, BLOCK_NUMBERS["cpu"])
+    return max(1, min(num_rows, max(FEWEST_ROWS, numbers // numbers_per_row)))
+
+
+class _LossRun:
+    """One call of the loss over all its blocks of rows: the shared tokens, and beside them the dedicated ones.
+
+    Either part may be absent. Both know the softmax over their own tokens, which becomes that over all of them by the
+    part's share of Z; a label is among one part's tokens, and the gradient there is minus the sum of all other
+    probabilities, those of the other part included.
+
+    Attributes:
+        rows_per_block: R, the most rows of a block.
+        grad_tables: of the summed loss, like
+        grad_own_rows: None without dedicated tokens. None are made when no gradients are wanted.
+    """
+
+    def __init__(
+        self,
+        layer: SubEmbedding,
+        tables: tuple[Tensor, ...],
+        bias: Tensor | None,
+        own_rows: Tensor | None,
+        num_rows: int,
+        with_gradients: bool,
+        with_bias_gradient: bool,
+    ):
+        self.structure = structure = layer.structure
+        self.with_gradients = with_gradients
+        self.num_tokens = layer.num_embeddings
+        self.shared: _TrieLoss | _FusedLoss | None = None
+        self.own: DedicatedBlock | None = None
+        self.rows_per_block = _rows_per_block(layer.codes.device, num_rows, max(1, structure.num_dedicated))
+        if structure.num_shared:
+            of_shared = bias if bias is None or structure.shared is None else bias.detach()[structure.shared]
+            form = _TrieLoss if structure.fused is None else _FusedLoss
+            self.shared = form(structure, tables, of_shared, self.rows_per_block, with_gradients, with_bias_gradient)
+            self.rows_per_block = self.shared.rows_per_block
+        self.grad_tables = _zeros_like(tables) if self.shared is None and with_gradients else []
+        if self.shared is not None:
+            self.grad_tables = self.shared.grad_tables
+        if own_rows is not None and structure.dedicated is not None:
+            of_own = None if bias is None else bias.detach()[structure.dedicated]
+            self.own = DedicatedBlock(own_rows, of_own, self.rows_per_block, with_gradients, with_bias_gradient)
+        self.grad_own_rows = None if self.own is None else self.own.grad_rows
+
+    def log_partition(self, hidden: Tensor, own_hidden: Tensor) -> Tensor:
+        """Compute log Z of R rows, (R,) float64."""
+        parts = [] if self.shared is None else [self.shared.log_partition(hidden)]
+        parts += [] if self.own is None else [self.own.softmax(own_hidden).log_partition]
+        return reduce(torch.logaddexp, parts)
+
+    def losses(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        own_hidden: Tensor | None,
+        grad_hidden: Tensor | None,
+        grad_own_hidden: Tensor | None,
+    ) -> Tensor:
+        """Compute the losses of R rows, (R,) float64, and, where wanted, their gradients."""
+        if self.own is None or own_hidden is None:
+            assert self.shared is not None, "there is at least one token"
+            losses, score_grads, _ = self.shared.losses_and_score_grads(hidden, labels, ignore_index)
+            if grad_hidden is not None:
+                self.shared.add_gradients_(hidden, score_grads, grad_hidden)
+            return losses
+        counted = labels != ignore_index
+        places = self.structure.places[torch.where(counted, labels, 0)]
+        own_labels = torch.where(counted, -1 - places, -1)
+        own = self.own.softmax(own_hidden, own_labels)
+        log_shared = torch.full_like(own.log_partition, -torch.inf)
+        losses = own.log_partition
+        if self.shared is not None:
+            shared_labels = torch.where(counted, places.clamp(min=-1), IGNORED)
+            losses, score_grads, log_shared = self.shared.losses_and_score_grads(
+                hidden, shared_labels, IGNORED, own.log_partition
+            )
+            if grad_hidden is not None:
+                self.shared.add_gradients_(hidden, score_grads, grad_hidden)
+        elif grad_hidden is not None:
+            grad_hidden.zero_()
+        if grad_own_hidden is not None:
+            share, others = (
+                torch.where(counted, share_of(*parts), 0.0)
+                for parts in ((own.log_partition, log_shared), (log_shared, own.log_partition))
+            )
+            self.own.add_gradients_(own_hidden, own_labels, own, share, others, grad_own_hidden)
+        return torch.where(counted, losses - own.label_logits, 0.0)
+
+    def bias_gradient(self) -> Tensor | None:
+        """Return the gradient of the bias, (N,): probability of each token minus the labels, summed over rows."""
+        shared = None if self.shared is None else self.shared.bias_gradient()
+        if self.own is None or self.own.grad_bias is None or self.structure.dedicated is None:
+            return shared
+        gradient = self.own.grad_bias.new_empty(self.num_tokens)
+        gradient.index_copy_(0, self.structure.dedicated.long(), self.own.grad_bias)
+        return gradient if shared is None else gradient.index_copy_(0, self.structure.shared, shared)
+
+
 class _BlockedLoss:
-    """One call of the loss over all its blocks of rows: cast tables and the gradients being summed.
+    """The shared tokens in one call of the loss over all its blocks of rows: cast tables and gradients being summed.
 
     Attributes:
         rows_per_block: R, the most rows of a block.
@@ -156,15 +277,27 @@ class _BlockedLoss:
         self.widths = [table.shape[1] for table in tables]
         self.with_gradients = with_gradients
         self.grad_tables = _zeros_like(tables) if with_gradients else []
-        numbers = BLOCK_NUMBERS.get(tables[0].device.type, BLOCK_NUMBERS["cpu"])
-        self.rows_per_block = max(1, min(num_rows, max(FEWEST_ROWS, numbers // numbers_per_row)))
+        self.rows_per_block = _rows_per_block(tables[0].device, num_rows, numbers_per_row)
 
     def log_partition(self, hidden: Tensor) -> Tensor:
-        """Compute log Z of R rows, (R,) float64."""
+        """Compute log Z over the shared tokens of R rows, (R,) float64."""
         raise NotImplementedError
 
-    def losses_and_score_grads(self, hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, list[Tensor]]:
-        """Compute the losses of R rows, (R,) float64, and, when wanted, their gradients by the scores: K (R, M_k)."""
+    def losses_and_score_grads(
+        self, hidden: Tensor, labels: Tensor, ignore_index: int, others: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Compute the losses of R rows and, when wanted, their gradients by the scores.
+
+        Args:
+            hidden: (R, d), as the tables' columns.
+            labels: (R,) places among the shared tokens; with `others`, -1 where the label is one of theirs. A logit
+                of 0 stands for such a label's.
+            ignore_index: the label of rows that do not count.
+            others: (R,) log Z of the tokens that stand beside, float64, or None.
+
+        Returns:
+            (R,) float64 losses; K (R, M_k) gradients, or none; (R,) log Z over the shared tokens alone.
+        """
         raise NotImplementedError
 
     def bias_gradient(self) -> Tensor | None:
@@ -180,25 +313,20 @@ class _BlockedLoss:
             torch.mm(score_grad, self.float_tables[k], out=grad_parts[k])
 
 
-def _loss_form(layer: SubEmbedding) -> "type[_TrieLoss | _FusedLoss]":
-    """Return the form of the loss that the layer's codes and device have."""
-    return _TrieLoss if layer.structure.fused is None else _FusedLoss
-
-
 class _FusedLoss(_BlockedLoss):
     """The loss by the kernels of `FusedSoftmax`."""
 
     def __init__(
         self,
-        layer: SubEmbedding,
+        structure: CodeStructure,
         tables: tuple[Tensor, ...],
         bias: Tensor | None,
         num_rows: int,
         with_gradients: bool,
         with_bias_gradient: bool,
     ):
-        assert layer.structure.fused is not None
-        self.contraction = layer.structure.fused
+        assert structure.fused is not None
+        self.contraction = structure.fused
         super().__init__(tables, num_rows, self.contraction.numbers_per_row, with_gradients)
         # Blocks of one size: a short last one would cost as much as a long one.
         blocks = max(1, -(-num_rows // self.rows_per_block))
@@ -220,18 +348,31 @@ class _FusedLoss(_BlockedLoss):
         """Do as _BlockedLoss.log_partition."""
         return FusedSoftmax(self.contraction, self.weights, self.scores(hidden)).log_partition
 
-    def losses_and_score_grads(self, hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, list[Tensor]]:
+    def losses_and_score_grads(
+        self, hidden: Tensor, labels: Tensor, ignore_index: int, others: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Do as _BlockedLoss.losses_and_score_grads."""
         softmax = FusedSoftmax(
             self.contraction, self.weights, self.scores(hidden), labels, ignore_index, self.with_gradients
         )
         losses, counted_labels, minus_ones = softmax.label_losses()
+        log_shared = softmax.log_partition
+        if others is not None:
+            total = torch.logaddexp(log_shared, others)
+            losses = losses + (total - log_shared)
+            if self.with_gradients:
+                softmax.weigh_(total, share_of(log_shared, others))
         if not self.with_gradients:
-            return losses, []
+            return losses, [], log_shared
         if self.with_bias_gradient:
             gradient = softmax.bias_gradient().index_add_(0, counted_labels, minus_ones)
             self.grad_bias = gradient if self.grad_bias is None else self.grad_bias + gradient
-        return losses, list(softmax.score_grads().split(self.contraction.table_sizes, dim=1))
+        score_grads = softmax.score_grads()
+        if others is not None:  # minus the sum of all other probabilities, which stands at the label, has theirs too
+            columns = (self.contraction.codes[counted_labels] + self.contraction.offsets).long()
+            minus_others = minus_ones * share_of(others, log_shared).float()
+            score_grads.scatter_add_(1, columns, minus_others.unsqueeze(1).expand(columns.shape))
+        return losses, list(score_grads.split(self.contraction.table_sizes, dim=1)), log_shared
 
     def bias_gradient(self) -> Tensor | None:
         """Do as _BlockedLoss.bias_gradient."""
@@ -261,16 +402,16 @@ class _TrieLoss(_BlockedLoss):
 
     def __init__(
         self,
-        layer: SubEmbedding,
+        structure: CodeStructure,
         tables: tuple[Tensor, ...],
         bias: Tensor | None,
         num_rows: int,
         with_gradients: bool,
         with_bias_gradient: bool,
     ):
-        self.contraction = layer.structure.unweighted if bias is None else layer.structure.weighted
+        self.contraction = structure.unweighted if bias is None else structure.weighted
         super().__init__(tables, num_rows, self.contraction.numbers_per_row, with_gradients)
-        self.codes = layer.codes
+        self.codes = structure.shared_codes
         self.bias = None if bias is None else bias.detach().to(torch.float64)
         self.bias_max = 0.0 if self.bias is None else self.bias.max()
         self.weights = None if self.bias is None else (self.bias - self.bias_max).exp().float()
@@ -282,33 +423,44 @@ class _TrieLoss(_BlockedLoss):
         """Do as _BlockedLoss.log_partition."""
         return self.softmax(self.scores(hidden), None).log_partition
 
-    def losses_and_score_grads(self, hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, list[Tensor]]:
+    def losses_and_score_grads(
+        self, hidden: Tensor, labels: Tensor, ignore_index: int, others: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Do as _BlockedLoss.losses_and_score_grads."""
-        counted = None  # all rows, on the CPU
+        counted = here = None  # all rows, on the CPU
         if labels.device.type not in READ_BY_HOST:
-            counted = labels != ignore_index
-            labels = torch.where(counted, labels, 0)
+            counted = here = labels != ignore_index
+        if others is not None:
+            here = labels >= 0
+        if here is not None:
+            labels = torch.where(here, labels, 0)
         scores, label_codes = self.scores(hidden), self.codes[labels].long()
-        block = self.softmax(scores, counted)
-        losses = block.log_partition - self.gather_label_logits(scores, labels, label_codes)
+        block = self.softmax(scores, counted, others)
+        label_logits = self.gather_label_logits(scores, labels, label_codes)
+        if here is not None and others is not None:
+            label_logits = torch.where(here, label_logits, 0.0)
+        total = block.log_partition if others is None else torch.logaddexp(block.log_partition, others)
+        losses = total - label_logits
         if counted is not None:
             losses = torch.where(counted, losses, 0.0)
         if self.with_gradients:
-            self.add_bias_gradient_(block, labels, counted)
-            to_score_grads_(block.code_probs, label_codes)
-        return losses, block.code_probs
+            self.add_bias_gradient_(block, labels, here)
+            others_share = None if others is None else share_of(others, block.log_partition)
+            to_score_grads_(block.code_probs, label_codes, here, others_share)
+        return losses, block.code_probs, block.log_partition
 
     def scores(self, hidden: Tensor) -> list[Tensor]:
         """Compute the table scores s_k of R rows: K matrices (R, M_k)."""
         parts = hidden.detach().to(self.score_dtype).split(self.widths, dim=1)
         return [part @ table.t() for part, table in zip(parts, self.score_tables, strict=True)]
 
-    def softmax(self, scores: list[Tensor], counted: Tensor | None) -> _BlockSoftmax:
+    def softmax(self, scores: list[Tensor], counted: Tensor | None, others: Tensor | None = None) -> _BlockSoftmax:
         """Compute log Z of R rows and, when gradients are wanted, the probability of every code of every table.
 
         Args:
             scores: K matrices (R, M_k).
             counted: (R,) which rows count; the others have probabilities 0, and any log Z. None: all.
+            others: (R,) log Z of the tokens that stand beside: they have their share of the probability, not of log Z.
         """
         maxima = [score.amax(dim=1, keepdim=True) for score in scores]
         factors = [(score - top).exp_().float() for score, top in zip(scores, maxima, strict=True)]
@@ -321,7 +473,8 @@ class _TrieLoss(_BlockedLoss):
         last_factor = leaf_grads = None
         if self.with_gradients:  # the probability of a code: its e_k times the derivative of log Z by e_k
             exact = enough if counted is None else enough & counted
-            inverse = torch.where(exact, 1.0 / total, 0.0).unsqueeze(1)
+            share = 1.0 if others is None else share_of(log_partition, others).float()
+            inverse = torch.where(exact, share / total, 0.0).unsqueeze(1)
             gradients, leaf_grads = self.contraction.backward(factors, self.leaves, folded, inverse)
             code_probs = [gradient * e for gradient, e in zip(gradients, factors, strict=True)]
             last_factor = factors[-1]
@@ -329,6 +482,8 @@ class _TrieLoss(_BlockedLoss):
         few_rows = max(1, FALLBACK_NUMBERS // len(self.codes))
         for few in underflowed.split(few_rows) if len(underflowed) else ():
             log_partition[few], token_probs = self._dense_fallback([score[few] for score in scores])
+            if others is not None:
+                token_probs *= share_of(log_partition[few], others[few]).unsqueeze(1)
             if self.with_gradients:
                 fallback_token_probs.append(token_probs.sum(dim=0))
             for k, probs in enumerate(code_probs):
@@ -372,12 +527,24 @@ class _TrieLoss(_BlockedLoss):
         return gradient
 
 
-def to_score_grads_(code_probs: list[Tensor], label_codes: Tensor) -> None:
+def to_score_grads_(
+    code_probs: list[Tensor], label_codes: Tensor, here: Tensor | None = None, others_share: Tensor | None = None
+) -> None:
     """Turn the probabilities of the codes, K matrices (R, M_k), into the gradients of the scores: p - 1 at labels.
 
     p - 1 is computed as minus the sum of the others: without cancellation where the model is nearly sure.
+
+    Args:
+        code_probs: of a block, overwritten.
+        label_codes: (R, K) codes of the labels.
+        here: (R,) whether the label is one of these tokens, where others stand beside.
+        others_share: (R,) their probability, or None.
     """
     for k, probs in enumerate(code_probs):
         code = label_codes[:, k : k + 1]
+        unlabelled = None if others_share is None else probs.gather(1, code)
         probs.scatter_(1, code, 0.0)
-        probs.scatter_(1, code, -probs.sum(dim=1, keepdim=True))
+        at_label = -probs.sum(dim=1, keepdim=True)
+        if here is not None and others_share is not None and unlabelled is not None:
+            at_label = torch.where(here.unsqueeze(1), at_label - others_share.float().unsqueeze(1), unlabelled)
+        probs.scatter_(1, code, at_label)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
-from ksub_ds import compress, plain_codes, positional_codes, replace_embeddings
+from ksub_ds import CodeTable, compress, plain_codes, positional_codes, replace_embeddings
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.masking import masked_positions
 from ksub_ds.model import distillation
@@ -49,18 +49,24 @@ def expected_loss(student, teacher_logits, ids, mask, labels, weight):
     return (1 - weight) * F.nll_loss(ours, labels[chosen], reduction="sum") + weight * divergence
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert", "modernbert"])
-def test_the_loss_and_its_gradients_are_those_of_dense_softmaxes(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "dedicated"),
+    [*((family, 0) for family in ("bert", "roberta", "electra", "distilbert", "modernbert")), ("bert", 30)],
+)
+def test_the_loss_and_its_gradients_are_those_of_dense_softmaxes(family, dedicated, tmp_path, monkeypatch):
     monkeypatch.setattr(distillation, "TEACHER_LOGITS", {"cpu": 4 * 120})  # several blocks
     source = plain(family)
     source.save_pretrained(tmp_path)
     ids, mask, labels = batch()
     logits = source(ids, attention_mask=mask).logits[..., :120].detach()
     table = positional_codes(120, 3)  # the teacher has ten more rows than the tokenizer has tokens
+    table = CodeTable(table.codes, table.table_sizes, dedicated=range(0, 4 * dedicated, 4))
     student = compress(source, table).eval()
+    if dedicated:
+        torch.nn.init.normal_(student.get_input_embeddings().dedicated_rows)
     soft = Teacher(tmp_path, table).targets(ids, *places(labels), mask)
-    assert soft.marginals.shape == ((labels != -100).sum(), 15) and soft.totals.shape == (120,)
-    torch.testing.assert_close(soft.marginals.sum(1), torch.full((len(soft.marginals),), 3.0))
+    assert soft.marginals.shape == ((labels != -100).sum(), 15 + dedicated) and soft.totals.shape == (120,)
+    torch.testing.assert_close(soft.marginals[:, :15].sum(1), torch.full((len(soft.marginals),), 3.0))
     for weight in (0.3, 1.0):
         loss = student(
             ids, attention_mask=mask, labels=labels, soft_targets=soft, soft_weight=weight, loss_reduction="sum"

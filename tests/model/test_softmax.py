@@ -10,7 +10,7 @@ from ksub_ds import factorized_cross_entropy, plain_codes, positional_codes
 from ksub_ds.model import softmax
 from ksub_ds.model.softmax import log_partition
 
-from .loss_case import Case, any_table, gradients, maxima_that_meet_nowhere, random_codes, relative
+from .loss_case import Case, any_table, dedicated, gradients, maxima_that_meet_nowhere, random_codes, relative
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -210,10 +210,154 @@ def test_a_device_is_asked_for_underflows_only(monkeypatch):
             return function(*args, **(kwargs or {}))
 
     monkeypatch.setattr(softmax, "READ_BY_HOST", frozenset())
-    for sizes in ((9, 11, 40), (9, 11, 400)):  # dense and sparse leaves
+    for sizes, count in (((9, 11, 40), 0), ((9, 11, 400), 0), ((9, 11, 40), 300)):  # dense and sparse leaves
         for with_bias in (False, True):
-            case = Case(random_codes(2000, sizes), with_bias=with_bias)
+            case = Case(dedicated(random_codes(2000, sizes), count), with_bias=with_bias)
             case.ours()  # builds the structures of the codes
             with Waits() as waits:
                 case.ours()
             assert waits.names == ("nonzero",)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("count", [1, 300, -1, 1000])
+@pytest.mark.parametrize("num_tables", [1, 2, 3, 4, 8])
+def test_dedicated_tokens_beside_every_k(num_tables, count, with_bias):
+    Case(dedicated(positional_codes(1000, num_tables), count), with_bias=with_bias).check()
+
+
+@settings(deadline=None, max_examples=60)
+@given(any_table(), st.booleans(), st.booleans(), st.integers(1, 200), st.integers(1, 9), st.integers(5, 17))
+def test_dedicated_tokens_of_any_code_table(table, with_bias, mixing, count, rows, dim):
+    case = Case(dedicated(table, count), rows=rows, dim=dim, with_bias=with_bias, mixing=mixing)
+    case.check()
+    with torch.no_grad():
+        wanted = case.layer.logits(case.hidden, case.bias)
+    torch.testing.assert_close(
+        log_partition(case.hidden.detach(), case.layer, case.bias),
+        wanted.double().logsumexp(dim=1),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    for k in {1, min(3, table.num_tokens), table.num_tokens}:
+        logits, ids = case.layer.predict_topk(case.hidden.detach(), k, case.bias)
+        torch.testing.assert_close(logits, wanted.topk(k, dim=1).values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(wanted.gather(1, ids), logits, rtol=1e-5, atol=1e-5)
+        assert all(len(set(row)) == k for row in ids.tolist())
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("scale", [0.01, 30.0, 1000.0])
+@pytest.mark.parametrize("num_tables", [1, 3])
+def test_large_logits_of_dedicated_tokens(num_tables, scale, with_bias):
+    case = Case(dedicated(positional_codes(1500, num_tables), 200), scale=scale, with_bias=with_bias)
+    case.check(gradient_limit=1e-4 if scale >= 1000 else 5e-6)
+
+
+@pytest.mark.parametrize("gap", [60, 90, 100, 120, 800])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("count", [3, -2])
+def test_underflow_beside_dedicated_tokens(gap, with_bias, count):
+    maxima_that_meet_nowhere(gap, with_bias, count).check()
+
+
+@pytest.mark.parametrize("count", [50, -50])
+@pytest.mark.parametrize("sizes", [(9, 11, 40), (9, 11, 400)])
+def test_a_model_that_is_nearly_sure(count, sizes):
+    """Where p of the label is 1 - 1e-7 and less, its gradient is still right: it is minus the sum of the others."""
+    case = Case(dedicated(random_codes(500, sizes), count), with_bias=False)
+    with torch.no_grad():
+        case.hidden.copy_(case.layer.dense_weight()[case.labels.clamp(min=0)] * 1.5)
+    counted = case.labels != -100
+    ours, exact = (gradients[0][counted].double() for _, gradients in (case.ours(), case.dense(torch.float64)))
+    sizes_of_rows = exact.norm(dim=1)
+    errors = (ours - exact).norm(dim=1)[sizes_of_rows > 1e-11]  # below, float64's own p - 1 has no digits
+    sizes_of_rows = sizes_of_rows[sizes_of_rows > 1e-11]
+    assert sizes_of_rows.min() < 1e-6 / len(exact)
+    assert (errors <= 3e-4 * sizes_of_rows).all()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("num_tables", [1, 3])
+def test_dedicated_rows_of_zero_change_no_loss_and_no_gradient(num_tables, with_bias):
+    table = positional_codes(700, num_tables)
+    plain, ours = Case(table, with_bias=with_bias), Case(dedicated(table, 90), with_bias=with_bias)
+    with torch.no_grad():
+        ours.layer.dedicated_rows.zero_()
+        ours.layer.load_state_dict(plain.layer.state_dict(), strict=False)
+        ours.hidden.copy_(plain.hidden)
+        if with_bias:
+            ours.bias.copy_(plain.bias)
+    ours.labels = plain.labels
+    (loss, found), (wanted, expected) = ours.ours(), plain.ours()
+    torch.testing.assert_close(loss, wanted)
+    shared = (*found[: 1 + num_tables], *found[2 + num_tables :])
+    torch.testing.assert_close(shared, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_dedicated_tokens_that_no_row_may_be():
+    """A bias of -inf, as a mask over special tokens: they have no probability, and nothing is NaN."""
+    case = Case(dedicated(positional_codes(60, 3), 4))
+    with torch.no_grad():
+        case.bias[case.layer.dedicated] = -torch.inf
+    case.labels[:] = next(n for n in range(60) if n not in case.layer.dedicated)
+    loss, ours = case.ours()
+    reference, exact = case.dense(torch.float64)
+    torch.testing.assert_close(loss.double(), reference)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-4, atol=1e-6)
+    assert not ours[-2].any() and not ours[-1][case.layer.dedicated].any()
+
+
+def test_blocks_and_types_of_dedicated_tokens(monkeypatch):
+    case = Case(dedicated(positional_codes(1000, 3), 100), rows=101)
+    whole, exact = case.ours()
+    with torch.autocast("cpu", torch.bfloat16):
+        again, ours = case.ours()
+    assert again == whole and all(torch.equal(a, b) for a, b in zip(ours, exact, strict=True))
+    monkeypatch.setattr(softmax, "FEWEST_ROWS", 7)
+    monkeypatch.setattr(softmax, "BLOCK_NUMBERS", {"cpu": 1})
+    again, ours = case.ours()
+    assert abs(whole - again) <= 1e-6 * whole
+    assert all(relative(a, b.double()) < 1e-6 for a, b in zip(ours, exact, strict=True))
+    case.layer.bfloat16()
+    case.hidden = case.hidden.detach().bfloat16().requires_grad_()
+    loss, ours = case.ours()
+    reference, exact = case.dense(torch.float64)
+    assert abs(loss.double() - reference) <= 5e-6 * abs(reference)
+    assert all(relative(a, b) < 4e-3 for a, b in zip(ours, exact, strict=True))
+    assert [each.dtype for each in ours] == [torch.bfloat16] * 5 + [torch.float32]
+
+
+def test_a_frozen_part_beside_a_trained_one():
+    case = Case(dedicated(positional_codes(100, 2), 9))
+    _, everything = case.ours()
+    for frozen in ([case.layer.dedicated_rows], list(case.layer.tables), [case.hidden]):
+        for tensor in frozen:
+            tensor.requires_grad_(False)
+        wanted = [each for each in case.tensors() if each.requires_grad]
+        again = factorized_cross_entropy(case.hidden, case.layer, case.labels, case.bias)
+        found = iter(gradients(again, wanted))
+        for tensor, expected in zip(case.tensors(), everything, strict=True):
+            if tensor.requires_grad:
+                torch.testing.assert_close(next(found), expected)
+            else:
+                tensor.requires_grad_()
+
+
+@pytest.mark.parametrize("count", [40, 900])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_device_that_is_not_asked_has_dedicated_tokens_too(count, with_bias, monkeypatch):
+    cases = [
+        Case(dedicated(positional_codes(900, 3), count), with_bias=with_bias),
+        maxima_that_meet_nowhere(120, with_bias, 3),
+    ]
+    on_cpu = [case.ours() for case in cases]
+    monkeypatch.setattr(softmax, "READ_BY_HOST", frozenset())
+    for case, (loss, exact) in zip(cases, on_cpu, strict=True):
+        again, ours = case.ours()
+        assert abs(again - loss) <= 1e-6 * abs(loss)
+        assert all(relative(a, b.double()) < 1e-6 for a, b in zip(ours, exact, strict=True))
+        assert (ours[0][case.labels == -100] == 0).all()
+        case.labels.fill_(-100)
+        total = factorized_cross_entropy(case.hidden, case.layer, case.labels, case.bias, reduction="sum")
+        assert total == 0 and all((gradient == 0).all() for gradient in gradients(total, case.tensors()))
