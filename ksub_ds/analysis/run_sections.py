@@ -57,6 +57,8 @@ def heading(run: RunFiles) -> str:
     steps = run.recipe.get("max_steps")
     state = "finished" if step == steps else "not finished"
     kind = "plain embedding" if run.table.num_tables == 1 else f"K = {run.table.num_tables} sub-embedding tables"
+    if run.table.num_dedicated:
+        kind += f" and {run.table.num_dedicated:,} dedicated rows"
     parameters = run.parameters
     saved = 1 - parameters["embedding"] / parameters["embedding_plain"]
     fewer = f"{number(saved, 2, percent=True)} fewer than plain" if run.table.num_tables > 1 else "the baseline"
@@ -95,6 +97,8 @@ def parameters(run: RunFiles) -> str:
     """Return the paper's Table 1 for this run."""
     counted = run.parameters
     sizes = " + ".join(f"{size:,}" for size in run.table.table_sizes)
+    if run.table.num_dedicated:
+        sizes += f", and {run.table.num_dedicated:,} dedicated"
     saved = 1 - counted["embedding"] / counted["embedding_plain"]
     tokens = number(run.table.num_tokens)
     rows = [

@@ -49,6 +49,9 @@ COMMANDS = {
     "codes neighbours": options("list the tokens that share the most codes with a token", "cli.codes:neighbours"),
     "codes inspect": options("show sizes, quality and parameters of a code file", "cli.codes:inspect"),
     "codes extend": words("give new tokens unused codes: the vocabulary grows, the tables do not", "cli.codes:extend"),
+    "codes dedicate": words(
+        "give frequent tokens rows of their own beside the shared ones", "cli.codes:dedicate_tokens"
+    ),
     "corpus stats": options(
         "count tokens and bytes per language of a shards folder, as in the paper's Table 7", "cli.inspect:corpus_stats"
     ),

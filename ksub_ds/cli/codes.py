@@ -18,6 +18,10 @@ def positional(
     tokenizer: Path | None = None,
     reserve_special_tokens: bool = False,
     table_size: int | None = None,
+    dedicated_rows: int | None = None,
+    data: Path | None = None,
+    dedicated_tokens: Path | None = None,
+    dedicated_by_loss: Path | None = None,
 ) -> None:
     """Make codes by Algorithm 1: f_k(n) is the k-th digit of n in base M, M the least with M^K >= N.
 
@@ -28,12 +32,19 @@ def positional(
         tokenizer: SentencePiece .model or HuggingFace folder; its fingerprint goes into the file.
         reserve_special_tokens: Give <s>, </s>, <pad>, <unk>, <mask> rows of their own in every table.
         table_size: M, more than needed, to leave codes free for tokens that are added later. [the least]
+        dedicated_rows: F: give so many tokens a row of their own too, the most frequent of --data.
+        data: Shards folder where --dedicated-rows counts tokens.
+        dedicated_tokens: In place of --dedicated-rows: a file of token ids, one per line.
+        dedicated_by_loss: Run or model: --dedicated-rows takes tokens where its held-out loss is greatest.
 
     Raises:
         UserError: options that contradict each other, or numbers that give no codes.
     """
     from ksub_ds.codes.positional import positional_codes
+    from ksub_ds.vectors.build import report
+    from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
 
+    choice = DedicatedChoice(dedicated_rows, data, dedicated_tokens, dedicated_by_loss)
     special_ids: tuple[int, ...] = ()
     fingerprint = {}
     if tokenizer is not None:
@@ -53,8 +64,9 @@ def positional(
     except ValueError as error:
         raise UserError(str(error)) from error
     table.metadata.update(fingerprint)
+    table = dedicate(table, choice)
     table.save(out)
-    print(f"{out}: {table.num_tokens:,} tokens, tables of {' '.join(map(str, table.table_sizes))} rows")
+    print(report(table, out))
 
 
 def inspect(path: Positional[Path], embedding_dim: int = 512) -> None:
@@ -133,6 +145,15 @@ def neighbours(
     print(line(own, "the token"))
     for index, shared, same_leaf in code_neighbours(table, own, count):
         print(line(index, "same leaf" if same_leaf else f"{shared} of {table.num_tables} codes"))
+
+
+def dedicate_tokens(arguments: Sequence[str]) -> None:
+    """Give tokens rows of their own, with the options of vectors/dedicated.py."""
+    from ksub_ds.vectors.build import report
+    from ksub_ds.vectors.dedicated import DedicateCodes, dedicate_code_file
+
+    settings = parse(DedicateCodes, arguments, "ksub codes dedicate")
+    print(report(dedicate_code_file(settings), settings.out))
 
 
 def extend(arguments: Sequence[str]) -> None:

@@ -36,8 +36,12 @@ def describe(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
         ("automaton", f"{sum(level.num_states for level in automaton):,} states, "
                       f"{sum(len(level.code) for level in automaton):,} transitions"),
         (f"parameters at d = {embedding_dim}", f"{ours:,}, against {plain:,} plain: {plain / ours:,.1f} times fewer"),
-        ("sha256", table.sha256),
     ]  # fmt: skip
+    if table.num_dedicated:
+        own = table.num_dedicated * embedding_dim
+        words = f"{table.num_dedicated:,} tokens, {table.num_dedicated / table.num_tokens:.2%} of all: "
+        rows.append(("dedicated rows (F)", f"{words}{own:,} of the parameters ({own / ours:.1%})"))
+    rows.append(("sha256", table.sha256))
     shown = {"algorithm", "quality"}
     rows += [(key.replace("_", " "), value) for key, value in sorted(table.metadata.items()) if key not in shown]
     return rows + _quality_rows(table.metadata.get("quality"))

@@ -26,6 +26,7 @@ from ksub_ds.common.logging import get_logger
 from ksub_ds.convert.fitting import Mixing, fit_tables
 from ksub_ds.convert.sentence_encoder import copy_sentence_files, encoder_folder, sentence_folder
 from ksub_ds.model.sequence_length import limit_tokenizer
+from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
 
 if TYPE_CHECKING:  # seconds of imports that --help does without
     from transformers import PreTrainedModel
@@ -47,6 +48,7 @@ class CompressionReport:
         mixing_numbers: fixed numbers of the d x d matrix that stays with the tables; 0 if there is none.
         total_parameters: of the whole model, before and after.
         loss: of the callback, before and after.
+        num_dedicated: F, how many tokens have a row of their own beside the tables.
     """
 
     num_tokens: int
@@ -58,6 +60,7 @@ class CompressionReport:
     mixing_numbers: int
     total_parameters: tuple[int, int]
     loss: tuple[float, float] | None = None
+    num_dedicated: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -66,9 +69,10 @@ class CompressionReport:
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
         (old, new), (all_old, all_new) = self.embedding_parameters, self.total_parameters
+        own = f", {self.num_dedicated:,} dedicated rows among them" if self.num_dedicated else ""
         fixed = f" and {self.mixing_numbers:,} fixed numbers (the {self.mixing} matrix)" if self.mixing_numbers else ""
         lines = [
-            f"embedding parameters   {old:,} -> {new:,}{fixed}",
+            f"embedding parameters   {old:,} -> {new:,}{own}{fixed}",
             f"all parameters         {all_old:,} -> {all_new:,}",
             f"embedding error        {self.error:.4f} of the variance is lost; mean cosine {self.cosine:.4f}",
         ]
@@ -89,7 +93,7 @@ def compress(
         model_or_name: a model, a folder in HuggingFace's form, or a name in the local cache or on the Hub; the
             families of `replace_embeddings`, or one of ours (a plain one, K = 1, too). Folders are read from
             safetensors only.
-        table: codes of its tokens.
+        table: codes of its tokens; dedicated tokens keep their embedding as it is, the tables are fitted to the others.
         mixing: the d x d matrix beside the tables: "linear", "orthogonal" or "none" (fitting.py).
         weights: (N,) how much each token counts, for example its frequency. [1]
 
@@ -130,7 +134,7 @@ def compress_with_report(
 
     model = model_or_name if isinstance(model_or_name, PreTrainedModel) else open_model(encoder_folder(model_or_name))
     vectors = embedding_matrix(model).float().cpu().numpy()[: table.num_tokens]
-    fit = fit_tables(vectors, table, mixing, weights)
+    fit = fit_tables(vectors, table, mixing, _weights_of_shared(table, weights))
     small = replace_embeddings(model, table, mixing=fit.mixing is not None)
     layer = small.get_input_embeddings()
     with torch.no_grad():
@@ -141,12 +145,15 @@ def compress_with_report(
             ours[used] = rows.to(ours.dtype)
         if layer.mixing is not None:
             layer.mixing.copy_(torch.as_tensor(fit.mixing))
+        if layer.dedicated_rows is not None:  # zero so far
+            rest = vectors[table.dedicated] - layer.dedicated_weight().cpu().numpy()
+            layer.dedicated_rows.copy_(torch.from_numpy(rest))
     dense = layer.dense_weight().detach().float().cpu().numpy()
     report = CompressionReport(
         table.num_tokens,
         table.table_sizes,
         "none" if fit.mixing is None else mixing,
-        fit.error,
+        _relative_error(vectors, dense, np.ones(len(vectors)) if weights is None else weights),
         _mean_cosine(vectors, dense),
         (
             sum(each.numel() for each in model.get_input_embeddings().parameters()),
@@ -155,8 +162,25 @@ def compress_with_report(
         0 if fit.mixing is None else fit.mixing.size,
         (model.num_parameters(), small.num_parameters()),
         None if loss is None else (loss(model), loss(small)),
+        table.num_dedicated,
     )
     return small, report
+
+
+def _weights_of_shared(table: CodeTable, weights: np.ndarray | None) -> np.ndarray | None:
+    """Return the weights with 0 for the dedicated tokens: their own rows take whatever the tables leave."""
+    if not table.num_dedicated:
+        return weights
+    shared = np.ones(table.num_tokens) if weights is None else np.array(weights, dtype=np.float64)
+    shared[table.dedicated] = 0
+    return shared if shared.any() else weights  # tokens that are all dedicated still want a common part
+
+
+def _relative_error(vectors: np.ndarray, dense: np.ndarray, weights: np.ndarray) -> float:
+    """Return sum of w_n |x_n - e_n|^2 over sum of w_n |x_n - mean|^2."""
+    mean = ((weights / weights.sum()) @ vectors).astype(np.float32)
+    lost, spread = (weights @ np.square(vectors - each).sum(axis=1) for each in (dense, mean))
+    return float(lost / max(spread, 1e-30))
 
 
 def _mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
@@ -184,6 +208,10 @@ class CompressModel:
     """Code file to use. [codes by clustering the model's own embedding, K tables of M rows]"""
     mixing: Mixing = "linear"
     """The fixed d x d matrix beside the tables: any matrix, a rotation, or none."""
+    dedicated_rows: int | None = None
+    """F: the most frequent tokens of --data keep the embedding that they have, in rows of their own."""
+    dedicated_tokens: Path | None = None
+    """In place of --dedicated-rows: a file of token ids, one per line."""
     data: Path | None = None
     """Shards folder made with the model's tokenizer: the masked-token loss on its held-out part, before and after."""
     sequences: int = 64
@@ -212,16 +240,20 @@ def compress_model(settings: CompressModel) -> Path:
         raise UserError(f"--out {out}: is not a compressed model and not empty; choose another folder")
     if settings.sequences < 1:
         raise UserError(f"--sequences {settings.sequences}: must be at least 1")
+    choice = DedicatedChoice(settings.dedicated_rows, settings.data, settings.dedicated_tokens)
     encoder, sentences = encoder_folder(settings.model), sentence_folder(settings.model)
     model = open_model(encoder)
     tokenizer = _tokenizer(str(encoder))
-    loss = _masked_loss(settings, encoder, model, tokenizer) if settings.data is not None else None
+    only_counted = settings.dedicated_rows is not None and not _predicts_masked_tokens(model)
+    loss = None
+    if settings.data is not None and not only_counted:
+        loss = _masked_loss(settings, encoder, model, tokenizer)
     try:
         vectors = embedding_matrix(model)
         if tokenizer is not None and len(tokenizer) < len(vectors):
             log.info(f"{settings.model}: {len(vectors) - len(tokenizer):,} rows beyond the tokenizer's left out")
             vectors = vectors[: len(tokenizer)]
-        table = _codes(settings, vectors.float().cpu().numpy())
+        table = dedicate(_codes(settings, vectors.float().cpu().numpy()), choice)
         small, report = compress_with_report(model, table, settings.mixing, loss=loss)
     except UserError:
         raise
@@ -288,6 +320,10 @@ def _codes(settings: CompressModel, vectors: Any) -> CodeTable:
     return table
 
 
+def _predicts_masked_tokens(model: Any) -> bool:
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
 def _masked_loss(settings: CompressModel, encoder: Path | str, model: Any, tokenizer: Any) -> Callable[[Any], float]:
     """Return a function from a model to its mean loss over the masked tokens of the held-out part.
 
@@ -300,7 +336,7 @@ def _masked_loss(settings: CompressModel, encoder: Path | str, model: Any, token
     from ksub_ds.pretrain.prefetch import to_tensors
 
     assert settings.data is not None
-    if not type(model).__name__.endswith("ForMaskedLM"):
+    if not _predicts_masked_tokens(model):
         raise UserError(f"--data: {settings.model} is a {type(model).__name__}, which predicts no masked tokens")
     dataset = ShardDataset.open(settings.data)
     if Path(encoder).is_dir():

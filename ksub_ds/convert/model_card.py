@@ -62,9 +62,10 @@ def _summary(source: ExportSource) -> str:
     table = source.model.code_table()
     if table.num_tables == 1:
         return f"A model with a plain embedding of {table.num_tokens:,} tokens, the baseline of sub-embeddings."
+    own = f"; {table.num_dedicated:,} tokens have a row of their own besides" if table.num_dedicated else ""
     return (
         f"A model whose embedding of {table.num_tokens:,} tokens is rebuilt from {table.num_tables} small tables of "
-        f"{' x '.join(map(str, table.table_sizes))} rows, at the input and in the decoder."
+        f"{' x '.join(map(str, table.table_sizes))} rows, at the input and in the decoder{own}."
     )
 
 
@@ -107,14 +108,13 @@ def _parameters(source: ExportSource, form: str) -> str:
 def _codes(source: ExportSource) -> str:
     table = source.model.code_table()
     lines = [
-        f"- tokens: {table.num_tokens:,}; table sizes: {' '.join(map(str, table.table_sizes))}",
+        f"- tokens: {table.num_tokens:,}; table sizes: {' '.join(map(str, table.table_sizes))}"
+        + (f"; dedicated rows: {table.num_dedicated:,}" if table.num_dedicated else ""),
         f"- sha256 of the codes: `{table.sha256}`",
     ]
     if source.checkpoint is not None:
-        stored = source.checkpoint.run.table.metadata
-        lines += [
-            f"- {key.replace('_', ' ')}: {stored[key]}" for key in ("algorithm", "vectors", "seed") if key in stored
-        ]
+        stored, keys = source.checkpoint.run.table.metadata, ("algorithm", "vectors", "seed", "dedicated_by")
+        lines += [f"- {key.replace('_', ' ')}: {stored[key]}" for key in keys if key in stored]
     return "\n".join(lines)
 
 

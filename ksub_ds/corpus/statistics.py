@@ -1,13 +1,15 @@
 """Statistics of token shards: Table 7 of the paper for any shards folder, and how often each token occurs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ksub_ds.common.logging import Progress
 from ksub_ds.corpus.shards.dataset import SPLITS, ShardDataset, read_manifest
 
+BLOCK_TOKENS = 1 << 22  # counted at once: 16 MB of ids
 SAMPLE_ROWS = 20_000  # of a language: 10 M tokens in rows of 512, counted in a tenth of a second
 
 
@@ -27,6 +29,30 @@ def token_frequency(blocks: Iterable[np.ndarray], num_tokens: int, special_ids: 
         frequency += np.bincount(ids.reshape(-1), minlength=num_tokens)
     frequency[list(special_ids)] = 0
     return frequency
+
+
+def training_frequency(dataset: ShardDataset) -> np.ndarray:
+    """Count how often each token occurs in the whole training part, special tokens aside, a few MB at a time.
+
+    Args:
+        dataset: opened shards.
+
+    Returns:
+        (N,) int64.
+    """
+    tokenizer = dataset.manifest["tokenizer"]
+    rows_per_block = max(1, BLOCK_TOKENS // dataset.sequence_length)
+    every = [dataset.num_sequences("train", language) for language in dataset.languages]
+    with Progress(sum(every), "rows", "counting tokens") as progress:
+
+        def blocks() -> Iterator[np.ndarray]:
+            for language, available in zip(dataset.languages, every, strict=True):
+                for first in range(0, available, rows_per_block):
+                    rows = np.arange(first, min(first + rows_per_block, available))
+                    yield dataset.gather("train", rows, language)
+                    progress.advance(len(rows))
+
+        return token_frequency(blocks(), tokenizer["vocab_size"], tuple(tokenizer["special_ids"]))
 
 
 def log_frequency(dataset: ShardDataset, alpha: float) -> np.ndarray:

@@ -168,6 +168,33 @@ class SubEmbeddingModel(PreTrainedModel):
                     module.config.num_dedicated = kept
         return layer
 
+    def add_dedicated_rows(self, ids: Any) -> SubEmbedding:
+        """Give tokens a row of their own beside the shared ones. It is zero at first: the model computes what it did.
+
+        Args:
+            ids: of the tokens; those that have a row keep it.
+
+        Returns:
+            The sub-embedding, with the new rows.
+
+        Raises:
+            ValueError: an id outside [0, N).
+        """
+        layer = self.get_input_embeddings()
+        old = layer.code_table()
+        table = CodeTable(old.codes, old.table_sizes, dedicated=np.union1d(old.dedicated, np.asarray(ids, np.int64)))
+        if table.num_dedicated == old.num_dedicated:
+            return layer
+        rows = layer.tables[0].detach().new_zeros(table.num_dedicated, layer.embedding_dim)
+        if layer.dedicated_rows is not None:
+            rows[np.searchsorted(table.dedicated, old.dedicated)] = layer.dedicated_rows.detach()
+        layer.dedicated = torch.tensor(table.dedicated, device=layer.codes.device)
+        layer.dedicated_rows = nn.Parameter(rows, layer.tables[0].requires_grad)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.num_dedicated = table.num_dedicated
+        return layer
+
     def _resize_bias(self, size: int, mean_resizing: bool) -> None:
         """Resize the bias per token, in models that have one."""
 

@@ -173,6 +173,28 @@ class SubMaskedLM(SubEmbeddingModel):
         return torch.stack([each.double() for each in (output.loss, output["correct"], (labels != -100).sum())])
 
     @torch.no_grad()
+    def label_losses(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the loss of every labelled position by itself.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            labels: (batch, length) token ids, -100 where nothing is predicted.
+            attention_mask: (batch, length), 0 at padding.
+
+        Returns:
+            (P,) the labels and (P,) float64 their negative log-likelihoods.
+        """
+        places = (labels.flatten() != -100).nonzero().squeeze(1)
+        decoder_input = self._decoder_input_at(input_ids, places, attention_mask)
+        embedding, bias, targets = self.get_input_embeddings(), self.decoder_bias, labels.flatten()[places]
+        logits = (decoder_input.double() * embedding(targets).double()).sum(dim=1)
+        if bias is not None:
+            logits = logits + bias[targets].double()
+        return targets, log_partition(decoder_input, embedding, bias) - logits
+
+    @torch.no_grad()
     def predict_topk(
         self, input_ids: Tensor, positions: Tensor, k: int, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

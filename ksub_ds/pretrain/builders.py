@@ -54,7 +54,7 @@ def build_network(recipe: Recipe, config: Any, table: CodeTable, warm_start: Pat
         warm_start: folder of the warm start's model; default where the recipe says.
     """
     if recipe.warm_start is not None:
-        return open_warm_start(warm_start or recipe.warm_start)
+        return open_warm_start(warm_start or recipe.warm_start, table)
     import torch
 
     from ksub_ds.model.presets import fresh_masked_lm
@@ -263,7 +263,9 @@ def parameter_table(model: Any, table: CodeTable) -> list[str]:
     width = model.get_input_embeddings().embedding_dim
     total = sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
     ours, plain = table.num_parameters(width), table.num_tokens * width
-    name = "plain" if table.num_tables == 1 else f"sub-embedding, K = {table.num_tables}"
+    name = f"sub-embedding, K = {table.num_tables}"
+    if table.num_dedicated:
+        name = f"K = {table.num_tables}, {table.num_dedicated:,} dedicated"
     rows = [("plain embedding", plain, total - ours + plain)]
     if table.num_tables > 1:
         rows.append((name, ours, total))

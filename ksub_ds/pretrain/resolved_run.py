@@ -17,7 +17,7 @@ from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.model.sequence_length import longest_sequence
 from ksub_ds.pretrain.engine import check_monitors, check_precision, find_deepspeed_config, read_mechanics
 from ksub_ds.pretrain.recipe import BatchSizes, Recipe, divide_batch, resolve, to_json
-from ksub_ds.pretrain.warm_start import check_same_tokens, fingerprint, read_codes
+from ksub_ds.pretrain.warm_start import check_same_tokens, codes_for, fingerprint, read_codes
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ def _warm_start_codes(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenize
             f"--warm-start {folder}: a model of {table.num_tokens:,} tokens, but the tokenizer of {recipe.data} has "
             f"{tokenizer.vocab_size:,}; make shards with the model's tokenizer"
         )
-    if recipe.codes is not None and CodeTable.load(recipe.codes).sha256 != table.sha256:
-        raise UserError(f"--codes {recipe.codes}: are not the codes of --warm-start {folder}; leave --codes out")
+    if recipe.codes is not None:
+        return codes_for(folder, CodeTable.load(recipe.codes), str(recipe.codes))
     return table
 
 

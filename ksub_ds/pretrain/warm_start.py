@@ -2,13 +2,16 @@
 
 DIR is a folder of one of our masked language models, from `ksub compress` or `ksub export`. It gives the network, the
 codes and the weights; the optimizer, the schedule and the data start afresh. The run keeps a copy, so that the run
-folder alone can be continued and exported.
+folder alone can be continued and exported. With `--codes`, the same codes with more dedicated tokens, these get rows of
+their own, which begin at zero: the model computes what it did.
 """
 
 import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
@@ -56,20 +59,46 @@ def read_codes(folder: Path) -> CodeTable:
     from safetensors import SafetensorError, safe_open
 
     config, *weights = model_files(folder)
-    sizes = read_json(config).get("table_sizes")
-    for path in weights:
-        if path.suffix != ".safetensors":
-            continue
-        try:
+    sizes, dedicated, codes = read_json(config).get("table_sizes"), None, None
+    try:
+        for path in (path for path in weights if path.suffix == ".safetensors"):
             with safe_open(path, framework="np") as stream:
                 for name in stream.keys():  # noqa: SIM118 - not a dict
                     if name.endswith("_embeddings.codes"):
-                        table = CodeTable(stream.get_tensor(name), sizes, {"algorithm": f"of {folder.resolve().name}"})
-                        table.verify()
-                        return table
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise UserError(f"--warm-start {folder}: no usable codes among the weights ({error})") from error
+                        codes = stream.get_tensor(name)
+                    elif name.endswith("_embeddings.dedicated"):
+                        dedicated = stream.get_tensor(name)
+        if codes is not None:
+            table = CodeTable(codes, sizes, {"algorithm": f"of {folder.resolve().name}"}, dedicated)
+            table.verify()
+            return table
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"--warm-start {folder}: no usable codes among the weights ({error})") from error
     raise UserError(f"--warm-start {folder}: no codes among the weights; write the folder anew")
+
+
+def codes_for(folder: Path, given: CodeTable, name: str) -> CodeTable:
+    """Check that the codes of --codes are those of the model, with its dedicated tokens and maybe more; return them.
+
+    Args:
+        folder: of the model.
+        given: the codes.
+        name: their file.
+
+    Raises:
+        UserError: other codes, or dedicated tokens of the model that are not among theirs.
+    """
+    own = read_codes(folder)
+    fit = f"fit the model to them first: ksub compress {folder} --codes {name} --out MODEL"
+    if own.table_sizes != given.table_sizes or not np.array_equal(own.codes, given.codes):
+        raise UserError(f"--codes {name}: are not the codes of --warm-start {folder}; leave --codes out, or {fit}")
+    lost = np.setdiff1d(own.dedicated, given.dedicated)
+    if len(lost):
+        raise UserError(
+            f"--codes {name}: lack {len(lost):,} of the {own.num_dedicated:,} dedicated tokens of --warm-start "
+            f"{folder} (token {lost[0]}), whose rows would be lost; leave --codes out, or {fit}"
+        )
+    return given
 
 
 def keep_copy(source: Path, target: Path) -> None:
@@ -80,8 +109,12 @@ def keep_copy(source: Path, target: Path) -> None:
                 shutil.copyfile(path, temporary / path.name)
 
 
-def open_warm_start(folder: Path) -> Any:
-    """Open the model, with its weights, in fp32.
+def open_warm_start(folder: Path, table: CodeTable) -> Any:
+    """Open the model, with its weights, in fp32, and add the dedicated rows that it lacks, which are zero.
+
+    Args:
+        folder: of the model.
+        table: the model's codes, with its dedicated tokens and maybe more.
 
     Raises:
         UserError: it cannot be read.
@@ -89,7 +122,10 @@ def open_warm_start(folder: Path) -> Any:
     from ksub_ds.model.loading import open_model
 
     model_files(folder)
-    return open_model(folder).float().train()
+    model = open_model(folder)
+    if table.num_dedicated:
+        model.add_dedicated_rows(table.dedicated)
+    return model.float().train()
 
 
 def check_same_tokens(flag: str, model: Path, tokenizer: Tokenizer, dataset: ShardDataset) -> None:

@@ -17,7 +17,8 @@ from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.common.mpi import MPIComm
-from ksub_ds.vectors.sources import Description, load_vectors
+from ksub_ds.vectors.dedicated import DedicatedChoice, choose_tokens, with_dedicated
+from ksub_ds.vectors.sources import Description, is_shards, load_vectors
 
 
 @dataclass
@@ -49,6 +50,14 @@ class ClusterVectors:
     """Use the paper's naive k-means; the last table grows to the largest leaf."""
     reserve_special_tokens: bool = False
     """Give <s>, </s>, <pad>, <unk>, <mask> rows of their own in every table."""
+    dedicated_rows: int | None = None
+    """F: give so many tokens a row of their own too, the most frequent ones (--data), or by --dedicated-by-loss."""
+    data: Path | None = None
+    """Shards folder where --dedicated-rows counts tokens. [--embeddings, if it is one]"""
+    dedicated_tokens: Path | None = None
+    """In place of --dedicated-rows: a file of token ids, one per line."""
+    dedicated_by_loss: Path | None = None
+    """Run or model folder: --dedicated-rows takes the tokens where its loss on held-out text is greatest."""
     seed: int = 0
     """Seed of the first centroids, of random last codes, and of co-occurrence vectors."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
@@ -78,9 +87,13 @@ def build_codes(settings: ClusterVectors) -> CodeTable:
 def _build(settings: ClusterVectors) -> CodeTable:
     from ksub_ds.codes.clustering import clustered_codes
 
-    sizes = _table_sizes(settings)
+    sizes, choice = _table_sizes(settings), _dedicated_choice(settings)
     ranks = MPIComm()
     vectors, description = ranks.on_main(lambda: _load(settings))
+    dedicated: np.ndarray | None = None
+    if not choice.is_empty:  # chosen before the minutes of clustering
+        fingerprint = description.metadata().get("tokenizer_fingerprint")
+        dedicated, how = ranks.on_main(lambda: choose_tokens(choice, len(vectors), fingerprint))
     special_ids: tuple[int, ...] = ()
     if settings.reserve_special_tokens:
         if description.tokenizer is None:
@@ -101,6 +114,8 @@ def _build(settings: ClusterVectors) -> CodeTable:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if dedicated is not None:
+        table = with_dedicated(table, dedicated, how)
     ranks.on_main(lambda: _measure_and_save(table, vectors, description, settings))
     return table
 
@@ -120,6 +135,13 @@ def _load(settings: ClusterVectors) -> tuple[np.ndarray, Description]:
     if settings.out.is_dir():  # refused now, not after minutes of clustering
         raise UserError(f"--out {settings.out}: is a folder; name a file, such as {settings.out / 'codes.safetensors'}")
     return load_vectors(settings.embeddings, settings.tokenizer, settings.seed, settings.tensor)
+
+
+def _dedicated_choice(settings: ClusterVectors) -> DedicatedChoice:
+    data = settings.data
+    if settings.dedicated_rows is not None and data is None and settings.dedicated_by_loss is None:
+        data = Path(settings.embeddings) if is_shards(settings.embeddings) else None
+    return DedicatedChoice(settings.dedicated_rows, data, settings.dedicated_tokens, settings.dedicated_by_loss)
 
 
 def _table_sizes(settings: ClusterVectors) -> tuple[int, ...]:
@@ -152,4 +174,5 @@ def report(table: CodeTable, out: Path) -> str:
         table: the codes.
         out: their file.
     """
-    return f"{out}: {table.num_tokens:,} tokens, tables of {' '.join(map(str, table.table_sizes))} rows"
+    own = f", {table.num_dedicated:,} dedicated rows" if table.num_dedicated else ""
+    return f"{out}: {table.num_tokens:,} tokens, tables of {' '.join(map(str, table.table_sizes))} rows{own}"

@@ -16,6 +16,7 @@ from ksub_ds.codes.extension import extend_codes
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_bytes
+from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
 from ksub_ds.vectors.matrix import read_matrix
 
 LARGEST_FILE = 2**26  # bytes of tokens: more is another kind of file
@@ -38,6 +39,8 @@ class ExtendCodes:
     """Vectors of the old tokens, from the same source: a matrix, model folder or run, as for `ksub codes cluster`."""
     tokenizer: Path | None = None
     """The old tokenizer: a token that it has already is refused."""
+    dedicated_tokens: Path | None = None
+    """File of token ids, old or new, one per line: these get a row of their own too. [those that have one]"""
 
 
 def extend_code_file(settings: ExtendCodes) -> CodeTable:
@@ -66,6 +69,7 @@ def extend_code_file(settings: ExtendCodes) -> CodeTable:
     except ValueError as error:
         raise UserError(f"{settings.codes}: {error}") from error
     extended.metadata["added_tokens_sha256"] = sha256_bytes("\n".join(tokens).encode())
+    extended = dedicate(extended, DedicatedChoice(tokens=settings.dedicated_tokens))
     extended.save(settings.out)
     return extended
 

@@ -43,6 +43,11 @@ class Description:
         return found
 
 
+def is_shards(path: str | Path) -> bool:
+    """Return whether a folder holds token shards."""
+    return (Path(path) / "manifest.json").is_file()
+
+
 def load_vectors(
     source: str | Path, tokenizer: str | Path | None = None, seed: int = 0, tensor: str | None = None
 ) -> tuple[np.ndarray, Description]:
@@ -104,7 +109,7 @@ def _read_folder(
         from ksub_ds.vectors.hf_folder import folder_vectors
 
         return folder_vectors(path, tensor), f"model {name}", path
-    if (path / "manifest.json").is_file():
+    if is_shards(path):
         return *_shards(path, tokenizer, seed), path / "tokenizer"
     if is_run(path):
         from ksub_ds.vectors.trained import run_vectors

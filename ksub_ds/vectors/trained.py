@@ -1,6 +1,7 @@
 """Read the embeddings of one of our own models, from a run's newest whole checkpoint or an exported folder.
 
-A plain model (K = 1) has them as its one table; in a sub-embedding model they are composed from codes and tables.
+A plain model (K = 1) has them as its one table; in a sub-embedding model they are composed from codes and tables, and
+of dedicated tokens the rows of their own are added.
 """
 
 from pathlib import Path
@@ -28,7 +29,8 @@ def run_vectors(run: Path) -> tuple[np.ndarray, str]:
     checkpoint = open_run(run).checkpoint()
     checkpoint.check_codes()
     name = str(checkpoint.path)
-    matrix = _compose(TensorFiles([checkpoint.weights]), checkpoint.run.table.codes, name)
+    table = checkpoint.run.table
+    matrix = _compose(TensorFiles([checkpoint.weights]), table.codes, table.dedicated, name)
     return check_matrix(matrix, name), checkpoint.path.name
 
 
@@ -56,14 +58,18 @@ def export_vectors(folder: Path) -> np.ndarray:
     codes = [name for name in files.shapes if name.endswith(tuple(layer + "codes" for layer in LAYERS))]
     if not codes:
         raise UserError(f"{folder}: no codes among the weights; export the run again")
-    return check_matrix(_compose(files, files.read(codes[0]), str(folder)), str(folder))
+    own = [name for name in files.shapes if name.endswith(tuple(layer + "dedicated" for layer in LAYERS))]
+    dedicated = files.read(own[0]) if own else np.zeros(0, dtype=np.int64)
+    return check_matrix(_compose(files, files.read(codes[0]), dedicated, str(folder)), str(folder))
 
 
-def _compose(files: TensorFiles, codes: np.ndarray, name: str) -> np.ndarray:
+def _compose(files: TensorFiles, codes: np.ndarray, dedicated: np.ndarray, name: str) -> np.ndarray:
     """Compose embeddings: row n joins row codes[n, k] of every table k, through the matrix A if there is one.
 
+    Of the dedicated tokens the rows of their own are added.
+
     Raises:
-        UserError: a table is missing, or shorter than the codes that point into it.
+        UserError: a table is missing, or shorter than the codes that point into it; or the dedicated rows are.
     """
 
     def find(end: str) -> list[str]:
@@ -77,4 +83,10 @@ def _compose(files: TensorFiles, codes: np.ndarray, name: str) -> np.ndarray:
         tables.append(files.read(found[0])[column])
     rows = np.concatenate(tables, axis=1)
     mixing = find("mixing")
-    return rows @ files.read(mixing[0]).T if mixing else rows
+    rows = rows @ files.read(mixing[0]).T if mixing else rows
+    if len(dedicated):
+        own = find("dedicated_rows")
+        if not own or files.shapes[own[0]] != (len(dedicated), rows.shape[1]):
+            raise UserError(f"{name}: the {len(dedicated):,} dedicated rows are missing, or of another size")
+        rows[dedicated] += files.read(own[0])
+    return rows

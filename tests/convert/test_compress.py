@@ -140,6 +140,30 @@ def test_the_report_counts_and_calls_back():
     assert "4,800 -> 144 and 576 fixed numbers (the linear matrix)" in report.lines()[0]
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_dedicated_tokens_keep_their_embedding_exactly(family):
+    """The tables are fitted to the others, whose error falls; and what they lose is what is lost in all."""
+    more = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    model = bert(words(), family=family, **(more if family == "modernbert" else {}))
+    shared = positional_codes(200, 3)
+    before = compress_with_report(model, shared)[1]
+    table = CodeTable(shared.codes, shared.table_sizes, dedicated=np.arange(0, 200, 3))
+    small, report = compress_with_report(model, table)
+    vectors, ours = words(), embedding_matrix(small).numpy()
+    np.testing.assert_allclose(ours[::3], vectors[::3], atol=1e-6)
+    assert report.error == pytest.approx(relative_error(vectors, ours, np.ones(200)), rel=1e-3)
+    assert report.error < before.error
+    others = np.arange(200) % 3 > 0
+    lost = np.square(vectors - ours)[others].sum()
+    assert lost < np.square(vectors - embedding_matrix(compress(model, shared)).numpy())[others].sum()
+    assert report.num_dedicated == 67 and "67 dedicated rows among them" in report.lines()[0]
+    assert report.embedding_parameters[1] == 3 * 6 * 8 + 67 * 24
+    ids = torch.randint(3, 200, (2, 9))
+    everything = CodeTable(shared.codes, shared.table_sizes, dedicated=range(200))
+    same = compress(model, everything)
+    torch.testing.assert_close(same(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_that_no_token_uses_differ():
     table = CodeTable(np.stack([np.arange(200) % 15, np.arange(200) // 15], 1), (20, 20))
     layer = compress(bert(words()), table, mixing="none").get_input_embeddings()

@@ -265,3 +265,24 @@ def test_what_cannot_be_converted_is_refused():
         replace_embeddings(decoder, TABLE)
     with pytest.raises(ValueError, match="has no plain form BertModel"):
         to_plain(replace_embeddings(plain_model("roberta", "bare"), TABLE), type(plain_model("bert", "bare")))
+
+
+def test_rows_that_are_added_later_change_nothing_and_keep_those_there(tmp_path):
+    ids, mask, _ = batch()
+    source = plain_model("bert")
+    model = replace_embeddings(source, CodeTable(TABLE.codes, TABLE.table_sizes, dedicated=[7, 50]))
+    with torch.no_grad():
+        model.get_input_embeddings().dedicated_rows.normal_()
+    before, labelled = outputs(model, ids, mask), model(ids, labels=ids).loss
+    layer = model.add_dedicated_rows([50, 3])
+    assert model.code_table().dedicated.tolist() == [3, 7, 50] and model.config.num_dedicated == 3
+    assert torch.equal(outputs(model, ids, mask), before)
+    torch.testing.assert_close(model(ids, labels=ids).loss, labelled)
+    model(ids, labels=ids).loss.backward()
+    assert layer.dedicated_rows.grad is not None and layer.dedicated_rows.requires_grad
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(AutoModelForMaskedLM.from_pretrained(tmp_path).eval(), ids, mask), before)
+    plain = replace_embeddings(source, TABLE)
+    assert plain.add_dedicated_rows([]) is plain.get_input_embeddings() and plain.config.num_dedicated == 0
+    with pytest.raises(ValueError, match="dedicated token 120 is not in"):
+        plain.add_dedicated_rows([120])

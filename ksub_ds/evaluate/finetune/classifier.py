@@ -228,6 +228,8 @@ def describe(model: str) -> dict[str, Any]:
     if sizes is not None:
         about |= {"num_tables": len(sizes), "table_sizes": list(sizes)}
         about["kind"] = "plain" if len(sizes) == 1 else _kind_of_codes(Path(model), list(sizes))
+        if config.num_dedicated:  # none of the paper's models, whose results stand beside those of its kinds
+            about |= {"num_dedicated": config.num_dedicated, "kind": f"{about['kind']}, with dedicated rows"}
     return about
 
 
