@@ -1,6 +1,7 @@
 """What every model over sub-embeddings shares, whatever its encoder: saving, loading, resizing.
 
-The codes are saved among the weights, with a guard against the plain classes. The loss is in masked_lm.py. PEFT, in a
+The codes are saved among the weights, with a guard against the plain classes. The losses are in masked_lm.py and
+causal_lm.py. PEFT, in a
 process that uses it, finds defaults for our types and the embedding that an adapter replaced; nothing imports it here.
 """
 
@@ -49,7 +50,7 @@ class SubEmbeddingModel(PreTrainedModel):
     # The guard stored beside our weights has a shape that no model accepts. Without it, RobertaForMaskedLM and its
     # like would read our folder, find no embedding, and continue with a random one after a mere warning.
     # (Users who pass ignore_mismatched_sizes=True have asked for just that.)
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.(word|tok)_embeddings\.weight$"]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"(embeddings\.(word|tok)_embeddings|embed_tokens|wte)\.weight$"]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -154,19 +155,21 @@ class SubEmbeddingModel(PreTrainedModel):
         if size > old:
             known = None if vectors is None else layer.dense_weight().detach().float().cpu().numpy()
             table = extend_codes(table, size - old, vectors, known)
-        layer.codes = torch.tensor(table.codes[:size], device=layer.codes.device)
-        kept = int(np.searchsorted(table.dedicated, size))
-        if layer.dedicated is not None and layer.dedicated_rows is not None and kept < table.num_dedicated:
-            rows = layer.dedicated_rows
-            layer.dedicated = layer.dedicated[:kept].clone() if kept else None
-            layer.dedicated_rows = nn.Parameter(rows.detach()[:kept].clone(), rows.requires_grad) if kept else None
+        kept = table.dedicated[table.dedicated < size]
+        self._set_codes(CodeTable(table.codes[:size], table.table_sizes, dedicated=kept))
         self._resize_bias(size, mean_resizing)
-        for module in self.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config.vocab_size = size
-                if module.config.num_dedicated != kept:
-                    module.config.num_dedicated = kept
         return layer
+
+    def _set_codes(self, table: CodeTable) -> None:
+        """Give the model other codes for its tables, and other dedicated tokens; rows of tokens that stay, stay."""
+        for module in self.modules():
+            if isinstance(module, SubEmbedding):  # one, or two where the decoder has tables of its own
+                module.codes = torch.tensor(table.codes, device=module.codes.device)
+                module.set_dedicated(table)
+            if isinstance(module, PreTrainedModel):
+                module.config.vocab_size = table.num_tokens
+                if module.config.num_dedicated != table.num_dedicated:
+                    module.config.num_dedicated = table.num_dedicated
 
     def add_dedicated_rows(self, ids: Any) -> SubEmbedding:
         """Give tokens a row of their own beside the shared ones. It is zero at first: the model computes what it did.
@@ -183,20 +186,36 @@ class SubEmbeddingModel(PreTrainedModel):
         layer = self.get_input_embeddings()
         old = layer.code_table()
         table = CodeTable(old.codes, old.table_sizes, dedicated=np.union1d(old.dedicated, np.asarray(ids, np.int64)))
-        if table.num_dedicated == old.num_dedicated:
-            return layer
-        rows = layer.tables[0].detach().new_zeros(table.num_dedicated, layer.embedding_dim)
-        if layer.dedicated_rows is not None:
-            rows[np.searchsorted(table.dedicated, old.dedicated)] = layer.dedicated_rows.detach()
-        layer.dedicated = torch.tensor(table.dedicated, device=layer.codes.device)
-        layer.dedicated_rows = nn.Parameter(rows, layer.tables[0].requires_grad)
-        for module in self.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config.num_dedicated = table.num_dedicated
+        if table.num_dedicated != old.num_dedicated:
+            self._set_codes(table)
         return layer
 
     def _resize_bias(self, size: int, mean_resizing: bool) -> None:
         """Resize the bias per token, in models that have one."""
+
+
+class TokenPredictor(SubEmbeddingModel):
+    """Base class of the models with a decoder over all N tokens: its bias, resized with the codes."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+
+    def _decoder_bias_module(self) -> nn.Module:
+        """Return the module whose `bias` is the decoder's, (N,) or None."""
+        raise NotImplementedError
+
+    @property
+    def decoder_bias(self) -> Tensor | None:
+        """The bias per token, (N,), or None."""
+        return self._decoder_bias_module().bias
+
+    def _resize_bias(self, size: int, mean_resizing: bool) -> None:
+        old = self.decoder_bias
+        if old is None:
+            return
+        with torch.no_grad():
+            added = old.mean() if mean_resizing else old.new_zeros(())
+            bias = torch.cat([old[:size], added.expand(max(0, size - len(old)))])
+        self._decoder_bias_module().bias = nn.Parameter(bias, requires_grad=old.requires_grad)
 
 
 def _offer_target_modules(model_type: str) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,6 +61,16 @@ class SubEmbedding(nn.Module):
             nn.init.normal_(table, std=std)
         if self.dedicated_rows is not None:
             nn.init.zeros_(self.dedicated_rows)
+
+    def set_dedicated(self, table: CodeTable) -> None:
+        """Make the dedicated tokens those of another table; who had a row keeps it, new ones are zero."""
+        rows = self.tables[0].detach().new_zeros(table.num_dedicated, self.embedding_dim)
+        if self.dedicated is not None and self.dedicated_rows is not None:
+            _, new, old = np.intersect1d(table.dedicated, self.dedicated.cpu().numpy(), return_indices=True)
+            rows[new] = self.dedicated_rows.detach()[old]
+        trained = self.tables[0].requires_grad
+        self.dedicated = torch.tensor(table.dedicated, device=self.codes.device) if len(rows) else None
+        self.dedicated_rows = nn.Parameter(rows, trained) if len(rows) else None
 
     def code_table(self) -> CodeTable:
         """Return the codes, and which tokens are dedicated, as a `CodeTable`."""
