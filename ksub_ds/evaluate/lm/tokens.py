@@ -59,6 +59,7 @@ class CausalTokenizer:
         self.vocab_size = 1 + max(source.get_vocab().values())
         start = source.bos_token_id if source.bos_token_id is not None else source.eos_token_id
         self.start_id = None if start is None else int(start)
+        self.end_id = self.start_id if source.eos_token_id is None else int(source.eos_token_id)
         self.start_token = None if start is None else str(source.convert_ids_to_tokens(start))
         self._unknown = source.unk_token_id
         self._encoder = BulkEncoder(self._describe, path)
@@ -69,11 +70,19 @@ class CausalTokenizer:
     def _describe(self) -> dict[str, Any]:
         return text_only(json.loads(self._backend.to_str()))
 
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the token ids of each text, int32, without special tokens around it."""
+        return self._encoder.encode_batch(texts)
+
+    def tokens(self) -> list[str]:
+        """Return the N tokens by id, spelt as in the vocabulary; an id without a token is an empty string."""
+        return [self._backend.id_to_token(index) or "" for index in range(self.vocab_size)]
+
     def encode(self, texts: list[str]) -> list[Tokens]:
         """Return the tokens of each document; text that spells a special token is ordinary text."""
         found = []
         start = [] if self.start_id is None else [self.start_id]
-        for text, ids in zip(texts, self._encoder.encode_batch(texts), strict=True):
+        for text, ids in zip(texts, self.encode_batch(texts), strict=True):
             unscored = self._first_end(text) if self.start_id is None and len(ids) else 0
             found.append(
                 Tokens(
