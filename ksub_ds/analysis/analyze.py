@@ -39,7 +39,7 @@ class Analyze:
     """
 
     models: Positional[tuple[str, ...]]
-    """Exported models, run folders, or any HuggingFace encoders; all in one set of figures."""
+    """Exported models, run folders, or any HuggingFace encoders or causal models; all in one set of figures."""
     data: Path
     """Folder of text: <lang>.jsonl, .txt, .parquet (compressed or not) or <lang>/, as preprocessing/shard_text.py's."""
     out: Path

@@ -1,15 +1,18 @@
-"""Open what is to be analysed: an exported model, a run's newest checkpoint, or any HuggingFace encoder."""
+"""Open what is to be analysed: an exported model, a run's newest checkpoint, an encoder or a causal model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ksub_ds.analysis.sample import RowTokenizer
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
+from ksub_ds.evaluate.lm.tokens import CausalTokenizer
 from ksub_ds.model.sequence_length import longest_sequence
 from ksub_ds.vectors.hf_folder import is_hub_name
 
@@ -32,7 +35,7 @@ class Encoder:
     name: str
     source: str
     model: Any
-    tokenizer: Tokenizer
+    tokenizer: RowTokenizer
     last_codes: np.ndarray | None
     table_sizes: tuple[int, ...]
     fingerprint: str
@@ -48,11 +51,42 @@ class Encoder:
         return longest_sequence(self.model.config)
 
 
+class CausalRowTokenizer:
+    """The tokenizer of a causal model, which rarely has padding and never a mask.
+
+    A row begins as the documents of `ksub evaluate lm` do. What ends or pads it stands behind all ordinary tokens,
+    whose states do not see it.
+
+    Args:
+        path: a folder or a SentencePiece .model.
+
+    Raises:
+        UserError: it cannot be opened, or has no token to begin a row with.
+    """
+
+    def __init__(self, path: str):
+        self._tokenizer = CausalTokenizer(path)
+        start, end = self._tokenizer.start_id, self._tokenizer.end_id
+        if start is None or end is None:
+            raise UserError(f"{path}: has neither bos_token nor eos_token to begin a row with; name one in its files")
+        self.bos_id, self.eos_id, self.pad_id = start, end, end
+        self.vocab_size, self.fingerprint = self._tokenizer.vocab_size, self._tokenizer.fingerprint
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """As RowTokenizer."""
+        return self._tokenizer.encode_batch(texts)
+
+    def tokens(self) -> list[str]:
+        """As RowTokenizer."""
+        return self._tokenizer.tokens()
+
+
 def open_encoder(source: str, name: str, tokenizer: Path | None = None, codes: CodeTable | None = None) -> Encoder:
     """Open a model to analyse its states.
 
     Args:
-        source: a folder of `ksub export` or of any HuggingFace encoder, a run folder, or a name on the Hub.
+        source: a folder of `ksub export` or of any HuggingFace encoder or causal model, a run folder, or a name on
+            the Hub.
         name: what to call it.
         tokenizer: SentencePiece .model or HuggingFace folder; default the one that lies with the model.
         codes: colours a plain model; one with codes of its own keeps them.
@@ -61,17 +95,20 @@ def open_encoder(source: str, name: str, tokenizer: Path | None = None, codes: C
         UserError: nothing usable there, weights missing from it, or a tokenizer or codes of another vocabulary.
     """
     folder = Path(source)
-    own_tokenizer: Tokenizer | None = None
+    own_tokenizer: RowTokenizer | None = None
     if (folder / "recipe.json").is_file():
         model, own_tokenizer, fingerprint = _from_run(folder)
     else:
         model, fingerprint = _from_huggingface(source)
+    load: Callable[[Path], RowTokenizer] = load_tokenizer
+    if _is_causal(model.config):
+        load = _load_causal
     if tokenizer is not None:
-        own_tokenizer = load_tokenizer(tokenizer)
+        own_tokenizer = load(tokenizer)
     elif own_tokenizer is None:
         if not folder.is_dir():
             raise UserError(f"{source}: give its tokenizer by --tokenizer (a folder or a SentencePiece .model)")
-        own_tokenizer = _beside(folder)
+        own_tokenizer = _beside(folder, load)
     vocabulary = model.get_input_embeddings().num_embeddings
     if own_tokenizer.vocab_size > vocabulary:
         raise UserError(
@@ -111,15 +148,31 @@ def _from_huggingface(source: str) -> tuple[Any, str]:
     missing = sorted(key for key in told["missing_keys"] if not any(part in key for part in HARMLESS))
     if missing:
         raise UserError(f"{source}: {missing[0]} is not among its weights, it would be random; save the model anew")
-    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "embeddings"):
-        raise UserError(f"{source}: is a {model.config.model_type} model; give an encoder such as BERT or XLM-R")
+    has_states = all(hasattr(model.config, name) for name in ("num_hidden_layers", "hidden_size"))
+    readable = has_states and (hasattr(model, "embeddings") or _is_causal(model.config))
+    if getattr(model.config, "is_encoder_decoder", False) or not readable:
+        raise UserError(
+            f"{source}: is a {model.config.model_type} model; give an encoder such as BERT or XLM-R, or a causal model"
+        )
     weights = folder / "model.safetensors"
     return model.eval(), sha256_file(weights) if weights.is_file() else ""
 
 
-def _beside(folder: Path) -> Tokenizer:
+def _is_causal(config: Any) -> bool:
+    """Return whether a model predicts the next token, and nothing that is masked."""
+    from transformers.models.auto import modeling_auto
+
+    masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    return type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not masked
+
+
+def _load_causal(path: Path) -> RowTokenizer:
+    return CausalRowTokenizer(str(path))
+
+
+def _beside(folder: Path, load: Callable[[Path], RowTokenizer]) -> RowTokenizer:
     try:
-        return load_tokenizer(folder)
+        return load(folder)
     except UserError as error:
         raise UserError(f"{error} (or give one by --tokenizer)") from error
 

@@ -22,9 +22,10 @@ FIGURE_DPI = 170  # a little larger than in print, where it is 200
 
 
 def scores(results: list[dict[str, Any]]) -> str:
-    """Return one table for each setting of XNLI, one for GLUE, and one for data sets of one's own."""
+    """Return one table for each setting of XNLI, and one each for GLUE, data sets of one's own and bits per byte."""
     own = [result for result in results if result.get("task") == "classify"]
-    results = [result for result in results if result not in own]
+    scored = [result for result in results if result.get("task") == "lm"]
+    results = [result for result in results if result not in [*own, *scored]]
     xnli = [result for result in results if result.get("task") != "glue" and result.get("setting") != "glue"]
     glue = [result for result in results if result not in xnli]
     settings = dict.fromkeys(str(result.get("setting")) for result in xnli)
@@ -33,7 +34,21 @@ def scores(results: list[dict[str, Any]]) -> str:
     ]
     tables += [_glue(glue)] if glue else []
     tables += [_classify(own)] if own else []
-    return section("Scores", *tables, *(_settings(result) for result in [*results, *own]))
+    tables += [_bits_per_byte(scored)] if scored else []
+    return section("Scores", *tables, *(_settings(result) for result in [*results, *own, *scored]))
+
+
+def _bits_per_byte(results: list[dict[str, Any]]) -> str:
+    languages = dict.fromkeys(language for result in results for language in result["languages"])
+    rows = [
+        [
+            text(language),
+            *(number(finite(result["languages"].get(language, {}).get("bits_per_byte")), 3) for result in results),
+        ]
+        for language in languages
+    ]
+    rows.append(["<b>mean</b>", *(number(finite(result.get("average")), 3) for result in results)])
+    return "<h3>Bits per byte</h3>" + table(["language", *map(_name, results)], rows)
 
 
 def _classify(results: list[dict[str, Any]]) -> str:
@@ -120,7 +135,7 @@ def _settings(result: dict[str, Any]) -> str:
             if isinstance(values, dict)
         )
         rows.append(("average of each seed", ", ".join(shown)))
-    if one_answer := [task for task, row in result["test"].items() if _part(row, "best").get("degenerate")]:
+    if one_answer := [task for task, row in result.get("test", {}).items() if _part(row, "best").get("degenerate")]:
         rows.append(("gave one answer to all rows", text(_words(one_answer))))
     rows += [(key, text(_words(value))) for key in ("settings", "missing") if (value := result.get(key))]
     data = result.get("data")

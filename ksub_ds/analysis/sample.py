@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,9 +12,26 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.text.layout import DEFAULT_LAYOUT, TextLayout
 from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.sources import find_text
-from ksub_ds.corpus.tokenizers.loading import Tokenizer
 
 DOCUMENTS_AT_ONCE = 256
+
+
+class RowTokenizer(Protocol):
+    """What rows are made with: any `Tokenizer` of the corpus, or one of a causal model, which has no mask token."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    fingerprint: str
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the token ids of each text, int32, without special tokens around it."""
+        ...
+
+    def tokens(self) -> list[str]:
+        """Return the N tokens by id, spelt as in the vocabulary."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ class Batch:
 def sample_text(
     data: Path,
     languages: tuple[str, ...],
-    tokenizer: Tokenizer,
+    tokenizer: RowTokenizer,
     num_tokens: int,
     sequence_length: int,
     layout: TextLayout = DEFAULT_LAYOUT,
@@ -84,7 +102,7 @@ def sample_text(
 
 
 def _take(
-    documents: DocumentReader, tokenizer: Tokenizer, share: int, sequence_length: int, rows: list[np.ndarray]
+    documents: DocumentReader, tokenizer: RowTokenizer, share: int, sequence_length: int, rows: list[np.ndarray]
 ) -> None:
     left, waiting = share, []
     for text in documents:
@@ -97,7 +115,7 @@ def _take(
     _encode(waiting, tokenizer, left, sequence_length, rows)
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, left: int, sequence_length: int, rows: list[np.ndarray]) -> int:
+def _encode(texts: list[str], tokenizer: RowTokenizer, left: int, sequence_length: int, rows: list[np.ndarray]) -> int:
     """Append rows of `texts` and return how many tokens are still wanted."""
     for ids in tokenizer.encode_batch(texts) if texts else []:
         ids = ids[: min(left, sequence_length - 2)]
@@ -107,7 +125,7 @@ def _encode(texts: list[str], tokenizer: Tokenizer, left: int, sequence_length: 
     return left
 
 
-def batches(sample: TextSample, tokenizer: Tokenizer, batch_size: int) -> list[Batch]:
+def batches(sample: TextSample, tokenizer: RowTokenizer, batch_size: int) -> list[Batch]:
     """Return all rows as batches, those of similar length together."""
     order = sorted(range(len(sample.rows)), key=lambda index: (len(sample.rows[index]), index))
     made = []

@@ -74,6 +74,9 @@ COMMANDS = {
     ),
     "evaluate glue": words("fine-tune on GLUE over a grid (Tables 2 and 3)", "evaluate.__main__:main", "glue"),
     "evaluate classify": words("fine-tune on a data set of your own", "evaluate.__main__:main", "classify"),
+    "evaluate lm": words(
+        "score text under causal models: bits per byte of each language", "evaluate.__main__:main", "lm"
+    ),
     "evaluate watch": words(
         "score each new checkpoint of a running pretraining without disturbing it", "evaluate.__main__:main", "watch"
     ),

@@ -3,7 +3,8 @@
     python -m ksub_ds.evaluate xnli --model model --data xnli --setting cross-lingual --out results
     launch/evaluate.sh --hostfile launch/hostfile.example xnli --model model ...    (one such worker a slot)
 
-From settings to results.json: registry.py makes a plan for each model (benchmark.py; xnli.py, glue.py), a plan has a
+From settings to results.json: registry.py makes a plan for each model (benchmark.py; xnli.py, glue.py; for lm
+language_model.py does), a plan has a
 queue of jobs (queue/queue.py), a worker does them (queue/worker.py), and whoever sees the last one done writes the
 results.
 
@@ -20,6 +21,9 @@ from typing import Any, Generic, TypeVar
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.exit_codes import exit_code_of_signal, run_main
 from ksub_ds.common.options import parse
+from ksub_ds.evaluate.benchmark import BenchmarkPlan
+from ksub_ds.evaluate.language_model import LanguageModelPlan, make_language_model_plans
+from ksub_ds.evaluate.lm.settings import LanguageModelSettings
 from ksub_ds.evaluate.queue.status import StatusSettings, status
 from ksub_ds.evaluate.queue.worker import run_worker
 from ksub_ds.evaluate.registry import SETTINGS, make_plans
@@ -75,9 +79,12 @@ def parse_settings(arguments: Sequence[str]) -> Any:
     return parse(COMMANDS[arguments[0]].settings, arguments[1:], f"ksub evaluate {arguments[0]}")
 
 
-def _evaluate(settings: EvaluationSettings) -> None:
+def _evaluate(settings: EvaluationSettings | LanguageModelSettings) -> None:
     _use_own_gpu()
-    plans = make_plans(settings)
+    if isinstance(settings, LanguageModelSettings):
+        plans: Sequence[BenchmarkPlan[Any] | LanguageModelPlan] = make_language_model_plans(settings)
+    else:
+        plans = make_plans(settings)
     run_worker(plans)
     for plan in plans:
         print(plan.summary())
@@ -100,6 +107,7 @@ def _print_status(settings: StatusSettings) -> None:
 
 COMMANDS: dict[str, Subcommand[Any]] = {
     **{name: Subcommand(settings, _evaluate) for name, settings in SETTINGS.items()},
+    "lm": Subcommand(LanguageModelSettings, _evaluate),
     "watch": Subcommand(WatchSettings, watch),
     "status": Subcommand(StatusSettings, _print_status),
 }

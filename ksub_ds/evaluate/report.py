@@ -26,7 +26,7 @@ def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | No
     """Render Tables 4, then 2 and 3, of these results, then one table for each other data set.
 
     Args:
-        paths: folders of `ksub evaluate xnli`, `glue` or `classify`, or results.json files; one named twice
+        paths: folders of `ksub evaluate xnli`, `glue`, `classify` or `lm`, or results.json files; one named twice
             counts once, and so do two that hold the same: the same evaluation done again.
         form: markdown, csv or latex.
         baseline: the one of them that the others are compared with. [the first with a plain embedding]
@@ -69,6 +69,14 @@ def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | No
         if rows:
             header = ["difference, points", "test accuracy", "p"]
             parts.append(result_tables.render(f"{Path(path).name}: differences", header, rows, form))
+    scored = [result for result in found if result["task"] == "lm"]
+    for same in dict.fromkeys(_scored_text(result) for result in scored):
+        group = [result for result in scored if _scored_text(result) == same]
+        parts.append(result_tables.lm_table(group, form))
+        rows = _lm_differences(group, _baseline(group, chosen))
+        if rows:
+            header = ["difference, bits per byte", *result_tables.lm_languages(group), "mean", "p"]
+            parts.append(result_tables.render("Bits per byte: differences", header, rows, form))
     return "\n".join(parts)
 
 
@@ -105,6 +113,8 @@ def _makes_a_table(result: Any) -> bool:
             return bool(result_tables.glue_table([result], "markdown"))
         if result["task"] == "classify":
             return bool(result_tables.classify_table([result], "markdown"))
+        if result["task"] == "lm":
+            return bool(result_tables.lm_table([result], "markdown"))
         return result["setting"] in paper_results.XNLI and bool(result_tables.xnli_table([result], "markdown"))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return False
@@ -263,6 +273,58 @@ def _classify_differences(group: list[dict[str, Any]], baseline: dict[str, Any] 
         told = f"{paired_test(*right)['p']:.4f}" if labels[0] == labels[1] else "other test rows"
         rows.append([f"{short_name(result, group)} - {short_name(baseline, group)}", gap, told])
     return rows
+
+
+def _scored_text(result: dict[str, Any]) -> str:
+    """Return what two evaluations of language models must share to be compared: text, windows, precision."""
+    return json.dumps([result["data"]["languages"], result["settings"]], sort_keys=True)
+
+
+def _lm_differences(group: list[dict[str, Any]], baseline: dict[str, Any] | None) -> list[list[str]]:
+    """Return differences in bits per byte, and the p of their mean over languages, document by document."""
+    rows = []
+    languages = result_tables.lm_languages(group)
+    for result in group if baseline is not None else []:
+        if result is baseline:
+            continue
+        assert baseline is not None
+        ours, theirs = result["languages"], baseline["languages"]
+        gaps = {
+            each: ours[each]["bits_per_byte"] - theirs[each]["bits_per_byte"]
+            for each in languages
+            if each in ours and each in theirs
+        }
+        p = _lm_p(result, baseline, list(gaps))
+        cells = [f"{gaps[each]:+.3f}" if each in gaps else result_tables.NOTHING for each in languages]
+        mean = f"{np.mean(list(gaps.values())):+.3f}" if gaps else result_tables.NOTHING
+        name = f"{short_name(result, group)} - {short_name(baseline, group)}"
+        rows.append([name, *cells, mean, "other bytes" if p is None else f"{p:.4f}"])
+    return rows
+
+
+def _lm_p(ours: dict[str, Any], theirs: dict[str, Any], languages: list[str]) -> float | None:
+    """Return the p of the difference of the means; None where the bytes that were scored are not the same.
+
+    Raises:
+        UserError: a damaged documents.json.
+    """
+    sides = []
+    for result in (ours, theirs):
+        path = Path(result["_folder"]) / "documents.json"
+        stored = read_json(path)
+        try:
+            num_bytes = [np.array(stored[each]["bytes"], dtype=np.int64) for each in languages]
+            nats = [np.array(stored[each]["nats"], dtype=np.float64) for each in languages]
+            parts = [part / total.sum() for part, total in zip(nats, num_bytes, strict=True)]
+            assert [len(part) for part in nats] == [len(part) for part in num_bytes]
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
+        sides.append((num_bytes, parts))
+    (our_bytes, our_parts), (their_bytes, their_parts) = sides
+    same = all(np.array_equal(one, other) for one, other in zip(our_bytes, their_bytes, strict=True))
+    if not languages or not same:
+        return None
+    return paired_test(np.concatenate(our_parts), np.concatenate(their_parts))["p"]
 
 
 def _numbers(stored: Any) -> np.ndarray:

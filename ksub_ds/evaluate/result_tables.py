@@ -218,3 +218,54 @@ def _classify_notes(results: Sequence[dict[str, Any]]) -> str:
             text += f"; {test['unlabelled']:,} test rows have no label: answered in predictions.json, not scored"
         lines.append(f"- {text}.")
     return "\n" + "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- bits per byte
+
+
+def lm_table(results: Sequence[dict[str, Any]], form: Format) -> str:
+    """Render bits per byte of each language and their mean: a row a model."""
+    languages = lm_languages(results)
+    rows = []
+    for result in results:
+        cells = [_bits(result["languages"].get(language, {}).get("bits_per_byte")) for language in languages]
+        rows.append([short_name(result, results), *cells, _bits(result["average"])])
+    settings = results[0]["settings"]
+    title = f"Bits per byte, windows of {settings['window']:,} tokens, context {settings['context']:,}"
+    table = render(title, ["model", *languages, "mean"], rows, form)
+    return table + ("" if form != "markdown" else _lm_notes(results))
+
+
+def lm_languages(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the languages that any of the results has, in their order."""
+    return list(dict.fromkeys(language for result in results for language in result["languages"]))
+
+
+def _bits(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+def _lm_notes(results: Sequence[dict[str, Any]]) -> str:
+    """Return what a reader must know of each row: how much text, what tokens are, and what the tokenizer loses."""
+    lines = []
+    for result in results:
+        each = result["languages"].values()
+        sums = {
+            name: sum(scores[name] for scores in each)
+            for name in ("nats", "tokens", "bytes", "documents", "documents_not_restored", "unknown_tokens")
+        }
+        text = (
+            f"{short_name(result, results)}: {sums['documents']:,} documents, {sums['bytes']:,} bytes; "
+            f"{sums['nats'] / sums['tokens']:.3f} nats a token, {sums['tokens'] / sums['bytes']:.3f} tokens a byte"
+        )
+        if result["tokenizer"]["start"] is None:
+            text += "; no start token: the first token of a document is not scored, nor its bytes counted"
+        if sums["documents_not_restored"]:
+            text += (
+                f"; {sums['documents_not_restored']:,} documents do not decode to their text "
+                f"({sums['unknown_tokens']:,} unknown tokens): what is lost costs nothing, so the true bits are more"
+            )
+        if result["missing"]:
+            text += f"; no readable document in {' '.join(result['missing'])}"
+        lines.append(f"- {text}.")
+    return "\n" + "\n".join(lines) + "\n"

@@ -39,6 +39,25 @@ def positive_rate(name: str, value: float) -> None:
         raise UserError(f"{name} {value}: must be above 0 and below 1")
 
 
+def folders_of(models: tuple[str, ...], out: Path) -> dict[str, Path]:
+    """Return the results folder of each model: OUT, or OUT/<name> for several.
+
+    Args:
+        models: folders or names.
+        out: given by --out.
+
+    Raises:
+        UserError: two models of one name.
+    """
+    if len(models) == 1:
+        return {models[0]: out}
+    names = [Path(model).name or model for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--model: two of them are called {name!r}, and each needs a folder of its own")
+    return {model: out / name for model, name in zip(models, names, strict=True)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """What every evaluation takes."""
@@ -171,13 +190,7 @@ class EvaluationSettings:
         Raises:
             UserError: two models of one name.
         """
-        if len(self.model) == 1:
-            return {self.model[0]: self.out}
-        names = [Path(model).name or model for model in self.model]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"--model: two of them are called {name!r}, and each needs a folder of its own")
-        return {model: self.out / name for model, name in zip(self.model, names, strict=True)}
+        return folders_of(self.model, self.out)
 
     def identity(self) -> dict[str, Any]:
         """Return all settings that touch the scores, as JSON values."""

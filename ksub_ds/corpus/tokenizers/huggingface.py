@@ -52,7 +52,7 @@ class HuggingFaceTokenizer:
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
     def _describe(self) -> dict[str, Any]:
-        return _text_only(json.loads(self._decoder.to_str()))
+        return text_only(json.loads(self._decoder.to_str()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HuggingFaceTokenizer, (self._folder, self._nfc)
@@ -188,7 +188,7 @@ def _required(folder: Path, name: str, *candidates: int | None) -> int:
     raise UserError(f"{folder}: {name} is missing; masked language modelling needs it: add it to tokenizer_config.json")
 
 
-def _text_only(definition: dict[str, Any]) -> dict[str, Any]:
+def text_only(definition: dict[str, Any]) -> dict[str, Any]:
     """Keep what turns text into ids of a tokenizer.json, and rename special tokens so that no text spells one."""
     special = {token["content"] for token in definition["added_tokens"] if token["special"]}
     model = definition["model"]

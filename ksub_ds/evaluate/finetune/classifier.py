@@ -102,7 +102,7 @@ def check_encoder(model: str) -> None:
     from transformers.models.auto import modeling_auto
 
     find_model(model, "--model")
-    config = _config(model)
+    config = read_config(model)
     masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
     causal = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in BIDIRECTIONAL
     kind = None
@@ -198,7 +198,7 @@ def check_fit(model: str, encoder: PairEncoder, max_length: int) -> None:
     Raises:
         UserError: either is too large; both numbers are named.
     """
-    config = _config(model)
+    config = read_config(model)
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and encoder.vocab_size > vocabulary:
         raise UserError(
@@ -214,7 +214,7 @@ def describe(model: str) -> dict[str, Any]:
 
     Kind is "plain" (one row a token), "positional" (Algorithm 1) or "clustered" (other codes).
     """
-    config = _config(model)
+    config = read_config(model)
     about: dict[str, Any] = {
         "path": str(model),
         "fingerprint": fingerprint(model, config),
@@ -241,7 +241,7 @@ def _kind_of_codes(folder: Path, sizes: list[int]) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="np") as stream:
             for key in stream.keys():  # noqa: SIM118 - not a dict
-                if key.endswith("_embeddings.codes"):
+                if key.endswith(".codes"):
                     codes = stream.get_tensor(key)
                     ids, digits = np.arange(len(codes)), []
                     for size in sizes:
@@ -255,14 +255,19 @@ def fingerprint(model: str, config: Any = None) -> str:
     """Return the sha256 over configuration and weights of a folder; of a hub model its commit."""
     folder = Path(model)
     if not folder.is_dir():
-        return f"commit {getattr(config or _config(model), '_commit_hash', None)}"
+        return f"commit {getattr(config or read_config(model), '_commit_hash', None)}"
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _config(model: str) -> Any:
+def read_config(model: str) -> Any:
+    """Read the configuration of a model, without code of its own.
+
+    Raises:
+        UserError: transformers finds none.
+    """
     from transformers import AutoConfig
 
     from ksub_ds.model.loading import quiet_transformers
@@ -271,7 +276,7 @@ def _config(model: str) -> Any:
     register()
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(model)
+            return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--model {model}: transformers finds no model there ({reason})") from error

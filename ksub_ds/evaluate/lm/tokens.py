@@ -1,0 +1,131 @@
+"""The tokens of documents for a causal model, and what a tokenizer loses of a text.
+
+A document begins with the tokenizer's start token where it has one, else with its end token, which stands between
+documents in training (GPT-2, Qwen): then its first token is predicted too. With neither, the first token is not
+predicted, and its bytes do not count. No end token is predicted: it is no text.
+
+What a tokenizer drops (blanks, signs that its normaliser rewrites, characters it does not know) costs a model nothing,
+though its bytes count: such documents are counted.
+"""
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.tokenizers.engine import BulkEncoder
+from ksub_ds.corpus.tokenizers.huggingface import text_only
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+
+LONGEST_TOKEN = 4_096  # characters, with the word that it begins
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A document as a model reads it.
+
+    Attributes:
+        ids: (n,) int64, the start token first if there is one; all but the first are predicted.
+        num_bytes: UTF-8 bytes of the text that the predicted tokens stand for.
+        unknown: how many tokens are the unknown one.
+        restored: whether the tokens decode to the text again, blanks at its ends apart.
+    """
+
+    ids: np.ndarray
+    num_bytes: int
+    unknown: int
+    restored: bool
+
+
+class CausalTokenizer:
+    """Any fast tokenizer of transformers, or a SentencePiece .model in XLM-R's layout.
+
+    Args:
+        path: a folder, a .model file, or a name in the hub's cache.
+
+    Raises:
+        UserError: transformers cannot open it, or it has no fast form.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        source = _open(path)
+        self._backend = source.backend_tokenizer
+        self.vocab_size = 1 + max(source.get_vocab().values())
+        start = source.bos_token_id if source.bos_token_id is not None else source.eos_token_id
+        self.start_id = None if start is None else int(start)
+        self.end_id = self.start_id if source.eos_token_id is None else int(source.eos_token_id)
+        self.start_token = None if start is None else str(source.convert_ids_to_tokens(start))
+        self._unknown = source.unk_token_id
+        self._encoder = BulkEncoder(self._describe, path)
+        self._with_offsets: Any = None  # opened where there is no start token
+        definition = json.dumps([self._describe(), self.start_id], sort_keys=True)
+        self.fingerprint = hashlib.sha256(definition.encode()).hexdigest()
+
+    def _describe(self) -> dict[str, Any]:
+        return text_only(json.loads(self._backend.to_str()))
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the token ids of each text, int32, without special tokens around it."""
+        return self._encoder.encode_batch(texts)
+
+    def tokens(self) -> list[str]:
+        """Return the N tokens by id, spelt as in the vocabulary; an id without a token is an empty string."""
+        return [self._backend.id_to_token(index) or "" for index in range(self.vocab_size)]
+
+    def encode(self, texts: list[str]) -> list[Tokens]:
+        """Return the tokens of each document; text that spells a special token is ordinary text."""
+        found = []
+        start = [] if self.start_id is None else [self.start_id]
+        for text, ids in zip(texts, self.encode_batch(texts), strict=True):
+            unscored = self._first_end(text) if self.start_id is None and len(ids) else 0
+            found.append(
+                Tokens(
+                    np.concatenate([start, ids]).astype(np.int64),
+                    len(text[unscored:].encode()),
+                    0 if self._unknown is None else int((ids == self._unknown).sum()),
+                    self._backend.decode(ids.tolist(), skip_special_tokens=False).strip() == text.strip(),
+                )
+            )
+        return found
+
+    def _first_end(self, text: str) -> int:
+        """Return where, in characters, the first token of a text ends."""
+        from tokenizers import Tokenizer
+
+        if self._with_offsets is None:
+            self._with_offsets = Tokenizer.from_str(json.dumps(self._describe()))
+        end: int = self._with_offsets.encode(text[:LONGEST_TOKEN], add_special_tokens=False).offsets[0][1]
+        return end
+
+
+def _open(path: str) -> Any:
+    """Open a tokenizer of transformers, without code of its own.
+
+    Raises:
+        UserError: it cannot be opened, or has no fast form.
+    """
+    from transformers import AutoTokenizer
+
+    from ksub_ds.model.registration import register
+
+    register()
+    if Path(path).is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            load_tokenizer(path).save(Path(folder))
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        source = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{path}: transformers finds no tokenizer there ({reason}); give --tokenizer FOLDER or a .model file"
+        ) from error
+    if not getattr(source, "is_fast", False):
+        raise UserError(f"{path}: the tokenizer has no fast form (tokenizer.json); convert it with transformers")
+    return source
