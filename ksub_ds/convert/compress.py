@@ -91,7 +91,8 @@ def compress(
             safetensors only.
         table: codes of its tokens.
         mixing: the d x d matrix beside the tables: "linear", "orthogonal" or "none" (fitting.py).
-        weights: (N,) how much each token counts, for example its frequency. [1]
+        weights: (N,) how much each token counts, for example its frequency. [1] Dedicated tokens count for nothing in
+            the fit: their own rows take what the tables leave, so they keep their embedding.
 
     Raises:
         ValueError: a model that `replace_embeddings` refuses, codes or weights that `fit_tables` refuses, a decoder
@@ -130,7 +131,7 @@ def compress_with_report(
 
     model = model_or_name if isinstance(model_or_name, PreTrainedModel) else open_model(encoder_folder(model_or_name))
     vectors = embedding_matrix(model).float().cpu().numpy()[: table.num_tokens]
-    fit = fit_tables(vectors, table, mixing, weights)
+    fit = fit_tables(vectors, table, mixing, _weights_of_shared(table, weights))
     small = replace_embeddings(model, table, mixing=fit.mixing is not None)
     layer = small.get_input_embeddings()
     with torch.no_grad():
@@ -141,12 +142,15 @@ def compress_with_report(
             ours[used] = rows.to(ours.dtype)
         if layer.mixing is not None:
             layer.mixing.copy_(torch.as_tensor(fit.mixing))
+        if layer.dedicated_rows is not None:  # zero so far
+            rest = vectors[table.dedicated] - layer.dedicated_weight().cpu().numpy()
+            layer.dedicated_rows.copy_(torch.from_numpy(rest))
     dense = layer.dense_weight().detach().float().cpu().numpy()
     report = CompressionReport(
         table.num_tokens,
         table.table_sizes,
         "none" if fit.mixing is None else mixing,
-        fit.error,
+        _relative_error(vectors, dense, np.ones(len(vectors)) if weights is None else weights),
         _mean_cosine(vectors, dense),
         (
             sum(each.numel() for each in model.get_input_embeddings().parameters()),
@@ -157,6 +161,22 @@ def compress_with_report(
         None if loss is None else (loss(model), loss(small)),
     )
     return small, report
+
+
+def _weights_of_shared(table: CodeTable, weights: np.ndarray | None) -> np.ndarray | None:
+    """Return the weights with 0 for the dedicated tokens: their own rows take whatever the tables leave."""
+    if not table.num_dedicated:
+        return weights
+    shared = np.ones(table.num_tokens) if weights is None else np.array(weights, dtype=np.float64)
+    shared[table.dedicated] = 0
+    return shared if shared.any() else weights  # tokens that are all dedicated still want a common part
+
+
+def _relative_error(vectors: np.ndarray, dense: np.ndarray, weights: np.ndarray) -> float:
+    """Return sum of w_n |x_n - e_n|^2 over sum of w_n |x_n - mean|^2."""
+    mean = ((weights / weights.sum()) @ vectors).astype(np.float32)
+    lost, spread = (weights @ np.square(vectors - each).sum(axis=1) for each in (dense, mean))
+    return float(lost / max(spread, 1e-30))
 
 
 def _mean_cosine(first: np.ndarray, second: np.ndarray) -> float:

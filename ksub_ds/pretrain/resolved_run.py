@@ -183,7 +183,10 @@ def _warm_start_codes(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenize
             f"{tokenizer.vocab_size:,}; make shards with the model's tokenizer"
         )
     if recipe.codes is not None and CodeTable.load(recipe.codes).sha256 != table.sha256:
-        raise UserError(f"--codes {recipe.codes}: are not the codes of --warm-start {folder}; leave --codes out")
+        raise UserError(
+            f"--codes {recipe.codes}: are not the codes of --warm-start {folder}; leave --codes out, or fit the model "
+            f"to them first: ksub compress {folder} --codes {recipe.codes} --out MODEL"
+        )
     return table
 
 
