@@ -7,6 +7,8 @@ Four layers of width 192 over rows of 128 tokens, the 32,000 most frequent token
 40 rows. The vectors that are clustered come from co-occurrence in the same rows. Two controls start from these vectors,
 so that a plain embedding also has what clustering knows of the text.
 
+With --refine the question is another one, whether a trained model's own states give better codes (refinement.py).
+
 Two configurations train at a time, each on one core. Finished ones are not trained again: the same command continues
 where it was stopped, and more --seeds add to the results. OUT/results/ has a JSON file for each; OUT/results.json,
 OUT/table.md and OUT/loss.png are made from them at the end.
@@ -19,9 +21,12 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from material import open_shards, prepare
 from outcome import write_outcome
+from refinement import NAMES as REFINED
+from refinement import refine
 from training import Training, train
 
 from ksub_ds.common.errors import UserError
@@ -49,9 +54,9 @@ CONFIGURATIONS = (
 )
 
 
-def result_path(out: Path, configuration: Configuration, seed: int) -> Path:
+def result_path(out: Path, name: str, seed: int) -> Path:
     """Name the JSON file of one configuration and seed."""
-    return out / "results" / f"{configuration.name.replace(', ', '-').replace(' ', '-')}-seed{seed}.json"
+    return out / "results" / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}.json"
 
 
 def is_done(path: Path, training: Training) -> bool:
@@ -67,32 +72,40 @@ def is_done(path: Path, training: Training) -> bool:
     return True
 
 
+def find_jobs(options: argparse.Namespace, training: Training) -> dict[str, tuple[Any, ...]]:
+    """Return what is left to train, by name: a function and its arguments."""
+    folder = options.out / "material"
+    jobs: dict[str, tuple[Any, ...]] = {}
+    for seed in range(options.seeds):  # all configurations with the first seed come before the second seed
+        if options.refine:
+            paths = {name: result_path(options.out, name, seed) for name in REFINED}
+            if not all(is_done(path, training) for path in paths.values()):
+                jobs[f"refinement, seed {seed}"] = (refine, folder, paths, training, seed)
+            continue
+        for each in CONFIGURATIONS:
+            path = result_path(options.out, each.name, seed)
+            if (not options.only or each.name in options.only) and not is_done(path, training):
+                settings = (each.name, each.codes, each.initialise, training, seed)
+                jobs[f"{each.name}, seed {seed}"] = (train, folder, path, *settings)
+    return jobs
+
+
 def experiment(options: argparse.Namespace) -> None:
     """Prepare the data, train what is missing, write the outcome."""
     training = Training(options.steps, options.batch_size, options.peak_lr, options.precision, options.decoder_bias)
-    chosen = [each for each in CONFIGURATIONS if not options.only or each.name in options.only]
-    todo = []
-    for seed in range(options.seeds):  # all configurations with the first seed come before the second seed
-        for configuration in chosen:
-            path = result_path(options.out, configuration, seed)
-            if not is_done(path, training):
-                todo.append((path, configuration, seed))
+    jobs = find_jobs(options, training)
     dataset = open_shards(options.data, options.tokenizer, options.out)
-    material = prepare(dataset, options.out, options.num_tokens, options.table_size, seed=0)
+    prepare(dataset, options.out, options.num_tokens, options.table_size, seed=0)
     log, started = get_logger(), time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.parallel, mp_context=context) as pool:
-        running = {
-            pool.submit(
-                train, material.folder, path, each.name, each.codes, each.initialise, training, seed
-            ): f"{each.name}, seed {seed}"
-            for path, each, seed in todo
-        }
+        running = {pool.submit(*job): name for name, job in jobs.items()}
         for number, future in enumerate(as_completed(running), start=1):
             future.result()
             left = (time.monotonic() - started) / number * (len(running) - number)
             log.info(f"done: {running[future]} ({number} of {len(running)}), ETA {format_seconds(left)}")
-    paths = [result_path(options.out, each, seed) for each in CONFIGURATIONS for seed in range(options.seeds)]
+    names = dict.fromkeys([*(each.name for each in CONFIGURATIONS), *REFINED])
+    paths = [result_path(options.out, name, seed) for name in names for seed in range(options.seeds)]
     print(write_outcome(options.out, [read_json(path) for path in paths if path.exists()]))
 
 
@@ -112,6 +125,7 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=32_000, help="N of the small vocabulary")
     parser.add_argument("--table-size", type=int, default=40, help="M of each of the three tables")
     parser.add_argument("--parallel", type=int, default=2, help="configurations that train at a time")
+    parser.add_argument("--refine", action="store_true", help="codes from a model's own states (refinement.py) instead")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"some of: {'; '.join(names)}")
     options = parser.parse_args()
     try:

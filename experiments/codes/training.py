@@ -17,6 +17,7 @@ from material import BOS, EOS, MASK, PAD, SPECIAL, Material
 from torch import Tensor
 from torch.nn import functional
 
+from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import write_json
 from ksub_ds.common.logging import Progress
@@ -64,21 +65,43 @@ def train(folder: Path, result: Path, name: str, codes: str, initialise: bool, t
     """
     torch.set_num_threads(1)
     material = Material(folder)
+    model = build_model(material, material.codes(codes), initialise, training, seed)
+    optimise(model, material, result, name, training, seed)
+
+
+def optimise(
+    model: Any,
+    material: Material,
+    result: Path,
+    name: str,
+    training: Training,
+    seed: int,
+    steps_before: int = 0,
+    about: dict[str, float] | None = None,
+) -> None:
+    """Train a model and write its result file.
+
+    Args:
+        model: is changed in place.
+        result: JSON file to write at the end.
+        name: of the configuration.
+        steps_before: of training that it has had; their rows are not read again.
+        about: more numbers for the result file.
+    """
     rows = material.rows("train")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(material, codes, initialise, training, rows.shape[1], seed).to(device)
-    if training.decoder_bias == "frequency":
-        start_bias(model, rows)
+    model.to(device := torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rule = MaskingRule(training.mlm_probability, MASK, SPECIAL, model.config.vocab_size)
     optimizer = make_optimizer(model, training)
     sampler = Sampler({"all": len(rows)}, 1.0, seed)
     curve: list[dict[str, float]] = []
+    if steps_before:
+        curve.append({"step": 0, **evaluate(model, material, rule, training.precision)})
     losses, started = [], time.monotonic()
     with Progress(training.steps, "steps", f"{name}, seed {seed}") as progress:
         for step in range(training.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, training)
-            epoch, draw, index = sampler.samples(step, training.batch_size)
+            epoch, draw, index = sampler.samples(steps_before + step, training.batch_size)
             ids, labels = mask_tokens(rows[index], sequence_keys(seed, epoch, draw), rule)
             # ------------------------------------------------------------------ the step
             input_ids_BT, labels_BT = (torch.from_numpy(array).to(device) for array in (ids, labels))
@@ -109,22 +132,23 @@ def train(folder: Path, result: Path, name: str, codes: str, initialise: bool, t
             "seconds": round(time.monotonic() - started, 1),
             "held_out": curve,
             "training_loss": [round(value, 5) for value in losses],
+            **(about or {}),
         },
     )
 
 
 def build_model(
-    material: Material, codes: str, initialise: bool, training: Training, length: int, seed: int
+    material: Material, table: CodeTable, initialise: bool, training: Training, seed: int
 ) -> KSubRobertaForMaskedLM:
     """Build the model over the codes; the encoder's initial weights depend only on the seed."""
-    table = material.codes(codes)
+    rows = material.rows("train")
     config = KSubRobertaConfig(
         vocab_size=table.num_tokens,
         hidden_size=training.hidden_size,
         num_hidden_layers=training.layers,
         num_attention_heads=training.heads,
         intermediate_size=training.feed_forward,
-        max_position_embeddings=length + 2,
+        max_position_embeddings=rows.shape[1] + 2,
         pad_token_id=PAD,
         bos_token_id=BOS,
         eos_token_id=EOS,
@@ -142,6 +166,8 @@ def build_model(
             torch.nn.init.normal_(parameter, std=INITIAL_STD, generator=generator)
     if initialise:
         start_from_vectors(model.get_input_embeddings(), torch.from_numpy(material.vectors()))
+    if training.decoder_bias == "frequency":
+        start_bias(model, rows)
     return model.train()
 
 

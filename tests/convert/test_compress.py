@@ -130,6 +130,33 @@ def test_a_compressed_model_is_saved_and_read(family, tmp_path):
     torch.testing.assert_close(small(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mixing", ["none", "linear"])
+def test_dedicated_tokens_keep_their_embedding_whatever_the_codes(mixing):
+    """From K tables to other ones with rows of their own: the tables serve the other tokens alone."""
+    old = compress(bert(words()), clustered_codes(words(), num_tables=3, table_size=6))
+    vectors = embedding_matrix(old).numpy()
+    own = np.array([0, 3, 64, 199])
+    other = random_codes(200, (9, 30), 1)
+    new, report = compress_with_report(old, CodeTable(other.codes, other.table_sizes, None, own), mixing)
+    ours = embedding_matrix(new).numpy()
+    np.testing.assert_allclose(ours[own], vectors[own], rtol=1e-5, atol=1e-6)
+    rest = np.ones(200)
+    rest[own] = 0
+    assert relative_error(vectors, ours, rest) == pytest.approx(fit_tables(vectors, other, mixing, rest).error, 1e-3)
+    assert relative_error(vectors, ours, rest) < relative_error(
+        vectors, embedding_matrix(compress(old, other, mixing)).numpy(), rest
+    )
+    assert report.error == pytest.approx(relative_error(vectors, ours, np.ones(200)), 1e-3)
+    assert report.embedding_parameters[1] == (9 + 30) * 12 + 4 * 24
+
+
+def test_a_model_whose_tokens_are_all_dedicated_is_the_old_one():
+    model, table = bert(words()), random_codes(200, (9, 30), 1)
+    new = compress(model, CodeTable(table.codes, table.table_sizes, None, np.arange(200)))
+    ids = torch.randint(3, 200, (2, 9))
+    torch.testing.assert_close(new(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_the_report_counts_and_calls_back():
     model = bert(words(), head=AutoModel)
     table = positional_codes(200, 3)

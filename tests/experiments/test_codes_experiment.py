@@ -55,3 +55,17 @@ def test_two_configurations_then_nothing_left_to_do(tiny_shards, tmp_path):
 
     other = run(out, tiny_shards, "--steps", 4, "--only", *NAMES)
     assert other.returncode == 2 and "was trained with other settings" in other.stderr
+
+
+def test_codes_of_the_model_s_own_states(tiny_shards, tmp_path):
+    """The models that go on start from what the first one knows, not from nothing."""
+    out = tmp_path / "experiment"
+    done = run(out, tiny_shards, "--steps", 5, "--refine", "--decoder-bias", "frequency")
+    assert done.returncode == 0, done.stderr
+    found = {result["name"]: result for result in json.loads((out / "results.json").read_text())}
+    first, kept, moved, fresh = found.values()
+    assert list(found) == [NAMES[1], f"{NAMES[1]}, going on", "states, going on", "states"]
+    assert kept["held_out"][0] == {**first["held_out"][-1], "step": 0}
+    assert 0 < moved["fit_error"] < 1
+    assert abs(moved["held_out"][0]["loss"] - kept["held_out"][0]["loss"]) < 0.2
+    assert kept["held_out"][0]["loss"] != moved["held_out"][0]["loss"] != fresh["held_out"][0]["loss"]

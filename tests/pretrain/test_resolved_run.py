@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ksub_ds.cli import main as ksub
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
@@ -50,6 +51,19 @@ def test_rows_longer_than_the_positions_leave_no_recipe(bench: Bench, tmp_path: 
     model.config.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="rows of 1024 tokens, but the model has positions for 598"):
         opened(recipe)
+
+
+def test_other_codes_than_the_warm_start_s_are_fitted_first(bench: Bench, tmp_path: Path) -> None:
+    table = CodeTable.load(bench.codes)
+    KSubRobertaForMaskedLM(KSubRobertaConfig.tiny(vocab_size=table.num_tokens), table).save_pretrained(tmp_path / "old")
+    positional_codes(table.num_tokens, 2).save(other := tmp_path / "other.safetensors")
+    recipe = Recipe("tiny", bench.data, tmp_path / "run", other, warm_start=tmp_path / "old")
+    with pytest.raises(UserError, match=f"first: ksub compress {tmp_path / 'old'} --codes {other} --out MODEL"):
+        opened(recipe)
+    command = ["compress", str(tmp_path / "old"), "--codes", str(other), "--out", str(tmp_path / "new")]
+    assert ksub(command) == 0
+    recipe = Recipe("tiny", bench.data, tmp_path / "run", other, warm_start=tmp_path / "new")
+    assert opened(recipe).table.sha256 == CodeTable.load(other).sha256
 
 
 def test_shards_without_a_row_to_train_on(bench: Bench, tmp_path: Path) -> None:
