@@ -29,6 +29,8 @@ from ksub_ds import CodeTable, SubEmbedding, factorized_cross_entropy, plain_cod
 N, D = 250_002, 512
 CHUNKS = (32, 64, 128, 256, 512)
 HAS_LINEAR_CROSS_ENTROPY = hasattr(F, "linear_cross_entropy")
+DEDICATED = 8192  # F, tokens with a row of their own
+MOST_OF_PARTS = 1.3  # the loss with them, over the factorised one without and a dense one over as many tokens
 DENSE_ROWS_ON_GPU = 4096  # 13 GB of logits, their softmax and their gradient
 
 
@@ -113,6 +115,10 @@ def step_of(name: str, options: Options) -> Callable[[], None]:
             chunk = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=int(name.split()[-1]))
             return F.linear_cross_entropy(hidden, weight, labels, options=chunk)
 
+    return step_through(loss, leaves, options)
+
+
+def step_through(loss: Callable[[], torch.Tensor], leaves: list[torch.Tensor], options: Options) -> Callable[[], None]:
     def step() -> None:
         for leaf in leaves:
             leaf.grad = None
@@ -121,6 +127,36 @@ def step_of(name: str, options: Options) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return step
+
+
+def measure_dedicated(options: Options) -> dict[str, float]:
+    """Time the loss with F dedicated tokens, and the two losses that it is made of; milliseconds, and their ratio."""
+    table, count = clustered(options.tokens), min(DEDICATED, options.tokens // 4)
+    chosen = np.sort(np.random.default_rng(0).choice(options.tokens, count, replace=False))
+    rest = np.delete(table.codes, chosen, axis=0)
+    hidden, labels = problem(options.positions, options)
+
+    def factorised(codes: CodeTable) -> Callable[[], None]:
+        layer = SubEmbedding(codes, D).to(options.device)
+        bias = torch.zeros(codes.num_tokens, device=options.device, requires_grad=True)
+        targets = labels % codes.num_tokens
+        leaves = [hidden, bias, *layer.parameters()]
+        return step_through(lambda: factorized_cross_entropy(hidden, layer, targets, bias), leaves, options)
+
+    weight = (0.02 * torch.randn(count, D, device=options.device)).requires_grad_()
+    offsets = torch.zeros(count, device=options.device, requires_grad=True)
+    steps = {
+        "dedicated": factorised(CodeTable(table.codes, table.table_sizes, dedicated=chosen)),
+        "without": factorised(CodeTable(rest, table.table_sizes)),
+        "dense": step_through(
+            lambda: F.cross_entropy(F.linear(hidden, weight, offsets), labels % count),
+            [hidden, weight, offsets],
+            options,
+        ),
+    }
+    milliseconds = {name: 1e3 * each for name, each in measuring.interleaved(steps, options.repeats).items()}
+    ratio = milliseconds["dedicated"] / (milliseconds["without"] + milliseconds["dense"])
+    return {"tokens": count, **milliseconds, "ratio": ratio}
 
 
 def peak_of(name: str, options: Options) -> int:
@@ -196,7 +232,8 @@ def measure_error(
     if zipf:
         bias = -torch.log(torch.randperm(table.num_tokens, generator=generator) + 1.0)
     labels = torch.randint(table.num_tokens, (rows,), generator=generator).to(device)
-    inputs = [hidden, *(weights.detach() for weights in layer.parameters()), *([bias] if with_bias else [])]
+    own = [] if layer.dedicated_rows is None else [layer.dedicated_rows]
+    inputs = [hidden, *(weights.detach() for weights in [*layer.tables, *own]), *([bias] if with_bias else [])]
     layer, inputs = layer.to(device), [tensor.to(device) for tensor in inputs]
 
     def solve(dtype: torch.dtype, factorised: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], float]:
@@ -205,10 +242,15 @@ def measure_error(
         if factorised:
             layer.tables = torch.nn.ParameterList(tables)
             parameters = list(layer.tables)
+            if own:
+                layer.dedicated_rows = torch.nn.Parameter(leaves[1 + table.num_tables])
+                parameters.append(layer.dedicated_rows)
             loss = factorized_cross_entropy(leaves[0], layer, labels, leaves[-1] if with_bias else None)
-            leaves = [leaves[0], *parameters, *leaves[1 + table.num_tables :]]
+            leaves = [leaves[0], *parameters, *leaves[1 + len(parameters) :]]
         else:
             weight = torch.cat([part[layer.codes[:, k].long()] for k, part in enumerate(tables)], dim=1)
+            if own:
+                weight = weight.index_add(0, layer.dedicated, leaves[1 + table.num_tables])
             logits = F.linear(leaves[0], weight, leaves[-1] if with_bias else None)
             largest = logits.abs().max().item()
             loss = F.cross_entropy(logits, labels)
@@ -258,6 +300,10 @@ def error_cases(device: str = "cpu", tokens: int = N, dim: int = D) -> dict[str,
     for gap in (60, 80, 100, 104, 120):
         cases[f"maxima that meet in no token, gap {gap}"] = lambda gap=gap: error(
             without_a_common_maximum(), 64, 96, True, 1.0, gap
+        )
+    for count in (1, 800, 7999, 8000):
+        cases[f"K = 3, {count:,} dedicated"] = lambda count=count: error(
+            CodeTable(positional_codes(8000, 3).codes, (20, 20, 20), dedicated=range(count)), 64, 96, True, 3.0
         )
     cases["N = M^K"] = lambda: error(positional_codes(20**3, 3), 64, 96, False, 3.0)
     cases["N = M^K - 1"] = lambda: error(positional_codes(20**3 - 1, 3), 64, 96, False, 3.0)
@@ -314,10 +360,16 @@ def main() -> None:
         return
     print(measuring.machine(), file=sys.stderr)
     timings = measure_time_and_memory(options)
+    dedicated = measure_dedicated(options)
     errors = {name: case() for name, case in error_cases(options.device).items()}
     report(timings, errors)
+    took = "{dedicated:,.1f} ms; without them {without:,.1f}, and a dense loss over as many {dense:,.1f} ms"
+    verdict = measuring.verdict(dedicated["ratio"], MOST_OF_PARTS, at_least=False)
+    print(f"\n{dedicated['tokens']:,} dedicated tokens, leaves + bias: {took.format(**dedicated)}: {verdict}")
     print(f"\nall rows ignored: {'ok' if all_rows_ignored(options.device) else 'MISSED'}")
-    measuring.save(options.json, {"positions": options.positions, "timings": timings, "errors": errors})
+    measuring.save(
+        options.json, {"positions": options.positions, "timings": timings, "dedicated": dedicated, "errors": errors}
+    )
 
 
 if __name__ == "__main__":

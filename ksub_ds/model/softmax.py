@@ -191,19 +191,21 @@ class _LossRun:
         with_bias_gradient: bool,
     ):
         self.structure = structure = layer.structure
-        self.with_gradients = with_gradients
         self.num_tokens = layer.num_embeddings
         self.shared: _BlockedLoss | None = None
         self.own: DedicatedBlock | None = None
-        self.rows_per_block = _rows_per_block(layer.codes.device, num_rows, max(1, structure.num_dedicated))
+        self.rows_per_block = num_rows
+        if structure.num_dedicated:
+            fitting = _rows_per_block(layer.codes.device, num_rows, structure.num_dedicated)
+            self.rows_per_block = min(num_rows, fitting)
         if structure.num_shared:
             of_shared = bias if bias is None or structure.shared is None else bias.detach()[structure.shared]
             form = _loss_form(structure)
             self.shared = form(structure, tables, of_shared, self.rows_per_block, with_gradients, with_bias_gradient)
-            self.rows_per_block = self.shared.rows_per_block
-        self.grad_tables = _zeros_like(tables) if self.shared is None and with_gradients else []
-        if self.shared is not None:
-            self.grad_tables = self.shared.grad_tables
+            self.rows_per_block, self.grad_tables = self.shared.rows_per_block, self.shared.grad_tables
+        else:
+            self.rows_per_block = max(1, self.rows_per_block)
+            self.grad_tables = _zeros_like(tables) if with_gradients else []
         if own_rows is not None and structure.dedicated is not None:
             of_own = None if bias is None else bias.detach()[structure.dedicated]
             self.own = DedicatedBlock(own_rows, of_own, self.rows_per_block, with_gradients, with_bias_gradient)

@@ -20,7 +20,7 @@ from ksub_ds.contraction.fused import FusedContraction
 from ksub_ds.model import softmax
 from ksub_ds.model.softmax import log_partition
 
-from ..model.loss_case import Case, gradients, maxima_that_meet_nowhere, random_codes, relative
+from ..model.loss_case import Case, dedicated, gradients, maxima_that_meet_nowhere, random_codes, relative
 
 pytestmark = pytest.mark.timeout(900)  # a second each on a free core
 
@@ -148,6 +148,29 @@ def test_maxima_of_two_tables_that_meet_in_no_token(gap, with_bias, as_on_a_devi
         case.hidden.fill_(gap)
         case.hidden[::2] += torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
     case.check()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("name", "count"), [("clustered", 40), ("positional, K = 8", 3), (MORE_ROWS, 30), ("holes", -5)]
+)
+def test_dedicated_tokens_beside_the_box(name, count, with_bias, as_on_a_device, monkeypatch):
+    if name == MORE_ROWS:
+        monkeypatch.setattr(fused, "LARGEST_TILE", 16)
+    case = Case(dedicated(TABLES[name], count), with_bias=with_bias)
+    assert re.fullmatch("fused, .* dedicated tokens beside it", case.layer.structure.form)
+    case.check()
+    wanted = case.layer.logits(case.hidden, case.bias).double().logsumexp(dim=1)
+    torch.testing.assert_close(log_partition(case.hidden, case.layer, case.bias), wanted, rtol=1e-5, atol=1e-5)
+    with Watch(monkeypatch) as watch:
+        case.ours()
+    assert not watch.waits
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("gap", [60, 104])
+def test_underflow_beside_dedicated_tokens(gap, with_bias, as_on_a_device):
+    maxima_that_meet_nowhere(gap, with_bias, 3).check()
 
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])

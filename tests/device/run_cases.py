@@ -65,6 +65,7 @@ CODES: dict[str, CodeTable] = {
 # no two prefixes alike, and a large last table: sparse matrices
 _chosen = np.random.default_rng(0).choice(5 * 5 * 5 * 60, N, replace=False)
 CODES["scattered"] = CodeTable(np.stack(np.unravel_index(_chosen, (5, 5, 5, 60)), axis=1), (5, 5, 5, 60))
+CODES["dedicated"] = CodeTable(CODES["clustered"].codes, (4, 4, 16), dedicated=[0, 7, *range(20, 30)])
 CASES: dict[str, Callable[[FakeAccelerator], Record]] = {}
 
 
@@ -164,6 +165,7 @@ for family in ("roberta", "modernbert"):
             name = f"{family}, {codes} codes, {'with' if bias else 'no'} bias"
             case(name, family=family, codes=codes, bias=bias)(forward_and_backward)
 case("labels in their places", labels=True)(forward_and_backward)
+case("dedicated tokens", codes="dedicated")(forward_and_backward)
 
 
 @case("autocast to bf16")
