@@ -23,7 +23,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.convert.fitting import Mixing, fit_tables
+from ksub_ds.convert.fitting import Fit, Mixing, fit_tables
 from ksub_ds.convert.sentence_encoder import copy_sentence_files, encoder_folder, sentence_folder
 from ksub_ds.model.sequence_length import limit_tokenizer
 
@@ -41,7 +41,8 @@ class CompressionReport:
         num_tokens: N.
         table_sizes: M_1 .. M_K.
         mixing: the matrix beside the tables: "linear", "orthogonal" or "none".
-        error: squared distance of old and new embeddings, relative to that of one mean vector for all.
+        error: squared distance of old and new embeddings, relative to that of one mean vector for all; where the
+            decoder has a matrix of its own, this and the next are the mean of both.
         cosine: mean cosine between old and new embeddings.
         embedding_parameters: before and after; the tables are what is trained.
         mixing_numbers: fixed numbers of the d x d matrix that stays with the tables; 0 if there is none.
@@ -94,8 +95,8 @@ def compress(
         weights: (N,) how much each token counts, for example its frequency. [1]
 
     Raises:
-        ValueError: a model that `replace_embeddings` refuses, codes or weights that `fit_tables` refuses, a decoder
-            that is not tied, or (as UserError) a folder or name that cannot be read.
+        ValueError: a model that `replace_embeddings` refuses, codes or weights that `fit_tables` refuses, an
+            encoder's decoder that is not tied, or (as UserError) a folder or name that cannot be read.
     """
     return compress_with_report(model_or_name, table, mixing, weights)[0]
 
@@ -122,41 +123,53 @@ def compress_with_report(
     Raises:
         ValueError: as `compress`.
     """
-    import torch
     from transformers import PreTrainedModel
 
     from ksub_ds.model.loading import open_model
-    from ksub_ds.model.replacement import embedding_matrix, replace_embeddings
+    from ksub_ds.model.replacement import decoder_matrix, embedding_matrix, replace_embeddings
 
     model = model_or_name if isinstance(model_or_name, PreTrainedModel) else open_model(encoder_folder(model_or_name))
-    vectors = embedding_matrix(model).float().cpu().numpy()[: table.num_tokens]
-    fit = fit_tables(vectors, table, mixing, weights)
-    small = replace_embeddings(model, table, mixing=fit.mixing is not None)
-    layer = small.get_input_embeddings()
-    with torch.no_grad():
-        for k, (ours, fitted) in enumerate(zip(layer.tables, fit.tables, strict=True)):
-            used = torch.from_numpy(np.unique(table.codes[:, k]))
-            rows = torch.from_numpy(fitted)[used].to(ours.device)
-            ours += rows.mean(dim=0)  # rows for tokens that join later: near the others
-            ours[used] = rows.to(ours.dtype)
-        if layer.mixing is not None:
-            layer.mixing.copy_(torch.as_tensor(fit.mixing))
-    dense = layer.dense_weight().detach().float().cpu().numpy()
+    own = decoder_matrix(model)
+    old = [each.float().cpu().numpy() for each in (embedding_matrix(model), own) if each is not None]
+    old = [vectors[: table.num_tokens] for vectors in old]
+    fits = [fit_tables(vectors, table, mixing, weights) for vectors in old]
+    small = replace_embeddings(model, table, mixing=fits[0].mixing is not None)
+    layers = (
+        [small.get_input_embeddings()] if own is None else [small.get_input_embeddings(), small.decoder_embedding()]
+    )
+    for layer, fit in zip(layers, fits, strict=True):
+        _fill(layer, fit)
+    new = [layer.dense_weight().detach().float().cpu().numpy() for layer in layers]
     report = CompressionReport(
         table.num_tokens,
         table.table_sizes,
-        "none" if fit.mixing is None else mixing,
-        fit.error,
-        _mean_cosine(vectors, dense),
+        "none" if fits[0].mixing is None else mixing,
+        sum(fit.error for fit in fits) / len(fits),
+        sum(map(_mean_cosine, old, new)) / len(fits),
         (
-            sum(each.numel() for each in model.get_input_embeddings().parameters()),
-            table.num_parameters(vectors.shape[1]),
+            sum(each.numel() for each in model.get_input_embeddings().parameters())
+            + (0 if own is None else own.numel()),
+            table.num_parameters(old[0].shape[1]) * len(fits),
         ),
-        0 if fit.mixing is None else fit.mixing.size,
+        sum(0 if fit.mixing is None else fit.mixing.size for fit in fits),
         (model.num_parameters(), small.num_parameters()),
         None if loss is None else (loss(model), loss(small)),
     )
     return small, report
+
+
+def _fill(layer: Any, fit: Fit) -> None:
+    """Put fitted tables into a sub-embedding."""
+    import torch
+
+    with torch.no_grad():
+        for k, (ours, fitted) in enumerate(zip(layer.tables, fit.tables, strict=True)):
+            used = layer.codes[:, k].long().unique()
+            rows = torch.from_numpy(fitted).to(ours.device)[used]
+            ours += rows.mean(dim=0)  # rows for tokens that join later: near the others
+            ours[used] = rows.to(ours.dtype)
+        if layer.mixing is not None:
+            layer.mixing.copy_(torch.as_tensor(fit.mixing))
 
 
 def _mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
@@ -172,8 +185,8 @@ class CompressModel:
     """Replace a trained model's embedding by K small tables, fitted to it by least squares."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """Model folder (or Hub name): BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT, ModernBERT, or an export of
-    `ksub pretrain --plain`."""
+    """Model folder (or Hub name): BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT, ModernBERT, an export of
+    `ksub pretrain --plain`, or a causal model: Llama, Mistral, Qwen3, Gemma 3 (text), GPT-2."""
     out: Path
     """Folder to write."""
     num_tables: int = 3
@@ -238,7 +251,7 @@ def compress_model(settings: CompressModel) -> Path:
         write_json(temporary / "compression.json", source | report.to_json())
     for line in report.lines():
         log.info(line)
-    log.info(f"{out}: written. Next: ksub pretrain --warm-start {out}")
+    log.info(f"{out}: written" + ("" if small.can_generate() else f". Next: ksub pretrain --warm-start {out}"))
     return out
 
 

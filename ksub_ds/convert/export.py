@@ -20,7 +20,7 @@ from ksub_ds.convert.compress import copy_sentence_files
 from ksub_ds.convert.model_card import write_model_card
 from ksub_ds.convert.onnx import write_onnx
 from ksub_ds.convert.remote_code import write_remote_code
-from ksub_ds.convert.source import ExportSource, auto_class, head_of, open_source
+from ksub_ds.convert.source import ExportSource, auto_class, copy_tokenizer_files, head_of, open_source
 from ksub_ds.model.sequence_length import limit_tokenizer, longest_sequence
 
 TOLERANCE = 1e-5  # the reloaded model computes the same; only the order of sums may differ
@@ -60,6 +60,8 @@ def export_run(
     source = open_source(run, step)
     if out.exists() and Path(run).resolve() == out.resolve():
         raise UserError(f"--out {out}: is the model itself; choose another folder")
+    if onnx and head_of(type(source.model).__name__) == "ForCausalLM":
+        raise UserError("--onnx: is for encoders; a causal model's graph would need its cache as inputs and outputs")
     try:
         with atomic_folder(out) as temporary:
             difference = _write(source, temporary, form, licence)
@@ -82,7 +84,9 @@ def _write(source: ExportSource, folder: Path, form: Form, licence: str | None) 
     saved.save_pretrained(folder)
     if source.tokenizer is not None:
         source.tokenizer.save(folder)
-        limit_tokenizer(folder, saved.config)
+    elif source.folder is not None:
+        copy_tokenizer_files(source.folder, folder)
+    limit_tokenizer(folder, saved.config)
     difference = compare_with_reload(source.model, folder, source.tokenizer)
     tolerance = DENSE_TOLERANCE if form == "dense" else TOLERANCE
     if not difference <= tolerance:
@@ -144,7 +148,7 @@ def compare_with_reload(model: Any, saved: Path, tokenizer: Any) -> float:
     """Return the largest difference between a model and its saved copy on a few random rows.
 
     Args:
-        model: a masked language model (logits and loss are compared), a classifier (logits) or an encoder (states).
+        model: one that predicts tokens (logits and loss are compared), a classifier (logits) or a bare one (states).
         saved: folder of the copy.
         tokenizer: its special tokens begin and end the rows; None for rows of any tokens.
 
@@ -163,7 +167,7 @@ def compare_with_reload(model: Any, saved: Path, tokenizer: Any) -> float:
     labels_BT = torch.randint(num_tokens, (2, 16), generator=generator)
     differences = []
     with torch.no_grad():
-        for arguments in ({}, {"labels": labels_BT}) if head == "ForMaskedLM" else ({},):
+        for arguments in ({}, {"labels": labels_BT}) if head in ("ForMaskedLM", "ForCausalLM") else ({},):
             ours, theirs = (each(input_ids_BT, **arguments) for each in (model, copy))
             key = "loss" if arguments else "logits" if head else "last_hidden_state"
             differences.append((ours[key] - theirs[key]).abs().max().item())

@@ -47,8 +47,10 @@ def write_model_card(folder: Path, source: ExportSource, form: str, licence: str
 
 def _front_matter(source: ExportSource, licence: str | None, languages: list[str]) -> str:
     lines = ["---", "library_name: transformers"]
-    if type(source.model).__name__.endswith("ForMaskedLM"):
-        lines.append("pipeline_tag: fill-mask")
+    tasks = {"ForMaskedLM": "fill-mask", "ForCausalLM": "text-generation"}
+    task = tasks.get(head_of(type(source.model).__name__))
+    if task:
+        lines.append(f"pipeline_tag: {task}")
     lines += ["tags:", "- sub-embedding", "- ksub_ds"]
     known = [language for language in languages if language in LANGUAGES]
     if known:
@@ -88,8 +90,10 @@ def _opening(source: ExportSource, form: str) -> str:
 
 def _parameters(source: ExportSource, form: str) -> str:
     layer, total = source.model.get_input_embeddings(), source.model.num_parameters()
-    plain = layer.num_embeddings * layer.embedding_dim
-    ours = sum(each.numel() for each in layer.parameters())
+    has_head = head_of(type(source.model).__name__) == "ForCausalLM"
+    matrices = 2 if has_head and not source.model.config.tie_word_embeddings else 1
+    plain = matrices * layer.num_embeddings * layer.embedding_dim
+    ours = matrices * sum(each.numel() for each in layer.parameters())
     rows = [
         "| | embedding | whole model |",
         "|---|---|---|",

@@ -7,6 +7,7 @@ is no second copy of the code to keep.
 
 import ast
 import importlib.util
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ def write_remote_code(folder: Path, model: Any) -> None:
     import ksub_ds
 
     home, family = type(model).__module__, type(model).config_class.__name__.removesuffix("Config")
-    heads = {
+    doors = {
         "AutoModel": f"{family}Model",
         "AutoModelForMaskedLM": f"{family}ForMaskedLM",
+        "AutoModelForCausalLM": f"{family}ForCausalLM",
         "AutoModelForSequenceClassification": f"{family}ForSequenceClassification",
     }
+    heads = {door: name for door, name in doors.items() if hasattr(sys.modules[home], name)}
     classes = {"AutoConfig": type(model).config_class.__name__} | heads
     with atomic_path(folder / FILE) as temporary:
         text = HEADER.format(version=ksub_ds.__version__) + "\n" + bundle(home, list(classes.values()))

@@ -1,5 +1,6 @@
 """What is exported: the model of a checkpoint of a run, or one of our models in a folder."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,18 @@ from ksub_ds.common.files import read_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.pretrain.open_run import RunCheckpoint, is_run, open_run
 
+# As transformers saves them.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
 
 @dataclass(frozen=True)
 class ExportSource:
@@ -16,7 +29,7 @@ class ExportSource:
 
     Attributes:
         model: a masked language model, or another of our heads, ready to evaluate.
-        tokenizer: None if the model has none that can be opened.
+        tokenizer: None if the model has none that this project opens.
         name: for messages and the model card.
         checkpoint: where it comes from, if it comes from a run.
         folder: the model folder it comes from, if not from a run.
@@ -59,14 +72,24 @@ def _open_folder(path: Path) -> ExportSource:
     try:
         tokenizer = load_tokenizer(path)
     except UserError as error:
-        get_logger().warning(f"{path}: its tokenizer is left out ({error})")
+        get_logger().info(f"{path}: what it holds of a tokenizer is copied as it is ({error})")
         tokenizer = None
     return ExportSource(open_model(path), tokenizer, f"model {path.resolve().name}", folder=path)
 
 
+def copy_tokenizer_files(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer that this project does not open, such as one without a mask token."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
 def head_of(class_name: str) -> str:
-    """Return the end of a model class's name: "ForMaskedLM", "ForSequenceClassification", or "" for a bare encoder."""
-    return next((end for end in ("ForMaskedLM", "ForSequenceClassification") if class_name.endswith(end)), "")
+    """Return what an Auto class's name has after "AutoModel", such as "ForMaskedLM"; "" for a bare network."""
+    if class_name == "GPT2LMHeadModel":
+        return "ForCausalLM"
+    ends = ("ForMaskedLM", "ForCausalLM", "ForSequenceClassification")
+    return next((end for end in ends if class_name.endswith(end)), "")
 
 
 def auto_class(folder: Path) -> Any:

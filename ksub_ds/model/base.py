@@ -1,6 +1,7 @@
 """What every model over sub-embeddings shares, whatever its encoder: saving, loading, resizing.
 
-The codes are saved among the weights, with a guard against the plain classes. The loss is in masked_lm.py. PEFT, in a
+The codes are saved among the weights, with a guard against the plain classes. The losses are in masked_lm.py and
+causal_lm.py. PEFT, in a
 process that uses it, finds defaults for our types and the embedding that an adapter replaced; nothing imports it here.
 """
 
@@ -46,7 +47,7 @@ class SubEmbeddingModel(PreTrainedModel):
     # The guard stored beside our weights has a shape that no model accepts. Without it, RobertaForMaskedLM and its
     # like would read our folder, find no embedding, and continue with a random one after a mere warning.
     # (Users who pass ignore_mismatched_sizes=True have asked for just that.)
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.(word|tok)_embeddings\.weight$"]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"(embeddings\.(word|tok)_embeddings|embed_tokens|wte)\.weight$"]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -149,7 +150,10 @@ class SubEmbeddingModel(PreTrainedModel):
         if size > old:
             known = None if vectors is None else layer.dense_weight().detach().float().cpu().numpy()
             table = extend_codes(table, size - old, vectors, known)
-        layer.codes = torch.tensor(table.codes[:size], device=layer.codes.device)
+        codes = torch.tensor(table.codes[:size], device=layer.codes.device)
+        for module in self.modules():  # one, or two where the decoder has tables of its own
+            if isinstance(module, SubEmbedding):
+                module.codes = codes.clone()
         self._resize_bias(size, mean_resizing)
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
@@ -158,6 +162,30 @@ class SubEmbeddingModel(PreTrainedModel):
 
     def _resize_bias(self, size: int, mean_resizing: bool) -> None:
         """Resize the bias per token, in models that have one."""
+
+
+class TokenPredictor(SubEmbeddingModel):
+    """Base class of the models with a decoder over all N tokens: its bias, resized with the codes."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+
+    def _decoder_bias_module(self) -> nn.Module:
+        """Return the module whose `bias` is the decoder's, (N,) or None."""
+        raise NotImplementedError
+
+    @property
+    def decoder_bias(self) -> Tensor | None:
+        """The bias per token, (N,), or None."""
+        return self._decoder_bias_module().bias
+
+    def _resize_bias(self, size: int, mean_resizing: bool) -> None:
+        old = self.decoder_bias
+        if old is None:
+            return
+        with torch.no_grad():
+            added = old.mean() if mean_resizing else old.new_zeros(())
+            bias = torch.cat([old[:size], added.expand(max(0, size - len(old)))])
+        self._decoder_bias_module().bias = nn.Parameter(bias, requires_grad=old.requires_grad)
 
 
 def _offer_target_modules(model_type: str) -> None:

@@ -51,9 +51,14 @@ class GraftedModel(SubEmbeddingModel):
 
     def __init__(self, config: Any, table: CodeTable | None = None, **keywords: Any):
         config, table = with_table(config, table)
+        padding = config.pad_token_id
+        if padding is not None:
+            config.pad_token_id = min(max(padding, 0), 1)  # 151,643 would build as many rows
         config.vocab_size = (config.pad_token_id or 0) + 1
         super().__init__(config, **keywords)
-        config.vocab_size = table.num_tokens
+        config.vocab_size, config.pad_token_id = table.num_tokens, padding
+        if self.can_generate():
+            self.generation_config.pad_token_id = padding
         encoder = self
         if self.bare_class is not None:
             encoder = self.base_model
@@ -61,12 +66,22 @@ class GraftedModel(SubEmbeddingModel):
             with torch.device("meta"):
                 self.bare_class(config, table)  # a first building tells transformers what the class can record
         plain = encoder.get_submodule(self.place)
-        layer = SubEmbedding(table, plain.embedding_dim, plain.padding_idx, mixing=config.embedding_mixing)
-        encoder.set_submodule(self.place, layer)
-        self._replace_decoder(table.num_tokens)
+        encoder.set_submodule(self.place, self._new_embedding(plain, table, padding))
+        for module in (self, encoder):
+            module.__dict__.pop("vocab_size", None)  # that of the first building; the configuration has N
+        self._replace_decoder(table)
 
-    def _replace_decoder(self, num_tokens: int) -> None:
-        """Replace the decoder, in models with a masked-token head."""
+    def _new_embedding(self, plain: Any, table: CodeTable, padding: int | None) -> SubEmbedding:
+        """Make what takes the place of the plain embedding."""
+        padding = None if plain.padding_idx is None else padding
+        layer = SubEmbedding(table, plain.embedding_dim, padding, mixing=self.config.embedding_mixing)
+        with torch.no_grad():
+            for each in layer.tables:  # drawn with BERT's 0.02
+                each *= self.config.initializer_range / 0.02
+        return layer
+
+    def _replace_decoder(self, table: CodeTable) -> None:
+        """Replace the decoder, in models that predict tokens."""
 
 
 class TokenBias(nn.Module):
@@ -101,9 +116,9 @@ class KSubBertForMaskedLM(SubMaskedLM, GraftedModel, BertForMaskedLM):
     config_class = KSubBertConfig
     bare_class = KSubBertModel
 
-    def _replace_decoder(self, num_tokens: int) -> None:
+    def _replace_decoder(self, table: CodeTable) -> None:
         self.cls.predictions.decoder = None
-        self.cls.predictions.bias = nn.Parameter(torch.zeros(num_tokens))
+        self.cls.predictions.bias = nn.Parameter(torch.zeros(table.num_tokens))
 
     def _decoder_input(self, states: Tensor) -> Tensor:
         return self.cls.predictions.transform(states)
@@ -144,8 +159,8 @@ class KSubElectraForMaskedLM(SubMaskedLM, GraftedModel, ElectraForMaskedLM):
     config_class = KSubElectraConfig
     bare_class = KSubElectraModel
 
-    def _replace_decoder(self, num_tokens: int) -> None:
-        self.generator_lm_head = TokenBias(num_tokens)
+    def _replace_decoder(self, table: CodeTable) -> None:
+        self.generator_lm_head = TokenBias(table.num_tokens)
 
     def _decoder_input(self, states: Tensor) -> Tensor:
         return self.generator_predictions(states)
@@ -186,8 +201,8 @@ class KSubDistilBertForMaskedLM(SubMaskedLM, GraftedModel, DistilBertForMaskedLM
     config_class = KSubDistilBertConfig
     bare_class = KSubDistilBertModel
 
-    def _replace_decoder(self, num_tokens: int) -> None:
-        self.vocab_projector = TokenBias(num_tokens)
+    def _replace_decoder(self, table: CodeTable) -> None:
+        self.vocab_projector = TokenBias(table.num_tokens)
 
     def _decoder_input(self, states: Tensor) -> Tensor:
         return self.vocab_layer_norm(self.activation(self.vocab_transform(states)))
@@ -239,8 +254,8 @@ class KSubModernBertForMaskedLM(SubMaskedLM, GraftedModernBert, ModernBertForMas
     bare_class = KSubModernBertModel
     decoder: nn.Module
 
-    def _replace_decoder(self, num_tokens: int) -> None:
-        self.decoder = TokenBias(num_tokens)
+    def _replace_decoder(self, table: CodeTable) -> None:
+        self.decoder = TokenBias(table.num_tokens)
         if not self.config.decoder_bias:
             self.decoder.bias = None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ksub_ds.common.errors import UserError
@@ -58,7 +58,7 @@ def open_config(name: str | Path) -> PretrainedConfig:
         families = "BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT or ModernBERT"
         raise UserError(
             f"{name}: is a {wanted}; give an encoder of {families}: bare, for masked tokens, a classifier or with "
-            "another head, which is left out"
+            "another head, which is left out; or a causal model: Llama, Mistral, Qwen3, Gemma 3 (text) or GPT-2"
         )
     return config
 
@@ -102,7 +102,7 @@ def open_model(name: str | Path) -> PreTrainedModel:
     model, missing, unused = _load(name, model_class)
     head = {weight for weight in missing if not weight.startswith(f"{model.base_model_prefix}.")}
     if head and model is not model.base_model and _has_no_head(model, head):
-        model_class = _bare_class(model_class)
+        model_class = type(model.base_model)
         model, missing, unused = _load(name, model_class)
     bare = model is model.base_model
     pooler = {weight for weight in missing if bare and weight.startswith("pooler.")}
@@ -125,16 +125,13 @@ def _class_to_open(config: PretrainedConfig) -> Any:
     """Return the class to read a model with; None if it is of a kind that is not read."""
     classes = _classes()
     if not config.architectures:  # older folders do not say; should the head be absent, the encoder is taken
-        guess = AutoModelForMaskedLM._model_mapping.get(type(config), None)
+        doors = (AutoModelForMaskedLM, AutoModelForCausalLM)
+        guess = next(filter(None, (door._model_mapping.get(type(config), None) for door in doors)), None)
         return classes.get(getattr(guess, "__name__", ""))
     wanted = config.architectures[0]
     other = OTHER_HEAD.fullmatch(wanted)
     named = TWO_HEADS.get(wanted, wanted)
     return classes.get(named) or classes.get(f"{other['family']}Model" if other else "")
-
-
-def _bare_class(model_class: type) -> Any:
-    return _classes()[re.sub(r"For[A-Z]\w+$", "Model", model_class.__name__)]
 
 
 def _has_no_head(model: PreTrainedModel, missing: set[str]) -> bool:

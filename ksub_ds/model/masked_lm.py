@@ -3,19 +3,19 @@
 Its loss is the exact masked-token loss, tied to the input tables without an N x d matrix.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ksub_ds.model.base import SubEmbeddingModel
+from ksub_ds.model.base import TokenPredictor
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.softmax import factorized_cross_entropy, log_partition
 from ksub_ds.model.step_loss import per_item
 
 
-class SubMaskedLM(SubEmbeddingModel):
+class SubMaskedLM(TokenPredictor):
     """A masked language model whose loss is exact over all N tokens and never holds N logits.
 
     Each family defines where its head and its bias are: `_decoder_input` and `_decoder_bias_module`.
@@ -26,30 +26,11 @@ class SubMaskedLM(SubEmbeddingModel):
             "logits", (batch, length, N): N is wide; or "loss" for nothing more.
     """
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {}
     evaluation_output: Literal["predictions", "logits", "loss"] = "predictions"
 
     def _decoder_input(self, states: Tensor) -> Tensor:
         """Apply the head without the decoder: (..., h) last states of the encoder -> (..., d) decoder inputs."""
         raise NotImplementedError
-
-    def _decoder_bias_module(self) -> nn.Module:
-        """Return the module whose `bias` is the decoder's, (N,) or None."""
-        raise NotImplementedError
-
-    @property
-    def decoder_bias(self) -> Tensor | None:
-        """The bias per token, (N,), or None."""
-        return self._decoder_bias_module().bias
-
-    def _resize_bias(self, size: int, mean_resizing: bool) -> None:
-        old = self.decoder_bias
-        if old is None:
-            return
-        with torch.no_grad():
-            added = old.mean() if mean_resizing else old.new_zeros(())
-            bias = torch.cat([old[:size], added.expand(max(0, size - len(old)))])
-        self._decoder_bias_module().bias = nn.Parameter(bias, requires_grad=old.requires_grad)
 
     def forward(
         self,

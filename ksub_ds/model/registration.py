@@ -1,8 +1,14 @@
 """Registration of our models with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
-from ksub_ds.model import families, roberta
+from ksub_ds.model import causal_lm, families, roberta
 
 CLASSES = {
     AutoModel: (
@@ -11,6 +17,18 @@ CLASSES = {
         families.KSubElectraModel,
         families.KSubDistilBertModel,
         families.KSubModernBertModel,
+        causal_lm.KSubLlamaModel,
+        causal_lm.KSubMistralModel,
+        causal_lm.KSubQwen3Model,
+        causal_lm.KSubGemma3TextModel,
+        causal_lm.KSubGPT2Model,
+    ),
+    AutoModelForCausalLM: (
+        causal_lm.KSubLlamaForCausalLM,
+        causal_lm.KSubMistralForCausalLM,
+        causal_lm.KSubQwen3ForCausalLM,
+        causal_lm.KSubGemma3TextForCausalLM,
+        causal_lm.KSubGPT2ForCausalLM,
     ),
     AutoModelForMaskedLM: (
         roberta.KSubRobertaForMaskedLM,

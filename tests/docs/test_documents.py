@@ -75,7 +75,9 @@ def test_commands_of_the_documents_run(workplace):
         assert (workplace / name).is_file(), name
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "codes.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", DOCS / "codes.md", DOCS / "causal.md"], ids=lambda path: path.name
+)
 def test_python_snippets_run(path, tmp_path, monkeypatch):
     """As written, one after the other in one namespace."""
     monkeypatch.chdir(tmp_path)

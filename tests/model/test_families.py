@@ -12,8 +12,8 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from ksub_ds import CodeTable, positional_codes, replace_embeddings
@@ -221,8 +221,10 @@ def test_hidden_states_in_a_process_that_built_no_bare_encoder(tmp_path):
 
 
 def test_what_cannot_be_converted_is_refused():
-    small = GPT2LMHeadModel(GPT2Config(vocab_size=120, n_embd=8, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be given sub-embeddings; known are RobertaModel"):
+    small = OPTForCausalLM(
+        OPTConfig(vocab_size=120, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8)
+    )
+    with pytest.raises(ValueError, match="OPTForCausalLM cannot be given sub-embeddings; known are RobertaModel"):
         replace_embeddings(small, TABLE)
     with pytest.raises(ValueError, match="codes of 130 tokens for a model of 120"):
         replace_embeddings(plain_model("bert", "bare"), positional_codes(130, 3))

@@ -159,12 +159,27 @@ def test_half_a_head_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
-    transformers.GPT2Config(vocab_size=120, n_embd=8, n_layer=1, n_head=2).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is a model of type gpt2; give an encoder of BERT"):
+    transformers.OPTConfig(vocab_size=120, hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a model of type opt; give an encoder of BERT"):
         open_config(tmp_path)
+    edit_config(tmp_path, architectures=["OPTForSequenceClassification"])
+    with pytest.raises(UserError, match="is a OPTForSequenceClassification; give an encoder of BERT"):
+        open_config(tmp_path)
+
+
+def test_causal_models_are_read_with_the_head_that_is_there(tmp_path: Path) -> None:
+    small = {"vocab_size": 120, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    source = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small)).eval()
+    source.save_pretrained(tmp_path)
+    edit_config(tmp_path, architectures=None)  # as older folders
+    assert torch.equal(open_model(tmp_path)(IDS).logits, source(IDS).logits)
     edit_config(tmp_path, architectures=["GPT2ForTokenClassification"])
-    with pytest.raises(UserError, match="is a GPT2ForTokenClassification; give an encoder of BERT"):
-        open_config(tmp_path)
+    model = open_model(tmp_path)
+    assert type(model).__name__ == "GPT2Model"
+    assert torch.equal(model(IDS).last_hidden_state, source.transformer(IDS).last_hidden_state)
+
+
+def test_above_the_folder_of_a_model(tmp_path: Path) -> None:
     save("BertModel", tmp_path / "above" / "0_Transformer")
     with pytest.raises(UserError, match=r"above: holds no config\.json; give .*above/0_Transformer"):
         open_config(tmp_path / "above")

@@ -10,9 +10,12 @@ from ksub_ds.model.registration import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOK_UP = """
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
-types = ("ksub_roberta", "ksub_bert", "ksub_electra", "ksub_distilbert", "ksub_modernbert")
-for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification):
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForSequenceClassification
+encoders = ("ksub_roberta", "ksub_bert", "ksub_electra", "ksub_distilbert", "ksub_modernbert")
+causal = ("ksub_llama", "ksub_mistral", "ksub_qwen3", "ksub_gemma3_text", "ksub_gpt2")
+doors = (AutoModel, encoders + causal), (AutoModelForCausalLM, causal), (AutoModelForMaskedLM, encoders)
+for auto, types in (*doors, (AutoModelForSequenceClassification, encoders)):
     print(*(auto._model_mapping[type(AutoConfig.for_model(name))].__name__ for name in types))
 """
 HEAVY = "print(*sorted({'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules)))"
@@ -29,8 +32,8 @@ def output(*command: str) -> str:
     [
         "import ksub_ds",
         "from transformers import AutoConfig; import ksub_ds",
-        "from transformers import AutoModelForMaskedLM; import ksub_ds",
-        "import ksub_ds; from transformers import BertModel",
+        "from transformers import AutoModelForMaskedLM, AutoModelForCausalLM; import ksub_ds",
+        "import ksub_ds; from transformers import BertModel, LlamaForCausalLM",
     ],
 )
 def test_import_registers_every_class_in_any_order(imports):
