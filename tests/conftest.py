@@ -131,3 +131,28 @@ def tiny_shards(tiny_text: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.
     out = tmp_path_factory.mktemp("shards") / "tiny"
     shard_text(ShardText(tiny_text, tiny_tokenizer, out, sequence_length=64, validation_fraction=0.1, workers=1))
     return out
+
+
+@pytest.fixture(scope="session")
+def parallel_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of en-tr.jsonl and en-el.jsonl, 120 pairs each, in the two forms of a row."""
+    folder = tmp_path_factory.mktemp("parallel")
+    for one, two in (("en", "tr"), ("en", "el")):
+        sides = [[text[:70] for text in documents(language, 120, seed=3)] for language in (one, two)]
+        rows = [{one: a, two: b} for a, b in zip(*sides, strict=True)]
+        lines = [json.dumps(row if two == "el" else {"translation": row}, ensure_ascii=False) for row in rows]
+        (folder / f"{one}-{two}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair_shards(
+    tiny_text: Path, parallel_text: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`tiny_shards` with pairs: el+en and en+tr."""
+    from ksub_ds.corpus.text.pipeline import ShardText, shard_text
+
+    out = tmp_path_factory.mktemp("pairs") / "shards"
+    form: dict[str, Any] = {"sequence_length": 64, "validation_fraction": 0.1, "workers": 1}
+    shard_text(ShardText(tiny_text, tiny_tokenizer, out, parallel=parallel_text, **form))
+    return out

@@ -17,6 +17,9 @@ TABLE_4_ORDER = ("en", "fr", "es", "de", "el", "bg", "ru", "tr", "ar", "vi", "th
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
 """A language's name in shards."""
 
+LANGUAGE_PAIR = re.compile(rf"{LANGUAGE_CODE.pattern}\+{LANGUAGE_CODE.pattern}")
+"""A pair of languages in shards: en+sw, since en-sw has the form of a language's code."""
+
 _SPELLING = re.compile(
     r"(?P<language>[A-Za-z]{2,3})([-_](?P<script>[A-Za-z]{4}))?([-_](?P<region>[A-Za-z]{2}|[0-9]{3}))?"
 )

@@ -15,19 +15,27 @@ number of ranks does not matter, and nothing is stored.
 n_l ** alpha. With alpha = 1, the paper's, every sequence occurs exactly once in each epoch. With alpha < 1 small
 languages are repeated evenly (no sequence a second time more often than another), and large ones continue in the next
 epoch where they stopped.
+
+**Translation language modelling** (section 3.3 there): with a share s of `pairs`, rows of pairs of languages are mixed
+in. Of the first g samples since the beginning floor(s g) are such rows, so every step has its share to within one row.
+Pairs have an order of their own, sampled as the languages are; both sides are masked, as any row is.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.masking import MaskingRule, derive_key, mask_tokens, mix64, sequence_keys
 from ksub_ds.corpus.shards.dataset import ShardDataset
+from ksub_ds.corpus.shards.packing import Packing, pair_positions
 
 Batch = dict[str, np.ndarray]
 _ROUNDS = 8
 _HELD_OUT_EPOCH = 2**62  # no training run reaches this epoch: held-out masks are never training masks
+_PAIRS = 0x7061697273  # sets the keys of pairs apart from those of languages
+_SHARES = 10**6  # a share of pairs is a multiple of its inverse, so that counting is exact
 _BLOCK = 1 << 15  # samples computed at once; only speed depends on it
 
 
@@ -133,7 +141,19 @@ class Sampler:
             (epoch, index in the epoch, sequence index over the concatenated sorted languages), each
             (global_batch_size,) int64. A batch may cross the edge of an epoch.
         """
-        position = step * global_batch_size + np.arange(global_batch_size, dtype=np.int64)
+        return self.samples_from(step * global_batch_size, global_batch_size)
+
+    def samples_from(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return samples by their position since the beginning of training.
+
+        Args:
+            start: position of the first.
+            count: how many, at least one.
+
+        Returns:
+            (epoch, index in the epoch, sequence index), as `samples`.
+        """
+        position = start + np.arange(count, dtype=np.int64)
         epoch, index = np.divmod(position, self.epoch_size)
         first, last = int(position[0]) // _BLOCK, int(position[-1]) // _BLOCK
         if first == last:
@@ -179,6 +199,42 @@ def _masked_batch(dataset: ShardDataset, rows: np.ndarray, keys: np.ndarray, rul
     return batch
 
 
+@dataclass(frozen=True)
+class PairSettings:
+    """How rows of pairs take part.
+
+    Attributes:
+        share: of all rows, in [0, 1]; 0 for none.
+        reset_positions: the positions of a translation start again where its sentence's start.
+        first_position: the number that the model gives to the first position: RoBERTa counts from the padding's id + 1.
+    """
+
+    share: float = 0.0
+    reset_positions: bool = True
+    first_position: int = 0
+
+    def before(self, position: int) -> int:
+        """Return how many of the samples before a position since the beginning of training are pairs."""
+        return position * round(self.share * _SHARES) // _SHARES
+
+    @property
+    def gives_positions(self) -> bool:
+        """Whether batches have position_ids; those without are counted by the model."""
+        return self.share > 0 and self.reset_positions
+
+
+NO_PAIRS = PairSettings()
+
+
+def _position_ids(dataset: ShardDataset, rows: np.ndarray, is_pair: np.ndarray, first_position: int) -> np.ndarray:
+    """Return the positions of rows, (B, T) int64, as the model numbers them; padding has the one before the first."""
+    tokenizer = dataset.manifest["tokenizer"]
+    packing = Packing(rows.shape[1], tokenizer["bos_id"], tokenizer["eos_id"], tokenizer["pad_id"])
+    positions = np.where(rows == packing.pad_id, -1, np.arange(rows.shape[1], dtype=np.int64))
+    positions[is_pair] = pair_positions(rows[is_pair], packing)
+    return np.maximum(positions + first_position, 0)
+
+
 class TrainingBatches:
     """Masked training batches; a batch is a pure function of the settings and the step.
 
@@ -188,28 +244,62 @@ class TrainingBatches:
         alpha: exponent of language smoothing, in (0, 1].
         seed: the recipe's seed.
         mlm_probability: share of tokens to predict.
+        pairs: how rows of pairs take part.
 
     Attributes:
         rule: how tokens are masked, and how many the tokenizer has.
+        sampler: of the languages; of the pairs where all rows are such.
+
+    Raises:
+        UserError: no sequences of a kind that takes part.
     """
 
-    def __init__(self, dataset: ShardDataset, global_batch_size: int, alpha: float, seed: int, mlm_probability: float):
-        self._dataset, self._seed = dataset, seed
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        global_batch_size: int,
+        alpha: float,
+        seed: int,
+        mlm_probability: float,
+        pairs: PairSettings = NO_PAIRS,
+    ):
+        self._dataset, self._pairs = dataset, pairs
         self.global_batch_size = global_batch_size
-        counts = {language: dataset.num_sequences("train", language) for language in dataset.languages}
-        self.sampler = Sampler(counts, alpha, seed)
+        self._seeds = (seed, derive_key(seed, _PAIRS))
+        groups = (dataset.languages if pairs.share < 1 else [], dataset.pairs if pairs.share > 0 else [])
+        counts = [{name: dataset.num_sequences("train", name) for name in group} for group in groups]
+        if pairs.share > 0 and not any(counts[1].values()):
+            raise UserError(f"{dataset.folder}: holds no pairs of languages; make some with --parallel")
+        self._samplers = [
+            Sampler(each, alpha, own) if takes_part else None
+            for each, own, takes_part in zip(counts, self._seeds, (pairs.share < 1, pairs.share > 0), strict=True)
+        ]
+        self.sampler = next(sampler for sampler in self._samplers if sampler is not None)
         self.rule = masking_rule(dataset, mlm_probability)
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         """Return rows [start, stop) of the global batch of optimizer step `step` (from 0).
 
         Returns:
-            input_ids and labels, (stop - start, T) int64; attention_mask too when a row has padding.
+            input_ids and labels, (stop - start, T) int64; attention_mask too when a row has padding; position_ids where
+            those of translations start again.
         """
-        epochs, indices, sequences = self.sampler.samples(step, self.global_batch_size)
-        part = slice(start, stop)
-        rows = self._dataset.gather("train", sequences[part])
-        return _masked_batch(self._dataset, rows, sequence_keys(self._seed, epochs[part], indices[part]), self.rule)
+        first = step * self.global_batch_size
+        before = np.array([self._pairs.before(first + start + i) for i in range(stop - start + 1)], dtype=np.int64)
+        is_pair = np.diff(before) > 0
+        rows = np.empty((stop - start, self._dataset.sequence_length), dtype=np.int32)
+        keys = np.empty(stop - start, dtype=np.uint64)
+        starts = (first + start - int(before[0]), int(before[0]))
+        for number, (sampler, seed) in enumerate(zip(self._samplers, self._seeds, strict=True)):
+            own = is_pair == bool(number)
+            if sampler is not None and own.any():
+                epochs, indices, sequences = sampler.samples_from(starts[number], int(own.sum()))
+                rows[own] = self._dataset.gather("train", sequences, pairs=bool(number))
+                keys[own] = sequence_keys(seed, epochs, indices)
+        batch = _masked_batch(self._dataset, rows, keys, self.rule)
+        if self._pairs.gives_positions:
+            batch["position_ids"] = _position_ids(self._dataset, rows, is_pair, self._pairs.first_position)
+        return batch
 
 
 class HeldOutBatches:
@@ -221,6 +311,7 @@ class HeldOutBatches:
         mlm_probability: share of tokens to predict.
         batch_size: rows of a batch; a batch holds one language.
         seed: fixes the masks.
+        pairs: how pairs take part; with any share, each pair of languages is evaluated as a language is.
 
     Attributes:
         rule: how tokens are masked.
@@ -233,11 +324,12 @@ class HeldOutBatches:
         mlm_probability: float,
         batch_size: int = 16,
         seed: int = 0,
+        pairs: PairSettings = NO_PAIRS,
     ):
-        self._dataset, self._seed = dataset, seed
+        self._dataset, self._seed, self._pairs = dataset, seed, pairs
         self.rule = masking_rule(dataset, mlm_probability)
         self._plan: list[tuple[str, np.ndarray]] = []
-        for language in dataset.languages:
+        for language in [*dataset.languages, *(dataset.pairs if pairs.share > 0 else [])]:
             available = dataset.num_sequences("validation", language)
             taken = min(sequences_per_language, available)
             indices = np.arange(taken, dtype=np.int64) * available // max(taken, 1)
@@ -247,8 +339,12 @@ class HeldOutBatches:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[tuple[str, Batch]]:
-        """Yield (language, batch), with batches as those of TrainingBatches."""
+        """Yield (language or pair, batch), with batches as those of TrainingBatches."""
         for language, indices in self._plan:
             rows = self._dataset.gather("validation", indices, language)
             keys = sequence_keys(self._seed, np.full(len(indices), _HELD_OUT_EPOCH), indices)
-            yield language, _masked_batch(self._dataset, rows, keys, self.rule)
+            batch = _masked_batch(self._dataset, rows, keys, self.rule)
+            if self._pairs.gives_positions:
+                is_pair = np.full(len(rows), language in self._dataset.pairs)
+                batch["position_ids"] = _position_ids(self._dataset, rows, is_pair, self._pairs.first_position)
+            yield language, batch

@@ -67,7 +67,7 @@ def log_frequency(dataset: ShardDataset, alpha: float) -> np.ndarray:
     """
     tokenizer = dataset.manifest["tokenizer"]
     num_tokens, special_ids = tokenizer["vocab_size"], tuple(tokenizer["special_ids"])
-    every = [dataset.rows("train", language) for language in dataset.languages]
+    every = [dataset.rows("train", language) for language in dataset.languages or dataset.pairs]
     share = np.array([len(rows) for rows in every]) ** alpha
     drawn = np.zeros(num_tokens)
     for rows, weight in zip(every, share / share.sum(), strict=True):
@@ -88,11 +88,11 @@ PAPER = {
 
 @dataclass(frozen=True)
 class LanguageStatistics:
-    """The numbers of one language, both splits together.
+    """The numbers of one language, or of the translations between two, both splits together.
 
     Attributes:
-        language: its code.
-        documents: that have a token.
+        language: its code, or the name of the pair.
+        documents: that have a token; or pairs.
         sequences: rows of both splits.
         held_out_sequences: rows of the split "validation".
         tokens: tokens of the text, special tokens not counted.
@@ -109,10 +109,15 @@ class LanguageStatistics:
     skipped: int
 
 
-def corpus_statistics(folder: str | Path) -> list[LanguageStatistics]:
-    """Return the numbers of a shards folder, from its manifest, sorted by language."""
+def corpus_statistics(folder: str | Path, group: str = "languages") -> list[LanguageStatistics]:
+    """Return the numbers of a shards folder, from its manifest, sorted by language.
+
+    Args:
+        folder: of the shards.
+        group: "languages", or "pairs".
+    """
     rows = []
-    for language, entry in sorted(read_manifest(Path(folder))["languages"].items()):
+    for language, entry in sorted(read_manifest(Path(folder)).get(group, {}).items()):
         total = {
             key: sum(entry[split][key] for split in SPLITS) for key in ("documents", "sequences", "tokens", "bytes")
         }
@@ -137,10 +142,14 @@ def corpus_table(folder: str | Path) -> str:
     total = LanguageStatistics("all", **{name: sum(getattr(row, name) for row in rows) for name in names})
     known = [PAPER[row.language] for row in rows if row.language in PAPER]
     paper = (sum(tokens for tokens, _ in known), sum(size for _, size in known)) if known else None
-    return "\n".join([*lines, _line(total, paper)])
+    lines.append(_line(total, paper))
+    pairs = corpus_statistics(folder, "pairs")
+    if pairs:
+        lines += [f"{'pair':<10}{'pairs':>12}" + lines[0][22:97], *map(_line, pairs)]
+    return "\n".join(lines)
 
 
-def _line(row: LanguageStatistics, paper: tuple[float, float] | None) -> str:
+def _line(row: LanguageStatistics, paper: tuple[float, float] | None = None) -> str:
     text = f"{row.language:<10}{row.documents:>12,}{row.sequences:>12,}{row.held_out_sequences:>10,}"
     text += (
         f"{row.tokens / 1e6:>12,.2f}{row.bytes / 2**30:>12.4f}{row.bytes / max(row.tokens, 1):>13.2f}{row.skipped:>9,}"

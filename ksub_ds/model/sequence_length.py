@@ -18,9 +18,18 @@ def longest_sequence(config: Any) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
         return None
+    return int(positions) - first_position(config)
+
+
+def first_position(config: Any) -> int:
+    """Return the number that a model gives to the position of a row's first token.
+
+    Args:
+        config: of a transformers model, or of one of ours.
+    """
     if any(kind in config.model_type for kind in POSITIONS_AFTER_PADDING):
-        return int(positions) - (config.pad_token_id or 0) - 1
-    return int(positions)
+        return int(config.pad_token_id or 0) + 1
+    return 0
 
 
 def limit_tokenizer(folder: Path, config: Any) -> None:

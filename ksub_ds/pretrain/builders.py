@@ -251,11 +251,21 @@ def describe_start(run: ResolvedRun, engine: "DeepSpeedEngine", first: StepBatch
         + ("encoder compiled" if not_compiled is None else f"encoder not compiled ({not_compiled})"),
         f"batch: {run.batch} sequences of {run.dataset.sequence_length} tokens a step",
         f"steps: {recipe.plan().describe()}",
+        *describe_pairs(run),
         *parameter_table(engine.module, run.table),
         *decoded_row(first, run.tokenizer),
     ]
     for line in lines:
         get_logger().info(line)
+
+
+def describe_pairs(run: ResolvedRun) -> list[str]:
+    """Return how rows of pairs take part, as lines of text; none where they do not."""
+    if not run.pairs.share:
+        return []
+    starts = "start again" if run.pairs.gives_positions else "go on"
+    names = " ".join(run.dataset.pairs)
+    return [f"pairs: {run.pairs.share:.4g} of the rows, of {names}; positions of a translation {starts}"]
 
 
 def parameter_table(model: Any, table: CodeTable) -> list[str]:

@@ -1,17 +1,24 @@
-"""Held-out loss and masked accuracy per language, with masks that never change."""
+"""Held-out loss and masked accuracy per language, and per pair of languages, with masks that never change."""
 
 import itertools
 from typing import Any
 
 from ksub_ds.common import distributed
+from ksub_ds.common.languages import LANGUAGE_PAIR
 from ksub_ds.corpus.batches import HeldOutBatches
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.pretrain.prefetch import model_inputs, to_tensors
 
 
-def held_out_languages(dataset: ShardDataset) -> list[str]:
-    """Return the languages that have a held-out part."""
-    return [language for language in dataset.languages if dataset.num_sequences("validation", language) > 0]
+def held_out_languages(dataset: ShardDataset, pairs: bool = False) -> list[str]:
+    """Return the languages that have a held-out part.
+
+    Args:
+        dataset: the shards.
+        pairs: of the pairs of languages those too.
+    """
+    names = [*dataset.languages, *(dataset.pairs if pairs else [])]
+    return [name for name in names if dataset.num_sequences("validation", name) > 0]
 
 
 def evaluate(model: Any, held_out: HeldOutBatches, languages: list[str]) -> dict[str, Any]:
@@ -22,11 +29,12 @@ def evaluate(model: Any, held_out: HeldOutBatches, languages: list[str]) -> dict
     Args:
         model: a masked language model with `score_masked`.
         held_out: the batches, the same on every rank.
-        languages: all languages `held_out` may name.
+        languages: all languages and pairs `held_out` may name.
 
     Returns:
         {"loss", "masked_accuracy", "languages": {language: {"loss", "masked_accuracy", "count"}}}: nats
-        and accuracy per masked token; over all languages each token counts the same.
+        and accuracy per masked token; over all languages each token counts the same. With pairs also "pairs", alike:
+        they count in the whole only where there is no language.
     """
     import torch
 
@@ -47,8 +55,11 @@ def evaluate(model: Any, held_out: HeldOutBatches, languages: list[str]) -> dict
     flat = distributed.all_reduce_sum(sums.flatten().tolist())
     rows = {language: flat[3 * i : 3 * i + 3] for i, language in enumerate(languages)}
     scores = {language: _scores(*row) for language, row in rows.items() if row[2] > 0}
-    total = _scores(*(sum(column) for column in zip(*rows.values(), strict=True)))
-    return {"loss": total["loss"], "masked_accuracy": total["masked_accuracy"], "languages": scores}
+    pairs = {name: scores.pop(name) for name in list(scores) if LANGUAGE_PAIR.fullmatch(name)}
+    counted = [row for name, row in rows.items() if name in (scores or pairs)] or [[0.0] * 3]
+    total = _scores(*(sum(column) for column in zip(*counted, strict=True)))
+    result = {"loss": total["loss"], "masked_accuracy": total["masked_accuracy"], "languages": scores}
+    return result | ({"pairs": pairs} if pairs else {})
 
 
 def _scores(loss: float, correct: float, count: float) -> dict[str, float]:

@@ -232,6 +232,7 @@ def _soft_targets(training: Training, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return what the teacher, if there is one, adds to the arguments of the model."""
     if training.teacher is None:
         return {}
+    inputs = {key: value for key, value in inputs.items() if key != "position_ids"}  # it counts them in its own way
     return {"soft_targets": training.teacher.targets(**inputs), "soft_weight": training.recipe.distill_weight}
 
 

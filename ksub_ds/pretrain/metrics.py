@@ -103,7 +103,8 @@ class TrainingMetrics:
         if not self._main:
             return
         self._write(self._evaluations, "held_out", step, {"step": step} | scores)
-        languages = "  ".join(f"{name} {row['loss']:.3f}" for name, row in scores["languages"].items())
+        rows = scores["languages"] | scores.get("pairs", {})
+        languages = "  ".join(f"{name} {row['loss']:.3f}" for name, row in rows.items())
         get_logger().info(
             f"held out at step {step:,}: loss {scores['loss']:.4f}, masked accuracy "
             f"{100 * scores['masked_accuracy']:.2f} %  [{languages}]"

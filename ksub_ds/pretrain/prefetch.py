@@ -21,7 +21,8 @@ class StepBatches:
     """What one rank trains on in one optimizer step.
 
     Attributes:
-        micro_batches: arrays input_ids and labels (B, T), and attention_mask where rows are padded.
+        micro_batches: arrays input_ids and labels (B, T), attention_mask where rows are padded, and position_ids where
+            translations have positions of their own.
         indices: places of the micro-batches in the global batch: accumulation index * world + rank.
         copies: what of the micro-batches the model takes, on the device.
         seconds_waited: how long the training waited for them.

@@ -114,6 +114,11 @@ class Recipe:
     """Share of the tokens to predict (80 % masked, 10 % random, 10 % kept)."""
     alpha: float = 1.0
     """Language smoothing: a language is drawn in proportion to (its sequences)^alpha; 1 as in the paper."""
+    tlm_share: float = 0.0
+    """Share of the rows that are pairs, a text and its translation (shards of shard_text.py --parallel), both sides
+    masked: translation language modelling. 1 for pairs only. [0]"""
+    reset_positions: bool = True
+    """In rows of pairs, the positions of a translation start again where its text's start, as in XLM."""
     seed: int = 0
     """The one seed: weights, order of the data, masks and dropout all follow from it."""
 
@@ -303,6 +308,8 @@ def _check_values(recipe: Recipe, whose_warmup: str) -> None:
         raise UserError(f"--dropout {recipe.dropout}: must lie in [0, 1)")
     if not 0 < recipe.alpha <= 1:
         raise UserError(f"--alpha {recipe.alpha}: must lie in (0, 1]")
+    if not 0 <= recipe.tlm_share <= 1:
+        raise UserError(f"--tlm-share {recipe.tlm_share}: must lie in [0, 1]")
     if not 0 < recipe.mlm_probability < 1:
         raise UserError(f"--mlm-probability {recipe.mlm_probability}: must lie in (0, 1)")
     if not 0 <= recipe.warmup_steps <= recipe.max_steps:
@@ -381,15 +388,17 @@ FREE_KEYS = (
     *("save_every_steps", "keep_last", "eval_every_steps", "eval_sequences", "log_every_steps"),
 )
 
-# What an extension may change. The file has the last two where they are not the default.
+# What an extension may change.
 PLAN_KEYS = ("max_steps", "schedule", "decay_steps")
+# The file has these where they are not the default.
+LATER_KEYS = ("schedule", "decay_steps", "tlm_share", "reset_positions")
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain JSON values: of the run, so without what says how this start goes on."""
     values = dataclasses.asdict(recipe)
     del values["extend"]
-    for key in ("schedule", "decay_steps"):
+    for key in LATER_KEYS:
         if values[key] == getattr(Recipe, key):
             del values[key]
     return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

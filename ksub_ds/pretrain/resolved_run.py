@@ -12,9 +12,10 @@ from ksub_ds.codes.positional import plain_codes
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.batches import PairSettings
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
-from ksub_ds.model.sequence_length import longest_sequence
+from ksub_ds.model.sequence_length import first_position, longest_sequence
 from ksub_ds.pretrain.engine import check_monitors, check_precision, find_deepspeed_config, read_mechanics
 from ksub_ds.pretrain.recipe import BatchSizes, Recipe, divide_batch, resolve, to_json
 from ksub_ds.pretrain.warm_start import check_same_tokens, codes_for, fingerprint, read_codes
@@ -52,6 +53,11 @@ class ResolvedRun(ResolvedSettings):
     table: CodeTable
     config: Any
     warm_start_sha256: str | None = None
+
+    @property
+    def pairs(self) -> PairSettings:
+        """How rows of pairs take part."""
+        return PairSettings(self.recipe.tlm_share, self.recipe.reset_positions, first_position(self.config))
 
     def identity(self) -> dict[str, Any]:
         """Return the content of RUN/recipe.json: the recipe, and what codes and data must be at a resume."""
@@ -92,8 +98,14 @@ def open_sources(settings: ResolvedSettings) -> ResolvedRun:
     """
     recipe = settings.recipe
     dataset = ShardDataset.open(recipe.data, verify=False)
-    if not any(dataset.num_sequences("train", language) for language in dataset.languages):
-        raise UserError(f"--data {recipe.data}: holds no sequences to train on; make shards of more text")
+    if recipe.tlm_share < 1 and not any(dataset.num_sequences("train", language) for language in dataset.languages):
+        only = "; train on its pairs with --tlm-share 1" if dataset.pairs else ""
+        raise UserError(f"--data {recipe.data}: holds no sequences to train on; make shards of more text{only}")
+    if recipe.tlm_share > 0 and not any(dataset.num_sequences("train", pair) for pair in dataset.pairs):
+        raise UserError(
+            f"--tlm-share {recipe.tlm_share}: {recipe.data} holds no pairs to train on; add some with "
+            "preprocessing/shard_text.py --parallel"
+        )
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     dataset.check_tokenizer(tokenizer.fingerprint, str(dataset.tokenizer_folder))
     if recipe.distill_from is not None and Path(recipe.distill_from).is_dir():

@@ -71,7 +71,7 @@ def _train(run: ResolvedRun, folder: RunFolder) -> int:
     """Build model, engine and batches, train, and return the exit code."""
     recipe, log = run.recipe, get_logger()
     start, state = _start_state(run, folder)
-    languages = held_out_languages(run.dataset)
+    languages = held_out_languages(run.dataset, pairs=recipe.tlm_share > 0)
     evaluated = not languages or not evaluation_is_missing(recipe, folder, state.step)
     if state.step >= recipe.max_steps and evaluated:
         log.info(f"{folder.path}: step {state.step:,} of {recipe.max_steps:,} is done; nothing left to train")
@@ -84,10 +84,12 @@ def _train(run: ResolvedRun, folder: RunFolder) -> int:
     if start is not None:
         checkpoint.load(engine, start, state)
         log.info(f"continuing from {start}")
-    batches = TrainingBatches(run.dataset, run.batch.total, recipe.alpha, recipe.seed, recipe.mlm_probability)
+    sampling = (recipe.alpha, recipe.seed, recipe.mlm_probability)
+    batches = TrainingBatches(run.dataset, run.batch.total, *sampling, run.pairs)
     held_out = None
     if languages:  # batches as small as the training's: evaluation must not need more memory
-        held_out = HeldOutBatches(run.dataset, recipe.eval_sequences, recipe.mlm_probability, run.batch.micro)
+        each = (recipe.eval_sequences, recipe.mlm_probability, run.batch.micro)
+        held_out = HeldOutBatches(run.dataset, *each, pairs=run.pairs)
     elif recipe.eval_every_steps:
         log.info("no held-out part in the shards: no evaluation (make them with --validation-fraction 0.01)")
 

@@ -5,6 +5,7 @@
     SHARDS/<lang>/train-00000.arrow     Arrow IPC stream, column input_ids: FixedSizeList<int32>[T]
     SHARDS/<lang>/validation-00000.arrow
     SHARDS/<lang>/part.json             this language's entry of the manifest
+    SHARDS/<l1>+<l2>/...                the same for a pair of languages, of which a text and its translation are rows
 
 `datasets.Dataset.from_file` opens the .arrow files as they are. Each holds one record batch, so
 that its rows are one contiguous (n, T) array in the memory map. writer.py writes them.
@@ -20,13 +21,14 @@ import numpy as np
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json, sha256_file
-from ksub_ds.common.languages import LANGUAGE_CODE
+from ksub_ds.common.languages import LANGUAGE_CODE, LANGUAGE_PAIR
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 
-_SHARD_PATH = re.compile(rf"(?P<language>{LANGUAGE_CODE.pattern})/(?P<split>train|validation)-\d{{5}}\.arrow")
+_SHARD_FILE = re.compile(r"(?P<folder>[^/]+)/(?P<split>train|validation)-\d{5}\.arrow")
+_GROUPS = {"languages": LANGUAGE_CODE, "pairs": LANGUAGE_PAIR}  # keys of the manifest, and how their entries are named
 
 
 def dataset_fingerprint(manifest: dict[str, Any]) -> str:
@@ -37,7 +39,7 @@ def dataset_fingerprint(manifest: dict[str, Any]) -> str:
 
 
 def _all_files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return [entry for language in manifest["languages"].values() for entry in language["files"]]
+    return [file for group in _GROUPS for entry in manifest.get(group, {}).values() for file in entry["files"]]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -61,14 +63,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: format is {manifest['format']!r}, this version reads {FORMAT_VERSION}; shard the text anew"
             )
-        for language, entry in manifest["languages"].items():
-            for file in entry["files"]:
-                match = _SHARD_PATH.fullmatch(file["path"])
-                if match is None or match["language"] != language:
-                    raise UserError(
-                        f"{path}: path {file['path']!r} is not <language>/<split>-<number>.arrow of language "
-                        f"{language!r}; the manifest was changed by hand: shard the text anew"
-                    )
+        for group, form in _GROUPS.items():
+            for name, entry in (manifest["languages"] if group == "languages" else manifest.get(group, {})).items():
+                for file in entry["files"]:
+                    match = _SHARD_FILE.fullmatch(file["path"])
+                    if match is None or match["folder"] != name or not form.fullmatch(name):
+                        raise UserError(
+                            f"{path}: path {file['path']!r} is not <language>/<split>-<number>.arrow of language "
+                            f"{name!r}; the manifest was changed by hand: shard the text anew"
+                        )
         if manifest["fingerprint"] != dataset_fingerprint(manifest):
             raise UserError(
                 f"{path}: fingerprint does not match its entries; the manifest was changed: shard the text anew"
@@ -88,6 +91,8 @@ class ShardDataset:
         fingerprint: sha256 of the whole data set; a run is resumed on the same data only.
         sequence_length: T.
         languages: sorted codes of the languages that have rows.
+        pairs: sorted names of the pairs of languages that have rows ("en+sw"); wherever a language is named below, a
+            pair may be.
         tokenizer_folder: the copy of the tokenizer.
     """
 
@@ -101,8 +106,14 @@ class ShardDataset:
             language, name = entry["path"].split("/")
             rows = _open_rows(folder / entry["path"], self.sequence_length, entry["sequences"])
             self._files.setdefault((name.split("-")[0], language), []).append(rows)
-        self.languages = sorted({language for _, language in self._files})
-        self._tables = {split: self._table(split, self.languages) for split in SPLITS}
+        names = sorted({name for _, name in self._files})
+        self.languages = [name for name in names if not LANGUAGE_PAIR.fullmatch(name)]
+        self.pairs = [name for name in names if LANGUAGE_PAIR.fullmatch(name)]
+        self._tables = {
+            (split, group): self._table(split, names)
+            for split in SPLITS
+            for group, names in (("languages", self.languages), ("pairs", self.pairs))
+        }
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True) -> "ShardDataset":
@@ -171,18 +182,20 @@ class ShardDataset:
             return files[0]
         return np.concatenate([np.zeros((0, self.sequence_length), np.int32), *files])
 
-    def gather(self, split: str, indices: np.ndarray, language: str | None = None) -> np.ndarray:
+    def gather(self, split: str, indices: np.ndarray, language: str | None = None, pairs: bool = False) -> np.ndarray:
         """Return rows by index.
 
         Args:
             split: "train" or "validation".
             indices: (B,) integers.
-            language: that the indices count in; None = all languages, concatenated in sorted order.
+            language: that the indices count in; None = all of them, concatenated in sorted order:
+            pairs: all pairs, rather than all languages.
 
         Returns:
             (B, T) int32.
         """
-        starts, files = self._tables[split] if language is None else self._table(split, [language])
+        group = "pairs" if pairs else "languages"
+        starts, files = self._tables[split, group] if language is None else self._table(split, [language])
         result = np.empty((len(indices), self.sequence_length), dtype=np.int32)
         owner = np.searchsorted(starts, indices, side="right") - 1
         sources = zip(owner.tolist(), (indices - starts[owner]).tolist(), strict=True)

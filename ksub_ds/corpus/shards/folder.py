@@ -14,6 +14,7 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import LEFTOVER, atomic_folder, read_json, sha256_file, write_json
+from ksub_ds.common.languages import LANGUAGE_PAIR
 from ksub_ds.common.lock import try_lock
 from ksub_ds.corpus.shards.dataset import FORMAT_VERSION, dataset_fingerprint
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
@@ -104,21 +105,22 @@ def is_whole(path: Path, sha256: str) -> bool:
 
 
 def parts(folder: Path) -> list[Path]:
-    """Return the part.json of every published language, those under temporary names left out."""
+    """Return the part.json of every published language and pair, those under temporary names left out."""
     return sorted(path for path in folder.glob("*/part.json") if not path.parent.name.startswith("."))
 
 
 def build_manifest(folder: Path, languages: Collection[str] | None = None) -> dict[str, Any]:
-    """Build the manifest of languages in the folder, published by this run or an earlier one.
+    """Build the manifest of languages and pairs in the folder, published by this run or an earlier one.
 
     Args:
         folder: of the shards.
-        languages: to list; None = all there are.
+        languages: to list, pairs by their names among them; None = all there are.
 
     Returns:
         The manifest.
     """
     there = {path.parent.name: path for path in parts(folder)}
     entries = {name: read_json(path) for name, path in there.items() if languages is None or name in languages}
-    manifest = {**read_json(folder / "settings.json"), "languages": entries}
+    pairs = {name: entries.pop(name) for name in list(entries) if LANGUAGE_PAIR.fullmatch(name)}
+    manifest = {**read_json(folder / "settings.json"), "languages": entries, **({"pairs": pairs} if pairs else {})}
     return {**manifest, "fingerprint": dataset_fingerprint(manifest)}

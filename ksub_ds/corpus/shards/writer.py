@@ -9,7 +9,7 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, sha256_file
 from ksub_ds.corpus.shards.dataset import SPLITS
-from ksub_ds.corpus.shards.packing import Packer, Packing
+from ksub_ds.corpus.shards.packing import Packer, Packing, PairPacker
 
 SHORTEST_SEQUENCE, LONGEST_SEQUENCE = 8, 1 << 16
 ROWS_PER_FILE = 1 << 16
@@ -29,17 +29,18 @@ def check_shard_settings(sequence_length: int, validation_fraction: float) -> No
 
 
 class LanguageWriter:
-    """Packs the encoded documents of one language and writes them, each split to files of its own.
+    """Packs the encoded documents of one language, or pairs of two, and writes them, each split to files of its own.
 
     Args:
         folder: where the files go.
-        language: its code, for the manifest.
+        language: its code, or the name of the pair, for the manifest.
         packing: the form of a row.
+        packer: packs documents, or framed pairs.
     """
 
-    def __init__(self, folder: Path, language: str, packing: Packing):
+    def __init__(self, folder: Path, language: str, packing: Packing, packer: type[Packer] | type[PairPacker] = Packer):
         self._writers = {split: ShardWriter(folder, language, split, packing.sequence_length) for split in SPLITS}
-        self._packers = {split: Packer(packing) for split in SPLITS}
+        self._packers = {split: packer(packing) for split in SPLITS}
         self.counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "sequences": 0} for split in SPLITS}
 
     def add(self, split: str, documents: list[np.ndarray], num_bytes: int) -> None:
@@ -47,7 +48,7 @@ class LanguageWriter:
         self._writers[split].write(self._packers[split].add(documents))
         count = self.counts[split]
         count["documents"] += len(documents)
-        count["tokens"] += sum(map(len, documents))
+        count["tokens"] += sum(map(len, documents)) - self._packers[split].framing * len(documents)
         count["bytes"] += num_bytes
 
     def finish(self) -> dict[str, Any]:

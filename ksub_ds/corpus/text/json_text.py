@@ -1,4 +1,4 @@
-"""Documents of JSON files: one object a line, an array of objects, or objects printed over several lines."""
+"""Documents and other values of JSON files: one a line, an array of them, or objects printed over several lines."""
 
 import codecs
 import json
@@ -22,13 +22,21 @@ def json_texts(file: FileContent, layout: TextLayout) -> Iterator[str]:
         file: JSON, one way or another.
         layout: which key holds the text.
     """
-    values = _spread_values(file) if _is_spread(file.head) else _lines_of_json(file)
-    for value in values:
+    for value in json_values(file):
         text = layout.text_of(value) if isinstance(value, dict) else None
         if isinstance(text, str):
             yield text
         else:
             file.add("no_text_key", layout.missing_in(value))
+
+
+def json_values(file: FileContent) -> Iterator[Any]:
+    """Return an iterator over the values of a JSON file; what is none is counted.
+
+    Args:
+        file: JSON, one way or another.
+    """
+    return _spread_values(file) if _is_spread(file.head) else _lines_of_json(file)
 
 
 def _is_spread(head: bytes) -> bool:

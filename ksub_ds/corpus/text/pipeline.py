@@ -1,27 +1,28 @@
 """From a folder of text to a folder of token shards; what preprocessing/shard_text.py runs.
 
 For each language: find its text (sources.py), read documents (reader.py), tokenise, split off the held-out part, pack,
-write `SHARDS/<lang>/` under a temporary name, rename it. The manifest is written last. A run that is killed leaves only
+write `SHARDS/<lang>/` under a temporary name, rename it; then the same for each pair of languages (pairs.py), to
+`SHARDS/<l1>+<l2>/`. The manifest is written last. A run that is killed leaves only
 whole languages, and the same command again makes the missing ones. The result depends on text, tokenizer and
 settings, not on the number of processes.
 """
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import tyro
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, write_json
-from ksub_ds.common.languages import language_name, standard_code
+from ksub_ds.common.languages import LANGUAGE_PAIR, language_name, standard_code
 from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.common.option_help import Section
-from ksub_ds.corpus.shards.dataset import MANIFEST, SPLITS
+from ksub_ds.corpus.shards.dataset import MANIFEST, SPLITS, read_manifest
 from ksub_ds.corpus.shards.folder import (
     build_manifest,
     claim_folder,
@@ -32,15 +33,18 @@ from ksub_ds.corpus.shards.folder import (
     remove_leftovers,
     save_tokenizer,
 )
-from ksub_ds.corpus.shards.packing import Packing
+from ksub_ds.corpus.shards.packing import Packer, Packing, PairPacker, frame_pair
 from ksub_ds.corpus.shards.writer import LanguageWriter, check_shard_settings, split_of
 from ksub_ds.corpus.text.hub import DatasetSource
 from ksub_ds.corpus.text.layout import TextLayout
-from ksub_ds.corpus.text.reader import DocumentReader
+from ksub_ds.corpus.text.pairs import Pair, PairReader, find_pairs
+from ksub_ds.corpus.text.reader import DocumentReader, SourceReader
 from ksub_ds.corpus.text.skipped import LeftOut, Skipped
 from ksub_ds.corpus.text.sources import LanguageText, find_text
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.corpus.tokenizers.parallel import ParallelEncoder
+
+Item = TypeVar("Item")
 
 BATCH_CHARACTERS = 1 << 20  # of text per batch: a second or less of tokenising
 
@@ -71,6 +75,9 @@ class ShardText:
     """Key or column that holds the text, of JSON, tables and --datasets. ["text", else "raw_content"]"""
     line_documents: bool = False
     """Each line of a .txt is a document. [blank lines separate documents]"""
+    parallel: Path | None = None
+    """Folder of translations, <l1>-<l2>.jsonl with {"translation": {"en": ..., "sw": ...}} or {"en": ..., "sw": ...},
+    or of folders <l1>-<l2>/. Given without --input and --datasets, pairs are added to the languages in --out."""
     datasets: tuple[str, ...] = ()
     """Streamed from the hub: wikipedia, bookcorpus, NAME or NAME:CONFIG (column "text"); NAME may be a local folder."""
     datasets_language: str = "en"
@@ -92,6 +99,11 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
     _check(settings)
     layout = settings.layout()
     text, others = _text_of(settings, layout)
+    pair_of: dict[str, Pair] = {}
+    if settings.parallel:
+        pairs = find_pairs(settings.parallel, settings.splits, others)
+        pair_of = {"+".join(pair): pair for pair in pairs}
+        text |= {"+".join(pair): entry for pair, entry in pairs.items()}
     left_out = LeftOut({language: entry.skipped for language, entry in text.items()}, others)
     if settings.strict:
         left_out.refuse("nothing was read")
@@ -101,13 +113,14 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
         remove_leftovers(settings.out)
         claim_folder(settings.out, settings.sequence_length, tokenizer)
         save_tokenizer(settings.out, tokenizer)
+        kept = _kept_languages(settings)
         todo = {}
         for language, sources in text.items():
             recipe = _recipe_of(settings, sources)
             if not _is_done(settings.out, language, recipe):
                 todo[language] = recipe
         if todo:  # there is no manifest until all is done, so that nobody trains on half of the data
-            (settings.out / MANIFEST).unlink(missing_ok=True)
+            _withdraw_manifest(settings.out, kept)
             total = sum(text[language].size() for language in todo)
             packing = Packing(settings.sequence_length, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
             with (
@@ -115,18 +128,23 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
                 ParallelEncoder(tokenizer, settings.workers) as encoder,
             ):
                 for language, recipe in todo.items():
-                    shard_language(settings.out, language, text[language], recipe, packing, encoder, progress, layout)
-        manifest = build_manifest(settings.out, text)
-        if not any(entry["files"] for entry in manifest["languages"].values()):
-            given = settings.input or " ".join(settings.datasets)
+                    making = Making(settings.out, language, text[language], recipe, packing, encoder, progress)
+                    if language in pair_of:
+                        shard_pair(making, pair_of[language])
+                    else:
+                        shard_language(making, layout)
+        manifest = build_manifest(settings.out, {*text, *kept})
+        made = manifest["languages"] | manifest.get("pairs", {})
+        if not any(made[language]["files"] for language in text):
+            given = settings.input or " ".join(settings.datasets) or settings.parallel
             left_out.report()
             raise UserError(f"{given}: no readable document in any language (see the counts above)")
-        left_out.add_unread(manifest)
+        left_out.add_unread({language: made[language] for language in text})
         if settings.strict and left_out.lines:
-            (settings.out / MANIFEST).unlink(missing_ok=True)
+            _withdraw_manifest(settings.out, kept)
             left_out.refuse(f"the shards stay, but {settings.out} gets no manifest")
         write_json(settings.out / MANIFEST, manifest)
-        besides = [path.parent.name for path in parts(settings.out) if path.parent.name not in text]
+        besides = [path.parent.name for path in parts(settings.out) if path.parent.name not in made]
     left_out.report()
     _report(manifest, sorted(todo), settings.out, besides)
     return manifest
@@ -143,13 +161,36 @@ def _check(settings: ShardText) -> None:
     for name in settings.datasets:
         if settings.datasets.count(name) > 1:
             raise UserError(f"--datasets {name}: is given twice")
-    if settings.input is None:
-        if not settings.datasets:
-            raise UserError("--input FOLDER or --datasets NAME...: one of them is needed")
-        return
-    inside = settings.out.resolve()
-    if inside == settings.input.resolve() or inside.is_relative_to(settings.input.resolve()):
-        raise UserError(f"--out {settings.out}: lies in the input folder; write the shards somewhere else")
+    if not (settings.input or settings.datasets or settings.parallel):
+        raise UserError("--input FOLDER, --datasets NAME... or --parallel FOLDER: one of them is needed")
+    for folder in (settings.input, settings.parallel):
+        if folder is not None and settings.out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--out {settings.out}: lies in the input folder; write the shards somewhere else")
+
+
+def _kept_languages(settings: ShardText) -> set[str]:
+    """Return the languages in --out that --parallel by itself adds pairs to.
+
+    Raises:
+        UserError: a run that makes them has not finished.
+    """
+    there = {path.parent.name for path in parts(settings.out) if not LANGUAGE_PAIR.fullmatch(path.parent.name)}
+    if not there or settings.input is not None or settings.datasets:
+        return set()
+    if not (settings.out / MANIFEST).is_file():
+        raise UserError(
+            f"--out {settings.out}: holds {', '.join(sorted(there))} but no {MANIFEST}; let the run that makes them "
+            "finish, or give its --input beside --parallel"
+        )
+    return set(read_manifest(settings.out)["languages"])
+
+
+def _withdraw_manifest(out: Path, kept: set[str]) -> None:
+    """Remove the manifest, or all from it but languages that stay as they are."""
+    if kept:
+        write_json(out / MANIFEST, build_manifest(out, kept))
+    else:
+        (out / MANIFEST).unlink(missing_ok=True)
 
 
 def _text_of(settings: ShardText, layout: TextLayout) -> tuple[dict[str, LanguageText], Skipped]:
@@ -197,86 +238,154 @@ def _is_done(folder: Path, language: str, recipe: dict[str, Any]) -> bool:
 
 def _report(manifest: dict[str, Any], done: list[str], out: Path, besides: list[str]) -> None:
     log = get_logger()
-    languages = manifest["languages"]
+    made = manifest["languages"] | manifest.get("pairs", {})
     if besides:
         folders = " ".join(shlex.quote(str(out / language)) for language in besides)
         log.info(
-            f"warning: {out} holds {', '.join(besides)} from an earlier run, of which --input and --languages say "
-            f"nothing: not in the manifest, not trained on; to remove: rm -r {folders}"
+            f"warning: {out} holds {', '.join(besides)} from an earlier run, of which --input, --languages and "
+            f"--parallel say nothing: not in the manifest, not trained on; to remove: rm -r {folders}"
         )
-    bare = [
-        language for language, entry in languages.items() if entry["files"] and not entry["validation"]["sequences"]
-    ]
+    bare = [language for language, entry in made.items() if entry["files"] and not entry["validation"]["sequences"]]
     if bare:
         log.info(
             f"warning: no held-out rows in {', '.join(bare)}: too few documents for --validation-fraction; "
             "no evaluation there"
         )
-    sequences = sum(entry["train"]["sequences"] for entry in languages.values())
-    tokens = sum(entry[split]["tokens"] for entry in languages.values() for split in SPLITS)
+    sequences = sum(entry["train"]["sequences"] for entry in made.values())
+    tokens = sum(entry[split]["tokens"] for entry in made.values() for split in SPLITS)
+    pairs = f" and {len(manifest['pairs'])} pairs" if "pairs" in manifest else ""
     log.info(
-        f"{len(languages)} languages ({len(done)} made now), {sequences:,} training sequences, {tokens:,} tokens, "
-        f"fingerprint {manifest['fingerprint'][:16]}"
+        f"{len(manifest['languages'])} languages{pairs} ({len(done)} made now), {sequences:,} training sequences, "
+        f"{tokens:,} tokens, fingerprint {manifest['fingerprint'][:16]}"
     )
 
 
-def shard_language(
-    out: Path,
-    language: str,
-    text: LanguageText,
-    recipe: dict[str, Any],
-    packing: Packing,
-    encoder: ParallelEncoder,
-    progress: Progress,
-    layout: TextLayout,
-) -> None:
-    """Read, tokenise, pack and write one language; publish `out`/<lang>/ when it is whole.
+@dataclass(frozen=True)
+class Making:
+    """Making the shards of one language, or of one pair of languages.
 
-    Args:
+    Attributes:
         out: the shards folder.
-        language: its code.
-        text: the language's sources; its `skipped` counts are updated.
+        name: the language's code, or the pair's name in shards.
+        text: its sources; their `skipped` counts are updated.
         recipe: what decides the result, kept in part.json; "validation_fraction" is read from it.
         packing: the form of a row.
         encoder: the processes that tokenise.
         progress: in kB of text on the disk.
+    """
+
+    out: Path
+    name: str
+    text: LanguageText
+    recipe: dict[str, Any]
+    packing: Packing
+    encoder: ParallelEncoder
+    progress: Progress
+
+    def split_of(self, text: str) -> str:
+        """Return the split of a document by its text."""
+        return split_of(text.encode(), self.recipe["validation_fraction"])
+
+
+class Encoded(NamedTuple):
+    """The ids of a document, or of a framed pair; its split; the bytes of its text."""
+
+    ids: np.ndarray
+    split: str
+    size: int
+
+
+def shard_language(making: Making, layout: TextLayout) -> None:
+    """Read, tokenise, pack and write one language; publish `out`/<lang>/ when it is whole.
+
+    Args:
+        making: what is made.
         layout: how documents lie in the files.
     """
-    reader = DocumentReader(text.sources, text.skipped, layout)
+    reader = DocumentReader(making.text.sources, making.text.skipped, layout)
+
+    def encoded() -> Iterator[list[Encoded]]:
+        for texts, ids in making.encoder.encode(_batches(reader, len)):
+            documents = []
+            for document, tokens in zip(texts, ids, strict=True):
+                if len(tokens):
+                    documents.append(Encoded(tokens, making.split_of(document), len(document.encode())))
+                else:
+                    making.text.skipped.add("no_token")
+            yield documents
+
+    _publish(making, reader, encoded(), Packer)
+
+
+def shard_pair(making: Making, pair: Pair) -> None:
+    """Read, tokenise, pack and write the pairs of two languages; publish `out`/<l1>+<l2>/ when it is whole.
+
+    A pair longer than a row is left out and counted, as XLM leaves out what is longer than its --max_len. English, or
+    else the first side, decides the split, so that an English sentence is held out in all its translations.
+
+    Args:
+        making: what is made.
+        pair: the languages.
+    """
+    reader = PairReader(making.text, pair)
+    longest, skipped = making.packing.sequence_length, making.text.skipped
+    decides = pair.index("en") if "en" in pair else 0
+
+    def encoded() -> Iterator[list[Encoded]]:
+        batches = _batches(reader, lambda sides: sum(map(len, sides)))
+        for texts, ids in making.encoder.encode([side for sides in batch for side in sides] for batch in batches):
+            pairs = []
+            for sides, tokens in zip(_by_two(texts), _by_two(ids), strict=True):
+                framed = frame_pair(*tokens, making.packing)
+                if not all(map(len, tokens)):
+                    skipped.add("no_token")
+                elif len(framed) > longest:
+                    skipped.add("pair_too_long", f"{len(framed):,} tokens, more than a row's {longest}")
+                else:
+                    size = sum(len(side.encode()) for side in sides)
+                    pairs.append(Encoded(framed, making.split_of(sides[decides]), size))
+            yield pairs
+
+    _publish(making, reader, encoded(), PairPacker)
+
+
+def _by_two(items: list[Item]) -> Iterator[tuple[Item, Item]]:
+    return zip(items[::2], items[1::2], strict=True)
+
+
+def _publish(
+    making: Making,
+    reader: SourceReader[Any],
+    encoded: Iterator[list[Encoded]],
+    packer: type[Packer] | type[PairPacker],
+) -> None:
+    """Pack and write what is encoded, and give the folder its name when it is whole."""
+    name, text, progress = making.name, making.text, making.progress
     shown = 0
-    with atomic_folder(out / language) as folder:
-        writer = LanguageWriter(folder, language, packing)
-        for texts, encoded in encoder.encode(_batches(reader)):
-            parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-            sizes = dict.fromkeys(SPLITS, 0)
-            for document, ids in zip(texts, encoded, strict=True):
-                if not len(ids):
-                    text.skipped.add("no_token")
-                    continue
-                raw = document.encode()
-                split = split_of(raw, recipe["validation_fraction"])
-                parts[split].append(ids)
-                sizes[split] += len(raw)
+    with atomic_folder(making.out / name) as folder:
+        writer = LanguageWriter(folder, name, making.packing, packer)
+        for batch in encoded:
             for split in SPLITS:
-                writer.add(split, parts[split], sizes[split])
+                own = [document for document in batch if document.split == split]
+                writer.add(split, [document.ids for document in own], sum(document.size for document in own))
             done = reader.bytes_read // 1000
-            progress.advance(done - shown, language=language, tokens=f"{writer.counts['train']['tokens']:,}")
+            progress.advance(done - shown, language=name, tokens=f"{writer.counts['train']['tokens']:,}")
             shown = done
         part = writer.finish()
         skipped = dict(sorted(text.skipped.counts.items()))
         files = part.pop("files")
-        write_json(folder / "part.json", {"recipe": recipe, **part, "skipped": skipped, "files": files})
-    progress.advance(max(text.size() // 1000 - shown, 0), language=language)
+        write_json(folder / "part.json", {"recipe": making.recipe, **part, "skipped": skipped, "files": files})
+    progress.advance(max(text.size() // 1000 - shown, 0), language=name)
     if skipped:
-        get_logger().info(f"{language}: skipped documents or files: {', '.join(text.skipped.lines())}")
+        get_logger().info(f"{name}: skipped documents or files: {', '.join(text.skipped.lines())}")
 
 
-def _batches(reader: DocumentReader) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(items: Iterable[Item], characters: Callable[[Item], int]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
     size = 0
-    for text in reader:
-        batch.append(text)
-        size += len(text)
+    for item in items:
+        batch.append(item)
+        size += characters(item)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

@@ -10,7 +10,7 @@ bomb fills the memory.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.text import file_content
@@ -22,54 +22,41 @@ from ksub_ds.corpus.text.skipped import Skipped, is_unread, shown
 from ksub_ds.corpus.text.tables import arrow_texts, parquet_texts
 from ksub_ds.corpus.text.text_files import ARROW, PARQUET, TextFile
 
+Item = TypeVar("Item")
+
 LONGEST_DOCUMENT = 10_000_000  # characters
 # A .txt with this much and no blank line is told of: perhaps each of its lines is a document.
 SUSPECT_LINES, SUSPECT_BYTES = 20, 50_000
 
 
-class DocumentReader:
-    """Iterates over the documents of some sources, in order.
+class SourceReader(Generic[Item]):
+    """Iterates over what some sources hold, in order.
 
     Args:
-        sources: of documents.
+        sources: files and data sets.
         skipped: where what is left out is counted.
-        layout: how documents lie in files.
 
     Attributes:
         skipped: number of files and documents skipped so far, by reason: the caller's object.
         bytes_read: bytes read from the disk so far.
     """
 
-    def __init__(
-        self, sources: Sequence[TextFile | DatasetSource], skipped: Skipped, layout: TextLayout = DEFAULT_LAYOUT
-    ):
-        self._sources, self.skipped, self._layout = sources, skipped, layout
+    def __init__(self, sources: Sequence[TextFile | DatasetSource], skipped: Skipped):
+        self._sources, self.skipped = sources, skipped
         self.bytes_read = 0
-        self._hinted = False
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Item]:
         for source in self._sources:
             before, silent, skipped = self.bytes_read, True, self.skipped.counts.copy()
-            texts = self._dataset(source) if isinstance(source, DatasetSource) else self._file(source)
-            for text in self._usable(texts, shown(source.name, 200)):
+            values = self._dataset(source) if isinstance(source, DatasetSource) else self._file(source)
+            for item in self._usable(values, shown(source.name, 200)):
                 silent = False
-                yield text
+                yield item
             reasons = self.skipped.counts - skipped
             if silent and not any(map(is_unread, reasons)):  # those say already that the file is lost
                 self.skipped.add("file_without_document" if reasons else "empty_file", shown(source.name, 200))
             if isinstance(source, TextFile):
                 self.bytes_read = before + source.size
-
-    def _usable(self, texts: Iterable[Any], name: str) -> Iterator[str]:
-        for number, text in enumerate(texts, 1):
-            reason = rejection_reason(text) if isinstance(text, str) else "no_text_key"
-            if reason is None:
-                yield text
-            else:
-                found = (
-                    f"{len(text):,} characters" if isinstance(text, str) else f"a value of type {type(text).__name__}"
-                )
-                self.skipped.add(reason, f"{name}, text {number}: {found}")
 
     def _dataset(self, source: DatasetSource) -> Iterator[Any]:
         for text in source.texts():
@@ -80,13 +67,49 @@ class DocumentReader:
         before = self.bytes_read
         try:
             with open(source.path, "rb") as raw:
-                for text in self._texts(raw, source):
+                for value in self._values(raw, source):
                     self.bytes_read = max(self.bytes_read, before + raw.tell())
-                    yield text
+                    yield value
         except OSError as error:
             self.skipped.add("unreadable_file", f"{shown(source.name, 200)}: {error.strerror or error}")
 
-    def _texts(self, raw: IO[bytes], source: TextFile) -> Iterator[Any]:
+    def _values(self, raw: IO[bytes], source: TextFile) -> Iterator[Any]:
+        """Yield the values of one file, open at its start; what cannot be read is counted."""
+        raise NotImplementedError
+
+    def _usable(self, values: Iterable[Any], name: str) -> Iterator[Item]:
+        """Yield what can be used of the values of a source, and count the rest."""
+        raise NotImplementedError
+
+
+class DocumentReader(SourceReader[str]):
+    """Iterates over the documents of some sources, in order.
+
+    Args:
+        sources: of documents.
+        skipped: where what is left out is counted.
+        layout: how documents lie in files.
+    """
+
+    def __init__(
+        self, sources: Sequence[TextFile | DatasetSource], skipped: Skipped, layout: TextLayout = DEFAULT_LAYOUT
+    ):
+        super().__init__(sources, skipped)
+        self._layout = layout
+        self._hinted = False
+
+    def _usable(self, values: Iterable[Any], name: str) -> Iterator[str]:
+        for number, text in enumerate(values, 1):
+            reason = rejection_reason(text) if isinstance(text, str) else "no_text_key"
+            if reason is None:
+                yield text
+            else:
+                found = (
+                    f"{len(text):,} characters" if isinstance(text, str) else f"a value of type {type(text).__name__}"
+                )
+                self.skipped.add(reason, f"{name}, text {number}: {found}")
+
+    def _values(self, raw: IO[bytes], source: TextFile) -> Iterator[Any]:
         file = FileContent(raw, source.path, source.name, self.skipped)
         table = file.table
         if table is None and file.form in (PARQUET, ARROW) and not file.head.lstrip().startswith((b"{", b"[")):

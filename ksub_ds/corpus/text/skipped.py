@@ -88,18 +88,18 @@ class LeftOut:
             if lines:
                 self.lines.append(f"left out of {language}: {', '.join(lines)}")
 
-    def add_unread(self, manifest: dict[str, Any]) -> None:
+    def add_unread(self, made: dict[str, dict[str, Any]]) -> None:
         """Add the languages without a document, and the files that were not read to their end.
 
         Args:
-            manifest: of the shards that were made from the text, now or by an earlier run.
+            made: the manifest's entries of the shards that were made from the text, now or by an earlier run.
         """
-        for language, entry in manifest["languages"].items():
+        for language, entry in made.items():
             counts = {reason: n for reason, n in entry["skipped"].items() if is_unread(reason)}
             lines = _lines(self._text[language], counts)
             if lines and entry["files"]:  # the next line names the others
                 self.lines.append(f"not read to the end in {language}: {', '.join(lines)}")
-        unread = [language for language, entry in manifest["languages"].items() if not entry["files"]]
+        unread = [language for language, entry in made.items() if not entry["files"]]
         if unread:
             self.lines.append(f"no readable document in {', '.join(unread)}")
 

@@ -100,7 +100,7 @@ def find_text(
     text: dict[str, LanguageText] = {}
     for code, same in entries.items():
         if not asked or code in asked:
-            text[_one_name(folder, same)] = _text_of([entry for _, entry in same], folder, splits)
+            text[_one_name(folder, same)] = text_below([entry for _, entry in same], folder, splits)
     uncommon = [language for language in text if not is_common(language) and language not in asked.values()]
     if uncommon:
         get_logger().info(f"{printable(folder)}: read as languages, though not common codes: {', '.join(uncommon)}")
@@ -157,7 +157,17 @@ def _one_name(folder: Path, same: list[tuple[str, Path]]) -> str:
     return name
 
 
-def _text_of(entries: list[Path], folder: Path, splits: tuple[str, ...] | None) -> LanguageText:
+def text_below(entries: list[Path], folder: Path, splits: tuple[str, ...] | None) -> LanguageText:
+    """Return the text files of some entries of a folder, without copies, as one text.
+
+    Args:
+        entries: files, and folders of files.
+        folder: where they lie; names are relative to it.
+        splits: as of `find_text`.
+
+    Raises:
+        UserError: a link leads nowhere, or a file and its compressed form differ.
+    """
     skipped, files = Skipped(), []
     for entry in entries:
         for path in text_files_below(entry, folder, skipped):

@@ -87,7 +87,16 @@ def language_of_name(first: str) -> str | None:
     Args:
         first: up to the first dot; words of a split and numbers of shards are left out: en-test-00000-of-00002 is en.
     """
-    return language_name(_SHARD_NUMBER.sub("", _SPLIT_SUBTAG.sub("", first)))
+    return language_name(without_split(first))
+
+
+def without_split(first: str) -> str:
+    """Return the first part of a name without words of a split and numbers of shards.
+
+    Args:
+        first: up to the first dot.
+    """
+    return _SHARD_NUMBER.sub("", _SPLIT_SUBTAG.sub("", first))
 
 
 def utf8_name(path: str | Path) -> str:

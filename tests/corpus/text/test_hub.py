@@ -189,7 +189,7 @@ def test_mistakes_are_one_line(tmp_path: Path, tiny_tokenizer: Path) -> None:
         with pytest.raises(UserError, match=words) as caught:
             DatasetSource(name, "en")
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="--input FOLDER or --datasets"):
+    with pytest.raises(UserError, match="--input FOLDER, --datasets NAME"):
         shard_text(ShardText(None, tiny_tokenizer, tmp_path / "out"))
     with pytest.raises(UserError, match="--datasets-language"):
         shard_text(ShardText(None, tiny_tokenizer, tmp_path / "out", datasets=("x",), datasets_language="../x"))

@@ -253,7 +253,7 @@ def test_a_rerun_does_only_what_is_missing(
     done: list[str] = []
     real = pipeline.shard_language
     monkeypatch.setattr(
-        pipeline, "shard_language", lambda out, language, *rest: (done.append(language), real(out, language, *rest))
+        pipeline, "shard_language", lambda making, layout: (done.append(making.name), real(making, layout))
     )
 
     first = shard_text(settings)
