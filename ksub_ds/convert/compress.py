@@ -143,7 +143,7 @@ def compress_with_report(
         [small.get_input_embeddings()] if own is None else [small.get_input_embeddings(), small.decoder_embedding()]
     )
     for layer, fit, vectors in zip(layers, fits, old, strict=True):
-        _fill(layer, fit, vectors)
+        _fill(layer, table, fit, vectors)
     new = [layer.dense_weight().detach().float().cpu().numpy() for layer in layers]
     counted = np.ones(table.num_tokens) if weights is None else weights
     report = CompressionReport(
@@ -174,20 +174,20 @@ def _weights_of_shared(table: CodeTable, weights: np.ndarray | None) -> np.ndarr
     return shared if shared.any() else weights  # tokens that are all dedicated still want a common part
 
 
-def _fill(layer: "SubEmbedding", fit: Fit, vectors: np.ndarray) -> None:
+def _fill(layer: "SubEmbedding", table: CodeTable, fit: Fit, vectors: np.ndarray) -> None:
     """Put fitted tables into a sub-embedding; its dedicated rows take what these leave of the (N, d) vectors."""
     import torch
 
     with torch.no_grad():
         for k, (ours, fitted) in enumerate(zip(layer.tables, fit.tables, strict=True)):
-            used = layer.codes[:, k].long().unique()
-            rows = torch.from_numpy(fitted).to(ours.device)[used]
+            used = torch.from_numpy(np.unique(table.codes[:, k]))
+            rows = torch.from_numpy(fitted)[used].to(ours.device)
             ours += rows.mean(dim=0)  # rows for tokens that join later: near the others
             ours[used] = rows.to(ours.dtype)
         if layer.mixing is not None:
             layer.mixing.copy_(torch.as_tensor(fit.mixing))
-        if layer.dedicated is not None and layer.dedicated_rows is not None:  # zero so far
-            rest = vectors[layer.dedicated.cpu().numpy()] - layer.dedicated_weight().cpu().numpy()
+        if layer.dedicated_rows is not None:  # zero so far
+            rest = vectors[table.dedicated] - layer.dedicated_weight().cpu().numpy()
             layer.dedicated_rows.copy_(torch.from_numpy(rest))
 
 
