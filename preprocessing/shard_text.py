@@ -6,7 +6,8 @@
 `text` holds <lang>.jsonl, <lang>.json, <lang>.txt, <lang>.parquet, <lang>.arrow, any of them compressed (.gz .xz .zst
 .bz2), or folders <lang>/ of these. --text-column says which key or column holds the text, where it is not "text";
 --line-documents that each line of a .txt is a document. The second line is RoBERTa-MEDIUM's data, streamed from the
-hub; `roberta-base` is the folder of that tokenizer. --parallel adds rows of translations, from <l1>-<l2>.jsonl. The work is in ksub_ds/corpus/text/pipeline.py.
+hub; `roberta-base` is the folder of that tokenizer. --parallel adds rows of translations, from <l1>-<l2>.jsonl. The
+work is in ksub_ds/corpus/text/pipeline.py.
 
 Each text counts once: hidden names, copies, compressed forms of one file and files named after a held-out split are
 left out and counted (--splits takes the last). The last lines say what is left out whole; --strict makes that an error.

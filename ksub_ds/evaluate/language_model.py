@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -26,7 +26,6 @@ from ksub_ds.evaluate import result_tables
 from ksub_ds.evaluate.finetune.batching import scoring_batches
 from ksub_ds.evaluate.finetune.classifier import TOKENIZER_FILES, describe
 from ksub_ds.evaluate.finetune.scoring import TOKENS_ON_CPU, TOKENS_ON_GPU
-from ksub_ds.evaluate.lm.causal import CausalScorer, check_causal
 from ksub_ds.evaluate.lm.documents import choose
 from ksub_ds.evaluate.lm.settings import LanguageModelSettings
 from ksub_ds.evaluate.lm.tokens import CausalTokenizer
@@ -35,6 +34,9 @@ from ksub_ds.evaluate.queue.queue import Job, Queue
 from ksub_ds.evaluate.queue.worker import Plan
 from ksub_ds.evaluate.settings import folders_of
 from ksub_ds.model.sequence_length import longest_sequence
+
+if TYPE_CHECKING:  # seconds of imports that --help does without
+    from ksub_ds.evaluate.lm.causal import CausalScorer
 
 BLOCK_CHARACTERS = 1 << 17  # of text that is scored between two saved states
 STATE = "state.json"
@@ -84,6 +86,8 @@ class LanguageModelPlan(Plan):
     kind: ClassVar[str] = "lm"
 
     def __init__(self, settings: LanguageModelSettings, model: str, folder: Path, text: dict[str, LanguageText]):
+        from ksub_ds.evaluate.lm.causal import check_causal
+
         assert settings.precision is not None, "settings.checked() fills it in"
         self.settings, self.model, self.folder, self._text = settings, model, folder, text
         self.precision = settings.precision
@@ -164,6 +168,8 @@ class LanguageModelPlan(Plan):
 
     def _add(self, texts: list[str], scores: LanguageScores, check_lease: Callable[[], None]) -> None:
         """Score some documents."""
+        from ksub_ds.evaluate.lm.causal import CausalScorer
+
         if self._scorer is None:
             self._scorer = CausalScorer(self.model, self.precision, distributed.device())
         settings, tokens = self.settings, self.tokenizer.encode(texts)
@@ -230,6 +236,8 @@ def make_language_model_plans(settings: LanguageModelSettings) -> list[LanguageM
     Raises:
         UserError: settings, text or a model that cannot be used.
     """
+    from ksub_ds.evaluate.lm.causal import check_causal
+
     checked = settings.checked()
     for model in checked.model:
         check_causal(model)

@@ -287,7 +287,7 @@ class Making:
         return split_of(text.encode(), self.recipe["validation_fraction"])
 
 
-class Encoded(NamedTuple):
+class EncodedText(NamedTuple):
     """The ids of a document, or of a framed pair; its split; the bytes of its text."""
 
     ids: np.ndarray
@@ -304,12 +304,12 @@ def shard_language(making: Making, layout: TextLayout) -> None:
     """
     reader = DocumentReader(making.text.sources, making.text.skipped, layout)
 
-    def encoded() -> Iterator[list[Encoded]]:
+    def encoded() -> Iterator[list[EncodedText]]:
         for texts, ids in making.encoder.encode(_batches(reader, len)):
             documents = []
             for document, tokens in zip(texts, ids, strict=True):
                 if len(tokens):
-                    documents.append(Encoded(tokens, making.split_of(document), len(document.encode())))
+                    documents.append(EncodedText(tokens, making.split_of(document), len(document.encode())))
                 else:
                     making.text.skipped.add("no_token")
             yield documents
@@ -331,7 +331,7 @@ def shard_pair(making: Making, pair: Pair) -> None:
     longest, skipped = making.packing.sequence_length, making.text.skipped
     decides = pair.index("en") if "en" in pair else 0
 
-    def encoded() -> Iterator[list[Encoded]]:
+    def encoded() -> Iterator[list[EncodedText]]:
         batches = _batches(reader, lambda sides: sum(map(len, sides)))
         for texts, ids in making.encoder.encode([side for sides in batch for side in sides] for batch in batches):
             pairs = []
@@ -343,7 +343,7 @@ def shard_pair(making: Making, pair: Pair) -> None:
                     skipped.add("pair_too_long", f"{len(framed):,} tokens, more than a row's {longest}")
                 else:
                     size = sum(len(side.encode()) for side in sides)
-                    pairs.append(Encoded(framed, making.split_of(sides[decides]), size))
+                    pairs.append(EncodedText(framed, making.split_of(sides[decides]), size))
             yield pairs
 
     _publish(making, reader, encoded(), PairPacker)
@@ -356,7 +356,7 @@ def _by_two(items: list[Item]) -> Iterator[tuple[Item, Item]]:
 def _publish(
     making: Making,
     reader: SourceReader[Any],
-    encoded: Iterator[list[Encoded]],
+    encoded: Iterator[list[EncodedText]],
     packer: type[Packer] | type[PairPacker],
 ) -> None:
     """Pack and write what is encoded, and give the folder its name when it is whole."""
