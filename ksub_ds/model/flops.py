@@ -36,7 +36,7 @@ def _linear_weights(modules: Any) -> int:
 
 
 def _table_shapes(embedding: Any) -> list[tuple[int, int]]:
-    own = [] if embedding.dedicated_rows is None else [tuple(embedding.dedicated_rows.shape)]
+    own = [] if embedding.dedicated is None else [(len(embedding.dedicated), embedding.embedding_dim)]
     return [*zip(embedding.table_sizes, embedding.widths, strict=True), *own]
 
 
