@@ -303,7 +303,7 @@ def test_large_logits_of_dedicated_tokens(num_tables, scale, with_bias):
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("scale", [0.01, 30.0, 1000.0])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0, 1000.0])
 @pytest.mark.parametrize(("num_tables", "count"), [(1, 200), (3, 200), (3, 1500)])
 def test_a_dense_block_on_a_device_keeps_the_bounds(num_tables, count, scale, with_bias, as_on_a_device, monkeypatch):
     """By products of bf16 parts, beside the sum and without; two blocks of rows."""
