@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ksub_ds.codes.table import CodeTable, table_widths
 from ksub_ds.contraction.code_structure import CodeStructure
-from ksub_ds.contraction.dedicated import DedicatedBlock
+from ksub_ds.contraction.dense_block import DenseBlock
 
 
 class SubEmbedding(nn.Module):
@@ -152,7 +152,7 @@ class SubEmbedding(nn.Module):
                 logits, ids = self._best_shared(self.to_tables(hidden), min(k, structure.num_shared), of_shared)
                 found.append((logits, ids if structure.shared is None else structure.shared[ids]))
             if self.dedicated is not None:
-                block = DedicatedBlock(self.dedicated_weight(), None if bias is None else bias[self.dedicated])
+                block = DenseBlock(self.dedicated_weight(), None if bias is None else bias[self.dedicated])
                 logits, places = block.topk(hidden, min(k, len(self.dedicated)))
                 found.append((logits, self.dedicated.long()[places]))
         if len(found) == 1:

@@ -15,13 +15,12 @@ Scores, their maxima and their exponents are taken in float64 (they are small), 
 When the maxima of the K tables meet in no token, Z underflows; rows with Z < 1e-25 are summed again
 over explicit logits.
 
-Dedicated tokens are no part of that sum: their logits are a dense block beside it, and log Z is the logaddexp
-of both.
+Dedicated tokens are no part of that sum: their logits are a dense block beside it (`DenseBlock`), and log Z is the
+logaddexp of both. The plain decoder, K = 1, has no sum on an accelerator: all its tokens are in the dense block.
 
 On the CPU, ignored rows are left out and labels are checked. Any other device is never asked for a value, as the
 host would wait for it: there ignored rows stay and count as zero. The one exception is the underflow of the form
-in torch, which asks which rows it must sum again. K = 1 is the plain decoder: a block of its N logits is held at a
-time, and its products are those of tensor cores (`split_products`).
+in torch, which asks which rows it must sum again.
 """
 
 from functools import reduce
@@ -32,15 +31,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ksub_ds.contraction.code_structure import CodeStructure
-from ksub_ds.contraction.dedicated import DedicatedBlock, share_of
+from ksub_ds.contraction.dense_block import DenseBlock, share_of
 from ksub_ds.contraction.fused import SMALLEST_SUM, FusedSoftmax, FusedWeights
-from ksub_ds.contraction.split_products import multiply, pairs, product, split
 from ksub_ds.model.embedding import SubEmbedding
 
 BLOCK_NUMBERS = {"cpu": 2**21, "cuda": 2**28}  # numbers of the widest level or table held per block
 FEWEST_ROWS = 64  # fewer would read the plain decoder's N x d table too often
 FALLBACK_NUMBERS = 2**20  # float64 logits per block of the underflow path
-LOGIT_PARTS = 3  # of bf16, for logits of hundreds; gradients do with two
 READ_BY_HOST = {"cpu"}  # devices whose values cost the host no wait
 IGNORED = -100  # the label of rows that do not count, where labels are places and -1 says "among the others"
 
@@ -87,12 +84,11 @@ def factorized_cross_entropy(
         if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_tokens):
             raise ValueError(f"labels must be {ignore_index} or token ids in [0, {num_tokens})")
     with torch.autocast(hidden.device.type, enabled=False):  # sums are float32 whatever the rest of the model is
-        # The rows of the dedicated tokens, made of tables and R, are an input: autograd carries their gradient on.
-        rows = None if layer.dedicated is None else layer.dedicated_weight()
-        with_gradients = torch.is_grad_enabled()
+        dense_rows = _dense_rows(layer)
+        all_dense = dense_rows is not None and len(dense_rows) == num_tokens
         loss = _SummedLoss.apply(
-            layer.to_tables(hidden_BD), bias, None if rows is None else hidden_BD, rows, labels, ignore_index, layer,
-            with_gradients, *layer.tables,
+            None if all_dense else layer.to_tables(hidden_BD), bias, None if dense_rows is None else hidden_BD,
+            dense_rows, labels, ignore_index, layer, torch.is_grad_enabled(), *(() if all_dense else layer.tables),
         )  # fmt: skip
     if reduction == "sum":
         return loss
@@ -103,10 +99,19 @@ def factorized_cross_entropy(
 def log_partition(hidden: Tensor, layer: SubEmbedding, bias: Tensor | None = None) -> Tensor:
     """Compute log Z of every row: (B, d) decoder inputs -> (B,) float64. No gradient."""
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = None if layer.dedicated is None else layer.dedicated_weight()
-        run = _LossRun(layer, tuple(layer.tables), bias, rows, len(hidden), False, False)
+        run = _LossRun(layer, tuple(layer.tables), bias, _dense_rows(layer), len(hidden), False, False)
         blocks = (each.split(run.rows_per_block) for each in (layer.to_tables(hidden), hidden))
-        return torch.cat([run.log_partition(rows, own_rows) for rows, own_rows in zip(*blocks, strict=True)])
+        return torch.cat([run.log_partition(rows, dense) for rows, dense in zip(*blocks, strict=True)])
+
+
+def _dense_rows(layer: SubEmbedding) -> Tensor | None:
+    """Return the rows of the tokens whose logits are a dense block, in rising order of ids; None if there are none.
+
+    Made of tables and R, they are an input of the loss: autograd carries their gradient on.
+    """
+    if len(layer.tables) == 1 and layer.codes.device.type not in READ_BY_HOST:
+        return layer.dense_weight().float()
+    return None if layer.dedicated is None else layer.dedicated_weight()
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -115,10 +120,10 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
+        hidden: Tensor | None,
         bias: Tensor | None,
-        own_hidden: Tensor | None,
-        own_rows: Tensor | None,
+        dense_hidden: Tensor | None,
+        dense_rows: Tensor | None,
         labels: Tensor,
         ignore_index: int,
         layer: SubEmbedding,
@@ -127,24 +132,33 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad
         with_gradients = with_gradients and any(needs)
-        run = _LossRun(layer, tables, bias, own_rows, len(labels), with_gradients, with_gradients and needs[1])
+        run = _LossRun(layer, tables, bias, dense_rows, len(labels), with_gradients, with_gradients and needs[1])
         block_losses = []
-        grad_hidden, grad_own_hidden = (
+        grad_hidden, grad_dense_hidden = (
             torch.empty_like(each, dtype=torch.float32) if with_gradients and each is not None else None
-            for each in (hidden, own_hidden)
+            for each in (hidden, dense_hidden)
         )
         for start in range(0, len(labels), run.rows_per_block):
             block = slice(start, start + run.rows_per_block)
-            of_block = [None if each is None else each[block] for each in (own_hidden, grad_hidden, grad_own_hidden)]
-            losses = run.losses(hidden[block], labels[block], ignore_index, *of_block)
+            of_block = [
+                None if each is None else each[block] for each in (hidden, dense_hidden, grad_hidden, grad_dense_hidden)
+            ]
+            losses = run.losses(labels[block], ignore_index, *of_block)
             block_losses.append(losses.sum())
         if with_gradients:
             others = (None,) * 4  # of labels, ignore_index, layer, with_gradients
-            found = (grad_hidden, run.bias_gradient(), grad_own_hidden, run.grad_own_rows, *others, *run.grad_tables)
+            found = (
+                grad_hidden,
+                run.bias_gradient(),
+                grad_dense_hidden,
+                run.grad_dense_rows,
+                *others,
+                *run.grad_tables,
+            )
             ctx.gradients = found
-            inputs = (hidden, bias, own_hidden, own_rows, *others, *tables)
+            inputs = (hidden, bias, dense_hidden, dense_rows, *others, *tables)
             ctx.dtypes = [getattr(tensor, "dtype", None) for tensor in inputs]
-        return reduce(torch.add, block_losses).float() if block_losses else hidden.new_zeros((), dtype=torch.float32)
+        return reduce(torch.add, block_losses).float() if block_losses else labels.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
@@ -168,7 +182,7 @@ def _rows_per_block(device: torch.device, num_rows: int, numbers_per_row: int) -
 
 
 class _LossRun:
-    """One call of the loss over all its blocks of rows: the shared tokens, and beside them the dedicated ones.
+    """One call of the loss over all its blocks of rows: the shared tokens, and beside them those of the dense block.
 
     Either part may be absent. Both know the softmax over their own tokens, which becomes that over all of them by the
     part's share of Z; a label is among one part's tokens, and the gradient there is minus the sum of all other
@@ -176,8 +190,8 @@ class _LossRun:
 
     Attributes:
         rows_per_block: R, the most rows of a block.
-        grad_tables: of the summed loss, like
-        grad_own_rows: None without dedicated tokens. None are made when no gradients are wanted.
+        grad_tables: of the summed loss, by the shared tokens; empty without them or without gradients.
+        grad_dense_rows: None without a dense block or without gradients.
     """
 
     def __init__(
@@ -185,7 +199,7 @@ class _LossRun:
         layer: SubEmbedding,
         tables: tuple[Tensor, ...],
         bias: Tensor | None,
-        own_rows: Tensor | None,
+        dense_rows: Tensor | None,
         num_rows: int,
         with_gradients: bool,
         with_bias_gradient: bool,
@@ -193,77 +207,83 @@ class _LossRun:
         self.structure = structure = layer.structure
         self.num_tokens = layer.num_embeddings
         self.shared: _BlockedLoss | None = None
-        self.own: DedicatedBlock | None = None
-        self.rows_per_block = num_rows
-        if structure.num_dedicated:
-            fitting = _rows_per_block(layer.codes.device, num_rows, structure.num_dedicated)
-            self.rows_per_block = min(num_rows, fitting)
-        if structure.num_shared:
+        self.dense: DenseBlock | None = None
+        self.rows_per_block = max(1, num_rows)
+        num_dense = 0 if dense_rows is None else len(dense_rows)
+        if num_dense:
+            self.rows_per_block = _rows_per_block(layer.codes.device, num_rows, num_dense)
+        if num_dense < self.num_tokens:
             of_shared = bias if bias is None or structure.shared is None else bias.detach()[structure.shared]
-            form = _loss_form(structure)
-            self.shared = form(structure, tables, of_shared, self.rows_per_block, with_gradients, with_bias_gradient)
-            self.rows_per_block, self.grad_tables = self.shared.rows_per_block, self.shared.grad_tables
-        else:
-            self.rows_per_block = max(1, self.rows_per_block)
-            self.grad_tables = _zeros_like(tables) if with_gradients else []
-        if own_rows is not None and structure.dedicated is not None:
-            of_own = None if bias is None else bias.detach()[structure.dedicated]
-            self.own = DedicatedBlock(own_rows, of_own, self.rows_per_block, with_gradients, with_bias_gradient)
-        self.grad_own_rows = None if self.own is None else self.own.grad_rows
+            form, num_rows = _loss_form(structure), min(num_rows, self.rows_per_block)
+            self.shared = form(structure, tables, of_shared, num_rows, with_gradients, with_bias_gradient)
+            self.rows_per_block = self.shared.rows_per_block
+        self.grad_tables = [] if self.shared is None else self.shared.grad_tables
+        # The ids of its tokens, where they are not all.
+        self.dense_ids = structure.dedicated if num_dense and self.shared is not None else None
+        if dense_rows is not None:
+            of_dense = bias if bias is None or self.dense_ids is None else bias.detach()[self.dense_ids]
+            self.dense = DenseBlock(dense_rows, of_dense, self.rows_per_block, with_gradients, with_bias_gradient)
+        self.grad_dense_rows = None if self.dense is None else self.dense.grad_rows
 
-    def log_partition(self, hidden: Tensor, own_hidden: Tensor) -> Tensor:
+    def log_partition(self, hidden: Tensor, dense_hidden: Tensor) -> Tensor:
         """Compute log Z of R rows, (R,) float64."""
         parts = [] if self.shared is None else [self.shared.log_partition(hidden)]
-        parts += [] if self.own is None else [self.own.softmax(own_hidden).log_partition]
+        parts += [] if self.dense is None else [self.dense.softmax(dense_hidden).log_partition]
         return reduce(torch.logaddexp, parts)
 
     def losses(
         self,
-        hidden: Tensor,
         labels: Tensor,
         ignore_index: int,
-        own_hidden: Tensor | None,
+        hidden: Tensor | None,
+        dense_hidden: Tensor | None,
         grad_hidden: Tensor | None,
-        grad_own_hidden: Tensor | None,
+        grad_dense_hidden: Tensor | None,
     ) -> Tensor:
         """Compute the losses of R rows, (R,) float64, and, where wanted, their gradients."""
-        if self.own is None or own_hidden is None:
-            assert self.shared is not None, "there is at least one token"
-            losses, score_grads, _ = self.shared.losses_and_score_grads(hidden, labels, ignore_index)
-            if grad_hidden is not None:
-                self.shared.add_gradients_(hidden, score_grads, grad_hidden)
-            return losses
+        if self.dense is None or dense_hidden is None:
+            return self._shared_losses(labels, ignore_index, None, hidden, grad_hidden)[0]
         counted = labels != ignore_index
-        places = self.structure.places[torch.where(counted, labels, 0)]
-        own_labels = torch.where(counted, -1 - places, -1)
-        own = self.own.softmax(own_hidden, own_labels)
-        log_shared = torch.full_like(own.log_partition, -torch.inf)
-        losses = own.log_partition
-        if self.shared is not None:
+        own_labels = torch.where(counted, labels, -1)
+        if self.dense_ids is not None:
+            places = self.structure.places[torch.where(counted, labels, 0)]
+            own_labels = torch.where(counted, -1 - places, -1)
+        own = self.dense.softmax(dense_hidden, own_labels)
+        losses, share, others = own.log_partition, counted, None
+        if self.dense_ids is not None:
             shared_labels = torch.where(counted, places.clamp(min=-1), IGNORED)
-            losses, score_grads, log_shared = self.shared.losses_and_score_grads(
-                hidden, shared_labels, IGNORED, own.log_partition
-            )
-            if grad_hidden is not None:
-                self.shared.add_gradients_(hidden, score_grads, grad_hidden)
-        elif grad_hidden is not None:
-            grad_hidden.zero_()
-        if grad_own_hidden is not None:
+            losses, log_shared = self._shared_losses(shared_labels, IGNORED, own.log_partition, hidden, grad_hidden)
             share, others = (
                 torch.where(counted, share_of(*parts), 0.0)
                 for parts in ((own.log_partition, log_shared), (log_shared, own.log_partition))
             )
-            self.own.add_gradients_(own_hidden, own_labels, own, share, others, grad_own_hidden)
+        if grad_dense_hidden is not None:
+            self.dense.add_gradients_(dense_hidden, own_labels, own, share, others, grad_dense_hidden)
         return torch.where(counted, losses - own.label_logits, 0.0)
+
+    def _shared_losses(
+        self,
+        labels: Tensor,
+        ignore_index: int,
+        others: Tensor | None,
+        hidden: Tensor | None,
+        grad_hidden: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses of the shared tokens' part and its log Z, both (R,); and add its gradients where wanted."""
+        assert self.shared is not None and hidden is not None, "there are shared tokens"
+        losses, score_grads, log_shared = self.shared.losses_and_score_grads(hidden, labels, ignore_index, others)
+        if grad_hidden is not None:
+            self.shared.add_gradients_(hidden, score_grads, grad_hidden)
+        return losses, log_shared
 
     def bias_gradient(self) -> Tensor | None:
         """Return the gradient of the bias, (N,): probability of each token minus the labels, summed over rows."""
         shared = None if self.shared is None else self.shared.bias_gradient()
-        if self.own is None or self.own.grad_bias is None or self.structure.dedicated is None:
-            return shared
-        gradient = self.own.grad_bias.new_empty(self.num_tokens)
-        gradient.index_copy_(0, self.structure.dedicated.long(), self.own.grad_bias)
-        return gradient if shared is None else gradient.index_copy_(0, self.structure.shared, shared)
+        dense = None if self.dense is None else self.dense.grad_bias
+        if shared is None or dense is None or self.dense_ids is None:
+            return shared if dense is None else dense
+        gradient = dense.new_empty(self.num_tokens).index_copy_(0, self.dense_ids.long(), dense)
+        return gradient.index_copy_(0, self.structure.shared, shared)
 
 
 class _BlockedLoss:
@@ -318,12 +338,9 @@ class _BlockedLoss:
             torch.mm(score_grad, self.float_tables[k], out=grad_parts[k])
 
 
-def _loss_form(structure: CodeStructure) -> "type[_TrieLoss | _FusedLoss | _DenseLoss]":
+def _loss_form(structure: CodeStructure) -> "type[_TrieLoss | _FusedLoss]":
     """Return the form of the loss over the shared tokens that their codes and device have."""
-    if structure.fused is not None:
-        return _FusedLoss
-    is_plain = len(structure.table_sizes) == 1 and structure.dedicated is None
-    return _DenseLoss if is_plain and structure.codes.device.type not in READ_BY_HOST else _TrieLoss
+    return _TrieLoss if structure.fused is None else _FusedLoss
 
 
 class _FusedLoss(_BlockedLoss):
@@ -386,78 +403,6 @@ class _FusedLoss(_BlockedLoss):
             minus_others = minus_ones * share_of(others, log_shared).float()
             score_grads.scatter_add_(1, columns, minus_others.unsqueeze(1).expand(columns.shape))
         return losses, list(score_grads.split(self.contraction.table_sizes, dim=1)), log_shared
-
-    def bias_gradient(self) -> Tensor | None:
-        """Do as _BlockedLoss.bias_gradient."""
-        return self.grad_bias
-
-
-class _DenseLoss(_BlockedLoss):
-    """The loss of K = 1 on an accelerator, by products of bf16 parts; never asks the device for a value."""
-
-    def __init__(
-        self,
-        structure: CodeStructure,
-        tables: tuple[Tensor, ...],
-        bias: Tensor | None,
-        num_rows: int,
-        with_gradients: bool,
-        with_bias_gradient: bool,
-    ):
-        super().__init__(tables, num_rows, len(structure.codes), with_gradients)
-        self.row_of_token = structure.codes[:, 0]
-        parts = split(self.float_tables[0].index_select(0, self.row_of_token), LOGIT_PARTS)
-        self.weight = parts[:2]
-        # All pairs of parts next to each other: one sum, small terms first, and (R, N) is written once.
-        self.wide_weight = torch.cat([parts[second] for _, second in pairs(LOGIT_PARTS)], dim=1)
-        self.bias = None if bias is None else bias.detach().float()
-        self.grad_bias = (
-            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and with_bias_gradient else None
-        )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Compute the logits of R rows, (R, N)."""
-        parts = split(hidden.detach().float(), LOGIT_PARTS)
-        wide = torch.cat([parts[first] for first, _ in pairs(LOGIT_PARTS)], dim=1)
-        logits = multiply(wide, self.wide_weight.t())
-        return logits if self.bias is None else logits.add_(self.bias)
-
-    def log_partition(self, hidden: Tensor) -> Tensor:
-        """Do as _BlockedLoss.log_partition."""
-        logits = self.logits(hidden)
-        top = logits.amax(dim=1, keepdim=True)
-        return logits.sub_(top).exp_().sum(dim=1).double().log() + top.squeeze(1).double()
-
-    def losses_and_score_grads(
-        self, hidden: Tensor, labels: Tensor, ignore_index: int, others: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Do as _BlockedLoss.losses_and_score_grads; the scores are the logits, in the order of the tokens."""
-        counted = labels != ignore_index
-        label = torch.where(counted, labels, 0).unsqueeze(1)
-        logits = self.logits(hidden)
-        label_logits = logits.gather(1, label).squeeze(1)
-        top = logits.amax(dim=1, keepdim=True)
-        terms = logits.sub_(top).exp_()
-        at_label = terms.gather(1, label).squeeze(1)
-        # Without the label first: p - 1 is there minus the sum of the others.
-        rest = terms.scatter_(1, label, 0.0).sum(dim=1)
-        total = rest + at_label
-        log_partition = total.double().log() + top.squeeze(1).double()
-        losses = torch.where(counted, log_partition - label_logits, 0.0)
-        if not self.with_gradients:
-            return losses, [], log_partition
-        inverse = torch.where(counted, 1.0 / total, 0.0).unsqueeze(1)
-        grads = terms.scatter_(1, label, -rest.unsqueeze(1)).mul_(inverse)
-        if self.grad_bias is not None:
-            self.grad_bias += grads.sum(dim=0)
-        return losses, [grads], log_partition
-
-    def add_gradients_(self, hidden: Tensor, score_grads: list[Tensor], grad_hidden: Tensor) -> None:
-        """Do as _BlockedLoss.add_gradients_."""
-        grads = split(score_grads[0])
-        grad_hidden.copy_(product(grads, self.weight))
-        grad_weight = product([part.t() for part in grads], split(hidden.detach().float()))
-        self.grad_tables[0].index_add_(0, self.row_of_token, grad_weight)
 
     def bias_gradient(self) -> Tensor | None:
         """Do as _BlockedLoss.bias_gradient."""

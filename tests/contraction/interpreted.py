@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ksub_ds import CodeTable, factorized_cross_entropy, positional_codes
-from ksub_ds.contraction import fused
+from ksub_ds.contraction import dense_block, fused
 from ksub_ds.contraction.code_structure import CodeStructure
 from ksub_ds.contraction.fused import FusedContraction
 from ksub_ds.model import softmax
@@ -70,6 +70,7 @@ def few_programs(monkeypatch):
 def as_on_a_device(monkeypatch):
     """Ignored rows stay, as where the host does not look at values."""
     monkeypatch.setattr(softmax, "READ_BY_HOST", frozenset())
+    monkeypatch.setattr(dense_block, "FLOAT32_DEVICES", frozenset())
 
 
 def clustered(num_tokens, size, rows, seed=0):

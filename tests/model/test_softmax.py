@@ -7,6 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ksub_ds import factorized_cross_entropy, plain_codes, positional_codes
+from ksub_ds.contraction import dense_block, split_products
+from ksub_ds.contraction.split_products import multiply
 from ksub_ds.model import softmax
 from ksub_ds.model.softmax import log_partition
 
@@ -198,6 +200,7 @@ def test_a_device_that_is_not_asked_agrees_with_the_cpu(table, with_bias, monkey
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     monkeypatch.setattr(softmax, "READ_BY_HOST", frozenset())
+    monkeypatch.setattr(dense_block, "FLOAT32_DEVICES", frozenset())
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -297,6 +300,39 @@ def test_dedicated_tokens_of_any_code_table(table, with_bias, mixing, count, row
 def test_large_logits_of_dedicated_tokens(num_tables, scale, with_bias):
     case = Case(dedicated(positional_codes(1500, num_tables), 200), scale=scale, with_bias=with_bias)
     case.check(gradient_limit=1e-4 if scale >= 1000 else 5e-6)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0, 1000.0])
+@pytest.mark.parametrize(("num_tables", "count"), [(1, 200), (3, 200), (3, 1500)])
+def test_a_dense_block_on_a_device_keeps_the_bounds(num_tables, count, scale, with_bias, as_on_a_device, monkeypatch):
+    """By products of bf16 parts, beside the sum and without; two blocks of rows."""
+    monkeypatch.setattr(softmax, "BLOCK_NUMBERS", {"cpu": 1})
+    case = Case(dedicated(positional_codes(1500, num_tables), count), 90, 100, scale, with_bias, mixing=True)
+    case.check(gradient_limit=1e-4 if scale >= 1000 else 5e-6)
+    wanted = case.layer.double().logits(case.hidden.double(), case.bias)
+    case.layer.float()
+    found = log_partition(case.hidden, case.layer, case.bias), case.layer.predict_topk(case.hidden, 1, case.bias)[0]
+    for ours, exact in zip(found, (wanted.logsumexp(dim=1), wanted.amax(dim=1, keepdim=True)), strict=True):
+        assert ((ours - exact).abs() <= 1e-5 * exact.abs().clamp_min(10)).all()
+
+
+def test_every_product_of_a_dense_block_on_a_device_is_of_bf16_parts(as_on_a_device, monkeypatch):
+    """No product in float32 is as large as rows x tokens x width; the logits have three parts, the gradients two."""
+    factors = []
+
+    def counted(left, right):
+        factors.append((left.shape[-1], right.shape[-1]))
+        return multiply(left, right)
+
+    for module in (dense_block, split_products):
+        monkeypatch.setattr(module, "multiply", counted)
+    case = Case(plain_codes(70), rows=5, dim=24)
+    case.ours()
+    assert factors == [(6 * 24, 70), *[(70, 24)] * 3, *[(5, 24)] * 3]
+    factors.clear()
+    Case(dedicated(positional_codes(70, 3), 33), rows=5, dim=24).ours()
+    assert factors == [(6 * 24, 33), *[(33, 24)] * 3, *[(5, 24)] * 3]
 
 
 @pytest.mark.parametrize("gap", [60, 90, 100, 120, 800])
