@@ -77,25 +77,32 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
-    budgets = results["budgets_seconds"]
+    points, budgets, equal = results["points"], results["budgets_seconds"], results["equal_steps"]
+    compared = equal and sum(mean_loss(point, equal) is not None for point in points) > 1
+    panels = 2 if compared else 1
+    figure, grid = plt.subplots(
+        1, panels, figsize=(1 + 4 * panels, 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    left, *right = grid[0]
     for number, budget in enumerate(budgets):
         last = number == len(budgets) - 1
-        _draw(left, results, [point["steps_of_budgets"][number] for point in results["points"]], last)
+        _draw(left, results, [point["steps_of_budgets"][number] for point in points], last)
         if not last:
             left.plot(
-                [], [], color="#888888", marker="o", fillstyle="none", linestyle=":", label=f"{budget / 60:g} min"
+                [], [], color="#888888", marker="o", fillstyle="none", linestyle=":", label=f"{budget / 60:.3g} min"
             )
-    left.set_title(f"equal processor time: {', '.join(f'{budget / 60:g}' for budget in budgets)} minutes")
-    if results["equal_steps"]:
-        _draw(right, results, [results["equal_steps"]] * len(results["points"]), True)
-        right.set_title(f"equal steps: {results['equal_steps']:,}")
-    for axes in (left, right):
+    left.set_title(f"equal processor time: {', '.join(f'{budget / 60:.3g}' for budget in budgets)} minutes")
+    for axes in right:
+        _draw(axes, results, [equal] * len(points), True)
+        axes.set_title(f"equal steps: {equal:,}")
+    for axes in (left, *right):
         axes.set_xscale("log")
         axes.set_xlabel("embedding parameters")
         axes.grid(alpha=0.3)
     left.set_ylabel("held-out loss, nats per masked token")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=2 * panels, frameon=False, fontsize=8
+    )
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)

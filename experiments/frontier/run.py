@@ -198,6 +198,13 @@ class Experiment:
             raise UserError(f"{folder}: evaluation.jsonl has no line of step {steps}; remove the folder and run again")
         return evaluation
 
+    def searched(self, point: Point, steps: int) -> dict[float, float]:
+        """Return the losses of a point's runs that end at `steps`, of seed 0, by learning rate."""
+        folders = self.runs.glob(f"{point.name}-lr*-seed0")
+        rates = [float(folder.name.removeprefix(f"{point.name}-lr").removesuffix("-seed0")) for folder in folders]
+        found = {rate: self.evaluation(Training(point, rate, 0), steps) for rate in rates}
+        return {rate: scores["loss"] for rate, scores in found.items() if scores}
+
     def evaluation(self, training: Training, steps: int) -> dict[str, Any] | None:
         """Return the held-out scores of a run that ended at `steps`, or None."""
         folder = self.runs / training.name
@@ -215,23 +222,41 @@ def decay_steps(steps: int) -> int:
     return round(DECAY_SHARE * steps)
 
 
-def tune(experiment: Experiment, kind: str, price: float) -> float:
-    """Return the best learning rate of a kind of embedding on the least budget, in two or more further rates."""
+def tune(experiment: Experiment, kind: str, price: float, equal: int) -> float:
+    """Return the best learning rate of a kind of embedding, in short runs: of the given rates, and more at the edge.
+
+    Args:
+        experiment: gives the options; rates that an earlier start tried count too.
+        kind: whose first point is trained.
+        price: seconds a step of that point.
+        equal: steps at which all are compared. A run cannot go back to them later, so a shorter search must not pass
+            them by.
+    """
     options = experiment.options
     point = next(each for each in experiment.points if each.kind == kind)
     steps = max(options.warmup_steps + 1, round(options.search_seconds / price))
-    losses: dict[float, float] = {}
-    rates = sorted(options.rates)
+    losses = experiment.searched(point, steps)
+    rates = sorted(set(options.rates) - set(losses))
     while rates:
         for rate in rates:
-            losses[rate] = experiment.train(Training(point, rate, 0), steps, options.search_sequences)["loss"]
-        best = min(losses, key=losses.__getitem__)
-        further = {min(losses): best / 2, max(losses): 2 * best}.get(best) if len(losses) > 1 else None
-        rates = [further] if further else []
+            training = Training(point, rate, 0)
+            if 0 < equal < steps:
+                experiment.train(training, equal, options.eval_sequences)
+            losses[rate] = experiment.train(training, steps, options.search_sequences)["loss"]
+        rates = []
+        if len(losses) < options.most_rates:
+            rates = [rate for rate in beyond(losses) if rate not in losses]
+    best = min(losses, key=losses.__getitem__)
     found = {f"{rate:g}": loss for rate, loss in sorted(losses.items())}
     experiment.searches[kind] = {"steps": steps, "losses": found}
     get_logger().info(f"{kind}: learning rate {best:g} of {found}")
     return best
+
+
+def beyond(losses: dict[float, float]) -> list[float]:
+    """Return the rate to try next where the best of several lies at the edge."""
+    best = min(losses, key=losses.__getitem__)
+    return [{min(losses): best / 2, max(losses): 2 * best}[best]] if best in (min(losses), max(losses)) else []
 
 
 def stages(
@@ -287,7 +312,8 @@ def run(options: argparse.Namespace) -> None:
     if missing:
         raise UserError(f"--only: the learning rate is chosen on {missing[0].name}; name it too")
     with pool_of(options.parallel) as pool:
-        best = pool.map(lambda kind: tune(experiment, kind, prices[firsts[kind].name]), kinds)
+        equal = equal_steps(prices, options.seconds)
+        best = pool.map(lambda kind: tune(experiment, kind, prices[firsts[kind].name], equal), kinds)
         rates = dict(zip(kinds, best, strict=True))
         outcome = partial(report, experiment, prices, rates)
         outcome()
@@ -369,6 +395,7 @@ def main() -> None:
     add("--seconds", type=float, nargs="+", default=[360, 1080], help="the budgets, in processor seconds")
     add("--search-seconds", type=float, default=120, help="of a run that chooses the learning rate")
     add("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates to begin with")
+    add("--most-rates", type=int, default=5, help="learning rates of a kind, at most")
     add("--table-sizes", type=int, nargs="+", default=[64, 80, 128], help="M of clustered codes")
     add("--dedicated-rows", type=int, nargs="+", default=[8192, 2048, 512, 32768], help="F")
     add("--only", nargs="+", metavar="POINT", help="some points, such as plain, clustered-64, dedicated-64-8192")

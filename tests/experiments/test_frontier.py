@@ -44,7 +44,20 @@ def outcome(monkeypatch):
 
 def start(out, shards, *more):
     network = ["--width", 16, "--layers", 1, "--rows", 2, "--warmup-steps", 1, "--table-sizes", 16, "--rounds", 1]
-    length = ["--rates", 1e-3, "--seeds", 1, "--search-sequences", 1, "--eval-sequences", 2, "--only", "plain"]
+    length = [
+        "--rates",
+        1e-3,
+        "--most-rates",
+        1,
+        "--seeds",
+        1,
+        "--search-sequences",
+        1,
+        "--eval-sequences",
+        2,
+        "--only",
+        "plain",
+    ]
     words = ["--data", shards, "--out", out, *network, *length, *more]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
@@ -120,6 +133,18 @@ def test_stages_train_each_run_upwards(points, frontier):
     }
     assert [{training.seed for training in stage} for stage in stages] == [{0}, {0}, {1}, {1}]
     assert all(frontier.decay_steps(each) < each for stage in stages for ends in stage.values() for each in ends)
+
+
+@pytest.mark.parametrize(
+    ("losses", "further"),
+    [
+        ({1e-3: 8.0, 2e-3: 7.0, 4e-3: 7.5}, []),
+        ({1e-3: 8.0, 2e-3: 7.0}, [4e-3]),
+        ({1e-3: 7.0, 2e-3: 8.0}, [5e-4]),
+    ],
+)
+def test_the_search_goes_on_where_the_best_rate_lies_at_the_edge(frontier, losses, further):
+    assert frontier.beyond(losses) == further
 
 
 def test_the_table_gives_the_mean_of_the_seeds_and_leaves_out_what_is_missing(outcome):
