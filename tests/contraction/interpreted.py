@@ -218,7 +218,8 @@ def test_any_code_table(small_tiles, sizes, tokens, with_bias, rows, seed):
     case = Case(table, rows=rows, dim=17, with_bias=with_bias, seed=seed)
     assert case.layer.structure.fused is not None
     rounding_of_one_product = 2**-16  # what two parts of bf16 lose: of a sum of few tokens nothing averages out
-    case.check(gradient_limit=rounding_of_one_product, loss_limit=rounding_of_one_product)
+    # A gradient may be the small rest of larger terms.
+    case.check(gradient_limit=4 * rounding_of_one_product, loss_limit=rounding_of_one_product)
 
 
 def test_ignored_rows_count_as_zero_wherever_they_are(as_on_a_device):

@@ -226,9 +226,12 @@ def test_the_plain_decoder_on_a_device_keeps_the_bounds(width, scale, with_bias,
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 60), st.integers(0, 20), st.booleans(), st.integers(1, 9), st.integers(2, 17))
 def test_any_plain_decoder_on_a_device(as_on_a_device, tokens, unused, with_bias, rows, dim):
-    """Tokens in any order of the table's rows, some of which no token has. Errors of few numbers do not average out."""
+    """Tokens in any order of the table's rows, some of which no token has.
+
+    Errors of few numbers do not average out, and a gradient may be the small rest of larger terms.
+    """
     case = Case(random_codes(tokens, (tokens + unused,)), rows=rows, dim=dim, with_bias=with_bias)
-    case.check(gradient_limit=2**-16)
+    case.check(gradient_limit=2**-14)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -278,7 +281,7 @@ def test_dedicated_tokens_beside_every_k(num_tables, count, with_bias):
 @given(any_table(), st.booleans(), st.booleans(), st.integers(1, 200), st.integers(1, 9), st.integers(5, 17))
 def test_dedicated_tokens_of_any_code_table(table, with_bias, mixing, count, rows, dim):
     case = Case(dedicated(table, count), rows=rows, dim=dim, with_bias=with_bias, mixing=mixing)
-    case.check()
+    case.check(gradient_limit=2e-5)  # of few rows: what both parts give to a table may nearly cancel
     with torch.no_grad():
         wanted = case.layer.logits(case.hidden, case.bias)
     torch.testing.assert_close(

@@ -22,6 +22,8 @@ from ksub_ds.pretrain.resolved_run import open_sources, resolve_settings
 
 from .runs import Bench, losses, state_bytes
 
+pytestmark = pytest.mark.timeout(300)  # three starts of ranks
+
 SHORT: dict[str, Any] = {"max_steps": 6, "save_every_steps": 3, "eval_every": 3, "eval_sequences": 3}
 
 
@@ -41,9 +43,7 @@ def pair_runs(bench: Bench, pair_shards: Path) -> Callable[[str], Path]:
     ]
     done, refused = bench.run_all(1, continued)
     assert done == [0] and "tlm_share: 1.0 -> 0.9" in refused[0]
-    assert [outcome[0][0] for outcome in bench.run_all(2, [{"arguments": bench.arguments("tlm-two", **settings)}])] == [
-        0
-    ]
+    assert bench.run_all(2, [{"arguments": bench.arguments("tlm-two", **settings)}]) == [[0, 0]]
     return lambda name: bench.folder / name
 
 
