@@ -50,7 +50,7 @@ def test_what_would_be_submitted(capsys: pytest.CaptureFixture[str]) -> None:
         (["--", *MINIMAL, "--deepspeed", "zero9"], "--deepspeed zero9: no such file"),
         (["--nodes=3", "--ntasks-per-node=2", "--", *MINIMAL, "--micro-batch-size=2"], "is not a multiple of"),
         (["--job", "evaluate", "--", *XNLI[:-2]], "evaluate: give --out"),
-        (["--job", "evaluate", "--"], "name one of xnli, glue, classify, watch, status"),
+        (["--job", "evaluate", "--"], "name one of xnli, glue, classify, lm, watch, status"),
         (
             ["--job", "shard_cc", "--", "--out=r", "--tokenizer=t", "--snapshot=2019-09", "--segments=64:0"],
             "--segments 64:0: must be like 0:40",
