@@ -218,8 +218,8 @@ class Experiment:
 
 
 def decay_steps(steps: int) -> int:
-    """Return the steps of a run's end in which the rate comes down."""
-    return round(DECAY_SHARE * steps)
+    """Return the steps of a run's end in which the rate comes down: at least one, or the end would not be kept."""
+    return max(1, round(DECAY_SHARE * steps))
 
 
 def tune(experiment: Experiment, kind: str, price: float, equal: int) -> float:
