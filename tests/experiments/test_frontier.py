@@ -66,7 +66,7 @@ def start(out, shards, *more):
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=200,
     )
 
 
