@@ -67,14 +67,16 @@ def open_source(run: str | Path, step: int | None = None) -> ExportSource:
 
 def _open_folder(path: Path) -> ExportSource:
     from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+    from ksub_ds.model.causal_lm import SubCausalLM
     from ksub_ds.model.loading import open_model
 
-    try:
-        tokenizer = load_tokenizer(path)
-    except UserError as error:
-        get_logger().info(f"{path}: what it holds of a tokenizer is copied as it is ({error})")
-        tokenizer = None
-    return ExportSource(open_model(path), tokenizer, f"model {path.resolve().name}", folder=path)
+    model, tokenizer = open_model(path), None
+    if not isinstance(model, SubCausalLM):  # its tokenizer needs neither mask nor padding: the files are copied
+        try:
+            tokenizer = load_tokenizer(path)
+        except UserError as error:
+            get_logger().info(f"{path}: what it holds of a tokenizer is copied as it is ({error})")
+    return ExportSource(model, tokenizer, f"model {path.resolve().name}", folder=path)
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:

@@ -34,6 +34,8 @@ def token_frequency(blocks: Iterable[np.ndarray], num_tokens: int, special_ids: 
 def training_frequency(dataset: ShardDataset) -> np.ndarray:
     """Count how often each token occurs in the whole training part, special tokens aside, a few MB at a time.
 
+    Pairs of languages are counted where there is nothing else, as `log_frequency` does.
+
     Args:
         dataset: opened shards.
 
@@ -42,14 +44,15 @@ def training_frequency(dataset: ShardDataset) -> np.ndarray:
     """
     tokenizer = dataset.manifest["tokenizer"]
     rows_per_block = max(1, BLOCK_TOKENS // dataset.sequence_length)
-    every = [dataset.num_sequences("train", language) for language in dataset.languages]
+    names = dataset.languages or dataset.pairs
+    every = [dataset.num_sequences("train", name) for name in names]
     with Progress(sum(every), "rows", "counting tokens") as progress:
 
         def blocks() -> Iterator[np.ndarray]:
-            for language, available in zip(dataset.languages, every, strict=True):
+            for name, available in zip(names, every, strict=True):
                 for first in range(0, available, rows_per_block):
                     rows = np.arange(first, min(first + rows_per_block, available))
-                    yield dataset.gather("train", rows, language)
+                    yield dataset.gather("train", rows, name)
                     progress.advance(len(rows))
 
         return token_frequency(blocks(), tokenizer["vocab_size"], tuple(tokenizer["special_ids"]))

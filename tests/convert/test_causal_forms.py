@@ -63,7 +63,7 @@ def compressed(tiny_bpe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.mark.timeout(600)  # three models, two forms, and a process that reads all
-def test_every_form_gives_the_same_logits_and_tokens(compressed: dict[str, Path], tmp_path: Path):
+def test_every_form_gives_the_same_logits_and_tokens(compressed: dict[str, Path], tmp_path: Path, capsys):
     ids = torch.arange(5, 37).reshape(2, 16)
     given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}
     wanted, folders = [], []
@@ -79,6 +79,8 @@ def test_every_form_gives_the_same_logits_and_tokens(compressed: dict[str, Path]
             export_run(folder, folders[-1], form=form)
             assert "pipeline_tag: text-generation" in (Path(folders[-1]) / "README.md").read_text()
             wanted.append([name, logits, new, model.config.vocab_size])
+    said = capsys.readouterr()
+    assert "mask" not in said.out + said.err, "nothing asks a causal model's tokenizer for a mask token"
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", READ, *folders]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)

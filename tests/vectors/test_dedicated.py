@@ -47,6 +47,15 @@ def test_the_most_frequent_tokens_ties_by_id(tiny_shards, monkeypatch):
             assert ids.tolist() == sorted(order[:rows]) and how == f"{rows} most frequent of tiny"
 
 
+def test_pairs_are_counted_where_there_are_no_languages(pair_shards):
+    dataset = ShardDataset.open(pair_shards)
+    dataset.languages = []
+    ids = np.concatenate([dataset.rows("train", pair).ravel() for pair in dataset.pairs])
+    counts = np.bincount(ids, minlength=dataset.manifest["tokenizer"]["vocab_size"])
+    counts[dataset.manifest["tokenizer"]["special_ids"]] = 0
+    assert counts.any() and np.array_equal(statistics.training_frequency(dataset), counts)
+
+
 def test_a_list_has_comments_and_empty_lines(tmp_path):
     path = tmp_path / "ids.txt"
     path.write_text("# frequent\n7\n\n  3   # the\r\n99\n", encoding="utf-8")
