@@ -53,6 +53,7 @@ class DedicatedChoice:
         tokens: file of token ids.
         by_loss: run or model folder.
         prefix: of these options' names in that command, --data excepted.
+        knows_loss: whether that command has the option of `by_loss`, so that a message may name it.
     """
 
     rows: int | None = None
@@ -60,6 +61,7 @@ class DedicatedChoice:
     tokens: Path | None = None
     by_loss: Path | None = None
     prefix: str = "--dedicated-"
+    knows_loss: bool = True
 
     def __post_init__(self) -> None:
         """Check that the options belong together, before any long work.
@@ -69,13 +71,16 @@ class DedicatedChoice:
         """
         rows, tokens, by_loss = (f"{self.prefix}{name}" for name in ("rows", "tokens", "by-loss"))
         if self.tokens is not None and (self.rows is not None or self.by_loss is not None):
-            raise UserError(f"{tokens} {self.tokens}: names the tokens; leave {rows} and {by_loss} out")
+            raise UserError(
+                f"{tokens} {self.tokens}: names the tokens; leave {rows}{f' and {by_loss}' if self.knows_loss else ''} out"
+            )
         if self.by_loss is not None and self.rows is None:
             raise UserError(f"{by_loss} {self.by_loss}: give {rows} F too, how many tokens")
         if self.rows is not None and self.rows < 1:
             raise UserError(f"{rows} {self.rows}: must be at least 1; leave it out for none")
         if self.rows is not None and self.data is None and self.by_loss is None:
-            raise UserError(f"{rows} {self.rows}: give --data SHARDS too, where tokens are counted, or {by_loss} RUN")
+            other = f", or {by_loss} RUN" if self.knows_loss else ""
+            raise UserError(f"{rows} {self.rows}: give --data SHARDS too, where tokens are counted{other}")
 
     @property
     def is_empty(self) -> bool:

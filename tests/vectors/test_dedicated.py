@@ -176,6 +176,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, tiny_shards, options, wor
     assert words in error and error.startswith("error: ") and not (folder / "out").exists()
 
 
+def test_a_command_is_not_told_of_an_option_that_it_lacks(tmp_path):
+    for options in ({"rows": 3}, {"rows": 3, "tokens": tmp_path}):
+        with pytest.raises(UserError) as error:
+            DedicatedChoice(**options, knows_loss=False)
+        assert "by-loss" not in str(error.value)
+
+
 def test_the_vectors_of_a_model_have_the_rows_added(tmp_path):
     table = with_dedicated(positional_codes(60, 3), np.array([2, 50]), "hand")
     model = KSubRobertaForMaskedLM(KSubRobertaConfig.tiny(vocab_size=60), table)
