@@ -71,9 +71,8 @@ class DedicatedChoice:
         """
         rows, tokens, by_loss = (f"{self.prefix}{name}" for name in ("rows", "tokens", "by-loss"))
         if self.tokens is not None and (self.rows is not None or self.by_loss is not None):
-            raise UserError(
-                f"{tokens} {self.tokens}: names the tokens; leave {rows}{f' and {by_loss}' if self.knows_loss else ''} out"
-            )
+            others = f"{rows} and {by_loss}" if self.knows_loss else rows
+            raise UserError(f"{tokens} {self.tokens}: names the tokens; leave {others} out")
         if self.by_loss is not None and self.rows is None:
             raise UserError(f"{by_loss} {self.by_loss}: give {rows} F too, how many tokens")
         if self.rows is not None and self.rows < 1:
