@@ -97,6 +97,8 @@ def measure(trip: Any, parts: list[str]) -> dict[str, dict[str, Any]]:
     """Measure the parts one variant after the other; what an earlier command left of other parts stays."""
     path = results_file(trip)
     results: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    if not isinstance(results, dict):
+        raise UserError(f"{path}: is no file of this program; move it away")
     for part in parts:
         print(f"== {part}", flush=True)
         rows = results[part] = {}

@@ -37,6 +37,7 @@ from points import NUM_TABLES, Point, all_points
 from ksub_ds.codes.positional import plain_codes
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import run_main
 from ksub_ds.common.files import read_json, write_json
 from ksub_ds.common.logging import get_logger, read_lines
 from ksub_ds.corpus.shards.dataset import ShardDataset
@@ -387,7 +388,7 @@ def train_part(experiment: Experiment, training: Training, ends: list[int], outc
 
 
 def main() -> None:
-    """Parse the options and run; a user's mistake is one line and exit code 2."""
+    """Parse the options and run."""
     parser = argparse.ArgumentParser(description="Embedding parameters against held-out loss at equal cost.")
     add = parser.add_argument
     add("--data", type=Path, required=True, help="shards of preprocessing/shard_text.py")
@@ -408,15 +409,8 @@ def main() -> None:
     add("--eval-sequences", type=int, default=24, help="held-out rows of each language")
     add("--search-sequences", type=int, default=8, help="the same where the learning rate is chosen")
     add("--rounds", type=int, default=11, help="steps whose median is the price")
-    try:
-        run(parser.parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

@@ -7,7 +7,7 @@ process that uses it, finds defaults for our types and the embedding that an ada
 
 import copy
 import sys
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -195,9 +195,16 @@ class SubEmbeddingModel(PreTrainedModel):
 
 
 class TokenPredictor(SubEmbeddingModel):
-    """Base class of the models with a decoder over all N tokens: its bias, resized with the codes."""
+    """Base class of the models with a decoder over all N tokens: its bias, resized with the codes.
+
+    Attributes:
+        evaluation_output: what transformers' Trainer gets beside the loss when it evaluates with labels:
+            "predictions", the most probable token at each place of the labels and -100 where none is predicted,
+            (batch, length); "logits", (batch, length, N): N is wide; or "loss" for nothing more.
+    """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
+    evaluation_output: Literal["predictions", "logits", "loss"] = "predictions"
 
     def _decoder_bias_module(self) -> nn.Module:
         """Return the module whose `bias` is the decoder's, (N,) or None."""
@@ -207,6 +214,19 @@ class TokenPredictor(SubEmbeddingModel):
     def decoder_bias(self) -> Tensor | None:
         """The bias per token, (N,), or None."""
         return self._decoder_bias_module().bias
+
+    def _asked_outputs(self, has_labels: bool, by_trainer: bool, logits: bool, predictions: bool) -> tuple[bool, bool]:
+        """Return whether logits and predictions are made beside the loss: on request, or for the Trainer's evaluation.
+
+        Raises:
+            ValueError: predictions without labels.
+        """
+        if predictions and not has_labels:
+            raise ValueError("output_predictions: needs labels, whose shape the predictions have")
+        if by_trainer and not self.training:
+            logits = logits or self.evaluation_output == "logits"
+            predictions = predictions or (has_labels and self.evaluation_output == "predictions")
+        return logits, predictions
 
     def _resize_bias(self, size: int, mean_resizing: bool) -> None:
         old = self.decoder_bias

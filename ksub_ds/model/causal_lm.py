@@ -5,7 +5,7 @@ where they are asked for: `generate` asks at the last position of each row. The 
 are in families.py.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -55,17 +55,10 @@ class SubDecoder(nn.Module):
 
 
 class SubCausalLM(TokenPredictor):
-    """A causal language model whose loss is exact over all N tokens and never holds N logits.
-
-    Attributes:
-        evaluation_output: what transformers' Trainer gets beside the loss when it evaluates with labels:
-            "predictions", the most probable token at each place of the labels and -100 where none is predicted,
-            (batch, length); "logits", (batch, length, N): N is wide; or "loss" for nothing more.
-    """
+    """A causal language model whose loss is exact over all N tokens and never holds N logits."""
 
     _tp_plan: ClassVar[dict[str, str]] = {}  # transformers' plans name the decoder's matrix, which is not there
     _pp_plan: ClassVar[dict[str, Any]] = {}
-    evaluation_output: Literal["predictions", "logits", "loss"] = "predictions"
     lm_head: SubDecoder
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
@@ -146,14 +139,11 @@ class SubCausalLM(TokenPredictor):
         Raises:
             ValueError: predictions without `labels`.
         """
-        if output_predictions and labels is None:
-            raise ValueError("output_predictions: needs labels, whose shape the predictions have")
         if num_items_in_batch is not None:
             loss_reduction = "sum"
-            if not self.training:
-                output_logits = output_logits or self.evaluation_output == "logits"
-                wanted = labels is not None and self.evaluation_output == "predictions"
-                output_predictions = output_predictions or wanted
+        output_logits, output_predictions = self._asked_outputs(
+            labels is not None, num_items_in_batch is not None, output_logits, output_predictions
+        )
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -3,7 +3,7 @@
 Its loss is the exact masked-token loss, tied to the input tables without an N x d matrix.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,7 @@ class SubMaskedLM(TokenPredictor):
     """A masked language model whose loss is exact over all N tokens and never holds N logits.
 
     Each family defines where its head and its bias are: `_decoder_input` and `_decoder_bias_module`.
-
-    Attributes:
-        evaluation_output: what transformers' Trainer gets beside the loss when it evaluates with labels:
-            "predictions", the most probable token at each labelled position and -100 elsewhere, (batch, length);
-            "logits", (batch, length, N): N is wide; or "loss" for nothing more.
     """
-
-    evaluation_output: Literal["predictions", "logits", "loss"] = "predictions"
 
     def _decoder_input(self, states: Tensor) -> Tensor:
         """Apply the head without the decoder: (..., h) last states of the encoder -> (..., d) decoder inputs."""
@@ -89,14 +82,11 @@ class SubMaskedLM(TokenPredictor):
         """
         given = {"token_type_ids": token_type_ids, "position_ids": position_ids}
         kwargs |= {name: value for name, value in given.items() if value is not None}
-        if output_predictions and labels is None:
-            raise ValueError("output_predictions: needs labels, whose shape the predictions have")
         if num_items_in_batch is not None:
             loss_reduction = "sum"
-            if not self.training:
-                output_logits = output_logits or self.evaluation_output == "logits"
-                wanted = labels is not None and self.evaluation_output == "predictions"
-                output_predictions = output_predictions or wanted
+        output_logits, output_predictions = self._asked_outputs(
+            labels is not None, num_items_in_batch is not None, output_logits, output_predictions
+        )
         chosen = _chosen_positions(labels, masked_positions, targets)
         outputs = self.base_model(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         states = outputs.last_hidden_state

@@ -1,8 +1,10 @@
 """Choose the tokens that get a row of their own (dedicated rows): `ksub codes dedicate`, and other commands' options.
 
 ksub codes dedicate codes.safetensors --rows 2048 --data shards --out out.safetensors      the most frequent tokens
-ksub codes dedicate codes.safetensors --rows 2048 --by-loss run --out out.safetensors      where the loss is greatest
+ksub codes dedicate codes.safetensors --rows 2048 --by-loss run --out out.safetensors      of the greatest loss
 ksub codes dedicate codes.safetensors --tokens ids.txt --out out.safetensors               those of a list
+
+Tokens that have such a row already keep it.
 """
 
 from dataclasses import dataclass

@@ -85,7 +85,7 @@ def find_pairs(
         elif PAPERS.fullmatch(entry.name) and parts is None:
             others.add("not_data", name)
         else:
-            why = f"its name is not <l1>-<l2>{FORMS[0]} or <l1>-<l2>/"
+            why = f"its name is not <l1>-<l2>{FORMS[0]} or <l1>-<l2>/, of two languages"
             if pair is not None and not entry.is_dir():
                 why += f": suffix {entry.suffix or 'none'} is not read"
             others.add("no_language", f"{name}: {why}")

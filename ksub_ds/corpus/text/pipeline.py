@@ -253,7 +253,7 @@ def _report(manifest: dict[str, Any], done: list[str], out: Path, besides: list[
         )
     sequences = sum(entry["train"]["sequences"] for entry in made.values())
     tokens = sum(entry[split]["tokens"] for entry in made.values() for split in SPLITS)
-    pairs = f" and {len(manifest['pairs'])} pairs" if "pairs" in manifest else ""
+    pairs = f" and {len(manifest['pairs'])} pairs of languages" if "pairs" in manifest else ""
     log.info(
         f"{len(manifest['languages'])} languages{pairs} ({len(done)} made now), {sequences:,} training sequences, "
         f"{tokens:,} tokens, fingerprint {manifest['fingerprint'][:16]}"
