@@ -23,6 +23,7 @@ from typing import Any
 from baselines import logistic_regression
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import run_main
 from ksub_ds.common.files import read_json, write_json
 from ksub_ds.evaluate.data.tasks import LANGUAGES
 from ksub_ds.evaluate.result_tables import percent, render, write_text
@@ -166,7 +167,7 @@ def _is_done(out: Path, kind: str) -> bool:
 
 
 def main() -> None:
-    """Parse the options and run; a user's mistake is one line and exit code 2."""
+    """Parse the options and run."""
     parser = argparse.ArgumentParser(description="Pretrain small models on text, fine-tune and test them on XNLI.")
     parser.add_argument("--text", type=Path, required=True, help="folder of <lang>.jsonl.gz")
     parser.add_argument("--tokenizer", type=Path, required=True, help="XLM-R's SentencePiece model")
@@ -185,15 +186,8 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="models that train at the same time [1]")
     parser.add_argument("--setting", default="cross-lingual", choices=("cross-lingual", "translate-train-all"))
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
-    try:
-        experiment(parser.parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+    experiment(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

@@ -9,6 +9,7 @@ as often as its character occurs in the text, whatever piece it is in now. The r
 import argparse
 import gzip
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at run time
 
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import run_main
 from ksub_ds.common.files import atomic_path
 
 NUM_CONTROL_PIECES = 3  # <unk> <s> </s>, always first
@@ -59,6 +62,7 @@ def cut(model: bytes, files: Sequence[Path], pieces: int) -> bytes:
 
 
 def main() -> None:
+    """Parse the options and write the smaller model."""
     parser = argparse.ArgumentParser(description="Cut a SentencePiece vocabulary to the pieces a text uses most.")
     parser.add_argument("--tokenizer", type=Path, required=True, help="the .model file to cut")
     parser.add_argument("--text", type=Path, required=True, help="folder of <lang>.jsonl.gz")
@@ -67,6 +71,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the .model file to write")
     options = parser.parse_args()
     files = [options.text / f"{language}.jsonl.gz" for language in options.languages]
+    for option, path in (("tokenizer", options.tokenizer), *(("text", file) for file in files)):
+        if not path.is_file():
+            raise UserError(f"--{option}: {path} is not there, or no file")
     small = cut(options.tokenizer.read_bytes(), files, options.pieces)
     with atomic_path(options.out) as temporary:
         temporary.write_bytes(small)
@@ -74,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))
