@@ -255,7 +255,7 @@ def compress_model(settings: CompressModel) -> Path:
         raise UserError(f"--out {out}: is not a compressed model and not empty; choose another folder")
     if settings.sequences < 1:
         raise UserError(f"--sequences {settings.sequences}: must be at least 1")
-    choice = DedicatedChoice(settings.dedicated_rows, settings.data, settings.dedicated_tokens, knows_loss=False)
+    choice = DedicatedChoice(settings.dedicated_rows, settings.data, settings.dedicated_tokens)
     encoder, sentences = encoder_folder(settings.model), sentence_folder(settings.model)
     model = open_model(encoder)
     tokenizer = _tokenizer(str(encoder))

@@ -55,7 +55,6 @@ class DedicatedChoice:
         tokens: file of token ids.
         by_loss: run or model folder.
         prefix: of these options' names in that command, --data excepted.
-        knows_loss: whether that command has the option of `by_loss`, so that a message may name it.
     """
 
     rows: int | None = None
@@ -63,7 +62,6 @@ class DedicatedChoice:
     tokens: Path | None = None
     by_loss: Path | None = None
     prefix: str = "--dedicated-"
-    knows_loss: bool = True
 
     def __post_init__(self) -> None:
         """Check that the options belong together, before any long work.
@@ -72,16 +70,15 @@ class DedicatedChoice:
             UserError: they do not.
         """
         rows, tokens, by_loss = (f"{self.prefix}{name}" for name in ("rows", "tokens", "by-loss"))
-        if self.tokens is not None and (self.rows is not None or self.by_loss is not None):
-            others = f"{rows} and {by_loss}" if self.knows_loss else rows
-            raise UserError(f"{tokens} {self.tokens}: names the tokens; leave {others} out")
+        others = [name for name, value in ((rows, self.rows), (by_loss, self.by_loss)) if value is not None]
+        if self.tokens is not None and others:
+            raise UserError(f"{tokens} {self.tokens}: names the tokens; leave {' and '.join(others)} out")
         if self.by_loss is not None and self.rows is None:
             raise UserError(f"{by_loss} {self.by_loss}: give {rows} F too, how many tokens")
         if self.rows is not None and self.rows < 1:
             raise UserError(f"{rows} {self.rows}: must be at least 1; leave it out for none")
         if self.rows is not None and self.data is None and self.by_loss is None:
-            other = f", or {by_loss} RUN" if self.knows_loss else ""
-            raise UserError(f"{rows} {self.rows}: give --data SHARDS too, where tokens are counted{other}")
+            raise UserError(f"{rows} {self.rows}: give --data SHARDS too, where tokens are counted")
 
     @property
     def is_empty(self) -> bool:
@@ -261,7 +258,8 @@ def summed_losses(source: Path, dataset: ShardDataset, prefix: str = "--dedicate
     every = max((dataset.num_sequences("validation", language) for language in dataset.languages), default=0)
     batches = HeldOutBatches(dataset, every, share)
     if not len(batches):
-        raise UserError(f"--data {dataset.folder}: has no held-out part; make it with --validation-fraction 0.01")
+        but = " (pairs of languages do not count)" if dataset.pairs else ""
+        raise UserError(f"--data {dataset.folder}: has no held-out part{but}; make it with --validation-fraction 0.01")
     total = torch.zeros(num_tokens, dtype=torch.float64)
     with Progress(len(batches), "batches", "summing the loss of each token") as progress:
         for _, batch in batches:

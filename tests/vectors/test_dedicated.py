@@ -179,7 +179,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, tiny_shards, options, wor
 def test_a_command_is_not_told_of_an_option_that_it_lacks(tmp_path):
     for options in ({"rows": 3}, {"rows": 3, "tokens": tmp_path}):
         with pytest.raises(UserError) as error:
-            DedicatedChoice(**options, knows_loss=False)
+            DedicatedChoice(**options)
         assert "by-loss" not in str(error.value)
 
 
