@@ -136,9 +136,11 @@ class Experiment:
             self.command(path, *KSUB, "codes", "dedicate", shared, "--rows", point.dedicated_rows, *data, "--out", path)
             return path
         sizes = ("--num-tables", NUM_TABLES, "--table-size", point.table_size, "--out", path)
-        clustered = ("--embeddings", self.options.data, "--workers", 1)
-        source = clustered if point.kind == "clustered" else ("--num-tokens", self.num_tokens)
-        self.command(path, *KSUB, "codes", point.kind, *source, *sizes)
+        way = {
+            "positional": ("positional", "--num-tokens", self.num_tokens),
+            "clustered": ("cluster", "--embeddings", self.options.data, "--workers", 1),
+        }
+        self.command(path, *KSUB, "codes", *way[point.kind], *sizes)
         return path
 
     def fresh(self, point: Point, seed: int) -> Path:

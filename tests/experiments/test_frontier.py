@@ -101,6 +101,18 @@ def test_a_run_goes_on_from_the_search_to_its_budget_and_after_a_kill(tiny_shard
     assert other.returncode == 2 and "--rows 3" in other.stderr and "give another --out" in other.stderr
 
 
+def test_each_kind_of_codes_is_made_by_the_command_line(frontier, tiny_shards, tmp_path):
+    numbers = {"width": 16, "layers": 1, "rows": 2, "warmup_steps": 1, "eval_sequences": 2}
+    options = Namespace(data=tiny_shards, out=tmp_path / "out", table_sizes=[16], dedicated_rows=[32], **numbers)
+    experiment = frontier.Experiment(options)
+    tables = {}
+    for point in experiment.points:
+        codes = experiment.codes(point)
+        tables[point.kind] = codes and frontier.CodeTable.load(codes)
+    assert tables.keys() == {"plain", "clustered", "dedicated", "positional"} and tables["plain"] is None
+    assert tables["dedicated"].num_dedicated == 32 and tables["clustered"].table_sizes == (16, 16, 16)
+
+
 def test_points_of_the_whole_vocabulary(points):
     found = points.all_points(250_002, [64, 128], [8192, 512])
     assert [point.name for point in found] == [
