@@ -1,10 +1,13 @@
 """Parallel text: files of pairs, a sentence and its translation a row.
 
-    <l1>-<l2>.jsonl  <l1>-<l2>.json     each also with .gz .xz .zst .bz2
-    <l1>-<l2>/...                       any of these, under any name
+    <l1>-<l2>.jsonl  <l1>-<l2>.json         each also with .gz .xz .zst .bz2
+    <l1>-<l2>.parquet  <l1>-<l2>.arrow
+    <l1>-<l2>/...                           any of these, under any name
 
     {"translation": {"en": "a house", "sw": "nyumba"}}      as in opus100 and wmt
     {"en": "a house", "sw": "nyumba"}
+
+In a table the keys are columns, and "translation" is one of structs.
 
 The order of the two languages means nothing, in a name and in a row: sw-en.jsonl holds the pair that en-sw.jsonl does,
 and goes with it. Files are found and read as all text is (sources.py, reader.py), with the same limits and counts.
@@ -13,6 +16,8 @@ and goes with it. Files are found and read as all text is (sources.py, reader.py
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+import pyarrow
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.languages import is_common, language_name, standard_code
@@ -23,9 +28,18 @@ from ksub_ds.corpus.text.layout import KEYS_SHOWN
 from ksub_ds.corpus.text.reader import SourceReader, rejection_reason
 from ksub_ds.corpus.text.skipped import Skipped, shown
 from ksub_ds.corpus.text.sources import LanguageText, text_below
-from ksub_ds.corpus.text.text_files import PAPERS, is_hidden, parse_text_name, printable, without_split
+from ksub_ds.corpus.text.tables import is_table, table_rows
+from ksub_ds.corpus.text.text_files import (
+    ARROW,
+    PAPERS,
+    PARQUET,
+    is_hidden,
+    parse_text_name,
+    printable,
+    without_split,
+)
 
-FORMS = (".jsonl", ".json")
+FORMS = (".jsonl", ".json", PARQUET, ARROW)
 KEY = "translation"  # of the object with the sides, where the row is not that itself
 
 Pair = tuple[str, str]
@@ -128,15 +142,28 @@ class PairReader(SourceReader[Pair]):
 
     def _values(self, raw: IO[bytes], source: Any) -> Iterator[Any]:
         file = FileContent(raw, source.path, source.name, self.skipped)
-        if file.table is not None or file.form not in FORMS or not file.is_text:
-            file.add("not_the_file", f"parallel text is read from {' and '.join(FORMS)} only", place=False)
+        if file.form not in FORMS or not file.is_text:
+            file.add("not_the_file", f"parallel text is read from {', '.join(FORMS)} only", place=False)
             return
-        for value in json_values(file):
+        if is_table(file):
+            values: Iterable[Any] = table_rows(raw, source.path, file, lambda schema: self._columns(schema, file))
+        else:
+            values = json_values(file)
+        for value in values:
             row = value.get(KEY, value) if isinstance(value, Mapping) else None
             if isinstance(row, Mapping):
                 yield row, file
             else:
                 file.add("no_pair", f'not an object with a text of {" and of ".join(self._pair)}, nor with "{KEY}"')
+
+    def _columns(self, schema: pyarrow.Schema, file: FileContent) -> list[str]:
+        """Return the columns of a table that hold the sides; count the file and return nothing if there are none."""
+        sides = {standard_code(language) for language in self._pair}
+        found = [KEY] if KEY in schema.names else [name for name in schema.names if standard_code(name) in sides]
+        if not found:
+            names = ", ".join(map(shown, schema.names[:KEYS_SHOWN])) or "nothing"
+            file.add("no_text_column", f'no "{KEY}", no {" or ".join(self._pair)}, only {names}')
+        return found
 
     def _usable(self, values: Iterable[Any], name: str) -> Iterator[Pair]:
         for row, file in values:

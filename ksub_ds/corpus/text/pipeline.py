@@ -76,8 +76,9 @@ class ShardText:
     line_documents: bool = False
     """Each line of a .txt is a document. [blank lines separate documents]"""
     parallel: Path | None = None
-    """Folder of translations, <l1>-<l2>.jsonl with {"translation": {"en": ..., "sw": ...}} or {"en": ..., "sw": ...},
-    or of folders <l1>-<l2>/. Given without --input and --datasets, pairs are added to the languages in --out."""
+    """Folder of translations, <l1>-<l2>.jsonl or .parquet with {"translation": {"en": ..., "sw": ...}} or
+    {"en": ..., "sw": ...}, or of folders <l1>-<l2>/. Without --input and --datasets, pairs are added to the languages
+    in --out."""
     datasets: tuple[str, ...] = ()
     """Streamed from the hub: wikipedia, bookcorpus, NAME or NAME:CONFIG (column "text"); NAME may be a local folder."""
     datasets_language: str = "en"
@@ -138,7 +139,8 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
         if not any(made[language]["files"] for language in text):
             given = settings.input or " ".join(settings.datasets) or settings.parallel
             left_out.report()
-            raise UserError(f"{given}: no readable document in any language (see the counts above)")
+            what = "pair" if pair_of.keys() == text.keys() else "document in any language"
+            raise UserError(f"{given}: no readable {what} (see the counts above)")
         left_out.add_unread({language: made[language] for language in text})
         if settings.strict and left_out.lines:
             _withdraw_manifest(settings.out, kept)
@@ -253,11 +255,17 @@ def _report(manifest: dict[str, Any], done: list[str], out: Path, besides: list[
         )
     sequences = sum(entry["train"]["sequences"] for entry in made.values())
     tokens = sum(entry[split]["tokens"] for entry in made.values() for split in SPLITS)
-    pairs = f" and {len(manifest['pairs'])} pairs of languages" if "pairs" in manifest else ""
+    counts = [_count(len(manifest["languages"]), "language")]
+    if "pairs" in manifest:
+        counts.append(_count(len(manifest["pairs"]), "pair") + " of languages")
     log.info(
-        f"{len(manifest['languages'])} languages{pairs} ({len(done)} made now), {sequences:,} training sequences, "
+        f"{' and '.join(counts)} ({len(done)} made now), {sequences:,} training sequences, "
         f"{tokens:,} tokens, fingerprint {manifest['fingerprint'][:16]}"
     )
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 @dataclass(frozen=True)

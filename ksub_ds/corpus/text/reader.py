@@ -19,8 +19,8 @@ from ksub_ds.corpus.text.hub import DatasetSource
 from ksub_ds.corpus.text.json_text import json_texts
 from ksub_ds.corpus.text.layout import DEFAULT_LAYOUT, TextLayout
 from ksub_ds.corpus.text.skipped import Skipped, is_unread, shown
-from ksub_ds.corpus.text.tables import arrow_texts, parquet_texts
-from ksub_ds.corpus.text.text_files import ARROW, PARQUET, TextFile
+from ksub_ds.corpus.text.tables import is_table, table_texts
+from ksub_ds.corpus.text.text_files import TextFile
 
 Item = TypeVar("Item")
 
@@ -111,17 +111,8 @@ class DocumentReader(SourceReader[str]):
 
     def _values(self, raw: IO[bytes], source: TextFile) -> Iterator[Any]:
         file = FileContent(raw, source.path, source.name, self.skipped)
-        table = file.table
-        if table is None and file.form in (PARQUET, ARROW) and not file.head.lstrip().startswith((b"{", b"[")):
-            table = file.form[1:]  # damaged, then, which its reader says
-        if table is not None and file.compression:
-            file.add("compressed_table", f"{table} data inside {file.compression}: decompress it")
-            return iter(())
-        if table is not None:
-            raw.seek(0)
-            if table == "parquet":
-                return parquet_texts(raw, file, self._layout)
-            return arrow_texts(raw, source.path, file, self._layout)
+        if is_table(file):
+            return table_texts(raw, source.path, file, self._layout)
         if file.form == ".txt":
             return self._plain_text(file)
         return json_texts(file, self._layout)

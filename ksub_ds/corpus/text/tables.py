@@ -1,11 +1,11 @@
-"""Documents of tables: parquet files, and arrow files and streams as `datasets` saves them.
+"""Rows of tables: parquet files, and arrow files and streams as `datasets` saves them.
 
-Only the column of the text is read, so that files of one data set may differ in all others.
+Only the columns that are wanted are read, so that files of one data set may differ in all others.
 """
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,35 +15,23 @@ import pyarrow.parquet
 from ksub_ds.corpus.text import file_content
 from ksub_ds.corpus.text.file_content import FileContent
 from ksub_ds.corpus.text.layout import TextLayout
+from ksub_ds.corpus.text.text_files import ARROW, PARQUET
 
 ROWS = 16  # read at a time: a column may repeat one long text without taking space on the disk
 
-
-def parquet_texts(raw: IO[bytes], file: FileContent, layout: TextLayout) -> Iterator[Any]:
-    """Yield the values of the text column of a parquet file.
-
-    Args:
-        raw: the file at its start.
-        file: the same, for counting what is left out.
-        layout: which column holds the text.
-    """
-    try:
-        table = pyarrow.parquet.ParquetFile(raw)
-        column = text_column(table.schema_arrow, file, layout)
-        if column is None:
-            return
-        for index in range(table.num_row_groups):
-            if _is_bomb(table.metadata.row_group(index).total_byte_size, raw):
-                file.add("inflates_too_much", f"row group {index}")
-                return
-        for rows in table.iter_batches(ROWS, columns=[column]):
-            yield from _values(rows.column(0), file)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:  # OSError: a torn page
-        file.add("damaged_parquet", _one_line(error))
+Row = dict[str, Any]
+# Returns the columns to read, none if what is wanted is not there, which it counts.
+Columns = Callable[[pyarrow.Schema], Sequence[str]]
 
 
-def arrow_texts(raw: IO[bytes], path: Path, file: FileContent, layout: TextLayout) -> Iterator[Any]:
-    """Yield the values of the text column of an arrow file or stream.
+def is_table(file: FileContent) -> bool:
+    """Return whether a file is a table, or by its name should be one."""
+    named = file.form in (PARQUET, ARROW) and not file.head.lstrip().startswith((b"{", b"["))
+    return file.table is not None or named
+
+
+def table_texts(raw: IO[bytes], path: Path, file: FileContent, layout: TextLayout) -> Iterator[Any]:
+    """Yield the values of the text column of a table.
 
     Args:
         raw: the file; its position follows what was read.
@@ -51,38 +39,75 @@ def arrow_texts(raw: IO[bytes], path: Path, file: FileContent, layout: TextLayou
         file: the same, for counting what is left out.
         layout: which column holds the text.
     """
+    for row in table_rows(raw, path, file, lambda schema: text_column(schema, file, layout)):
+        yield from row.values()
+
+
+def table_rows(raw: IO[bytes], path: Path, file: FileContent, columns: Columns) -> Iterator[Row]:
+    """Yield the rows of a table, with the columns that are wanted.
+
+    Args:
+        raw: the file; its position follows what was read.
+        path: where it lies.
+        file: the same, for counting what is left out.
+        columns: says which.
+    """
+    table = file.table or file.form[1:]  # damaged, if its name alone says so, and its reader says that
+    if file.compression:
+        file.add("compressed_table", f"{table} data inside {file.compression}: decompress it")
+        return
+    raw.seek(0)
+    rows = _parquet_rows(raw, file, columns) if table == "parquet" else _arrow_rows(raw, path, file, columns)
     try:
-        # A file is a stream between a magic number and a table of contents.
-        start = 8 if file.table == "arrow" else 0
-        with pyarrow.memory_map(str(path)) as mapped:
-            mapped.seek(start)
-            schema = pyarrow.ipc.open_stream(mapped).schema
-            column = text_column(schema, file, layout)
-            if column is None:
-                return
-            mapped.seek(start)
-            if any(_is_bomb(_inflated(message), raw) for message in pyarrow.ipc.MessageReader.open_stream(mapped)):
-                file.add("inflates_too_much", "a batch of rows")
-                return
-            mapped.seek(start)
-            characters = 0
-            wanted = pyarrow.ipc.IpcReadOptions(included_fields=[schema.names.index(column)])
-            for rows in pyarrow.ipc.open_stream(mapped, options=wanted):
-                rows.validate(full=True)  # the offsets of a damaged file point anywhere
-                for at in range(0, rows.num_rows, ROWS):
-                    for value in _values(rows.column(0).slice(at, ROWS), file):
-                        yield value
-                        characters += len(value) if isinstance(value, str) else 0
-                    if _is_bomb(characters, raw):  # a dictionary's texts may be repeated for a few bytes each
-                        file.add("inflates_too_much", f"to more than {characters:,} characters")
-                        return
-                raw.seek(mapped.tell())
+        yield from rows
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError, struct.error) as error:
-        file.add("damaged_arrow", _one_line(error))
+        # OSError: a torn page
+        file.add("damaged_parquet" if table == "parquet" else "damaged_arrow", _one_line(error))
 
 
-def text_column(schema: pyarrow.Schema, file: FileContent, layout: TextLayout) -> str | None:
-    """Return the column that holds the text; count the file and return None if there is none.
+def _parquet_rows(raw: IO[bytes], file: FileContent, columns: Columns) -> Iterator[Row]:
+    table = pyarrow.parquet.ParquetFile(raw)
+    wanted = list(columns(table.schema_arrow))
+    if not wanted:
+        return
+    for index in range(table.num_row_groups):
+        if _is_bomb(table.metadata.row_group(index).total_byte_size, raw):
+            file.add("inflates_too_much", f"row group {index}")
+            return
+    for batch in table.iter_batches(ROWS, columns=wanted):
+        yield from _rows(batch, file)
+
+
+def _arrow_rows(raw: IO[bytes], path: Path, file: FileContent, columns: Columns) -> Iterator[Row]:
+    # A file is a stream between a magic number and a table of contents.
+    start = 8 if file.table == "arrow" else 0
+    with pyarrow.memory_map(str(path)) as mapped:
+        mapped.seek(start)
+        schema = pyarrow.ipc.open_stream(mapped).schema
+        wanted = columns(schema)
+        if not wanted:
+            return
+        mapped.seek(start)
+        if any(_is_bomb(_inflated(message), raw) for message in pyarrow.ipc.MessageReader.open_stream(mapped)):
+            file.add("inflates_too_much", "a batch of rows")
+            return
+        mapped.seek(start)
+        characters = 0
+        options = pyarrow.ipc.IpcReadOptions(included_fields=[schema.names.index(name) for name in wanted])
+        for batch in pyarrow.ipc.open_stream(mapped, options=options):
+            batch.validate(full=True)  # the offsets of a damaged file point anywhere
+            for at in range(0, batch.num_rows, ROWS):
+                for row in _rows(batch.slice(at, ROWS), file):
+                    yield row
+                    characters += _characters(row)
+                if _is_bomb(characters, raw):  # a dictionary's texts may be repeated for a few bytes each
+                    file.add("inflates_too_much", f"to more than {characters:,} characters")
+                    return
+            raw.seek(mapped.tell())
+
+
+def text_column(schema: pyarrow.Schema, file: FileContent, layout: TextLayout) -> list[str]:
+    """Return the column that holds the text; count the file and return nothing if there is none.
 
     Args:
         schema: of the table.
@@ -97,7 +122,7 @@ def text_column(schema: pyarrow.Schema, file: FileContent, layout: TextLayout) -
         file.add("no_text_column", f'column "{there[0]}" holds {kinds[there[0]]}, not strings')
     elif found is None:
         file.add("no_text_column", layout.missing(schema.names, texts[::-1]))
-    return found
+    return [] if found is None else [found]
 
 
 def _holds_text(kind: pyarrow.DataType) -> bool:
@@ -107,15 +132,18 @@ def _holds_text(kind: pyarrow.DataType) -> bool:
     return any(getattr(pyarrow.types, f"is_{name}")(kind) for name in names)
 
 
-def _values(column: pyarrow.Array, file: FileContent) -> Iterator[Any]:
-    for value in column.to_pylist():
-        if isinstance(value, bytes):
-            try:
-                yield value.decode()
-            except UnicodeDecodeError:
-                file.not_utf8(value)
-        else:
-            yield value
+def _rows(batch: pyarrow.RecordBatch, file: FileContent) -> Iterator[Row]:
+    for row in batch.to_pylist():
+        try:
+            yield {name: value.decode() if isinstance(value, bytes) else value for name, value in row.items()}
+        except UnicodeDecodeError as error:
+            file.not_utf8(error.object)
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return len(value) if isinstance(value, str) else 0
 
 
 def _is_bomb(size: int, raw: IO[bytes]) -> bool:

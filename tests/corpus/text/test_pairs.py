@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ksub_ds.common.errors import UserError
@@ -127,6 +129,30 @@ def test_both_orders_are_one_pair_and_copies_count_once(tmp_path: Path) -> None:
     assert dict(text.skipped.counts) == {"held_out_split": 1, "copy": 1}
 
 
+def test_tables(tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    folder.mkdir()
+    nested = pa.table({"translation": [{"en": "one", "sw": "moja"}, {"en": "two", "sw": None}], "id": [1, 2]})
+    flat = pa.table({"eng_Latn": ["three", "four"], "sw": ["tatu", "nne"], "score": [0.5, 0.25]})
+    pq.write_table(nested, folder / "en-sw.parquet")
+    with pa.ipc.new_stream(folder / "en-sw-train.arrow", flat.schema) as stream:
+        stream.write_table(flat)
+    (folder / "en-sw").mkdir()
+    pq.write_table(flat.rename_columns(["source", "target", "score"]), folder / "en-sw" / "other.parquet")
+    whole = (folder / "en-sw.parquet").read_bytes()
+    (folder / "en-sw" / "cut.parquet").write_bytes(whole[:-20])
+    (folder / "en-sw" / "packed.parquet.gz").write_bytes(gzip.compress(whole))
+    pairs, skipped = read_pairs(folder)
+    assert sorted(pairs) == [("four", "nne"), ("one", "moja"), ("three", "tatu")]
+    assert dict(skipped.counts) == {
+        "missing_side": 1,
+        "no_text_column": 1,
+        "damaged_parquet": 1,
+        "compressed_table": 1,
+    }
+    assert 'no "translation", no en or sw, only source, target, score' in skipped.examples["no_text_column"]
+
+
 @pytest.mark.parametrize("names", [[], ["en.jsonl"], ["en-sw.jsonl", "swa-de.jsonl"]])
 def test_folders_without_pairs_and_two_spellings_are_refused(tmp_path: Path, names: list[str]) -> None:
     (tmp_path / "p").mkdir()
@@ -222,7 +248,7 @@ def test_nothing_asked_for_and_nothing_found(tiny_tokenizer: Path, tmp_path: Pat
     with pytest.raises(UserError, match="--parallel FOLDER: one of them"):
         shard_text(settings_of(tiny_tokenizer, tmp_path / "out", None))
     folder = write_pairs(tmp_path / "p", "en-sw.jsonl", [row(de="eins", fr="un")])
-    with pytest.raises(UserError, match="no readable document"):
+    with pytest.raises(UserError, match="no readable pair"):
         shard_text(settings_of(tiny_tokenizer, tmp_path / "out", folder))
     with pytest.raises(UserError, match="lies in the input folder"):
         shard_text(settings_of(tiny_tokenizer, folder / "out", folder))
