@@ -1,6 +1,6 @@
 """Measure the processor seconds of a training step over each fresh model, one thread, in turns.
 
-    python experiments/frontier/calibration.py --models MODELS --data SHARDS --rows 8 --out calibration.json
+    python experiments/equal_time/calibration.py --models MODELS --data SHARDS --rows 8 --out calibration.json
 
 In each round every model makes one step on the same rows: forward, backward, clipping, AdamW. What counts is the
 process's own processor time, so that what else runs disturbs it little and all of them alike; the median of the rounds
