@@ -47,7 +47,7 @@ def step_of(model: Any, batches: TrainingBatches, rows: int, loss: Callable) -> 
     optimizer = build_optimizer(model, PEAK_LR, BETAS, EPSILON, WEIGHT_DECAY)
 
     def step(number: int) -> float:
-        inputs = to_tensors(model_inputs(batches.batch(number, 0, rows), None), torch.device("cpu"))
+        inputs = to_tensors(model_inputs(batches.batch(number, 0, rows), batches.rule, False), torch.device("cpu"))
         start = time.process_time()
         loss(model, inputs).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

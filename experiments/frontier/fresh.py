@@ -16,7 +16,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.files import atomic_folder
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
-from ksub_ds.model.presets import fresh_masked_lm, small_modernbert
+from ksub_ds.model.presets import fresh_model, small_modernbert
 from ksub_ds.pretrain.builders import start_bias
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         eos_token_id=tokenizer.eos_id,
     )
     torch.manual_seed(options.seed)
-    model = fresh_masked_lm(config, table)
+    model = fresh_model(config, table)
     start_bias(model, dataset, alpha=1.0)
     with atomic_folder(options.out) as temporary:
         model.save_pretrained(temporary)
