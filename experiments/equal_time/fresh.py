@@ -17,8 +17,9 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.files import atomic_folder
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
-from ksub_ds.model.presets import fresh_masked_lm, preset_config
+from ksub_ds.model.presets import fresh_model, preset_config
 from ksub_ds.pretrain.builders import start_bias
+from ksub_ds.pretrain.recipe import CAUSAL_PRESETS
 
 
 def main() -> None:
@@ -35,6 +36,8 @@ def main() -> None:
     dataset = ShardDataset.open(options.data, verify=False)
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     table = CodeTable.load(options.codes) if options.codes else plain_codes(tokenizer.vocab_size)
+    # A causal model has a bias only where it begins at the frequencies.
+    bias = {"decoder_bias": True} if options.preset in CAUSAL_PRESETS else {}
     config = preset_config(
         options.preset,
         vocab_size=table.num_tokens,
@@ -46,9 +49,10 @@ def main() -> None:
         pad_token_id=tokenizer.pad_id,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
+        **bias,
     )
     torch.manual_seed(options.seed)
-    model = fresh_masked_lm(config, table)
+    model = fresh_model(config, table)
     start_bias(model, dataset, alpha=1.0)
     with atomic_folder(options.out) as temporary:
         model.save_pretrained(temporary)

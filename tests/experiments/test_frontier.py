@@ -63,11 +63,11 @@ def start(out, shards, *more):
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=300,
     )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_run_goes_on_from_the_search_to_its_budget_and_after_a_kill(tiny_shards, tmp_path):
     out = tmp_path / "experiment"
     out.mkdir()
