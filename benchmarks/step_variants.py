@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, XLMRobertaConfig, XLMRob
 
 from ksub_ds import CodeTable, KSubRobertaConfig, KSubRobertaForMaskedLM, factorized_cross_entropy, positional_codes
 from ksub_ds.codes.positional import plain_codes
-from ksub_ds.model.causal_lm import KSubLlamaConfig, KSubLlamaForCausalLM
+from ksub_ds.model.causal_lm import KSubLlamaForCausalLM
+from ksub_ds.model.presets import preset_config
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Objective:
     variants: dict[str, Variant]
 
 
+def fields_of(ours: Any, plain: type) -> dict[str, Any]:
+    """Return those fields of our configuration that transformers' own has."""
+    return {key: getattr(ours, key) for key in plain.__dataclass_fields__ if key != "model_type"}
+
+
 def own_loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
     """Compute the loss as the model does."""
     return model(input_ids=ids, labels=labels).loss
@@ -89,9 +95,7 @@ def masked_lm() -> Objective:
     """Return the variants of a masked language model: 15 % of the positions are predicted."""
 
     def transformers_model() -> Any:
-        ours = KSubRobertaConfig.xlmr_medium()
-        fields = {key: getattr(ours, key) for key in XLMRobertaConfig.__dataclass_fields__ if key != "model_type"}
-        return XLMRobertaForMaskedLM(XLMRobertaConfig(**fields))
+        return XLMRobertaForMaskedLM(XLMRobertaConfig(**fields_of(KSubRobertaConfig.xlmr_medium(), XLMRobertaConfig)))
 
     def dense_loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
         masked = labels != -100
@@ -126,22 +130,13 @@ def causal_lm(chunk: int | None) -> Objective:
         chunk: rows at a time of `F.linear_cross_entropy`; None where torch does not have it: the second reference is
             then this project's dense loss in blocks (K = 1).
     """
-    body: dict[str, Any] = {
-        "vocab_size": N,
-        "hidden_size": 512,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "intermediate_size": 1376,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "use_cache": False,
-    }
 
     def dense() -> Any:
-        return LlamaForCausalLM(LlamaConfig(**body))
+        ours = preset_config("llama_medium", vocab_size=N, use_cache=False)
+        return LlamaForCausalLM(LlamaConfig(**fields_of(ours, LlamaConfig)))
 
     def coded(codes: Callable[[], CodeTable], bias: bool) -> Any:
-        return KSubLlamaForCausalLM(KSubLlamaConfig(**body, decoder_bias=bias), codes())
+        return KSubLlamaForCausalLM(preset_config("llama_medium", vocab_size=N, decoder_bias=bias), codes())
 
     def chunked_loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
         states = model.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
