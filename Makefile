@@ -76,6 +76,7 @@ format: .venv/.installed
 
 bench: .venv/.installed
 	@set -e; for file in loss step batches clustering langid corpus finetune engine; do echo "== $$file"; $(BIN)/python benchmarks/$$file.py; done
+	$(BIN)/python benchmarks/step.py --objective clm
 
 docs: .venv/.installed
 	$(BIN)/python -m pip install --quiet -e '.[docs]' -c constraints.txt

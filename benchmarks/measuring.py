@@ -39,8 +39,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def interleaved(
+    functions: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Time each function: the best call of `repeats` rounds in seconds; in every round each has a turn.
+
+    `clock` may be `time.process_time` where one thread of a CPU does the work: on a shared machine it leaves out what
+    others took.
 
     A turn lasts at least TURN_SECONDS: a call of milliseconds alone, after a long one of another
     variant, would only measure how that one left the caches.
@@ -49,11 +54,11 @@ def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dic
     for _ in range(repeats):
         for name, function in functions.items():
             gc.collect()
-            turn_ends = time.perf_counter() + TURN_SECONDS
+            turn_ends = clock() + TURN_SECONDS
             while True:
-                start = time.perf_counter()
+                start = clock()
                 function()
-                now = time.perf_counter()
+                now = clock()
                 best[name] = min(best[name], now - start)
                 if now >= turn_ends:
                     break

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from trip import Row, Trip, Variants
 
 from ksub_ds.corpus import masking
-from ksub_ds.model.presets import fresh_masked_lm, preset_config
+from ksub_ds.model.presets import fresh_model, preset_config
 from ksub_ds.pretrain.builders import set_dropout
 
 MICRO_BATCHES = (64, 128, 256)
@@ -69,7 +69,7 @@ def autocast(trip: Trip) -> torch.autocast:
 
 def model_of(trip: Trip, how: str, dropout: float) -> Any:
     torch.manual_seed(0)
-    model = fresh_masked_lm(preset_config(trip.preset, vocab_size=trip.tokens), clustered(trip.tokens))
+    model = fresh_model(preset_config(trip.preset, vocab_size=trip.tokens), clustered(trip.tokens))
     set_dropout(model, dropout)
     model.to(trip.device).train()
     if how == "compiled":

@@ -11,7 +11,8 @@ from typing import Any
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
-from ksub_ds.pretrain.open_run import open_run
+from ksub_ds.pretrain.heldout_eval import accuracy_key
+from ksub_ds.pretrain.open_run import OpenRun, open_run
 
 LOG_VERSIONS = re.compile(r"^(?P<when>[\d :,-]+?),\d+ (?P<what>python [\d.]+, torch .*)$")
 LOG_RANKS = re.compile(r"^[\d :,-]+ (?P<what>\d+ ranks? \(.*)$")
@@ -35,6 +36,7 @@ class RunFiles:
 
     Attributes:
         recipe: what stands in recipe.json.
+        causal: whether it trains a causal model.
         metrics: lines of metrics.jsonl, by step; loss and step are finite numbers in each.
         evaluations: lines of evaluation.jsonl, by step.
         failure: what stands in failure.json, if the last start ended before its time.
@@ -43,6 +45,7 @@ class RunFiles:
 
     path: Path
     recipe: dict[str, Any]
+    causal: bool
     table: CodeTable
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
@@ -55,6 +58,11 @@ class RunFiles:
     def tokens_at(self, step: int) -> int | None:
         """Return the tokens seen when `step` was done; None when no line says so."""
         return 0 if step == 0 else self._tokens.get(step)
+
+    @property
+    def accuracy_key(self) -> str:
+        """Under which name its lines have the share of tokens that were the most probable ones."""
+        return accuracy_key(self.causal)
 
     @cached_property
     def _tokens(self) -> dict[int, int]:
@@ -71,10 +79,11 @@ def read_run(path: Path) -> RunFiles:
     return RunFiles(
         path=Path(path),
         recipe=run.record,
+        causal=run.recipe.is_causal,
         table=run.table,
         metrics=[line for line in run.metrics if finite(line.get("loss")) is not None],
         evaluations=[line for line in run.evaluations if isinstance(line.get("languages"), dict)],
-        parameters=_parameters(run.recipe.preset, run.table),
+        parameters=_parameters(run),
         commands=_text(run.folder.command).splitlines(),
         starts=_starts(_text(run.folder.log)),
         checkpoint_steps=run.checkpoint_steps(),
@@ -93,15 +102,17 @@ def values(lines: list[dict[str, Any]], key: str) -> list[float]:
     return [value for line in lines if (value := finite(line.get(key))) is not None]
 
 
-def _parameters(preset: str, table: CodeTable) -> dict[str, int]:
+def _parameters(run: OpenRun) -> dict[str, int]:
     """Count parameters on the model itself, built without memory."""
     import torch
 
-    from ksub_ds.model.presets import fresh_masked_lm, preset_config
+    from ksub_ds.model.presets import fresh_model, preset_config
 
-    config = preset_config(preset, vocab_size=table.num_tokens)
+    table, recipe = run.table, run.recipe
+    bias = {"decoder_bias": recipe.decoder_bias == "frequency"} if recipe.is_causal else {}
+    config = preset_config(recipe.preset, vocab_size=table.num_tokens, **bias)
     with torch.device("meta"):
-        model = fresh_masked_lm(config, table)
+        model = fresh_model(config, table)
     total = sum(parameter.numel() for parameter in model.parameters())
     ours, plain = table.num_parameters(config.hidden_size), table.num_tokens * config.hidden_size
     return {

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 from ksub_ds.analysis.page import (
     NOTHING,
@@ -20,7 +20,7 @@ from ksub_ds.analysis.page import (
 from ksub_ds.analysis.run_files import RunFiles, finite, quality, values
 
 RECIPE_ROWS = (
-    *("global_batch_size", "micro_batch_size", "sequence_length", "peak_lr", "warmup_steps", "max_steps"),
+    *("objective", "global_batch_size", "micro_batch_size", "sequence_length", "peak_lr", "warmup_steps", "max_steps"),
     *(
         "schedule",
         "decay_steps",
@@ -67,12 +67,14 @@ def heading(run: RunFiles) -> str:
         ("embedding parameters", number(parameters["embedding"]), fewer),
     ]
     if run.metrics:
-        rows.append(("training loss", number(run.metrics[-1]["loss"], 3), "nats a masked token, last step"))
+        rows.append(("training loss", number(run.metrics[-1]["loss"], 3), f"nats a {_predicted(run)} token, last step"))
     if run.evaluations:
         last = run.evaluations[-1]
         rows.append(("held-out loss", number(finite(last.get("loss")), 3), f"at step {number(last['step'])}"))
-        accuracy = number(finite(last.get("masked_accuracy")), 1, percent=True)
-        rows.append(("masked accuracy", accuracy, f"held out, at step {number(last['step'])}"))
+        if finite(last.get("bits_per_byte")) is not None:
+            rows.append(("bits per byte", number(last["bits_per_byte"], 3), f"held out{_missing_bytes(last)}"))
+        accuracy = number(finite(last.get(run.accuracy_key)), 1, percent=True)
+        rows.append((_accuracy(run), accuracy, f"held out, at step {number(last['step'])}"))
     speeds = values(run.metrics, "tokens_per_second")
     if speeds:
         rows.append(("tokens a second", number(statistics.median(speeds)), "median over the steps"))
@@ -83,6 +85,20 @@ def heading(run: RunFiles) -> str:
         + tiles(rows)
         + _failure(run)
     )
+
+
+def _predicted(run: RunFiles) -> str:
+    return "predicted" if run.causal else "masked"
+
+
+def _accuracy(run: RunFiles) -> str:
+    return run.accuracy_key.replace("_", " ")
+
+
+def _missing_bytes(scores: dict[str, Any]) -> str:
+    """Return what makes bits per byte a number too high: tokens of unknown bytes."""
+    unknown = scores.get("unknown_tokens")
+    return f"; {number(unknown)} unknown tokens, whose bytes are not counted" if unknown else ""
 
 
 def _failure(run: RunFiles) -> str:
@@ -116,20 +132,20 @@ def parameters(run: RunFiles) -> str:
 
 
 def learning(run: RunFiles) -> str:
-    """Return loss and masked accuracy over steps and tokens, then per language."""
+    """Return loss and accuracy over steps and tokens, then per language."""
     if not run.metrics:
         return section("Learning", paragraph("No step has been recorded yet.", "note"))
     tokens = _token_ticks(run)
     training = thinned(_points(run.metrics, "loss"), "training")
     held_out = Line("held out", _points(run.evaluations, "loss"), dots=True)
     accuracy = [
-        thinned(_points(run.metrics, "masked_accuracy"), "training, one batch"),
-        Line("held out", _points(run.evaluations, "masked_accuracy"), dots=True),
+        thinned(_points(run.metrics, run.accuracy_key), "training, one batch"),
+        Line("held out", _points(run.evaluations, run.accuracy_key), dots=True),
     ]
     last = max(run.metrics[-1]["step"], *(line["step"] for line in run.evaluations), 1)
     charts = [
-        chart("Loss, nats a masked token", [training, held_out], "step", tokens, x_limits=(0, last)),
-        chart("Masked accuracy", accuracy, "step", tokens, percent=True, x_limits=(0, last)),
+        chart(f"Loss, nats a {_predicted(run)} token", [training, held_out], "step", tokens, x_limits=(0, last)),
+        chart(_accuracy(run).capitalize(), accuracy, "step", tokens, percent=True, x_limits=(0, last)),
     ]
     band = paragraph("Lines are means where steps are many; the pale band is their range.", "soft")
     return section(
@@ -142,8 +158,8 @@ def _languages(run: RunFiles) -> str:
     if not run.evaluations:
         return paragraph("No evaluation on held-out text has been recorded.", "note")
     names = sorted({name for line in run.evaluations for name in line["languages"]})
-    histories = {name: _history(run.evaluations, name) for name in names}
-    losses = [loss for history in histories.values() for _, loss, _ in history]
+    histories = {name: _history(run.evaluations, name, run.accuracy_key) for name in names}
+    losses = [loss for history in histories.values() for _, loss in _losses(history)]
     if not losses:
         return ""
     room = 0.05 * (max(losses) - min(losses)) or 1.0
@@ -152,7 +168,7 @@ def _languages(run: RunFiles) -> str:
     small = [
         chart(
             f"{text(name)}: {number(history[-1][1], 2)}",
-            [Line(name, [(step, loss) for step, loss, _ in history], dots=True)],
+            [Line(name, _losses(history), dots=True)],
             "step",
             small=True,
             limits=limits,
@@ -163,23 +179,20 @@ def _languages(run: RunFiles) -> str:
     ]
     first, last = run.evaluations[0], run.evaluations[-1]
     counts = {name: finite(row.get("count")) or 0 for name, row in last["languages"].items() if isinstance(row, dict)}
-    rows = [
-        [
-            f"{text(name)} <small>{number(counts.get(name))}</small>",
-            _change(history[0][1], history[-1][1], 3),
-            _change(history[0][2], history[-1][2], 1, percent=True),
-        ]
+    ends = [
+        (f"{text(name)} <small>{number(counts.get(name))}</small>", history[0], history[-1])
         for name, history in histories.items()
         if history
     ]
-    rows.append(
-        [
-            f"<b>all</b> <small>{number(sum(counts.values()))}</small>",
-            _change(finite(first.get("loss")), finite(last.get("loss")), 3),
-            _change(finite(first.get("masked_accuracy")), finite(last.get("masked_accuracy")), 1, percent=True),
-        ]
-    )
-    header = ["language <small>tokens scored</small>", "loss", "masked accuracy"]
+    begin, end = (_scores(line, run.accuracy_key) for line in (first, last))
+    ends.append((f"<b>all</b> <small>{number(sum(counts.values()))}</small>", begin, end))
+    has_bits = any(end.bits is not None for _, _, end in ends)
+    rows = [
+        [name, _change(begin.loss, end.loss, 3), _change(begin.accuracy, end.accuracy, 1, percent=True)]
+        + ([_change(begin.bits, end.bits, 3)] if has_bits else [])
+        for name, begin, end in ends
+    ]
+    header = ["language <small>tokens scored</small>", "loss", _accuracy(run)] + ["bits per byte"] * has_bits
     caption = f"held out, step {first['step']:,} and step {last['step']:,}"
     return ('<h3>Held-out loss by language</h3><div class="many">' + "".join(small) + "</div>") + table(
         header, rows, caption
@@ -190,15 +203,30 @@ def _change(first: float | None, last: float | None, digits: int, percent: bool 
     return f"{number(first, digits, percent)} → {number(last, digits, percent)}"
 
 
-def _history(evaluations: list[dict[str, Any]], name: str) -> list[tuple[int, float, float | None]]:
-    """Return (step, loss, masked accuracy) of one language."""
-    found = []
-    for line in evaluations:
-        row = line["languages"].get(name)
-        loss = finite(row.get("loss")) if isinstance(row, dict) else None
-        if loss is not None:
-            found.append((line["step"], loss, finite(row.get("masked_accuracy"))))
-    return found
+class _Scores(NamedTuple):
+    """One evaluation of one language, or of all."""
+
+    step: int
+    loss: float | None
+    accuracy: float | None
+    bits: float | None
+
+
+def _scores(line: dict[str, Any], accuracy: str, name: str | None = None) -> _Scores:
+    """Return the scores of a language, or of all, in a line of evaluation.jsonl."""
+    row = line if name is None else line["languages"].get(name)
+    row = row if isinstance(row, dict) else {}
+    return _Scores(line["step"], *(finite(row.get(key)) for key in ("loss", accuracy, "bits_per_byte")))
+
+
+def _history(evaluations: list[dict[str, Any]], name: str, accuracy: str) -> list[_Scores]:
+    """Return the scores of one language, in those evaluations that have them."""
+    found = (_scores(line, accuracy, name) for line in evaluations)
+    return [scores for scores in found if scores.loss is not None]
+
+
+def _losses(history: list[_Scores]) -> list[tuple[float, float]]:
+    return [(scores.step, scores.loss) for scores in history if scores.loss is not None]
 
 
 def speed(run: RunFiles) -> str:

@@ -4,6 +4,7 @@ Everything in it is read from the run or the model; it says what is not recorded
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, read_json
 from ksub_ds.common.languages import LANGUAGES
 from ksub_ds.convert.source import ExportSource, head_of
+from ksub_ds.pretrain.heldout_eval import accuracy_key
 from ksub_ds.pretrain.open_run import RunCheckpoint
 
 CITATION = """    @misc{k-sub-embedding,
@@ -137,11 +139,13 @@ def _training(source: ExportSource) -> str:
 
 def _run_training(checkpoint: RunCheckpoint) -> str:
     recipe = checkpoint.run.record
+    learnt = f"masked language modelling, {100 * recipe['mlm_probability']:g} % of the tokens"
+    if checkpoint.run.recipe.is_causal:
+        learnt = "causal language modelling, each token from those before it in its row"
     lines = [
         f"- {checkpoint.step:,} of {recipe['max_steps']:,} steps of {recipe['global_batch_size']:,} sequences of "
         f"{recipe['sequence_length']:,} tokens: {checkpoint.state.tokens:,} tokens",
-        f"- masked language modelling, {100 * recipe['mlm_probability']:g} % of the tokens; {recipe['precision']}; "
-        f"seed {recipe['seed']}",
+        f"- {learnt}; {recipe['precision']}; seed {recipe['seed']}",
         f"- AdamW, peak learning rate {recipe['peak_lr']:g}, {recipe['warmup_steps']:,} steps of warm-up"
         + (f", schedule {recipe['schedule']}" if "schedule" in recipe else ""),
         f"- fingerprint of the data: `{recipe['data_fingerprint']}`",
@@ -166,13 +170,19 @@ def _results(source: ExportSource, evaluation: dict[str, Any]) -> str:
     parts = []
     if evaluation:
         rows = [("all", evaluation), *sorted(evaluation["languages"].items())]
+        key = accuracy_key(causal="next_token_accuracy" in evaluation)
+        has_bits = "bits_per_byte" in evaluation
         table = [
             f"Held-out text at step {evaluation['step']:,}:",
             "",
-            "| | loss (nats) | masked accuracy |",
-            "|---|---|---|",
+            f"| | loss (nats) | {key.replace('_', ' ')} |{' bits per byte |' if has_bits else ''}",
+            f"|---|---|---|{'---|' if has_bits else ''}",
         ]
-        table += [f"| {name} | {row['loss']:.4f} | {100 * row['masked_accuracy']:.2f} % |" for name, row in rows]
+        table += [
+            f"| {name} | {row['loss']:.4f} | {100 * row[key]:.2f} % |"
+            + (f" {row.get('bits_per_byte', math.nan):.4f} |" if has_bits else "")
+            for name, row in rows
+        ]
         parts.append("\n".join(table))
     parts += [text for text in map(_task, _result_files(source)) if text]
     return "\n\n".join(parts) or "None recorded."

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.masking import MaskingRule, derive_key, mask_tokens, mix64, sequence_keys
+from ksub_ds.corpus.masking import MaskingRule, derive_key, mask_tokens, mix64, next_tokens, sequence_keys
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.shards.packing import Packing, pair_positions
 
@@ -184,16 +184,16 @@ class Sampler:
         return self._offsets[language] + permute(order, count, keys)
 
 
-def masking_rule(dataset: ShardDataset, mlm_probability: float) -> MaskingRule:
+def masking_rule(dataset: ShardDataset, mlm_probability: float | None) -> MaskingRule:
     """Return the masking rule for the tokenizer that a data set was made with."""
     tokenizer = dataset.manifest["tokenizer"]
     return MaskingRule(mlm_probability, tokenizer["mask_id"], tuple(tokenizer["special_ids"]), tokenizer["vocab_size"])
 
 
-def _masked_batch(dataset: ShardDataset, rows: np.ndarray, keys: np.ndarray, rule: MaskingRule) -> Batch:
-    input_ids, labels = mask_tokens(rows, keys, rule)
-    batch = {"input_ids": input_ids, "labels": labels}
+def _labelled_batch(dataset: ShardDataset, rows: np.ndarray, keys: np.ndarray, rule: MaskingRule) -> Batch:
     pad_id = dataset.manifest["tokenizer"]["pad_id"]
+    input_ids, labels = next_tokens(rows, pad_id) if rule.is_causal else mask_tokens(rows, keys, rule)
+    batch = {"input_ids": input_ids, "labels": labels}
     if (rows[:, -1] == pad_id).any():  # padding is only at the end of a row
         batch["attention_mask"] = (rows != pad_id).astype(np.int64)
     return batch
@@ -236,14 +236,14 @@ def _position_ids(dataset: ShardDataset, rows: np.ndarray, is_pair: np.ndarray, 
 
 
 class TrainingBatches:
-    """Masked training batches; a batch is a pure function of the settings and the step.
+    """Training batches, masked or causal; a batch is a pure function of the settings and the step.
 
     Args:
         dataset: opened shards.
         global_batch_size: sequences per optimizer step, over all ranks and micro-steps.
         alpha: exponent of language smoothing, in (0, 1].
         seed: the recipe's seed.
-        mlm_probability: share of tokens to predict.
+        mlm_probability: share of tokens to predict; None for a causal model, which predicts all.
         pairs: how rows of pairs take part.
 
     Attributes:
@@ -260,7 +260,7 @@ class TrainingBatches:
         global_batch_size: int,
         alpha: float,
         seed: int,
-        mlm_probability: float,
+        mlm_probability: float | None,
         pairs: PairSettings = NO_PAIRS,
     ):
         self._dataset, self._pairs = dataset, pairs
@@ -296,7 +296,7 @@ class TrainingBatches:
                 epochs, indices, sequences = sampler.samples_from(starts[number], int(own.sum()))
                 rows[own] = self._dataset.gather("train", sequences, pairs=bool(number))
                 keys[own] = sequence_keys(seed, epochs, indices)
-        batch = _masked_batch(self._dataset, rows, keys, self.rule)
+        batch = _labelled_batch(self._dataset, rows, keys, self.rule)
         if self._pairs.gives_positions:
             batch["position_ids"] = _position_ids(self._dataset, rows, is_pair, self._pairs.first_position)
         return batch
@@ -308,7 +308,7 @@ class HeldOutBatches:
     Args:
         dataset: opened shards.
         sequences_per_language: rows of each language, spread evenly over those it has.
-        mlm_probability: share of tokens to predict.
+        mlm_probability: share of tokens to predict; None for a causal model, which predicts all.
         batch_size: rows of a batch; a batch holds one language.
         seed: fixes the masks.
         pairs: how pairs take part; with any share, each pair of languages is evaluated as a language is.
@@ -321,7 +321,7 @@ class HeldOutBatches:
         self,
         dataset: ShardDataset,
         sequences_per_language: int,
-        mlm_probability: float,
+        mlm_probability: float | None,
         batch_size: int = 16,
         seed: int = 0,
         pairs: PairSettings = NO_PAIRS,
@@ -343,7 +343,7 @@ class HeldOutBatches:
         for language, indices in self._plan:
             rows = self._dataset.gather("validation", indices, language)
             keys = sequence_keys(self._seed, np.full(len(indices), _HELD_OUT_EPOCH), indices)
-            batch = _masked_batch(self._dataset, rows, keys, self.rule)
+            batch = _labelled_batch(self._dataset, rows, keys, self.rule)
             if self._pairs.gives_positions:
                 is_pair = np.full(len(rows), language in self._dataset.pairs)
                 batch["position_ids"] = _position_ids(self._dataset, rows, is_pair, self._pairs.first_position)

@@ -68,16 +68,22 @@ class MaskingRule:
     """The probability of masking, and what masking needs to know of the tokenizer.
 
     Attributes:
-        mlm_probability: share of the ordinary tokens to predict, in [0, 1].
+        mlm_probability: share of the ordinary tokens to predict, in [0, 1]; None where nothing is masked, and every
+            token is predicted from those before it.
         mask_id: id of `<mask>`.
         special_ids: ids that are never masked and never inserted; sorted.
         vocab_size: N; random tokens are ordinary ids below it.
     """
 
-    mlm_probability: float
+    mlm_probability: float | None
     mask_id: int
     special_ids: tuple[int, ...]
     vocab_size: int
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every token is predicted from those before it."""
+        return self.mlm_probability is None
 
 
 def mask_tokens(ids: np.ndarray, keys: np.ndarray, rule: MaskingRule) -> tuple[np.ndarray, np.ndarray]:
@@ -86,11 +92,12 @@ def mask_tokens(ids: np.ndarray, keys: np.ndarray, rule: MaskingRule) -> tuple[n
     Args:
         ids: (B, T) int32 token ids.
         keys: (B,) uint64 from `sequence_keys`.
-        rule: probability and special ids.
+        rule: probability and special ids; not a causal one.
 
     Returns:
         input_ids and labels, (B, T) int64; labels are IGNORE where nothing is predicted.
     """
+    assert rule.mlm_probability is not None, "a causal rule masks nothing"
     batch, length = ids.shape
     input_ids = ids.astype(np.int64)
     labels = np.full((batch, length), IGNORE, dtype=np.int64)
@@ -150,6 +157,22 @@ def padded_count(tokens: int, mlm_probability: float) -> int:
 
 def _round_up(count: int) -> int:
     return -(-count // COUNT_MULTIPLE) * COUNT_MULTIPLE
+
+
+def next_tokens(ids: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Make the labels of a causal model, which shifts them itself: every token but the first of a row.
+
+    Args:
+        ids: (B, T) int32 token ids, padded at the end.
+        pad_id: of the padding, which is not predicted.
+
+    Returns:
+        input_ids and labels, (B, T) int64; labels are IGNORE where nothing is predicted.
+    """
+    input_ids = ids.astype(np.int64)
+    labels = np.where(ids == pad_id, IGNORE, input_ids)
+    labels[:, 0] = IGNORE
+    return input_ids, labels
 
 
 @functools.lru_cache(maxsize=4)

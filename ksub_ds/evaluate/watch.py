@@ -101,8 +101,10 @@ class Curve:
 def describe(line: dict[str, Any]) -> str:
     """Describe a point of the curve in one line of text."""
     text = f"step {line['step']:,}"
-    if "masked_accuracy" in line:
-        text += f": masked accuracy {100 * line['masked_accuracy']:.1f} %, held-out loss {line['loss']:.3f}"
+    for key in (key for key in line if key.endswith("accuracy")):
+        text += f": {key.replace('_', ' ')} {100 * line[key]:.1f} %, held-out loss {line['loss']:.3f}"
+    if "bits_per_byte" in line:
+        text += f", {line['bits_per_byte']:.3f} bits a byte"
     if "xnli" in line:
         text += f", XNLI average {100 * line['xnli']['average']:.1f} %"
     return text
@@ -110,14 +112,14 @@ def describe(line: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchSettings:
-    """Score the checkpoints of a pretraining run as they appear: masked accuracy, and XNLI by a short fine-tune."""
+    """Score the checkpoints of a pretraining run as they appear: held-out scores, and XNLI by a short fine-tune."""
 
     run: Path
     """Run folder of `ksub pretrain`; nothing in it is touched."""
     out: Path
     """Folder for the curve."""
     data: str | None = None
-    """XNLI's folder or name on the hub. [none: masked accuracy alone]"""
+    """XNLI's folder or name on the hub. [none: held-out scores alone]"""
     once: bool = False
     """Score the checkpoints that are there, then end."""
     setting: str = "cross-lingual"
@@ -131,7 +133,7 @@ class WatchSettings:
     learning_rate: float = 5e-5
     """Of the short fine-tune: higher than Table 6's, because it is short."""
     eval_sequences: int = 32
-    """Held-out sequences per language for the masked accuracy."""
+    """Held-out sequences per language."""
     poll_seconds: float = 30.0
     """Look for new checkpoints every so many seconds."""
     patience_seconds: float = 60.0
@@ -151,6 +153,8 @@ def watch(settings: WatchSettings) -> None:
     run = open_run(settings.run)
     max_steps = run.recipe.max_steps
     _check(settings)
+    if run.recipe.is_causal and settings.data is not None:
+        raise UserError(f"--data {settings.data}: {settings.run} trains a causal model, which XNLI is not for")
     if not settings.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.nice(NICENESS)  # the run goes first
@@ -243,7 +247,7 @@ def _score(settings: WatchSettings, run: Any, path: Path) -> dict[str, Any]:
     get_logger().info(f"scoring {path.name}")
     checkpoint = RunCheckpoint(run, path)
     model: Any = checkpoint.load_model()
-    scores = _masked_accuracy(settings, run, model.to(distributed.device()))
+    scores = _held_out_scores(settings, run, model.to(distributed.device()))
     line: dict[str, Any] = {"step": checkpoint.step, **scores}
     if settings.data is not None:
         exported = settings.out / "model"
@@ -255,8 +259,8 @@ def _score(settings: WatchSettings, run: Any, path: Path) -> dict[str, Any]:
     return line
 
 
-def _masked_accuracy(settings: WatchSettings, run: Any, model: Any) -> dict[str, Any]:
-    """Return loss and masked accuracy on the run's held-out rows, per language; nothing where the shards are gone."""
+def _held_out_scores(settings: WatchSettings, run: Any, model: Any) -> dict[str, Any]:
+    """Return loss and accuracy on the run's held-out rows, per language; nothing where the shards are gone."""
     from ksub_ds.corpus.batches import HeldOutBatches
     from ksub_ds.corpus.shards.dataset import ShardDataset
     from ksub_ds.pretrain.heldout_eval import evaluate
@@ -265,12 +269,12 @@ def _masked_accuracy(settings: WatchSettings, run: Any, model: Any) -> dict[str,
     try:
         dataset = ShardDataset.open(recipe.data, verify=False)
     except UserError as error:
-        get_logger().warning(f"no masked accuracy: {error}")
+        get_logger().warning(f"no held-out scores: {error}")
         return {}
-    held_out = HeldOutBatches(dataset, settings.eval_sequences, recipe.mlm_probability, 8)
+    held_out = HeldOutBatches(dataset, settings.eval_sequences, recipe.masked_share, 8)
     if not len(held_out):
         return {}
-    return evaluate(model, held_out, dataset.languages)
+    return evaluate(model, held_out, dataset.languages, run.tokenizer)
 
 
 def _xnli(settings: WatchSettings, model: Path, out: Path) -> dict[str, Any]:

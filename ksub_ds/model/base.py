@@ -228,6 +228,21 @@ class TokenPredictor(SubEmbeddingModel):
             predictions = predictions or (has_labels and self.evaluation_output == "predictions")
         return logits, predictions
 
+    @torch.no_grad()
+    def score_labels(self, **inputs: Tensor) -> Tensor:
+        """Score a batch by its labels.
+
+        Args:
+            **inputs: as `forward` takes them: ids, attention mask, and the labels; of a masked model in either of
+                their two forms.
+
+        Returns:
+            (2,) float64: the summed loss, and how many labels are the most probable token.
+        """
+        # Through forward, the only place where ZeRO 3 gathers the partitioned weights.
+        output = self(**inputs, loss_reduction="sum", output_correct=True)
+        return torch.stack([output.loss.double(), output["correct"].double()])
+
     def _resize_bias(self, size: int, mean_resizing: bool) -> None:
         old = self.decoder_bias
         if old is None:

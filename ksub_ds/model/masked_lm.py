@@ -129,22 +129,6 @@ class SubMaskedLM(TokenPredictor):
         return self._decoder_input(states.flatten(0, 1).index_select(0, positions))
 
     @torch.no_grad()
-    def score_masked(self, **inputs: Tensor) -> Tensor:
-        """Score a batch by its labels.
-
-        Args:
-            **inputs: as `forward` takes them: ids, attention mask, and the labels in one of their two forms.
-
-        Returns:
-            (3,) float64: the summed loss, at how many labelled positions the label is the most probable token, and the
-            number of labelled positions.
-        """
-        # Through forward, the only place where ZeRO 3 gathers the partitioned weights.
-        output = self(**inputs, loss_reduction="sum", output_correct=True)
-        labels = inputs["labels"] if inputs.get("labels") is not None else inputs["targets"]
-        return torch.stack([each.double() for each in (output.loss, output["correct"], (labels != -100).sum())])
-
-    @torch.no_grad()
     def label_losses(
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

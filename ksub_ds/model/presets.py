@@ -2,19 +2,26 @@
 
 from typing import Any
 
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
 
 from ksub_ds.codes.table import CodeTable
+from ksub_ds.model.base import TokenPredictor
+from ksub_ds.model.causal_lm import KSubLlamaConfig
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.families import KSubModernBertConfig
-from ksub_ds.model.masked_lm import SubMaskedLM
 from ksub_ds.model.registration import register
+
+# Layers, width, heads and inner width. With its gate Llama has three matrices where RoBERTa has two, so that two thirds
+# of RoBERTa's inner width make as many parameters.
+LLAMA_SIZES = {"llama_medium": (8, 512, 8, 1376), "llama_small": (6, 384, 6, 1024), "llama_tiny": (2, 128, 4, 344)}
 
 
 def preset_config(preset: str, **overrides: Any) -> PreTrainedConfig:
     """Return the configuration of a preset (recipe.py lists them); pass the vocab_size of your codes."""
     if preset == "small_modernbert":
         return small_modernbert(**overrides)
+    if preset in LLAMA_SIZES:
+        return llama(preset, **overrides)
     return getattr(KSubRobertaConfig, preset)(**overrides)
 
 
@@ -47,7 +54,31 @@ def small_modernbert(**overrides: Any) -> KSubModernBertConfig:
     return KSubModernBertConfig(**fields)
 
 
-def fresh_masked_lm(config: PreTrainedConfig, table: CodeTable) -> SubMaskedLM:
-    """Build the masked language model of one of our configurations, with random weights."""
+def llama(preset: str, **overrides: Any) -> KSubLlamaConfig:
+    """Return a Llama, as Llama 2: rotary positions, the norm before each sublayer, no bias and no dropout.
+
+    Args:
+        preset: one of LLAMA_SIZES.
+        overrides: fields of the configuration.
+    """
+    layers, width, heads, inner = LLAMA_SIZES[preset]
+    fields: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    return KSubLlamaConfig(**fields | overrides)
+
+
+def fresh_model(config: PreTrainedConfig, table: CodeTable) -> TokenPredictor:
+    """Build the masked or causal language model of one of our configurations, with random weights."""
     register()
-    return MODEL_FOR_MASKED_LM_MAPPING[type(config)](config, table)
+    kind = type(config)
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING
+    return (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_MASKED_LM_MAPPING)[kind](config, table)

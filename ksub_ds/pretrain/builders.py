@@ -40,12 +40,12 @@ ATTENTION_PACKAGES = {
 if TYPE_CHECKING:  # seconds of imports, and deepspeed must come after the process group
     from deepspeed import DeepSpeedEngine
 
+    from ksub_ds.model.base import TokenPredictor
     from ksub_ds.model.distillation import Teacher
-    from ksub_ds.model.masked_lm import SubMaskedLM
 
 
-def build_network(recipe: Recipe, config: Any, table: CodeTable, warm_start: Path | None = None) -> "SubMaskedLM":
-    """Build the masked language model of a recipe, with weights that follow from its seed or its warm start.
+def build_network(recipe: Recipe, config: Any, table: CodeTable, warm_start: Path | None = None) -> "TokenPredictor":
+    """Build the language model of a recipe, with weights that follow from its seed or its warm start.
 
     Args:
         recipe: a resolved recipe.
@@ -57,13 +57,13 @@ def build_network(recipe: Recipe, config: Any, table: CodeTable, warm_start: Pat
         return open_warm_start(warm_start or recipe.warm_start, table)
     import torch
 
-    from ksub_ds.model.presets import fresh_masked_lm
+    from ksub_ds.model.presets import fresh_model
 
     torch.manual_seed(recipe.seed)
-    return fresh_masked_lm(config, table)
+    return fresh_model(config, table)
 
 
-def build_model(run: ResolvedRun) -> "SubMaskedLM":
+def build_model(run: ResolvedRun) -> "TokenPredictor":
     """Build the model to train: the network with the recipe's dropout, attention and start of the bias.
 
     Raises:
@@ -88,7 +88,8 @@ def set_dropout(model: Any, share: float) -> None:
             module.p = share
         elif hasattr(module, "attention_dropout"):  # ModernBERT's: a number, and no layer behind it where that is 0
             module.attention_dropout = share
-            module.out_drop = torch.nn.Dropout(share)
+            if hasattr(module, "out_drop"):
+                module.out_drop = torch.nn.Dropout(share)
 
 
 def set_attention(model: Any, name: str | None) -> None:
@@ -218,7 +219,7 @@ def count_work(run: ResolvedRun, engine: "DeepSpeedEngine") -> Work:
     """Return what a token costs, and what the ranks' devices can do together. A collective."""
     from ksub_ds.model.flops import training_flops
 
-    flops = training_flops(engine.module, run.dataset.sequence_length, run.recipe.mlm_probability)
+    flops = training_flops(engine.module, run.dataset.sequence_length, run.recipe.masked_share or 1.0)
     peaks = distributed.gather_objects(peak_bf16(device_name()))
     return Work(flops, None if None in peaks else sum(peaks))
 
@@ -284,11 +285,11 @@ def parameter_table(model: Any, table: CodeTable) -> list[str]:
 
 
 def decoded_row(first: StepBatches, tokenizer: Tokenizer, length: int = 48) -> list[str]:
-    """Return the beginning of the first training row as lines of text, as it is and as the model sees it."""
+    """Return the beginning of the first training row as lines of text, as it is and as a mask shows it."""
     masked = first.micro_batches[0]["input_ids"][0, :length]
     labels = first.micro_batches[0]["labels"][0, :length]
     original = [int(label) if label >= 0 else int(token) for token, label in zip(masked, labels, strict=True)]
-    return [
-        f"first row: {tokenizer.decode(original)}",
-        f"   masked: {tokenizer.decode([int(token) for token in masked])}",
-    ]
+    lines = [f"first row: {tokenizer.decode(original)}"]
+    if original != masked.tolist():
+        lines.append(f"   masked: {tokenizer.decode(masked.tolist())}")
+    return lines

@@ -3,7 +3,7 @@
     python -m ksub_ds.pretrain --preset tiny --codes codes.safetensors --data shards --out run
 
 What makes a run repeatable: batch and masks are functions of (seed, step), dropout of (seed, step,
-micro-batch), and the loss is the sum over all masked tokens of the optimizer step divided by their
+micro-batch), and the loss is the sum over all predicted tokens of the optimizer step divided by their
 global count. None of it depends on the number of ranks.
 
 A step is launched, and its report is read later: on a GPU when the next step is under way, so that the device never
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from ksub_ds.common import distributed
 from ksub_ds.common.logging import get_logger, read_lines
 from ksub_ds.corpus.batches import HeldOutBatches
+from ksub_ds.corpus.tokenizers.loading import Tokenizer
 from ksub_ds.pretrain import checkpoint
 from ksub_ds.pretrain.checkpoint import CheckpointWriter, TrainerState
 from ksub_ds.pretrain.engine import GuardedUpdate, loss_factor, loss_scale
-from ksub_ds.pretrain.heldout_eval import evaluate
+from ksub_ds.pretrain.heldout_eval import accuracy_key, evaluate
 from ksub_ds.pretrain.metrics import TrainingMetrics
 from ksub_ds.pretrain.preemption import StopRequest
 from ksub_ds.pretrain.prefetch import BatchPrefetcher, StepBatches
@@ -49,6 +50,7 @@ class Training:
         prefetcher: gives the micro-batches of a step.
         held_out: batches to evaluate on; None where the shards have no held-out part.
         languages: those with a held-out part.
+        tokenizer: of the data.
         metrics: writes metrics.jsonl and evaluation.jsonl.
         checkpoints: writes checkpoints.
         stop: watches for a request to stop.
@@ -62,6 +64,7 @@ class Training:
     prefetcher: BatchPrefetcher
     held_out: HeldOutBatches | None
     languages: list[str]
+    tokenizer: Tokenizer
     metrics: TrainingMetrics
     checkpoints: CheckpointWriter
     stop: StopRequest
@@ -91,13 +94,13 @@ class StepReport(NamedTuple):
     """What one optimizer step gave, summed over its micro-batches and all ranks.
 
     Attributes:
-        loss: nats, over the masked tokens.
-        correct: masked tokens of the last micro-batches that were predicted, on steps that are logged in full, and
+        loss: nats, over the predicted tokens: the masked ones, or of a causal model all.
+        correct: those of the last micro-batches that were most probable, on steps that are logged in full, and
         counted: how many there were.
         stops: ranks that want to stop.
         problems: ranks that could not write a file.
         gradient_norm: before clipping; in fp16 infinite where DeepSpeed passed over the update.
-        masked: masked tokens.
+        predicted: tokens to predict.
         tokens: input tokens, padding not counted.
     """
 
@@ -107,7 +110,7 @@ class StepReport(NamedTuple):
     stops: float
     problems: float
     gradient_norm: float
-    masked: float
+    predicted: float
     tokens: float
 
 
@@ -178,7 +181,7 @@ def train_step(training: Training, batches: StepBatches, step: int) -> StepInFli
 
     distributed.watchdog().step = step
     distributed.mark_progress(f"step {step}")
-    sizes = distributed.sum_over_ranks(distributed.to_device([batches.masked_tokens, batches.tokens]))
+    sizes = distributed.sum_over_ranks(distributed.to_device([batches.predicted_tokens, batches.tokens]))
     loss, correct, counted = _accumulate_gradients(training, batches, step, sizes[0])
 
     wants_stop = training.stop.reason() is not None
@@ -195,7 +198,7 @@ def train_step(training: Training, batches: StepBatches, step: int) -> StepInFli
 
 
 def _accumulate_gradients(
-    training: Training, batches: StepBatches, step: int, masked: "Tensor"
+    training: Training, batches: StepBatches, step: int, predicted: "Tensor"
 ) -> tuple["Tensor", "Tensor", int]:
     """Run forward and backward over this rank's micro-batches.
 
@@ -203,7 +206,7 @@ def _accumulate_gradients(
         training: all that the loop works on.
         batches: this rank's micro-batches.
         step: number of the step, from 1.
-        masked: labels to predict in the whole step, over all ranks: the loss is divided by their number.
+        predicted: labels to predict in the whole step, over all ranks: the loss is divided by their number.
 
     Returns:
         The sum of this rank's losses; and of the last micro-batch, on steps that are logged in full, how many labels
@@ -212,7 +215,7 @@ def _accumulate_gradients(
     import torch
 
     engine = training.engine
-    masked = masked.clamp(min=1).float()
+    predicted = predicted.clamp(min=1).float()
     loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device())
     correct, counted = loss_sum, 0
     for index, inputs in zip(batches.indices, batches.on_device(), strict=True):
@@ -221,10 +224,10 @@ def _accumulate_gradients(
         torch.manual_seed(dropout_seed("dropout", training.recipe.seed, step, index))
         engine.set_gradient_accumulation_boundary(last)
         output = engine(**inputs, **_soft_targets(training, inputs), loss_reduction="sum", output_correct=counts)
-        engine.backward(output.loss * loss_factor(engine) / masked, scale_wrt_gas=False)
+        engine.backward(output.loss * loss_factor(engine) / predicted, scale_wrt_gas=False)
         loss_sum = loss_sum + output.loss.detach()
         if counts:
-            correct, counted = output["correct"].double(), batches.masked_in_last
+            correct, counted = output["correct"].double(), batches.predicted_in_last
     return loss_sum, correct, counted
 
 
@@ -259,11 +262,11 @@ def finish_step(training: Training, state: TrainerState, flight: StepInFlight) -
         _refuse(training, flight.step, "the gradient")
     training.metrics.step(
         flight.step,
-        report.loss / max(report.masked, 1.0),
+        report.loss / max(report.predicted, 1.0),
         int(report.tokens),
         lr=flight.learning_rate,
         grad_norm=None if skipped else report.gradient_norm,
-        masked_accuracy=report.correct / report.counted if report.counted else None,
+        **{accuracy_key(training.recipe.is_causal): report.correct / report.counted if report.counted else None},
         loss_scale=loss_scale(training.engine),
         tokens=state.tokens + int(report.tokens),
         data_wait_seconds=round(flight.data_wait, 5),
@@ -307,7 +310,7 @@ def evaluation_is_missing(recipe: Recipe, folder: RunFolder, step: int) -> bool:
 def _evaluate(training: Training, step: int) -> None:
     if training.held_out is not None:
         distributed.mark_progress(f"the evaluation after step {step}")
-        scores = evaluate(training.engine.module, training.held_out, training.languages)
+        scores = evaluate(training.engine.module, training.held_out, training.languages, training.tokenizer)
         training.metrics.evaluation(step, scores)
 
 

@@ -61,7 +61,7 @@ class TrainingMetrics:
 
         Args:
             step: number of the step, from 1.
-            loss: nats per masked token.
+            loss: nats per predicted token.
             step_tokens: input tokens of the step, over all ranks.
             **values: further values of the line; those that are None are left out.
         """
@@ -104,10 +104,12 @@ class TrainingMetrics:
             return
         self._write(self._evaluations, "held_out", step, {"step": step} | scores)
         rows = scores["languages"] | scores.get("pairs", {})
-        languages = "  ".join(f"{name} {row['loss']:.3f}" for name, row in rows.items())
+        languages = "  ".join(f"{name} {_in_words(row)}" for name, row in rows.items())
+        name, accuracy = next((key, value) for key, value in scores.items() if key.endswith("accuracy"))
+        bits = f", {_in_words(scores)}" if "bits_per_byte" in scores else ""
         get_logger().info(
-            f"held out at step {step:,}: loss {scores['loss']:.4f}, masked accuracy "
-            f"{100 * scores['masked_accuracy']:.2f} %  [{languages}]"
+            f"held out at step {step:,}: loss {scores['loss']:.4f}{bits}, {name.replace('_', ' ')} "
+            f"{100 * accuracy:.2f} %  [{languages}]"
         )
 
     def _write(self, writer: MetricsWriter, group: str, step: int, line: dict[str, Any]) -> None:
@@ -141,6 +143,13 @@ class TrainingMetrics:
                     writer.close()
                 except OSError as failure:
                     get_logger().warning(f"{self._folder.path}: metrics cannot be flushed ({failure.strerror})")
+
+
+def _in_words(scores: dict[str, Any]) -> str:
+    """Return bits per byte, about where bytes of unknown tokens are missing, or else the loss."""
+    if "bits_per_byte" not in scores:
+        return f"{scores['loss']:.3f}"
+    return f"{'about ' if 'unknown_tokens' in scores else ''}{scores['bits_per_byte']:.3f} bits a byte"
 
 
 def _numbers(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

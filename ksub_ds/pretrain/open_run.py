@@ -21,7 +21,7 @@ from ksub_ds.pretrain.recipe import Recipe, read_recipe
 from ksub_ds.pretrain.run_folder import RunFolder
 
 if TYPE_CHECKING:  # seconds of imports
-    from ksub_ds.model.masked_lm import SubMaskedLM
+    from ksub_ds.model.base import TokenPredictor
 
 
 def is_run(path: Path) -> bool:
@@ -149,8 +149,8 @@ class RunCheckpoint:
         if self.run.table.sha256 != self.state.codes_sha256:
             raise UserError(f"{self.path}: was trained with other codes than {self.run.folder.codes}")
 
-    def load_model(self) -> "SubMaskedLM":
-        """Build the masked language model with these weights, in fp32 and ready to evaluate.
+    def load_model(self) -> "TokenPredictor":
+        """Build the masked or causal language model with these weights, in fp32 and ready to evaluate.
 
         Raises:
             UserError: other codes, or weights that do not fit the recipe.

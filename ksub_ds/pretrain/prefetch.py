@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.batches import Batch, TrainingBatches
-from ksub_ds.corpus.masking import IGNORE, masked_positions, padded_count
+from ksub_ds.corpus.masking import IGNORE, MaskingRule, masked_positions, padded_count
 
 if TYPE_CHECKING:
     import torch
@@ -34,14 +34,14 @@ class StepBatches:
     seconds_waited: float
 
     @property
-    def masked_tokens(self) -> int:
+    def predicted_tokens(self) -> int:
         """Labels to predict."""
-        return sum(map(_count_masked, self.micro_batches))
+        return sum(map(_count_predicted, self.micro_batches))
 
     @property
-    def masked_in_last(self) -> int:
+    def predicted_in_last(self) -> int:
         """Labels to predict in the last micro-batch."""
-        return _count_masked(self.micro_batches[-1])
+        return _count_predicted(self.micro_batches[-1])
 
     @property
     def tokens(self) -> int:
@@ -49,7 +49,7 @@ class StepBatches:
         return sum(map(_count_tokens, self.micro_batches))
 
     def on_device(self) -> "list[dict[str, Tensor]]":
-        """Return the model's arguments, for each micro-batch: labels as masked_positions and targets (P,)."""
+        """Return the model's arguments, for each micro-batch: labels as `model_inputs` gives them."""
         return self.copies.arrive()
 
 
@@ -96,8 +96,7 @@ class BatchPrefetcher:
         micro_batches = [self._batches.batch(steps_done, index * size, (index + 1) * size) for index in self._indices]
         for batch in micro_batches:
             _check_ids(batch, self._batches.rule.vocab_size)
-        rate = self._batches.rule.mlm_probability
-        inputs = [model_inputs(batch, None if self._stream is None else rate) for batch in micro_batches]
+        inputs = [model_inputs(batch, self._batches.rule, self._stream is not None) for batch in micro_batches]
         return micro_batches, DeviceCopies(inputs, self._device, self._stream)
 
     def __enter__(self) -> "BatchPrefetcher":
@@ -107,16 +106,22 @@ class BatchPrefetcher:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def model_inputs(batch: Batch, padded_for: float | None) -> Batch:
-    """Return a batch with its labels as the model takes them: the places of those to predict, and what is there.
+def model_inputs(batch: Batch, rule: MaskingRule, fixed_shapes: bool) -> Batch:
+    """Return a batch as the model takes it.
+
+    A masked model gets the places of the labels to predict, and what is there. A causal one, which predicts nearly
+    everywhere, gets the labels; it needs no attention mask, as no token sees the padding after it.
 
     Args:
         batch: arrays input_ids and labels (B, T), and attention_mask where rows are padded.
-        padded_for: share of the tokens that is masked, to fill up to a number that all batches have: a device that
-            is a step behind takes no shapes that depend on the data. None for as many as there are.
+        rule: by which the labels were made.
+        fixed_shapes: fill the places up to a number that all batches have: a device that is a step behind takes no
+            shapes that depend on the data.
     """
+    if rule.mlm_probability is None:
+        return {key: array for key, array in batch.items() if key != "attention_mask"}
     labels = batch["labels"]
-    count = None if padded_for is None else padded_count(labels.size, padded_for)
+    count = padded_count(labels.size, rule.mlm_probability) if fixed_shapes else None
     positions, targets = masked_positions(labels, count)
     rest = {key: array for key, array in batch.items() if key != "labels"}
     return {**rest, "masked_positions": positions, "targets": targets}
@@ -168,7 +173,7 @@ def _check_ids(batch: Batch, vocab_size: int) -> None:
             raise UserError(f"--data: holds the token id {wrong[0]} of {vocab_size:,} tokens; make the shards anew")
 
 
-def _count_masked(batch: Batch) -> int:
+def _count_predicted(batch: Batch) -> int:
     return int((batch["labels"] != IGNORE).sum())
 
 

@@ -33,7 +33,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"max_steps": 10_000, "global_batch_size": 32, "peak_lr": 5e-4, "warmup_fraction": 0.1},
     "small_modernbert": {"max_steps": 10_000, "global_batch_size": 32, "peak_lr": 1e-3, "warmup_fraction": 0.05},
     "tiny": {"max_steps": 1_000, "global_batch_size": 32, "peak_lr": 1e-3, "warmup_fraction": 0.1},
+    "llama_medium": {"max_steps": 250_000, "global_batch_size": 256, "peak_lr": 2e-4, "warmup_fraction": 0.096},
+    "llama_small": {"max_steps": 10_000, "global_batch_size": 32, "peak_lr": 1e-3, "warmup_fraction": 0.05},
+    "llama_tiny": {"max_steps": 1_000, "global_batch_size": 32, "peak_lr": 1e-3, "warmup_fraction": 0.1},
 }
+CAUSAL_PRESETS = tuple(name for name in PRESETS if name.startswith("llama"))
 
 DECAY_FRACTION = 0.1  # of max_steps, for wsd
 ATTENTION = r"sdpa|eager|flash_attention_[23]|kernels-community/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?"
@@ -41,12 +45,22 @@ ATTENTION = r"sdpa|eager|flash_attention_[23]|kernels-community/[\w.-]+(@[\w.-]+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Pretrain a masked language model. Running the same command again continues the run."""
+    """Pretrain a masked or causal language model. Running the same command again continues the run."""
 
     # ---- model and data ----
-    preset: Literal["roberta_medium", "xlmr_medium", "small", "small_modernbert", "tiny"]
+    preset: Literal[
+        "roberta_medium",
+        "xlmr_medium",
+        "small",
+        "small_modernbert",
+        "tiny",
+        "llama_medium",
+        "llama_small",
+        "llama_tiny",
+    ]
     """Model size and schedule: Table 5 of the paper; `small` (6 layers, d = 384) for experiments without a GPU, and
-    `small_modernbert`, which needs fewer steps; `tiny` (2 layers, d = 128) for a first try."""
+    `small_modernbert`, which needs fewer steps; `tiny` (2 layers, d = 128) for a first try. `llama_...` are causal
+    models of the sizes of xlmr_medium, small and tiny."""
     data: Path
     """Folder of token shards, from preprocessing/shard_text.py."""
     out: Path
@@ -55,6 +69,9 @@ class Recipe:
     """Code file, from `ksub codes`: trains the sub-embedding model. Give either this or --plain."""
     plain: bool = False
     """Plain embedding (K = 1), the baseline: no code file, N from the tokenizer of the data."""
+    objective: Literal["mlm", "clm", "tlm"] | None = None
+    """What is learnt: mlm, the masked tokens; clm, every token from those before it; tlm, mlm on rows of pairs only.
+    [the preset's: clm for llama_..., else mlm]"""
     warm_start: Path | None = None
     """Start from this model's weights (folder of `ksub compress` or `ksub export`); network and codes are its own,
     and the preset gives the schedule only."""
@@ -66,7 +83,8 @@ class Recipe:
     decoder_bias: Literal["zero", "frequency"] = "zero"
     """Initial bias of the decoder: zero as in the paper, or each token's log frequency in the data. The bias moves by
     the learning rate in a step, so from zero it takes thousands of steps to learn what counting gives at once. (A
-    model of --warm-start has its own.)"""
+    model of --warm-start has its own. A causal model has a bias only from `frequency`, and then no --dense
+    export.)"""
 
     # ---- length ----
     max_steps: Annotated[int | None, Section("length")] = None
@@ -107,7 +125,8 @@ class Recipe:
 
     dropout: float | None = None
     """Of hidden states and attention while this run trains; the exported configuration keeps the model's own, for
-    fine-tuning. 0 saves time and suits a run that sees its data about once. [the model's: 0.1, as in the paper]"""
+    fine-tuning. 0 saves time and suits a run that sees its data about once. [the model's: 0.1, as in the paper;
+    Llama's 0]"""
 
     # ---- data ----
     mlm_probability: Annotated[float, Section("data")] = 0.15
@@ -150,8 +169,18 @@ class Recipe:
     eval_sequences: int = 64
     """Held-out sequences per language in one evaluation."""
     log_every_steps: int = 10
-    """Measure masked accuracy, on the last micro-batches, every this many steps; metrics.jsonl has a line for each
+    """Measure accuracy, on the last micro-batches, every this many steps; metrics.jsonl has a line for each
     step."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every token is predicted from those before it."""
+        return self.objective == "clm"
+
+    @property
+    def masked_share(self) -> float | None:
+        """Share of the tokens to predict by masking; None where nothing is masked."""
+        return None if self.is_causal else self.mlm_probability
 
     def plan(self) -> TrainingPlan:
         """Return length and learning rates of a resolved recipe."""
@@ -174,7 +203,7 @@ def resolve(recipe: Recipe, world_size: int, on_gpu: bool, previous_micro_batch_
     Raises:
         UserError: values that contradict each other, each with the numbers.
     """
-    preset = PRESETS[recipe.preset]
+    preset, recipe = PRESETS[recipe.preset], _resolve_objective(recipe)
     defaults = {key: preset[key] for key in ("max_steps", "global_batch_size", "peak_lr")}
     defaults["precision"] = "bf16" if on_gpu else "fp32"
     missing = {key: value for key, value in defaults.items() if getattr(recipe, key) is None}
@@ -199,6 +228,40 @@ def resolve(recipe: Recipe, world_size: int, on_gpu: bool, previous_micro_batch_
     recipe = dataclasses.replace(recipe, micro_batch_size=micro, compile=compiled)
     divide_batch(recipe, world_size)
     return recipe
+
+
+def _own_objective(preset: str, tlm_share: float) -> Literal["mlm", "clm", "tlm"]:
+    """Return the objective of a recipe that names none, as those of older versions do."""
+    return "clm" if preset in CAUSAL_PRESETS else "tlm" if tlm_share == 1 else "mlm"
+
+
+def _resolve_objective(recipe: Recipe) -> Recipe:
+    """Fill in the objective, and the share of pairs that it means.
+
+    Raises:
+        UserError: a preset of the other kind of network, or a setting of masked models beside clm.
+    """
+    own, preset = _own_objective(recipe.preset, recipe.tlm_share), recipe.preset
+    objective = recipe.objective or own
+    if (objective == "clm") != (own == "clm"):
+        kind = "a causal network, which learns clm" if own == "clm" else "an encoder, which learns mlm or tlm"
+        fitting = [name for name in PRESETS if (name in CAUSAL_PRESETS) == (objective == "clm")]
+        raise UserError(
+            f"--objective {objective}: --preset {preset} is {kind}; leave --objective out, or take --preset "
+            f"{' or '.join(fitting)}"
+        )
+    if objective == "tlm" and recipe.tlm_share not in (0, 1):
+        raise UserError(f"--tlm-share {recipe.tlm_share}: --objective tlm trains on pairs only; give either")
+    only_masked = ("tlm_share", "distill_from", "mlm_probability")
+    wrong = next((key for key in only_masked if getattr(recipe, key) != getattr(Recipe, key)), None)
+    if objective == "clm" and wrong is not None:
+        raise UserError(
+            f"{_flag(wrong)} {getattr(recipe, wrong)}: belongs to masked models; --preset {preset} learns clm, each "
+            "token from those before it; leave it out"
+        )
+    if "tlm" in (objective, own):
+        return dataclasses.replace(recipe, objective="tlm", tlm_share=1.0)
+    return dataclasses.replace(recipe, objective=objective)
 
 
 def parse_recipe(arguments: Sequence[str] | None) -> Recipe:
@@ -430,7 +493,10 @@ def from_json(values: Any, path: Path) -> Recipe:
         known[field.name] = (
             Path(value) if field.name in ("data", "out", "codes", "warm_start") and value is not None else value
         )
-    return Recipe(**known)
+    recipe = Recipe(**known)
+    if recipe.objective is None:
+        return dataclasses.replace(recipe, objective=_own_objective(recipe.preset, recipe.tlm_share))
+    return recipe
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -458,7 +524,7 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Compare the contents of two recipe.json files.
 
-    A setting that a file lacks has its default.
+    A setting that a file lacks has its default, and the objective is the preset's.
 
     Args:
         old: content of the file in the run folder.
@@ -469,6 +535,8 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """
     fields = dataclasses.fields(Recipe)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    if "preset" in old:
+        defaults["objective"] = _own_objective(old["preset"], old.get("tlm_share", 0.0))
     old = defaults | old
     keys = [*new, *(key for key in old if key not in new)]
     new = defaults | new

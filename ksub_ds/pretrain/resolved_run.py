@@ -18,7 +18,7 @@ from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.model.sequence_length import first_position, longest_sequence
 from ksub_ds.pretrain.engine import check_monitors, check_precision, find_deepspeed_config, read_mechanics
 from ksub_ds.pretrain.recipe import BatchSizes, Recipe, divide_batch, resolve, to_json
-from ksub_ds.pretrain.warm_start import check_same_tokens, codes_for, fingerprint, read_codes
+from ksub_ds.pretrain.warm_start import check_head, check_same_tokens, codes_for, fingerprint, read_codes
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,10 @@ def network_config(recipe: Recipe, table: CodeTable, tokenizer: Tokenizer, warm_
         return open_config(warm_start or recipe.warm_start)
     from ksub_ds.model.presets import preset_config
 
+    bias = {"decoder_bias": recipe.decoder_bias == "frequency"} if recipe.is_causal else {}
     return preset_config(
         recipe.preset,
+        **bias,
         vocab_size=table.num_tokens,
         pad_token_id=tokenizer.pad_id,
         bos_token_id=tokenizer.bos_id,
@@ -187,6 +189,7 @@ def _load_codes(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenizer) -> 
 
 def _warm_start_codes(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenizer) -> CodeTable:
     folder = recipe.warm_start
+    check_head(folder, recipe)
     table = read_codes(folder)
     check_same_tokens("--warm-start", folder, tokenizer, dataset)
     if table.num_tokens != tokenizer.vocab_size:

@@ -84,11 +84,11 @@ def _train(run: ResolvedRun, folder: RunFolder) -> int:
     if start is not None:
         checkpoint.load(engine, start, state)
         log.info(f"continuing from {start}")
-    sampling = (recipe.alpha, recipe.seed, recipe.mlm_probability)
+    sampling = (recipe.alpha, recipe.seed, recipe.masked_share)
     batches = TrainingBatches(run.dataset, run.batch.total, *sampling, run.pairs)
     held_out = None
     if languages:  # batches as small as the training's: evaluation must not need more memory
-        each = (recipe.eval_sequences, recipe.mlm_probability, run.batch.micro)
+        each = (recipe.eval_sequences, recipe.masked_share, run.batch.micro)
         held_out = HeldOutBatches(run.dataset, *each, pairs=run.pairs)
     elif recipe.eval_every_steps:
         log.info("no held-out part in the shards: no evaluation (make them with --validation-fraction 0.01)")
@@ -107,8 +107,9 @@ def _train(run: ResolvedRun, folder: RunFolder) -> int:
         ) as metrics:
             update = GuardedUpdate(engine, recipe.gradient_clipping)
             training = Training(
-                recipe, folder, engine, update, prefetcher, held_out, languages, metrics, checkpoints, stop, teacher
-            )
+                recipe, folder, engine, update, prefetcher, held_out, languages, run.tokenizer, metrics, checkpoints,
+                stop, teacher,
+            )  # fmt: skip
             state, reason = train(training, state)
         exit_codes = [code for code in distributed.gather_objects(stop.exit_code()) if code]
     if reason is None:

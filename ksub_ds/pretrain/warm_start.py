@@ -1,9 +1,9 @@
 """Starting from the weights of a model instead of fresh ones: `ksub pretrain --warm-start DIR`.
 
-DIR is a folder of one of our masked language models, from `ksub compress` or `ksub export`. It gives the network, the
-codes and the weights; the optimizer, the schedule and the data start afresh. The run keeps a copy, so that the run
-folder alone can be continued and exported. With `--codes`, the same codes with more dedicated tokens, these get rows of
-their own, which begin at zero: the model computes what it did.
+DIR is a folder of one of our masked or causal language models, from `ksub compress` or `ksub export`. It gives the
+network, the codes and the weights; the optimizer, the schedule and the data start afresh. The run keeps a copy, so that
+the run folder alone can be continued and exported. With `--codes`, the same codes with more dedicated tokens, these get
+rows of their own, which begin at zero: the model computes what it did.
 """
 
 import hashlib
@@ -18,13 +18,16 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, sha256_file
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
+from ksub_ds.pretrain.recipe import CAUSAL_PRESETS, PRESETS, Recipe
+
+HEADS = ("ForMaskedLM", "ForCausalLM")
 
 
 def model_files(folder: Path) -> list[Path]:
     """Return the paths of config.json and the weights of a model folder.
 
     Raises:
-        UserError: not a masked language model over sub-embeddings.
+        UserError: not a language model over sub-embeddings.
     """
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -32,16 +35,32 @@ def model_files(folder: Path) -> list[Path]:
         )
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or [""])[0]
-    if not str(config.get("model_type", "")).startswith("ksub_") or not architecture.endswith("ForMaskedLM"):
+    if not str(config.get("model_type", "")).startswith("ksub_") or not architecture.endswith(HEADS):
         raise UserError(
-            f"--warm-start {folder}: is a {architecture or 'model of unknown kind'}; give a masked language model over "
-            "sub-embeddings, which `ksub compress` makes of a plain one"
+            f"--warm-start {folder}: is a {architecture or 'model of unknown kind'}; give a masked or causal language "
+            "model over sub-embeddings, which `ksub compress` makes of a plain one"
         )
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
     weights = [path for path in weights if path.name.startswith("model")]
     if not weights:
         raise UserError(f"--warm-start {folder}: holds no model.safetensors")
     return [folder / "config.json", *weights]
+
+
+def check_head(folder: Path, recipe: Recipe) -> None:
+    """Check that a model learns the objective of a recipe.
+
+    Raises:
+        UserError: a masked model for a causal objective, or the other way round.
+    """
+    config, *_ = model_files(folder)
+    architecture = read_json(config)["architectures"][0]
+    if architecture.endswith("ForCausalLM") != recipe.is_causal:
+        fitting = [name for name in PRESETS if (name in CAUSAL_PRESETS) != recipe.is_causal]
+        raise UserError(
+            f"--warm-start {folder}: is a {architecture}, but --preset {recipe.preset} learns {recipe.objective}; "
+            f"take the schedule of --preset {' or '.join(fitting)}"
+        )
 
 
 def fingerprint(folder: Path) -> str:
@@ -64,9 +83,9 @@ def read_codes(folder: Path) -> CodeTable:
         for path in (path for path in weights if path.suffix == ".safetensors"):
             with safe_open(path, framework="np") as stream:
                 for name in stream.keys():  # noqa: SIM118 - not a dict
-                    if name.endswith("_embeddings.codes"):
+                    if name.endswith(".codes"):
                         codes = stream.get_tensor(name)
-                    elif name.endswith("_embeddings.dedicated"):
+                    elif name.endswith(".dedicated"):
                         dedicated = stream.get_tensor(name)
         if codes is not None:
             table = CodeTable(codes, sizes, {"algorithm": f"of {folder.resolve().name}"}, dedicated)

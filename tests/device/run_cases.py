@@ -44,7 +44,7 @@ from ksub_ds.evaluate.finetune.scoring import predict
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.distillation import Teacher
 from ksub_ds.model.embedding import SubEmbedding
-from ksub_ds.model.presets import fresh_masked_lm, small_modernbert
+from ksub_ds.model.presets import fresh_model, small_modernbert
 from ksub_ds.model.replacement import to_plain
 from ksub_ds.pretrain import engine
 from ksub_ds.pretrain.engine import GuardedUpdate, build_optimizer, compute_in_bf16
@@ -86,7 +86,7 @@ def network(family: str = "roberta", codes: str = "clustered", bias: bool = True
     shape = {"vocab_size": N, "hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape |= {"intermediate_size": 32, "decoder_bias": bias} | fields
     config = KSubRobertaConfig(**shape) if family == "roberta" else small_modernbert(**shape)
-    model = fresh_masked_lm(config, CODES[codes])
+    model = fresh_model(config, CODES[codes])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -107,7 +107,7 @@ def arrays(padded: bool = True, seed: int = 1) -> dict[str, np.ndarray]:
 
 def listed(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The labels as training gives them: places and targets, filled up to a number that does not depend on the data."""
-    return model_inputs(batch, 0.3)
+    return model_inputs(batch, MaskingRule(0.3, 3, (0, 1, 2), N), True)
 
 
 def tensors(batch: dict[str, np.ndarray], device: str) -> dict[str, Tensor]:

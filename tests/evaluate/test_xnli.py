@@ -19,7 +19,7 @@ from ksub_ds import positional_codes
 from ksub_ds.cli import main
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.evaluate.data.tasks import LANGUAGES
-from ksub_ds.model.presets import fresh_masked_lm, preset_config
+from ksub_ds.model.presets import fresh_model, preset_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,7 +94,7 @@ def test_another_family_and_its_attention(tiny_tokenizer: Path, tiny_xnli: Path,
     tokenizer, model = load_tokenizer(tiny_tokenizer), tmp_path / "model"
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     config = preset_config("small_modernbert", vocab_size=tokenizer.vocab_size, **size)
-    fresh_masked_lm(config, positional_codes(tokenizer.vocab_size, 3)).save_pretrained(model)
+    fresh_model(config, positional_codes(tokenizer.vocab_size, 3)).save_pretrained(model)
     tokenizer.save(model)
     for name in ("sdpa", "eager"):
         assert main(arguments(model, tiny_xnli, tmp_path / name, "--attention", name, "--languages", "en")) == 0

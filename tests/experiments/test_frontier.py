@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.equal_time.experiment import SETTINGS, Experiment, beyond, decay_steps
+from experiments.equal_time.points import Point, all_points
+from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,12 +30,7 @@ def load(name, monkeypatch):
 
 
 @pytest.fixture
-def points(monkeypatch):
-    return load("points", monkeypatch)
-
-
-@pytest.fixture
-def frontier(points, monkeypatch):
+def frontier(monkeypatch):
     load("outcome", monkeypatch)
     return load("run", monkeypatch)
 
@@ -66,11 +64,11 @@ def start(out, shards, *more):
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=300,
     )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_run_goes_on_from_the_search_to_its_budget_and_after_a_kill(tiny_shards, tmp_path):
     out = tmp_path / "experiment"
     out.mkdir()
@@ -101,32 +99,32 @@ def test_a_run_goes_on_from_the_search_to_its_budget_and_after_a_kill(tiny_shard
     assert other.returncode == 2 and "--rows 3" in other.stderr and "give another --out" in other.stderr
 
 
-def test_each_kind_of_codes_is_made_by_the_command_line(frontier, tiny_shards, tmp_path):
-    numbers = {"width": 16, "layers": 1, "rows": 2, "warmup_steps": 1, "eval_sequences": 2}
-    options = Namespace(data=tiny_shards, out=tmp_path / "out", table_sizes=[16], dedicated_rows=[32], **numbers)
-    experiment = frontier.Experiment(options)
+def test_each_kind_of_codes_is_made_by_the_command_line(tiny_shards, tmp_path):
+    options = Namespace(data=tiny_shards, out=tmp_path / "out")
+    vars(options).update(dict.fromkeys(SETTINGS, 2))
+    experiment = Experiment(options)
     tables = {}
-    for point in experiment.points:
+    for point in all_points(512, [16], [32]):
         codes = experiment.codes(point)
-        tables[point.kind] = codes and frontier.CodeTable.load(codes)
+        tables[point.kind] = codes and CodeTable.load(codes)
     assert tables.keys() == {"plain", "clustered", "dedicated", "positional"} and tables["plain"] is None
     assert tables["dedicated"].num_dedicated == 32 and tables["clustered"].table_sizes == (16, 16, 16)
 
 
-def test_points_of_the_whole_vocabulary(points):
-    found = points.all_points(250_002, [64, 128], [8192, 512])
+def test_points_of_the_whole_vocabulary():
+    found = all_points(250_002, [64, 128], [8192, 512])
     assert [point.name for point in found] == [
         *("plain", "clustered-64", "dedicated-64-8192", "dedicated-64-512"),
         *("positional-63", "clustered-128", "positional-128"),
     ]
     with pytest.raises(UserError, match=r"--table-sizes 40: 3 tables of 40 rows code 64,000 tokens.*at least 63"):
-        points.all_points(250_002, [40], [])
+        all_points(250_002, [40], [])
 
 
-def test_stages_train_each_run_upwards(points, frontier):
+def test_stages_train_each_run_upwards(frontier):
     plain, clustered, dedicated, less = (
-        *(points.Point("plain"), points.Point("clustered", 64)),
-        *(points.Point("dedicated", 64, 8192), points.Point("dedicated", 64, 512)),
+        *(Point("plain"), Point("clustered", 64)),
+        *(Point("dedicated", 64, 8192), Point("dedicated", 64, 512)),
     )
     prices = {plain.name: 2.0, clustered.name: 0.5, dedicated.name: 0.6, less.name: 1.0}
     rates = {"plain": 4e-3, "clustered": 2e-3, "dedicated": 1e-3}
@@ -145,7 +143,7 @@ def test_stages_train_each_run_upwards(points, frontier):
         "dedicated-64-8192": [500],
     }
     assert [{training.seed for training in stage} for stage in stages] == [{0}, {0}, {1}, {1}]
-    assert all(frontier.decay_steps(each) < each for stage in stages for ends in stage.values() for each in ends)
+    assert all(decay_steps(each) < each for stage in stages for ends in stage.values() for each in ends)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +154,8 @@ def test_stages_train_each_run_upwards(points, frontier):
         ({1e-3: 7.0, 2e-3: 8.0}, [5e-4]),
     ],
 )
-def test_the_search_goes_on_where_the_best_rate_lies_at_the_edge(frontier, losses, further):
-    assert frontier.beyond(losses) == further
+def test_the_search_goes_on_where_the_best_rate_lies_at_the_edge(losses, further):
+    assert beyond(losses) == further
 
 
 def test_the_table_gives_the_mean_of_the_seeds_and_leaves_out_what_is_missing(outcome):

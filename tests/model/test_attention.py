@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ksub_ds import positional_codes
 from ksub_ds.model.families import KSubBertConfig, KSubDistilBertConfig, KSubElectraConfig
-from ksub_ds.model.presets import fresh_masked_lm, preset_config
+from ksub_ds.model.presets import fresh_model, preset_config
 
 SIZES: dict[str, Any] = {"vocab_size": 90, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS = {
@@ -30,7 +30,7 @@ def test_full_rows_have_no_mask(family: str, monkeypatch: pytest.MonkeyPatch) ->
         return attention(*arguments, attn_mask=attn_mask, **keywords)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
-    model = fresh_masked_lm(CONFIGS[family], positional_codes(90, 2))
+    model = fresh_model(CONFIGS[family], positional_codes(90, 2))
     assert model.config._attn_implementation == "sdpa", "transformers' choice"
     rows = torch.randint(5, 90, (2, 40))
     model(input_ids=rows, labels=rows)

@@ -6,14 +6,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ksub_ds import positional_codes
 from ksub_ds.model.flops import training_flops
-from ksub_ds.model.presets import fresh_masked_lm, preset_config
+from ksub_ds.model.presets import fresh_model, preset_config
 
 TABLE = positional_codes(500, 3)
 
 
 @pytest.mark.parametrize(("preset", "length"), [("tiny", 48), ("small_modernbert", 48)])
 def test_encoder_against_torch_s_counter(preset: str, length: int) -> None:
-    model = fresh_masked_lm(preset_config(preset, vocab_size=500), TABLE)
+    model = fresh_model(preset_config(preset, vocab_size=500), TABLE)
     model.set_attn_implementation("eager")
     inputs = torch.randint(5, 500, (2, length))
     with FlopCounterMode(display=False) as counter:
@@ -25,7 +25,7 @@ def test_encoder_against_torch_s_counter(preset: str, length: int) -> None:
 def test_xlmr_medium_needs_178_million() -> None:
     """151.0 of weights, 25.2 of attention, 0.2 of the head; 2 more for the loss, which depends on the codes."""
     with torch.device("meta"):
-        model = fresh_masked_lm(preset_config("xlmr_medium", vocab_size=250_002), positional_codes(250_002, 3))
+        model = fresh_model(preset_config("xlmr_medium", vocab_size=250_002), positional_codes(250_002, 3))
     weights, attention = 6 * 8 * (4 * 512**2 + 2 * 512 * 2048), 3 * 4 * 8 * 512 * 512
     head = 0.15 * 6 * (512**2 + sum(rows * width for rows, width in zip((63,) * 3, (171, 171, 170), strict=True)))
     assert training_flops(model, 512, 0.15) == pytest.approx(weights + attention + head)
@@ -33,6 +33,6 @@ def test_xlmr_medium_needs_178_million() -> None:
 
 
 def test_local_attention_sees_its_window() -> None:
-    model = fresh_masked_lm(preset_config("small_modernbert", vocab_size=500), TABLE)
+    model = fresh_model(preset_config("small_modernbert", vocab_size=500), TABLE)
     short, long = (training_flops(model, length, 0.0) for length in (129, 512))
     assert long - short == 3 * 4 * 384 * 2 * (512 - 129), "two of six layers see the whole row"

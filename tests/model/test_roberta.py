@@ -29,7 +29,7 @@ from ksub_ds import (
     plain_codes,
     positional_codes,
 )
-from ksub_ds.model.presets import fresh_masked_lm, preset_config
+from ksub_ds.model.presets import fresh_model, preset_config
 
 
 def shuffled_codes(num_tokens=500, seed=0):
@@ -77,7 +77,7 @@ def test_small_presets_are_of_one_size():
     """RoBERTa's and ModernBERT's network of the small presets: as many parameters outside the embedding."""
     table, outside = positional_codes(1000, 3), {}
     for preset in ("small", "small_modernbert"):
-        model = fresh_masked_lm(preset_config(preset, vocab_size=1000), table)
+        model = fresh_model(preset_config(preset, vocab_size=1000), table)
         outside[preset] = model.num_parameters() - table.num_parameters(384) - 1000  # the decoder's bias
     assert outside == {"small": 10_993_920, "small_modernbert": 10_769_664}
 
@@ -119,10 +119,10 @@ def test_scores_and_predictions_without_logits():
     model, (ids, labels) = tiny_model(), batch()
     logits = model(ids).logits[labels != -100]
     wanted = labels[labels != -100]
-    scores = model.score_masked(input_ids=ids, labels=labels)
-    assert scores.shape == (3,) and scores.dtype == torch.float64
-    loss, correct, count = scores.tolist()
-    assert count == len(wanted) and correct == (logits.argmax(1) == wanted).sum()
+    scores = model.score_labels(input_ids=ids, labels=labels)
+    assert scores.shape == (2,) and scores.dtype == torch.float64
+    loss, correct = scores.tolist()
+    assert correct == (logits.argmax(1) == wanted).sum()
     assert loss == pytest.approx(F.cross_entropy(logits, wanted, reduction="sum").item(), rel=1e-6)
     probabilities, tokens = model.predict_topk(ids, labels != -100, k=4)
     best = logits.softmax(dim=1).topk(4)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, positional_codes
 from ksub_ds.corpus.batches import HeldOutBatches
+from ksub_ds.corpus.masking import MaskingRule
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.pretrain import heldout_eval
 from ksub_ds.pretrain.heldout_eval import evaluate, held_out_languages
@@ -56,9 +57,9 @@ def test_each_language_has_the_scores_of_its_dense_logits(
     # Filled up to a fixed number of positions, as for a GPU: the same.
     seen = []
 
-    def padded(batch: dict[str, np.ndarray], padded_for: float | None) -> dict[str, np.ndarray]:
-        assert padded_for is None, "a CPU needs no fixed number"
-        seen.append(inputs := model_inputs(batch, batches.rule.mlm_probability))
+    def padded(batch: dict[str, np.ndarray], rule: MaskingRule, fixed_shapes: bool) -> dict[str, np.ndarray]:
+        assert not fixed_shapes, "a CPU needs no fixed number"
+        seen.append(inputs := model_inputs(batch, rule, True))
         return inputs
 
     model_inputs = heldout_eval.model_inputs

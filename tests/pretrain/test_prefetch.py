@@ -37,15 +37,15 @@ def test_the_model_gets_the_labels_as_places(batches: TrainingBatches) -> None:
                 assert tensors["masked_positions"].dtype == tensors["targets"].dtype == torch.int64
                 np.testing.assert_array_equal(tensors["input_ids"], batch["input_ids"])
                 np.testing.assert_array_equal(labels_of(tensors, batch["labels"].shape), batch["labels"])
-            assert step_batches.masked_in_last == len(inputs[-1]["targets"])
-            assert step_batches.masked_tokens == sum(len(tensors["targets"]) for tensors in inputs)
+            assert step_batches.predicted_in_last == len(inputs[-1]["targets"])
+            assert step_batches.predicted_tokens == sum(len(tensors["targets"]) for tensors in inputs)
 
 
 def test_a_gpu_gets_shapes_that_do_not_change(batches: TrainingBatches) -> None:
     shapes = set()
     for step in range(5):
         batch = batches.batch(step, 0, 4)
-        inputs = model_inputs(batch, 0.15)
+        inputs = model_inputs(batch, batches.rule, True)
         shapes.add(inputs["targets"].shape)
         np.testing.assert_array_equal(labels_of(inputs, batch["labels"].shape), batch["labels"])
     assert len(shapes) == 1

@@ -107,7 +107,7 @@ def test_json_round_trip_and_changes() -> None:
         ('"tiny"', "is not a JSON object"),
         (
             {"preset": None},
-            "preset cannot be None; it must be one of roberta_medium, xlmr_medium, small, small_modernbert, tiny",
+            "preset cannot be None; it must be one of roberta_medium, xlmr_medium, small, small_modernbert, tiny,",
         ),
         ({"preset": "huge"}, "preset cannot be 'huge'; it must be one of"),
         ({"preset": ["tiny"]}, "preset cannot be"),

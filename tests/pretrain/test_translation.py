@@ -14,7 +14,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import read_lines
 from ksub_ds.corpus.batches import PairSettings, TrainingBatches
 from ksub_ds.corpus.shards.dataset import ShardDataset
-from ksub_ds.model.presets import fresh_masked_lm, preset_config
+from ksub_ds.model.presets import fresh_model, preset_config
 from ksub_ds.model.sequence_length import first_position
 from ksub_ds.pretrain.prefetch import model_inputs, to_tensors
 from ksub_ds.pretrain.recipe import Recipe, changed_keys, resolve, to_json
@@ -76,11 +76,11 @@ def test_positions_are_those_that_the_model_counts_itself(pair_shards: Path) -> 
     special = {f"{name}_token_id": tokenizer[f"{name}_id"] for name in ("pad", "bos", "eos")}
     for preset in ("tiny", "small_modernbert"):
         config = preset_config(preset, vocab_size=tokenizer["vocab_size"], **special)
-        model = fresh_masked_lm(config, positional_codes(tokenizer["vocab_size"], 2)).eval()
+        model = fresh_model(config, positional_codes(tokenizer["vocab_size"], 2)).eval()
         for share, same in ((1e-6, True), (1.0, False)):
             pairs = PairSettings(share, first_position=first_position(config))
             batches = TrainingBatches(dataset, 8, 1.0, 0, 0.15, pairs)
-            batch = to_tensors(model_inputs(batches.batch(0, 0, 8), None), "cpu")
+            batch = to_tensors(model_inputs(batches.batch(0, 0, 8), batches.rule, False), "cpu")
             with torch.no_grad():
                 given = model(**batch).loss
                 counted = model(**{key: value for key, value in batch.items() if key != "position_ids"}).loss

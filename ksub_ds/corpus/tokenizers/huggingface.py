@@ -51,8 +51,12 @@ class HuggingFaceTokenizer:
         canonical = json.dumps([self._describe(), self.special_ids], sort_keys=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
+    def definition(self) -> dict[str, Any]:
+        """Return the content of the tokenizer.json."""
+        return json.loads(self._decoder.to_str())
+
     def _describe(self) -> dict[str, Any]:
-        return text_only(json.loads(self._decoder.to_str()))
+        return text_only(self.definition())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HuggingFaceTokenizer, (self._folder, self._nfc)

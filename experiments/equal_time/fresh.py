@@ -1,9 +1,10 @@
-"""Write a model with fresh weights, for `ksub pretrain --warm-start`: the small network over a code file, or plain.
+"""Write a model with fresh weights, for `ksub pretrain --warm-start`: a small network over a code file, or plain.
 
-    python experiments/frontier/fresh.py --codes CODES --data SHARDS --out MODEL --width 192 --layers 4 --seed 0
+    python experiments/equal_time/fresh.py --preset small_modernbert --codes CODES --data SHARDS --out MODEL \
+        --width 192 --layers 4 --seed 0
 
-The network is `small_modernbert`'s, narrower; no preset of `ksub pretrain` is so small. The decoder's bias starts at
-the tokens' log frequency, as `--decoder-bias frequency` has it.
+The network is a preset's, in another size. The decoder's bias starts at the tokens' log frequency, as
+`--decoder-bias frequency` has it.
 """
 
 import argparse
@@ -16,13 +17,15 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.files import atomic_folder
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
-from ksub_ds.model.presets import fresh_masked_lm, small_modernbert
+from ksub_ds.model.presets import fresh_model, preset_config
 from ksub_ds.pretrain.builders import start_bias
+from ksub_ds.pretrain.recipe import CAUSAL_PRESETS
 
 
 def main() -> None:
     """Parse the options and write the folder."""
-    parser = argparse.ArgumentParser(description="Write a small ModernBERT with fresh weights.")
+    parser = argparse.ArgumentParser(description="Write a small model with fresh weights.")
+    parser.add_argument("--preset", required=True, help="of ksub pretrain")
     parser.add_argument("--codes", type=Path, help="[plain]")
     parser.add_argument("--data", type=Path, required=True, help="shards")
     parser.add_argument("--out", type=Path, required=True)
@@ -33,7 +36,10 @@ def main() -> None:
     dataset = ShardDataset.open(options.data, verify=False)
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     table = CodeTable.load(options.codes) if options.codes else plain_codes(tokenizer.vocab_size)
-    config = small_modernbert(
+    # A causal model has a bias only where it begins at the frequencies.
+    bias = {"decoder_bias": True} if options.preset in CAUSAL_PRESETS else {}
+    config = preset_config(
+        options.preset,
         vocab_size=table.num_tokens,
         hidden_size=options.width,
         num_hidden_layers=options.layers,
@@ -43,9 +49,10 @@ def main() -> None:
         pad_token_id=tokenizer.pad_id,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
+        **bias,
     )
     torch.manual_seed(options.seed)
-    model = fresh_masked_lm(config, table)
+    model = fresh_model(config, table)
     start_bias(model, dataset, alpha=1.0)
     with atomic_folder(options.out) as temporary:
         model.save_pretrained(temporary)

@@ -28,11 +28,6 @@ class Point:
         sizes = [str(size) for size in (self.table_size, self.dedicated_rows) if size]
         return "-".join([self.kind, *sizes])
 
-    @property
-    def tuned_as(self) -> str:
-        """Name the kind whose learning rate it takes: positional codes take that of clustered ones."""
-        return "clustered" if self.kind == "positional" else self.kind
-
 
 def all_points(num_tokens: int, table_sizes: list[int], dedicated_rows: list[int]) -> list[Point]:
     """List all points; those that say most come first, in case the time ends.

@@ -1,0 +1,55 @@
+"""How many UTF-8 bytes of text each token spells, so that losses under different vocabularies can be compared.
+
+A blank is one byte, also where SentencePiece adds it before the first word of a text, and where it stands for a line
+break. The text is the tokenizer's: after its normaliser, which may have changed a character for another.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ksub_ds.corpus.tokenizers.huggingface import HuggingFaceTokenizer
+from ksub_ds.corpus.tokenizers.loading import Tokenizer
+from ksub_ds.corpus.tokenizers.xlmr import SPACE
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Return the UTF-8 bytes of each token.
+
+    Args:
+        tokenizer: of SentencePiece's kind, with or without byte fallback, or of byte-level BPE's.
+
+    Returns:
+        (N,) int64; 0 for special tokens, the unknown one included. None for other kinds of tokenizers (WordPiece), in
+        which tokens do not say where blanks were.
+    """
+    tokens, steps, added = tokenizer.tokens(), {"Metaspace"}, set()
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        definition = tokenizer.definition()
+        steps = set(_steps(definition["decoder"]))
+        added = {token["id"] for token in definition["added_tokens"]}
+    if "ByteLevel" in steps:
+        # A character a byte, except in tokens that were added as text.
+        sizes = [len(token.encode()) if index in added else len(token) for index, token in enumerate(tokens)]
+    elif steps & {"Metaspace", "Replace"}:
+        has_bytes = "ByteFallback" in steps
+        sizes = [
+            1 if has_bytes and _BYTE.fullmatch(token) else len(token.replace(SPACE, " ").encode()) for token in tokens
+        ]
+    else:
+        return None
+    counts = np.array(sizes, dtype=np.int64)
+    counts[[*tokenizer.special_ids, tokenizer.unk_id]] = 0
+    return counts
+
+
+def _steps(decoder: Any) -> Iterator[str]:
+    """Yield the names of a decoder's steps, as tokenizer.json describes it."""
+    if decoder:
+        yield decoder["type"]
+        for step in decoder.get("decoders", []):
+            yield from _steps(step)
