@@ -7,7 +7,6 @@ is no second copy of the code to keep.
 
 import ast
 import importlib.util
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,21 +34,19 @@ class _Module:
 def write_remote_code(folder: Path, model: Any) -> None:
     """Write the modelling file into a saved folder and name its classes in config.json."""
     import ksub_ds
+    from ksub_ds.model.families import TASKS
+    from ksub_ds.model.registration import family_of, model_classes
 
-    home, family = type(model).__module__, type(model).config_class.__name__.removesuffix("Config")
-    doors = {
-        "AutoModel": f"{family}Model",
-        "AutoModelForMaskedLM": f"{family}ForMaskedLM",
-        "AutoModelForCausalLM": f"{family}ForCausalLM",
-        "AutoModelForSequenceClassification": f"{family}ForSequenceClassification",
-    }
-    heads = {door: name for door, name in doors.items() if hasattr(sys.modules[home], name)}
-    classes = {"AutoConfig": type(model).config_class.__name__} | heads
+    bare, config_class = family_of(model), type(model).config_class
+    heads = model_classes(bare)
+    written_out = [each.__name__ for auto, each in heads.items() if auto not in TASKS]
+    code = bundle(bare.__module__, [config_class.__name__, *written_out, "add_task_models"])
+    code += f"\n\nadd_task_models({bare.__name__})\n"
     with atomic_path(folder / FILE) as temporary:
-        text = HEADER.format(version=ksub_ds.__version__) + "\n" + bundle(home, list(classes.values()))
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(HEADER.format(version=ksub_ds.__version__) + "\n" + code, encoding="utf-8")
     config = read_json(folder / "config.json")
-    config["auto_map"] = {door: f"{Path(FILE).stem}.{name}" for door, name in classes.items()}
+    classes = {"AutoConfig": config_class} | {auto.__name__: each for auto, each in heads.items()}
+    config["auto_map"] = {name: f"{Path(FILE).stem}.{each.__name__}" for name, each in classes.items()}
     write_json(folder / "config.json", config)
 
 

@@ -54,7 +54,7 @@ class SubEmbeddingModel(PreTrainedModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        _offer_target_modules(self.config.model_type)
+        _offer_target_modules(type(self).config_class.model_type)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -34,7 +34,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.model.base import TokenPredictor
 from ksub_ds.model.embedding import SubEmbedding
-from ksub_ds.model.families import GraftedModel
+from ksub_ds.model.families import GraftedModel, add_task_models
 from ksub_ds.model.softmax import factorized_cross_entropy
 from ksub_ds.model.step_loss import per_item
 
@@ -216,6 +216,9 @@ class KSubLlamaForCausalLM(SubCausalLM, GraftedModel, LlamaForCausalLM):
     bare_class = KSubLlamaModel
 
 
+add_task_models(KSubLlamaModel)
+
+
 # ---------------------------------------------------------------- Mistral
 
 
@@ -246,6 +249,9 @@ class KSubMistralForCausalLM(SubCausalLM, GraftedModel, MistralForCausalLM):
     bare_class = KSubMistralModel
 
 
+add_task_models(KSubMistralModel)
+
+
 # ---------------------------------------------------------------- Qwen3
 
 
@@ -274,6 +280,9 @@ class KSubQwen3ForCausalLM(SubCausalLM, GraftedModel, Qwen3ForCausalLM):
     config_class = KSubQwen3Config
     place = "embed_tokens"
     bare_class = KSubQwen3Model
+
+
+add_task_models(KSubQwen3Model)
 
 
 # ---------------------------------------------------------------- Gemma 3 (text)
@@ -329,6 +338,9 @@ class KSubGemma3TextForCausalLM(SubCausalLM, GraftedGemma3Text, Gemma3ForCausalL
     bare_class = KSubGemma3TextModel
 
 
+add_task_models(KSubGemma3TextModel)
+
+
 # ---------------------------------------------------------------- GPT-2
 
 
@@ -357,3 +369,6 @@ class KSubGPT2ForCausalLM(SubCausalLM, GraftedModel, GPT2LMHeadModel):
     config_class = KSubGPT2Config
     place = "wte"
     bare_class = KSubGPT2Model
+
+
+add_task_models(KSubGPT2Model)

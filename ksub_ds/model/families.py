@@ -1,31 +1,35 @@
-"""Other encoder families over sub-embeddings: BERT, ELECTRA, DistilBERT and ModernBERT.
+"""Other encoder families over sub-embeddings: BERT, ELECTRA, DistilBERT and ModernBERT; the task heads of all families.
 
 transformers' own class builds everything with a vocabulary of a few tokens; then our embedding takes the place of
 its word embedding, and the decoder is removed. RoBERTa, XLM-R and CamemBERT are one network and have their classes in
 roberta.py. Each family has a model type of its own, so that its folder is never taken for a plain one.
+
+Heads that predict tokens are written out. The others are transformers' own, and `add_task_models` makes their classes:
+KSubBertForTokenClassification is found here although no line defines it.
 """
 
+import sys
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     BertForMaskedLM,
-    BertForSequenceClassification,
     BertModel,
     DistilBertConfig,
     DistilBertForMaskedLM,
-    DistilBertForSequenceClassification,
     DistilBertModel,
     ElectraConfig,
     ElectraForMaskedLM,
-    ElectraForSequenceClassification,
     ElectraModel,
     ModernBertConfig,
     ModernBertForMaskedLM,
-    ModernBertForSequenceClassification,
     ModernBertModel,
 )
 from transformers.models.modernbert.modeling_modernbert import ModernBertEmbeddings
@@ -34,7 +38,16 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.model.base import SubEmbeddingModel, with_table
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.masked_lm import SubMaskedLM
+from ksub_ds.model.sequence_length import first_position
 from ksub_ds.model.step_loss import add_up_over_batches
+
+# Tasks whose head reads the last states and knows nothing of the vocabulary.
+TASKS = (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+    AutoModelForMultipleChoice,
+)
 
 
 class GraftedModel(SubEmbeddingModel):
@@ -52,10 +65,13 @@ class GraftedModel(SubEmbeddingModel):
     def __init__(self, config: Any, table: CodeTable | None = None, **keywords: Any):
         config, table = with_table(config, table)
         padding = config.pad_token_id
-        if padding is not None:
+        if padding is not None and not first_position(config):  # positions that are counted from it would shift
             config.pad_token_id = min(max(padding, 0), 1)  # 151,643 would build as many rows
         config.vocab_size = (config.pad_token_id or 0) + 1
+        ours = type(config)
+        config.__class__ = ours.__base__  # some heads ask AutoModel for the encoder; ours cannot be built so
         super().__init__(config, **keywords)
+        config.__class__ = ours
         config.vocab_size, config.pad_token_id = table.num_tokens, padding
         if self.can_generate():
             self.generation_config.pad_token_id = padding
@@ -82,6 +98,33 @@ class GraftedModel(SubEmbeddingModel):
 
     def _replace_decoder(self, table: CodeTable) -> None:
         """Replace the decoder, in models that predict tokens."""
+
+
+def add_task_models(bare: type[SubEmbeddingModel]) -> None:
+    """Add our classes of a family for the TASKS that transformers has them for, beside that of the bare network.
+
+    Beside KSubBertModel: KSubBertForSequenceClassification, KSubBertForTokenClassification and so on.
+
+    Args:
+        bare: our class of the bare network.
+    """
+    family = bare.__name__.removesuffix("Model")
+    ours = [base for base in bare.__bases__ if issubclass(base, SubEmbeddingModel)]
+    bases = ours if issubclass(bare, GraftedModel) else [GraftedModel, *ours]
+    for task in TASKS:
+        plain = task._model_mapping.get(bare.config_class.__base__, None)
+        if plain is None:
+            continue
+        name = family + task.__name__.removeprefix("AutoModel")
+        body = {
+            "__module__": bare.__module__,
+            "__doc__": f"transformers' {plain.__name__} over sub-embeddings.",
+            "config_class": bare.config_class,
+            "bare_class": bare,
+            "place": getattr(bare, "place", GraftedModel.place),
+            "forward": add_up_over_batches(plain.forward),
+        }
+        setattr(sys.modules[bare.__module__], name, type(name, (*bases, plain), body))
 
 
 class TokenBias(nn.Module):
@@ -128,12 +171,7 @@ class KSubBertForMaskedLM(SubMaskedLM, GraftedModel, BertForMaskedLM):
         return self.cls.predictions
 
 
-class KSubBertForSequenceClassification(GraftedModel, BertForSequenceClassification):
-    """BERT with a classifier."""
-
-    config_class = KSubBertConfig
-    bare_class = KSubBertModel
-    forward = add_up_over_batches(BertForSequenceClassification.forward)
+add_task_models(KSubBertModel)
 
 
 # ---------------------------------------------------------------- ELECTRA (the generator's head)
@@ -171,12 +209,7 @@ class KSubElectraForMaskedLM(SubMaskedLM, GraftedModel, ElectraForMaskedLM):
         return self.generator_lm_head
 
 
-class KSubElectraForSequenceClassification(GraftedModel, ElectraForSequenceClassification):
-    """ELECTRA with a classifier."""
-
-    config_class = KSubElectraConfig
-    bare_class = KSubElectraModel
-    forward = add_up_over_batches(ElectraForSequenceClassification.forward)
+add_task_models(KSubElectraModel)
 
 
 # ---------------------------------------------------------------- DistilBERT
@@ -214,12 +247,7 @@ class KSubDistilBertForMaskedLM(SubMaskedLM, GraftedModel, DistilBertForMaskedLM
         return self.vocab_projector
 
 
-class KSubDistilBertForSequenceClassification(GraftedModel, DistilBertForSequenceClassification):
-    """DistilBERT with a classifier."""
-
-    config_class = KSubDistilBertConfig
-    bare_class = KSubDistilBertModel
-    forward = add_up_over_batches(DistilBertForSequenceClassification.forward)
+add_task_models(KSubDistilBertModel)
 
 
 # ---------------------------------------------------------------- ModernBERT
@@ -270,8 +298,4 @@ class KSubModernBertForMaskedLM(SubMaskedLM, GraftedModernBert, ModernBertForMas
         return self.decoder
 
 
-class KSubModernBertForSequenceClassification(GraftedModernBert, ModernBertForSequenceClassification):
-    """ModernBERT with a classifier."""
-
-    bare_class = KSubModernBertModel
-    forward = add_up_over_batches(ModernBertForSequenceClassification.forward)
+add_task_models(KSubModernBertModel)

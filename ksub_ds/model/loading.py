@@ -1,7 +1,7 @@
 """Opening a trained model by folder or name: one of ours, or a plain one that can be compressed.
 
-Published models come with heads that say nothing of masked tokens (ELECTRA's discriminator, next sentences, answers to
-questions), or without the head that config.json names. Their encoder is taken, and a line says so.
+Published models come with heads that are not read (ELECTRA's discriminator, next sentences), or without the head that
+config.json names. Their encoder is taken, and a line says so.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ def open_config(name: str | Path) -> PretrainedConfig:
         wanted = (config.architectures or [f"model of type {config.model_type}"])[0]
         families = "BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT or ModernBERT"
         raise UserError(
-            f"{name}: is a {wanted}; give an encoder of {families}: bare, for masked tokens, a classifier or with "
-            "another head, which is left out; or a causal model: Llama, Mistral, Qwen3, Gemma 3 (text) or GPT-2"
+            f"{name}: is a {wanted}; give an encoder of {families}, or a causal model: Llama, Mistral, Qwen3, Gemma 3 "
+            "(text) or GPT-2; bare or with a head (one of an unknown kind is left out)"
         )
     return config
 
@@ -91,8 +91,8 @@ def refuse_adapter(given: str, folder: Path) -> None:
 def open_model(name: str | Path) -> PreTrainedModel:
     """Open a model that can be compressed, from safetensors only and without its own code.
 
-    What a published model has besides (other heads) is left out, and what it lacks (the head that its config.json
-    names, a pooler) is not made up: the encoder is opened, and a line says so.
+    What a published model has besides (heads of other kinds) is left out, and what it lacks (the head that its
+    config.json names, a pooler) is not made up: the encoder is opened, and a line says so.
 
     Raises:
         UserError: as `open_config`, only pickled weights, or weights of the encoder are absent.

@@ -11,68 +11,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CamembertForMaskedLM,
-    CamembertForSequenceClassification,
-    CamembertModel,
-    PreTrainedModel,
-    RobertaForMaskedLM,
-    RobertaForSequenceClassification,
-    RobertaModel,
-    XLMRobertaForMaskedLM,
-    XLMRobertaForSequenceClassification,
-    XLMRobertaModel,
-)
-from transformers.models.bert import modeling_bert as bert
-from transformers.models.distilbert import modeling_distilbert as distilbert
-from transformers.models.electra import modeling_electra as electra
-from transformers.models.gemma3 import modeling_gemma3 as gemma3
-from transformers.models.gpt2 import modeling_gpt2 as gpt2
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.mistral import modeling_mistral as mistral
-from transformers.models.modernbert import modeling_modernbert as modernbert
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers import CamembertConfig, PreTrainedModel, XLMRobertaConfig
 
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.model import causal_lm, families, roberta
 from ksub_ds.model.base import SubEmbeddingModel, TokenPredictor
 from ksub_ds.model.causal_lm import SubCausalLM, SubDecoder
 from ksub_ds.model.embedding import SubEmbedding
+from ksub_ds.model.registration import FAMILIES, model_classes
+from ksub_ds.model.roberta import KSubRobertaForMaskedLM, KSubRobertaModel
 
-# Plain class -> ours. The first of several plain classes of one of ours is what `to_plain` makes.
-CLASSES: dict[type, type[SubEmbeddingModel]] = {
-    RobertaModel: roberta.KSubRobertaModel,
-    RobertaForMaskedLM: roberta.KSubRobertaForMaskedLM,
-    RobertaForSequenceClassification: roberta.KSubRobertaForSequenceClassification,
-    XLMRobertaModel: roberta.KSubRobertaModel,
-    XLMRobertaForMaskedLM: roberta.KSubRobertaForMaskedLM,
-    XLMRobertaForSequenceClassification: roberta.KSubRobertaForSequenceClassification,
-    CamembertModel: roberta.KSubRobertaModel,
-    CamembertForMaskedLM: roberta.KSubRobertaForMaskedLM,
-    CamembertForSequenceClassification: roberta.KSubRobertaForSequenceClassification,
-    bert.BertModel: families.KSubBertModel,
-    bert.BertForMaskedLM: families.KSubBertForMaskedLM,
-    bert.BertForSequenceClassification: families.KSubBertForSequenceClassification,
-    electra.ElectraModel: families.KSubElectraModel,
-    electra.ElectraForMaskedLM: families.KSubElectraForMaskedLM,
-    electra.ElectraForSequenceClassification: families.KSubElectraForSequenceClassification,
-    distilbert.DistilBertModel: families.KSubDistilBertModel,
-    distilbert.DistilBertForMaskedLM: families.KSubDistilBertForMaskedLM,
-    distilbert.DistilBertForSequenceClassification: families.KSubDistilBertForSequenceClassification,
-    modernbert.ModernBertModel: families.KSubModernBertModel,
-    modernbert.ModernBertForMaskedLM: families.KSubModernBertForMaskedLM,
-    modernbert.ModernBertForSequenceClassification: families.KSubModernBertForSequenceClassification,
-    llama.LlamaModel: causal_lm.KSubLlamaModel,
-    llama.LlamaForCausalLM: causal_lm.KSubLlamaForCausalLM,
-    mistral.MistralModel: causal_lm.KSubMistralModel,
-    mistral.MistralForCausalLM: causal_lm.KSubMistralForCausalLM,
-    qwen3.Qwen3Model: causal_lm.KSubQwen3Model,
-    qwen3.Qwen3ForCausalLM: causal_lm.KSubQwen3ForCausalLM,
-    gemma3.Gemma3TextModel: causal_lm.KSubGemma3TextModel,
-    gemma3.Gemma3ForCausalLM: causal_lm.KSubGemma3TextForCausalLM,
-    gpt2.GPT2Model: causal_lm.KSubGPT2Model,
-    gpt2.GPT2LMHeadModel: causal_lm.KSubGPT2ForCausalLM,
-}
+
+def _our_classes() -> dict[type, type[SubEmbeddingModel]]:
+    """Return our class for each plain one. The first of several plain ones of ours is what `to_plain` makes."""
+    networks = [(bare.config_class.__base__, bare) for bare in FAMILIES]
+    networks += [(XLMRobertaConfig, KSubRobertaModel), (CamembertConfig, KSubRobertaModel)]
+    return {
+        plain: ours
+        for config_class, bare in networks
+        for auto, ours in model_classes(bare).items()
+        if (plain := auto._model_mapping.get(config_class, None)) is not None
+    }
+
+
+CLASSES = _our_classes()
 OUR_FIELDS = ("table_sizes", "embedding_mixing", "num_dedicated")  # configuration fields that no plain model has
 FILE_FIELDS = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
 
@@ -81,9 +42,10 @@ def replace_embeddings(model: PreTrainedModel, table: CodeTable, mixing: bool = 
     """Give a model fresh sub-embedding tables at both ends; every other weight is kept.
 
     Args:
-        model: an encoder of the BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT or ModernBERT family: bare,
-            for masked tokens or for sequence classification; a Llama, Mistral, Qwen3, Gemma 3 (text) or GPT-2, bare
-            or for causal language modelling; or one of ours, which gets other codes.
+        model: an encoder of the BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT or ModernBERT family: bare, for
+            masked tokens, sequence or token classification, question answering or multiple choice; a Llama, Mistral,
+            Qwen3, Gemma 3 (text) or GPT-2, bare, for causal language modelling or a task that transformers has it
+            for; or one of ours, which gets other codes.
         table: codes of as many tokens as the model has, or fewer: later ids are then dropped.
         mixing: keep a fixed d x d matrix beside the tables (`SubEmbedding`).
 
@@ -141,7 +103,7 @@ def to_plain(model: SubEmbeddingModel, plain_class: type[PreTrainedModel] | None
     chosen = candidates[0] if plain_class is None else plain_class
     if chosen not in candidates:
         raise ValueError(f"{type(model).__name__} has no plain form {chosen.__name__}")
-    if isinstance(model, roberta.KSubRobertaForMaskedLM) and model.decoder_bias is None:
+    if isinstance(model, KSubRobertaForMaskedLM) and model.decoder_bias is None:
         raise ValueError("a head without a bias per token (decoder_bias=False) has no plain form")
     if isinstance(model, SubCausalLM) and model.decoder_bias is not None:
         raise ValueError("a causal head with a bias per token (decoder_bias=True) has no plain form")
@@ -202,8 +164,11 @@ def _our_class(model: PreTrainedModel) -> type[SubEmbeddingModel]:
     if isinstance(model, SubEmbeddingModel):
         return type(model)
     if type(model) not in CLASSES:
-        known = ", ".join(plain.__name__ for plain in CLASSES)
-        raise ValueError(f"{type(model).__name__} cannot be given sub-embeddings; known are {known}")
+        known = ", ".join(plain.__name__ for plain, ours in CLASSES.items() if ours in FAMILIES)
+        raise ValueError(
+            f"{type(model).__name__} cannot be given sub-embeddings; known are {known}, bare or with a head for masked "
+            "or next tokens, sequence or token classification, question answering or multiple choice"
+        )
     return CLASSES[type(model)]
 
 

@@ -1,7 +1,7 @@
 """HuggingFace models over sub-embeddings: transformers' RoBERTa encoder, our embedding, our exact loss.
 
 K = 1 is the plain baseline: the same classes, the same code path. The encoder, its attention (sdpa)
-and the classification head are transformers' own; what is ours is the input embedding, and a masked
+and the heads for other tasks are transformers' own; what is ours is the input embedding, and a masked
 token head that is tied to it without an N x d matrix.
 """
 
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, RobertaModel, RobertaPreTrainedModel
 from transformers import initialization as init
 from transformers.models.roberta.modeling_roberta import (
-    RobertaClassificationHead,
     RobertaEmbeddings,
     RobertaEncoder,
-    RobertaForSequenceClassification,
     RobertaPooler,
 )
 
@@ -24,8 +22,8 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.model.base import SubEmbeddingModel, with_table
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.embedding import SubEmbedding
+from ksub_ds.model.families import add_task_models
 from ksub_ds.model.masked_lm import SubMaskedLM
-from ksub_ds.model.step_loss import add_up_over_batches
 
 
 class KSubRobertaPreTrainedModel(SubEmbeddingModel, RobertaPreTrainedModel):
@@ -106,15 +104,4 @@ class KSubRobertaForMaskedLM(SubMaskedLM, KSubRobertaPreTrainedModel):
         return self.lm_head
 
 
-class KSubRobertaForSequenceClassification(KSubRobertaPreTrainedModel, RobertaForSequenceClassification):
-    """Sentence or sentence-pair classification and regression, for GLUE and XNLI; transformers' own head."""
-
-    forward = add_up_over_batches(RobertaForSequenceClassification.forward)
-
-    def __init__(self, config: KSubRobertaConfig, table: CodeTable | None = None):
-        config, table = with_table(config, table)
-        PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.roberta = KSubRobertaModel(config, table, add_pooling_layer=False)
-        self.classifier = RobertaClassificationHead(config)
-        self.post_init()
+add_task_models(KSubRobertaModel)
