@@ -73,7 +73,8 @@ CLASSES: dict[type, type[SubEmbeddingModel]] = {
     gpt2.GPT2Model: causal_lm.KSubGPT2Model,
     gpt2.GPT2LMHeadModel: causal_lm.KSubGPT2ForCausalLM,
 }
-OUR_FIELDS = ("table_sizes", "embedding_mixing", "num_dedicated")  # configuration fields that no plain model has
+# Configuration fields that no plain model has.
+OUR_FIELDS = ("table_sizes", "embedding_mixing", "num_dedicated", "embedding_input_only")
 FILE_FIELDS = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
 
 
