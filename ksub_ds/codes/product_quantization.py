@@ -20,6 +20,7 @@ from ksub_ds.codes.table import CodeTable, table_widths
 SAMPLE = 32_768  # vectors that k-means and the rotation see; all are then assigned
 LLOYD_ROUNDS = 8
 ROTATION_ROUNDS = 6
+NARROW = 6  # FAISS compares narrower vectors ten times as slowly, so these get columns of zeros
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,6 @@ def product_quantisation(
     def assign(k: int) -> np.ndarray:
         columns = slice(edges[k], edges[k + 1])
         part = vectors[:, columns] if rotation is None else vectors @ rotation[:, columns]
-        part = np.ascontiguousarray(part, dtype=np.float32)
         codes[:, k] = _nearest(part, first_rows[k])
         return _means(part, codes[:, k], weights, first_rows[k])
 
@@ -119,20 +119,32 @@ def _on_all_cores(function: Callable[..., Any], *arguments: Iterable[Any]) -> li
 def _kmeans(points: np.ndarray, size: int, weights: np.ndarray, seed: int) -> np.ndarray:
     import faiss
 
+    width = points.shape[1]
+    points = _widened(points)
     kmeans = faiss.Kmeans(
-        points.shape[1], size, niter=LLOYD_ROUNDS, seed=seed, min_points_per_centroid=1,
+        points.shape[1],
+        size,
+        niter=LLOYD_ROUNDS,
+        seed=seed,
+        min_points_per_centroid=1,
         max_points_per_centroid=len(points),
-    )  # fmt: skip
-    kmeans.train(np.ascontiguousarray(points), weights=weights.astype(np.float32))
-    return np.array(kmeans.centroids)
+    )
+    kmeans.train(points, weights=weights.astype(np.float32))
+    return np.array(kmeans.centroids)[:, :width]
 
 
 def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     import faiss
 
+    points, centres = _widened(points), _widened(centres)
     index = faiss.IndexFlatL2(centres.shape[1])
     index.add(centres)
     return index.search(points, 1)[1][:, 0]
+
+
+def _widened(points: np.ndarray) -> np.ndarray:
+    missing = max(0, NARROW - points.shape[1])
+    return np.ascontiguousarray(np.pad(points, ((0, 0), (0, missing))), dtype=np.float32)
 
 
 def _means(points: np.ndarray, codes: np.ndarray, weights: np.ndarray, empty: np.ndarray) -> np.ndarray:
@@ -179,7 +191,6 @@ def _rotate_further(
 
 def _moved(part: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows as means of the points that are nearest to them, and for each point its row."""
-    part = np.ascontiguousarray(part)
     codes = _nearest(part, rows)
     rows = _means(part, codes, weights, rows)
     return rows, rows[codes]

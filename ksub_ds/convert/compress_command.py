@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from ksub_ds.convert.compress import compress_with_report
 from ksub_ds.convert.fitting import Fit, Mixing
 from ksub_ds.convert.input_only import MOST_ROWS, InputForm, fit_form, fit_to_error, form_of_ratio
 from ksub_ds.convert.sentence_encoder import copy_sentence_files, encoder_folder, sentence_folder
+from ksub_ds.convert.source import head_of
 from ksub_ds.convert.token_counts import count_tokens
 from ksub_ds.model.sequence_length import limit_tokenizer
 from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
@@ -41,7 +43,12 @@ class CompressModel:
     """With --input-only, in place of a ratio: as few tables as lose at most this share of the variance (0.1)."""
     counts: Path | None = None
     """Shards folder, or text in any form that shard_text.py reads: a token counts by the root of its frequency there.
-    [all tokens alike]"""
+    [the text of --distill; else all tokens alike]"""
+    distill: Path | None = None
+    """For sentence encoders: text, one a line or in documents; the compressed model learns to give the vectors that
+    the original gives for its lines. The same command again goes on where it was."""
+    minutes: float = 30.0
+    """Of --distill; it ends earlier when held-out text gains nothing any more."""
     num_tables: int | None = None
     """K, how many tables replace the embedding. [3; with --input-only as many as the target allows]"""
     table_size: int | None = None
@@ -81,9 +88,15 @@ def compress_model(settings: CompressModel) -> Path:
     if out.exists() and not (out / "compression.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is not a compressed model and not empty; choose another folder")
     _check(settings)
+    _check_distillation(settings)
     choice = DedicatedChoice(settings.dedicated_rows, settings.data, settings.dedicated_tokens)
     encoder, sentences = encoder_folder(settings.model), sentence_folder(settings.model)
     model = open_model(encoder)
+    if settings.distill is not None and head_of(type(model).__name__):
+        raise UserError(
+            f"--distill: {settings.model} is a {type(model).__name__}, not a sentence encoder; a masked language model "
+            "learns from its original by ksub pretrain --warm-start --distill-from"
+        )
     tokenizer = _tokenizer(str(encoder))
     only_counted = settings.dedicated_rows is not None and not _predicts_masked_tokens(model)
     loss = None
@@ -95,8 +108,9 @@ def compress_model(settings: CompressModel) -> Path:
             log.info(f"{settings.model}: {len(vectors) - len(tokenizer):,} rows beyond the tokenizer's left out")
             vectors = vectors[: len(tokenizer)]
         weights = None
-        if settings.counts is not None:
-            weights = np.sqrt(count_tokens(settings.counts, tokenizer, len(vectors)) + 1.0)
+        counts = settings.counts or settings.distill
+        if counts is not None:
+            weights = np.sqrt(count_tokens(counts, tokenizer, len(vectors)) + 1.0)
         if settings.input_only:
             table, fit = _input_tables(settings, model, vectors, weights)
             small, report = compress_with_report(model, table, "orthogonal", weights, fit=fit)
@@ -115,6 +129,7 @@ def compress_model(settings: CompressModel) -> Path:
         if sentences is not None:
             copy_sentence_files(sentences, temporary)
         source = {"model": settings.model, "codes_sha256": table.sha256}
+        source |= _distilled(settings, temporary)
         write_json(temporary / "compression.json", source | report.to_json())
     for line in report.lines():
         log.info(line)
@@ -146,6 +161,34 @@ def _check(settings: CompressModel) -> None:
             raise UserError(f"{' and '.join(options)}: each says how many tables there are; give one of them")
     elif settings.target_ratio is not None or settings.target_error is not None:
         raise UserError(f"{options[0]}: is for --input-only; else the sizes are --num-tables and --table-size")
+
+
+def _check_distillation(settings: CompressModel) -> None:
+    """Check the options of --distill.
+
+    Raises:
+        UserError: the minutes are none, the text is not there, or sentence-transformers is not installed.
+    """
+    if settings.distill is None:
+        return
+    if not 0 < settings.minutes < float("inf"):
+        raise UserError(f"--minutes {settings.minutes}: must be greater than 0")
+    if not settings.distill.exists():
+        raise UserError(f"--distill {settings.distill}: no such file or folder")
+    if find_spec("sentence_transformers") is None:
+        raise UserError("--distill: needs sentence-transformers (pip install -e '.[interop]')")
+
+
+def _distilled(settings: CompressModel, folder: Path) -> dict[str, Any]:
+    """Distil the model in a folder if that is asked for; return what compression.json says of it."""
+    if settings.distill is None:
+        return {}
+    from ksub_ds.convert.sentence_distillation import distil_folder
+
+    state = settings.out.with_name(f"{settings.out.name}.distillation")
+    return {
+        "distillation": distil_folder(folder, settings.model, settings.distill, settings.minutes, settings.seed, state)
+    }
 
 
 def _input_tables(
