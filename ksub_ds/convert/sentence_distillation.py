@@ -37,7 +37,7 @@ MOST_HELD_OUT = 512
 
 
 @dataclass
-class Progress:
+class DistillationProgress:
     """How far a distillation has come.
 
     Attributes:
@@ -93,7 +93,7 @@ class SentenceDistillation:
         self.held_out = [texts[place] for place in drawn[:held_out]]
         self.texts = [texts[place] for place in drawn[held_out:]]
         self.targets: dict[int, Tensor] = {}
-        self.progress = Progress()
+        self.progress = DistillationProgress()
         self.best: dict[str, Tensor] = {}
         rows = list(student[0].auto_model.get_input_embeddings().parameters())
         rest = [each for each in student.parameters() if not any(each is row for row in rows)]
@@ -102,7 +102,7 @@ class SentenceDistillation:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
         self.order = lru_cache(maxsize=1)(self._order)
 
-    def run(self, state: Path | None = None, key: str = "") -> Progress:
+    def run(self, state: Path | None = None, key: str = "") -> DistillationProgress:
         """Train until the time is spent or nothing is gained; the student then has the best state.
 
         Args:
@@ -201,7 +201,7 @@ class SentenceDistillation:
         Raises:
             UserError: it is of another distillation.
         """
-        progress = Progress(**read_json(state / "progress.json"))
+        progress = DistillationProgress(**read_json(state / "progress.json"))
         if progress.key != self.progress.key:
             raise UserError(f"{state}: holds snapshots of another distillation; remove the folder to begin this one")
         self.progress = progress

@@ -178,10 +178,12 @@ def test_what_has_no_input_only_form_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_decoder_reads_such_a_folder(tmp_path):
+def test_no_decoder_reads_such_a_folder(tmp_path, capsys):
     write_model(tmp_path / "plain", AutoModelForSequenceClassification, "roberta")
     small = tmp_path / "small"
     assert main(["compress", str(tmp_path / "plain"), "--input-only", "--target-ratio", "4", "--out", str(small)]) == 0
     assert AutoModelForSequenceClassification.from_pretrained(small)(torch.tensor([[3, 4]])).logits.shape == (1, 2)
     with pytest.raises(ValueError, match="KSubRobertaForMaskedLM: tokens share codes in an input-only embedding"):
         AutoModelForMaskedLM.from_pretrained(small)
+    assert main(["codes", "inspect", str(small / "codes.safetensors")]) == 0
+    assert "none: the codes are for the input alone" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
 from ksub_ds.cli import main
-from ksub_ds.codes.product_quantization import product_quantisation
+from ksub_ds.codes.product_quantisation import product_quantisation
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.convert.compress import compress_with_report

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksub_ds.codes import product_quantization
-from ksub_ds.codes.product_quantization import product_quantisation
+from ksub_ds.codes.product_quantisation import product_quantisation
 from ksub_ds.codes.table import table_widths
 
 
@@ -73,7 +72,7 @@ def weighted_part(found, count):
 def test_a_sample_stands_for_all(monkeypatch):
     vectors = clouds(4000)
     whole = product_quantisation(vectors, 4, 16)
-    monkeypatch.setattr(product_quantization, "SAMPLE", 1000)
+    monkeypatch.setattr("ksub_ds.codes.product_quantisation.SAMPLE", 1000)
     sampled = product_quantisation(vectors, 4, 16, seed=1)
     assert squared_error(vectors, sampled) < 1.2 * squared_error(vectors, whole)
     again = product_quantisation(vectors, 4, 16, seed=1)
