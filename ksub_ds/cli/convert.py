@@ -11,8 +11,8 @@ from ksub_ds.common.options import parse
 
 
 def compress(arguments: Sequence[str]) -> None:
-    """Fit small tables to a trained model's embedding, with the options of convert/compress.py."""
-    from ksub_ds.convert.compress import CompressModel, compress_model
+    """Fit small tables to a trained model's embedding, with the options of convert/compress_command.py."""
+    from ksub_ds.convert.compress_command import CompressModel, compress_model
 
     compress_model(parse(CompressModel, arguments, "ksub compress"))
 

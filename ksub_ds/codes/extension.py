@@ -28,10 +28,12 @@ def extend_codes(table: CodeTable, count: int, vectors: object = None, known: ob
         known: (N, p) vectors of the old tokens, from the same source; needed with `vectors`.
 
     Raises:
-        ValueError: fewer unused codes than new tokens, or vectors that do not fit.
+        ValueError: fewer unused codes than new tokens, vectors that do not fit, or codes for the input alone.
     """
     if count < 1:
         raise ValueError(f"{count} new tokens: there must be at least 1")
+    if not table.unique:
+        raise ValueError("input-only codes take no new tokens; add them to the original and compress it again")
     reserved = count_reserved_rows(table)
     sizes = tuple(size - reserved for size in table.table_sizes)
     free = math.prod(sizes) - (table.num_tokens - reserved)

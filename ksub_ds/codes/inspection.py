@@ -19,9 +19,6 @@ def describe(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
         embedding_dim: d, the width at which parameters are counted.
     """
     space = math.prod(table.table_sizes)
-    trie = build_trie(table.codes, table.table_sizes)
-    leaf_sizes = np.bincount(trie[-1].parent)
-    automaton = merge_equal_states(trie)
     plain = table.num_tokens * embedding_dim
     ours = table.num_parameters(embedding_dim)
     rows = [
@@ -32,11 +29,9 @@ def describe(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
         ("rows in use", " ".join(f"{len(np.unique(column)):,}" for column in table.codes.T)),
         ("code space in use", f"{table.num_tokens / space:.2%} of {space:,}"),
         ("collisions", f"{table.count_collisions()}"),
-        ("leaves", f"{len(leaf_sizes):,} of {leaf_sizes.min():,} to {leaf_sizes.max():,} tokens"),
-        ("automaton", f"{sum(level.num_states for level in automaton):,} states, "
-                      f"{sum(len(level.code) for level in automaton):,} transitions"),
+        *_trie_rows(table),
         (f"parameters at d = {embedding_dim}", f"{ours:,}, against {plain:,} plain: {plain / ours:,.1f} times fewer"),
-    ]  # fmt: skip
+    ]
     if table.num_dedicated:
         own = table.num_dedicated * embedding_dim
         words = f"{table.num_dedicated:,} tokens, {table.num_dedicated / table.num_tokens:.2%} of all: "
@@ -45,6 +40,20 @@ def describe(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
     shown = {"algorithm", "quality"}
     rows += [(key.replace("_", " "), value) for key, value in sorted(table.metadata.items()) if key not in shown]
     return rows + _quality_rows(table.metadata.get("quality"))
+
+
+def _trie_rows(table: CodeTable) -> list[tuple[str, str]]:
+    """Describe the trie that the exact loss folds along; codes for the input alone have no use for one."""
+    if not table.unique:
+        return [("decoder", "none: the codes are for the input alone, and tokens may share one")]
+    trie = build_trie(table.codes, table.table_sizes)
+    leaf_sizes = np.bincount(trie[-1].parent)
+    automaton = merge_equal_states(trie)
+    states, transitions = sum(level.num_states for level in automaton), sum(len(level.code) for level in automaton)
+    return [
+        ("leaves", f"{len(leaf_sizes):,} of {leaf_sizes.min():,} to {leaf_sizes.max():,} tokens"),
+        ("automaton", f"{states:,} states, {transitions:,} transitions"),
+    ]
 
 
 def _quality_rows(stored: str | None) -> list[tuple[str, str]]:

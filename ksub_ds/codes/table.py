@@ -8,6 +8,9 @@ The embedding of n is the concatenation of row f_k(n) of table k over k. Uniquen
 requirement 1) makes it a different vector for every token. K = 1 with M_1 = N is the plain embedding.
 
 F of the tokens may be dedicated: a row of d numbers, which no other token has, is added to what the tables give them.
+
+A table that is only read at the input, by a model that predicts no tokens, may give several tokens the same code
+(`unique=False`): codes are then free to be what product quantisation finds.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +23,7 @@ from ksub_ds.common.files import atomic_path, canonical_safetensors, sha256_byte
 
 FORMAT = "ksub-codes-1"
 FORMAT_DEDICATED = "ksub-codes-2"  # has the tensor `dedicated` too
+FORMAT_INPUT = "ksub-codes-3"  # codes may repeat; in the smallest type that holds them; `dedicated` may be there
 
 
 def table_widths(embedding_dim: int, num_tables: int) -> tuple[int, ...]:
@@ -42,6 +46,7 @@ class CodeTable:
         table_sizes: the K numbers M_k.
         metadata: strings about the origin (algorithm, seed, tokenizer fingerprint), saved with the codes.
         dedicated: ids of the F tokens that have a row of their own beside the shared ones, in rising order. [none]
+        unique: no two tokens may share a whole code, which every decoder needs.
 
     Raises:
         ValueError: shapes or types that do not fit, or ids that are none. `verify` checks the codes' range and
@@ -54,6 +59,7 @@ class CodeTable:
         table_sizes: Sequence[int],
         metadata: Mapping[str, str] | None = None,
         dedicated: object = None,
+        unique: bool = True,
     ):
         array = np.asarray(codes)
         sizes = tuple(int(size) for size in table_sizes)
@@ -71,6 +77,7 @@ class CodeTable:
         self.codes.flags.writeable = False
         self.table_sizes = sizes
         self.metadata = dict(metadata or {})
+        self.unique = unique
         self.dedicated = _token_ids(() if dedicated is None else dedicated, self.num_tokens)
 
     @property
@@ -95,6 +102,14 @@ class CodeTable:
         codes = header + self.codes.astype("<i4").tobytes()
         return sha256_bytes(codes + self.dedicated.astype("<i4").tobytes())
 
+    @property
+    def stored_codes(self) -> np.ndarray:
+        """The codes as they are stored, (N, K): uint8 where they may repeat and every table has at most 256 rows."""
+        if self.unique or max(self.table_sizes) > 256:
+            return self.codes
+        self.verify()
+        return self.codes.astype(np.uint8)
+
     def num_parameters(self, embedding_dim: int) -> int:
         """Count the parameters at width d: sum over k of M_k * d_k, and F * d of the dedicated rows."""
         widths = table_widths(embedding_dim, self.num_tables)
@@ -112,7 +127,7 @@ class CodeTable:
         return len(self._equal_pairs()[1])
 
     def verify(self) -> None:
-        """Check that every code is in range and no two tokens share a whole code.
+        """Check that every code is in range and, where codes must be unique, no two tokens share a whole code.
 
         Raises:
             ValueError: a code is out of range or not unique; the message names the first such token.
@@ -124,6 +139,8 @@ class CodeTable:
             raise ValueError(
                 f"code out of range: token {token} has code {code} in table {k} of {self.table_sizes[k]} rows"
             )
+        if not self.unique:
+            return
         order, equal = self._equal_pairs()
         if len(equal):
             first, second = sorted(int(token) for token in order[equal[0] : equal[0] + 2])
@@ -143,9 +160,9 @@ class CodeTable:
         from safetensors.numpy import save
 
         self.verify()
-        tensors = {"codes": self.codes} | ({"dedicated": self.dedicated} if self.num_dedicated else {})
+        tensors = {"codes": self.stored_codes} | ({"dedicated": self.dedicated} if self.num_dedicated else {})
         metadata = self.metadata | {
-            "format": FORMAT_DEDICATED if self.num_dedicated else FORMAT,
+            "format": FORMAT_INPUT if not self.unique else FORMAT_DEDICATED if self.num_dedicated else FORMAT,
             "table_sizes": ",".join(map(str, self.table_sizes)),
             "sha256": self.sha256,
         }
@@ -168,19 +185,22 @@ class CodeTable:
             with safe_open(path, framework="np") as stream:
                 metadata = stream.metadata() or {}
                 codes = stream.get_tensor("codes")
-                dedicated = stream.get_tensor("dedicated") if metadata.get("format") == FORMAT_DEDICATED else None
+                form, names = metadata.get("format"), list(stream.keys())
+                has_dedicated = form == FORMAT_DEDICATED or (form == FORMAT_INPUT and "dedicated" in names)
+                dedicated = stream.get_tensor("dedicated") if has_dedicated else None
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such code file; make one with `ksub codes positional`") from error
         except (SafetensorError, OSError, TypeError) as error:  # TypeError: numpy has no bfloat16
             raise UserError(f"{path}: not a readable code file ({error}); make it again with `ksub codes`") from error
-        if metadata.get("format") not in (FORMAT, FORMAT_DEDICATED):
+        if form not in (FORMAT, FORMAT_DEDICATED, FORMAT_INPUT):
             raise UserError(
-                f"{path}: format is {metadata.get('format')!r}, not {FORMAT!r} or {FORMAT_DEDICATED!r}; "
+                f"{path}: format is {form!r}, not {FORMAT!r}, {FORMAT_DEDICATED!r} or {FORMAT_INPUT!r}; "
                 "make it again with `ksub codes`"
             )
         origin = {key: value for key, value in metadata.items() if key not in ("format", "table_sizes", "sha256")}
         try:
-            table = cls(codes, [int(size) for size in metadata["table_sizes"].split(",")], origin, dedicated)
+            sizes = [int(size) for size in metadata["table_sizes"].split(",")]
+            table = cls(codes, sizes, origin, dedicated, unique=form != FORMAT_INPUT)
             table.verify()
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: {error}; the file is damaged, make it again with `ksub codes`") from error
@@ -192,7 +212,8 @@ class CodeTable:
 
     def __repr__(self) -> str:
         dedicated = f", num_dedicated={self.num_dedicated}" if self.num_dedicated else ""
-        return f"CodeTable(num_tokens={self.num_tokens}, table_sizes={self.table_sizes}{dedicated})"
+        shared = "" if self.unique else ", unique=False"
+        return f"CodeTable(num_tokens={self.num_tokens}, table_sizes={self.table_sizes}{dedicated}{shared})"
 
 
 def _token_ids(ids: object, num_tokens: int) -> np.ndarray:

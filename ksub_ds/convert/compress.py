@@ -1,32 +1,30 @@
 """Compress a trained model: its embedding becomes tables fitted to it, at both ends; all other weights stay.
 
     ksub compress plain_model --num-tables 3 --table-size 128 --out small_model
+    ksub compress sentence_encoder --input-only --target-ratio 20 --out small_encoder
 
     from ksub_ds import clustered_codes, compress
     small = compress("plain_model", clustered_codes(vectors, num_tables=3, table_size=128))
 
-The result is a start for continued pretraining or distillation: 384 rows cannot hold what 30,000 did, and the layers
+That result is a start for continued pretraining or distillation: 384 rows cannot hold what 30,000 did, and the layers
 above have to learn to read what is left. small_model holds the weights, the codes (also as codes.safetensors), the
 tokenizer and compression.json. Next: `ksub pretrain --warm-start small_model`, with or without
-`--distill-from plain_model`.
+`--distill-from plain_model`. A model that predicts no tokens takes any codes (input_only.py), and keeps nearly all of
+what it could do. The command is in compress_command.py.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, write_json
-from ksub_ds.common.logging import get_logger
 from ksub_ds.convert.fitting import Fit, Mixing, fit_tables
-from ksub_ds.convert.sentence_encoder import copy_sentence_files, encoder_folder, sentence_folder
-from ksub_ds.model.sequence_length import limit_tokenizer
-from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
+from ksub_ds.convert.sentence_encoder import encoder_folder
+
+TOKENS_AT_ONCE = 16_384  # compared at a time: N x d numbers may be a gigabyte
 
 if TYPE_CHECKING:  # seconds of imports that --help does without
     from transformers import PreTrainedModel
@@ -51,6 +49,8 @@ class CompressionReport:
         total_parameters: of the whole model, before and after.
         loss: of the callback, before and after.
         num_dedicated: F, how many tokens have a row of their own beside the tables.
+        embedding_bytes: before and after, as a model file stores them: codes and the matrix are counted too.
+        input_only: whether codes may repeat, so that no decoder can use the tables.
     """
 
     num_tokens: int
@@ -63,10 +63,17 @@ class CompressionReport:
     total_parameters: tuple[int, int]
     loss: tuple[float, float] | None = None
     num_dedicated: int = 0
+    embedding_bytes: tuple[int, int] = (0, 0)
+    input_only: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
         return asdict(self)
+
+    @property
+    def ratio(self) -> float:
+        """How many times the old embedding's bytes are those of the new one."""
+        return self.embedding_bytes[0] / max(1, self.embedding_bytes[1])
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
@@ -75,6 +82,7 @@ class CompressionReport:
         fixed = f" and {self.mixing_numbers:,} fixed numbers (the {self.mixing} matrix)" if self.mixing_numbers else ""
         lines = [
             f"embedding parameters   {old:,} -> {new:,}{own}{fixed}",
+            "embedding bytes        {:,} -> {:,}, codes included: 1/{:.1f}".format(*self.embedding_bytes, self.ratio),
             f"all parameters         {all_old:,} -> {all_new:,}",
             f"embedding error        {self.error:.4f} of the variance is lost; mean cosine {self.cosine:.4f}",
         ]
@@ -112,6 +120,7 @@ def compress_with_report(
     mixing: Mixing = "linear",
     weights: np.ndarray | None = None,
     loss: "Callable[[PreTrainedModel], float] | None" = None,
+    fit: Fit | None = None,
 ) -> "tuple[SubEmbeddingModel, CompressionReport]":
     """Compress a model and measure what that did.
 
@@ -121,6 +130,7 @@ def compress_with_report(
         mixing: the matrix beside the tables.
         weights: of the tokens.
         loss: measured on the model before and after, for example its masked-token loss on some text.
+        fit: tables that are fitted already, of a model with one matrix. [fitted here]
 
     Returns:
         The compressed model, and the report.
@@ -137,30 +147,34 @@ def compress_with_report(
     own = decoder_matrix(model)
     old = [each.float().cpu().numpy() for each in (embedding_matrix(model), own) if each is not None]
     old = [vectors[: table.num_tokens] for vectors in old]
-    fits = [fit_tables(vectors, table, mixing, _weights_of_shared(table, weights)) for vectors in old]
+    fits = [fit] if fit is not None else []
+    fits += [fit_tables(each, table, mixing, _weights_of_shared(table, weights)) for each in old[len(fits) :]]
     small = replace_embeddings(model, table, mixing=fits[0].mixing is not None)
     layers = (
         [small.get_input_embeddings()] if own is None else [small.get_input_embeddings(), small.decoder_embedding()]
     )
-    for layer, fit, vectors in zip(layers, fits, old, strict=True):
-        _fill(layer, table, fit, vectors)
-    new = [layer.dense_weight().detach().float().cpu().numpy() for layer in layers]
+    for layer, each, vectors in zip(layers, fits, old, strict=True):
+        _fill(layer, table, each, vectors)
     counted = np.ones(table.num_tokens) if weights is None else weights
+    measured = [_error_and_cosine(*pair, counted) for pair in zip(layers, old, strict=True)]
+    bytes_before = _bytes(model.get_input_embeddings()) + (0 if own is None else own.nbytes)
     report = CompressionReport(
         table.num_tokens,
         table.table_sizes,
         "none" if fits[0].mixing is None else mixing,
-        sum(_relative_error(*pair, counted) for pair in zip(old, new, strict=True)) / len(fits),
-        sum(map(_mean_cosine, old, new)) / len(fits),
+        sum(error for error, _ in measured) / len(fits),
+        sum(cosine for _, cosine in measured) / len(fits),
         (
             sum(each.numel() for each in model.get_input_embeddings().parameters())
             + (0 if own is None else own.numel()),
             table.num_parameters(old[0].shape[1]) * len(fits),
         ),
-        sum(0 if fit.mixing is None else fit.mixing.size for fit in fits),
+        sum(0 if each.mixing is None else each.mixing.size for each in fits),
         (model.num_parameters(), small.num_parameters()),
         None if loss is None else (loss(model), loss(small)),
         table.num_dedicated,
+        (bytes_before, sum(map(_bytes, layers))),
+        not table.unique,
     )
     return small, report
 
@@ -191,188 +205,27 @@ def _fill(layer: "SubEmbedding", table: CodeTable, fit: Fit, vectors: np.ndarray
             layer.dedicated_rows.copy_(torch.from_numpy(rest))
 
 
-def _relative_error(vectors: np.ndarray, dense: np.ndarray, weights: np.ndarray) -> float:
-    """Return sum of w_n |x_n - e_n|^2 over sum of w_n |x_n - mean|^2."""
-    mean = ((weights / weights.sum()) @ vectors).astype(np.float32)
-    lost, spread = (weights @ np.square(vectors - each).sum(axis=1) for each in (dense, mean))
-    return float(lost / max(spread, 1e-30))
+def _bytes(layer: Any) -> int:
+    return sum(value.nbytes for value in (*layer.parameters(), *layer.buffers()))
 
 
-def _mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
-    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    return float(((first * second).sum(axis=1) / np.maximum(norms, 1e-30)).mean())
-
-
-# ---------------------------------------------------------------- ksub compress
-
-
-@dataclass(frozen=True)
-class CompressModel:
-    """Replace a trained model's embedding by K small tables, fitted to it by least squares."""
-
-    model: Annotated[str, tyro.conf.Positional]
-    """Model folder (or Hub name): BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT, ModernBERT, an export of
-    `ksub pretrain --plain`, or a causal model: Llama, Mistral, Qwen3, Gemma 3 (text), GPT-2."""
-    out: Path
-    """Folder to write."""
-    num_tables: int = 3
-    """K, how many tables replace the embedding."""
-    table_size: int = 128
-    """M, the rows of every table."""
-    codes: Path | None = None
-    """Code file to use. [codes by clustering the model's own embedding, K tables of M rows]"""
-    mixing: Mixing = "linear"
-    """The fixed d x d matrix beside the tables: any matrix, a rotation, or none."""
-    dedicated_rows: int | None = None
-    """F: the most frequent tokens of --data keep the embedding that they have, in rows of their own."""
-    dedicated_tokens: Path | None = None
-    """In place of --dedicated-rows: a file of token ids, one per line."""
-    data: Path | None = None
-    """Shards folder made with the model's tokenizer: the masked-token loss on its held-out part, before and after."""
-    sequences: int = 64
-    """Held-out sequences per language for that loss."""
-    seed: int = 0
-    """Seed of the clustering."""
-
-
-def compress_model(settings: CompressModel) -> Path:
-    """Compress a model and write its folder.
-
-    Args:
-        settings: the options of `ksub compress`.
+def _error_and_cosine(layer: "SubEmbedding", vectors: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Compare a sub-embedding with the (N, d) vectors it stands for, some tokens at a time.
 
     Returns:
-        The folder.
-
-    Raises:
-        UserError: the model cannot be read or compressed, codes or data do not fit it, or a folder is in the way.
+        sum of w_n |x_n - e_n|^2 over sum of w_n |x_n - mean|^2, and the mean cosine, each token alike.
     """
-    from ksub_ds.model.loading import open_model
-    from ksub_ds.model.replacement import embedding_matrix
+    import torch
 
-    out, log = settings.out, get_logger()
-    if out.exists() and not (out / "compression.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is not a compressed model and not empty; choose another folder")
-    if settings.sequences < 1:
-        raise UserError(f"--sequences {settings.sequences}: must be at least 1")
-    choice = DedicatedChoice(settings.dedicated_rows, settings.data, settings.dedicated_tokens)
-    encoder, sentences = encoder_folder(settings.model), sentence_folder(settings.model)
-    model = open_model(encoder)
-    tokenizer = _tokenizer(str(encoder))
-    only_counted = settings.dedicated_rows is not None and not _predicts_masked_tokens(model)
-    loss = None
-    if settings.data is not None and not only_counted:
-        loss = _masked_loss(settings, encoder, model, tokenizer)
-    try:
-        vectors = embedding_matrix(model)
-        if tokenizer is not None and len(tokenizer) < len(vectors):
-            log.info(f"{settings.model}: {len(vectors) - len(tokenizer):,} rows beyond the tokenizer's left out")
-            vectors = vectors[: len(tokenizer)]
-        table = dedicate(_codes(settings, vectors.float().cpu().numpy()), choice)
-        small, report = compress_with_report(model, table, settings.mixing, loss=loss)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{settings.model}: {error}") from error
-    with atomic_folder(out) as temporary:
-        small.save_pretrained(temporary)
-        table.save(temporary / "codes.safetensors")
-        _save_tokenizer(Path(encoder), tokenizer, temporary)
-        limit_tokenizer(temporary, small.config)
-        if sentences is not None:
-            copy_sentence_files(sentences, temporary)
-        source = {"model": settings.model, "codes_sha256": table.sha256}
-        write_json(temporary / "compression.json", source | report.to_json())
-    for line in report.lines():
-        log.info(line)
-    log.info(f"{out}: written" + ("" if small.can_generate() else f". Next: ksub pretrain --warm-start {out}"))
-    return out
-
-
-def _tokenizer(name: str) -> Any:
-    """Open the tokenizer that lies with the model; without one, log a warning and return None."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        # Where there are no files, transformers makes an empty tokenizer rather than fail.
-        if len(tokenizer) >= 2 * len(tokenizer.all_special_ids):
-            return tokenizer
-        reason = "no file of a vocabulary"
-    except Exception as error:  # transformers raises many kinds here
-        reason = str(error).strip().split("\n")[0][:160]
-    get_logger().warning(f"{name}: no tokenizer that transformers opens ({reason}); the new folder has none")
-    return None
-
-
-def _save_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:
-    """Save a tokenizer: as this project does if it knows the kind, which keeps SentencePiece's model, or by itself."""
-    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
-
-    if tokenizer is None:
-        return
-    if source.is_dir():
-        try:
-            load_tokenizer(source).save(target)
-            return
-        except UserError:
-            pass  # a tokenizer without a mask token, say
-    tokenizer.save_pretrained(target)
-
-
-def _codes(settings: CompressModel, vectors: Any) -> CodeTable:
-    if settings.codes is None:
-        from ksub_ds.codes.clustering import clustered_codes
-
-        table = clustered_codes(vectors, settings.num_tables, settings.table_size, seed=settings.seed)
-        table.metadata["vectors"] = f"input embeddings of model {Path(settings.model).name}"
-        return table
-    table = CodeTable.load(settings.codes)
-    if table.num_tokens != len(vectors):
-        raise UserError(
-            f"--codes {settings.codes}: codes of {table.num_tokens:,} tokens, the model has {len(vectors):,}"
-        )
-    return table
-
-
-def _predicts_masked_tokens(model: Any) -> bool:
-    return type(model).__name__.endswith("ForMaskedLM")
-
-
-def _masked_loss(settings: CompressModel, encoder: Path | str, model: Any, tokenizer: Any) -> Callable[[Any], float]:
-    """Return a function from a model to its mean loss over the masked tokens of the held-out part.
-
-    Raises:
-        UserError: the model predicts no masked tokens, or the shards do not fit it.
-    """
-    from ksub_ds.corpus.batches import HeldOutBatches
-    from ksub_ds.corpus.shards.dataset import ShardDataset
-    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
-    from ksub_ds.pretrain.prefetch import to_tensors
-
-    assert settings.data is not None
-    if not _predicts_masked_tokens(model):
-        raise UserError(f"--data: {settings.model} is a {type(model).__name__}, which predicts no masked tokens")
-    dataset = ShardDataset.open(settings.data)
-    if Path(encoder).is_dir():
-        dataset.check_tokenizer(load_tokenizer(encoder).fingerprint, settings.model)
-    elif tokenizer is not None and len(tokenizer) != dataset.manifest["tokenizer"]["vocab_size"]:
-        raise UserError(f"--data {settings.data}: made with another tokenizer than that of {settings.model}")
-    batches = HeldOutBatches(dataset, settings.sequences, mlm_probability=0.15, batch_size=8)
-    if not len(batches):
-        raise UserError(f"--data {settings.data}: has no held-out part; make it with --validation-fraction 0.01")
-
-    def measure(model: Any) -> float:
-        import torch
-
-        total = count = 0.0
+    mean = ((weights / weights.sum()) @ vectors).astype(np.float32)
+    lost = spread = cosines = 0.0
+    for first in range(0, len(vectors), TOKENS_AT_ONCE):
+        old, counted = vectors[first : first + TOKENS_AT_ONCE], weights[first : first + TOKENS_AT_ONCE]
+        ids = torch.arange(first, first + len(old), device=layer.codes.device)
         with torch.no_grad():
-            for _, batch in batches:
-                tensors = to_tensors(batch, "cpu")
-                labelled = float((tensors["labels"] != -100).sum())
-                if labelled:
-                    total += float(model(**tensors).loss) * labelled
-                    count += labelled
-        return total / count
-
-    return measure
+            new = layer(ids).float().cpu().numpy()
+        lost += float(counted @ np.square(old - new).sum(axis=1))
+        spread += float(counted @ np.square(old - mean).sum(axis=1))
+        norms = np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1)
+        cosines += float(((old * new).sum(axis=1) / np.maximum(norms, 1e-30)).sum())
+    return lost / max(spread, 1e-30), cosines / len(vectors)

@@ -16,10 +16,10 @@ from typing import Any, Literal
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder
 from ksub_ds.common.logging import get_logger
-from ksub_ds.convert.compress import copy_sentence_files
 from ksub_ds.convert.model_card import write_model_card
 from ksub_ds.convert.onnx import write_onnx
 from ksub_ds.convert.remote_code import write_remote_code
+from ksub_ds.convert.sentence_encoder import copy_sentence_files
 from ksub_ds.convert.source import ExportSource, auto_class, copy_tokenizer_files, head_of, open_source
 from ksub_ds.model.sequence_length import limit_tokenizer, longest_sequence
 

@@ -17,7 +17,7 @@ from transformers import initialization as init
 
 from ksub_ds.codes.extension import extend_codes
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.model.embedding import SubEmbedding
+from ksub_ds.model.embedding import NO_DECODER, SubEmbedding
 
 # Types that PEFT has no defaults for, plain ones included: their attention's projections, as it chooses elsewhere.
 LORA_TARGETS = {"ksub_distilbert": ["q_lin", "v_lin"], "ksub_modernbert": ["Wqkv"]}
@@ -36,12 +36,20 @@ def with_table(config: Any, table: CodeTable | None) -> tuple[Any, CodeTable]:
         config.table_sizes = list(table.table_sizes)
         if config.num_dedicated != table.num_dedicated:
             config.num_dedicated = table.num_dedicated
+        if is_input_only(config) == table.unique:
+            config.embedding_input_only = not table.unique
         return config, table
     if config.table_sizes is None or torch.get_default_device().type != "meta":
         raise ValueError("a new model needs a code table: pass table=positional_codes(...) or a loaded CodeTable")
     # transformers builds on the meta device, where only shapes count, and then reads the codes from the file.
     codes = np.zeros((config.vocab_size, len(config.table_sizes)), np.int32)
-    return config, CodeTable(codes, config.table_sizes, dedicated=range(config.num_dedicated))
+    own = range(config.num_dedicated)
+    return config, CodeTable(codes, config.table_sizes, dedicated=own, unique=not is_input_only(config))
+
+
+def is_input_only(config: Any) -> bool:
+    """Return whether a configuration is that of a model whose codes may repeat, so that no decoder can read them."""
+    return getattr(config, "embedding_input_only", False)  # only stored where it is so
 
 
 class SubEmbeddingModel(PreTrainedModel):
@@ -156,7 +164,7 @@ class SubEmbeddingModel(PreTrainedModel):
             known = None if vectors is None else layer.dense_weight().detach().float().cpu().numpy()
             table = extend_codes(table, size - old, vectors, known)
         kept = table.dedicated[table.dedicated < size]
-        self._set_codes(CodeTable(table.codes[:size], table.table_sizes, dedicated=kept))
+        self._set_codes(CodeTable(table.codes[:size], table.table_sizes, dedicated=kept, unique=table.unique))
         self._resize_bias(size, mean_resizing)
         return layer
 
@@ -164,7 +172,7 @@ class SubEmbeddingModel(PreTrainedModel):
         """Give the model other codes for its tables, and other dedicated tokens; rows of tokens that stay, stay."""
         for module in self.modules():
             if isinstance(module, SubEmbedding):  # one, or two where the decoder has tables of its own
-                module.codes = torch.tensor(table.codes, device=module.codes.device)
+                module.codes = torch.tensor(table.stored_codes, device=module.codes.device)
                 module.set_dedicated(table)
             if isinstance(module, PreTrainedModel):
                 module.config.vocab_size = table.num_tokens
@@ -185,7 +193,8 @@ class SubEmbeddingModel(PreTrainedModel):
         """
         layer = self.get_input_embeddings()
         old = layer.code_table()
-        table = CodeTable(old.codes, old.table_sizes, dedicated=np.union1d(old.dedicated, np.asarray(ids, np.int64)))
+        own = np.union1d(old.dedicated, np.asarray(ids, np.int64))
+        table = CodeTable(old.codes, old.table_sizes, dedicated=own, unique=old.unique)
         if table.num_dedicated != old.num_dedicated:
             self._set_codes(table)
         return layer
@@ -205,6 +214,11 @@ class TokenPredictor(SubEmbeddingModel):
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
     evaluation_output: Literal["predictions", "logits", "loss"] = "predictions"
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        if is_input_only(self.config):
+            raise ValueError(f"{type(self).__name__}: {NO_DECODER}")
 
     def _decoder_bias_module(self) -> nn.Module:
         """Return the module whose `bias` is the decoder's, (N,) or None."""

@@ -1,5 +1,7 @@
 """SubEmbedding: K small tables and a code per token in place of an N x d embedding (paper §3.1)."""
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 from ksub_ds.codes.table import CodeTable, table_widths
 from ksub_ds.contraction.code_structure import CodeStructure
 from ksub_ds.contraction.dense_block import DenseBlock
+
+NO_DECODER = "tokens share codes in an input-only embedding, so none can be predicted; compress without --input-only"
+MANY_TABLES = 8  # from here on, tables of one shape are looked up together
 
 
 class SubEmbedding(nn.Module):
@@ -26,6 +31,8 @@ class SubEmbedding(nn.Module):
     codes, (N, K) int32, the ids of the `dedicated` tokens, (F,) int32, and A are the persistent buffers. What there is
     none of is None: R and the ids for F = 0, A without `mixing`. `structure` is derived from codes and ids when first
     needed. Replace these by assigning another tensor or by load_state_dict, not in place.
+
+    Where codes may repeat (`input_only`) there are no logits, and codes of at most 256 rows are uint8.
     """
 
     codes: Tensor
@@ -39,7 +46,8 @@ class SubEmbedding(nn.Module):
         self.padding_idx = padding_idx
         self.table_sizes = table.table_sizes
         self.widths = table_widths(embedding_dim, table.num_tables)
-        self.register_buffer("codes", torch.tensor(table.codes))
+        self.input_only = not table.unique
+        self.register_buffer("codes", torch.tensor(table.stored_codes))
         self.register_buffer("dedicated", torch.tensor(table.dedicated) if table.num_dedicated else None)
         self.register_buffer("mixing", torch.eye(embedding_dim) if mixing else None)
         self.tables = nn.ParameterList(
@@ -75,7 +83,7 @@ class SubEmbedding(nn.Module):
     def code_table(self) -> CodeTable:
         """Return the codes, and which tokens are dedicated, as a `CodeTable`."""
         dedicated = None if self.dedicated is None else self.dedicated.cpu().numpy()
-        return CodeTable(self.codes.cpu().numpy(), self.table_sizes, dedicated=dedicated)
+        return CodeTable(self.codes.cpu().numpy(), self.table_sizes, dedicated=dedicated, unique=not self.input_only)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed (...) token ids: (..., d)."""
@@ -94,10 +102,25 @@ class SubEmbedding(nn.Module):
 
     def _compose(self, codes: Tensor) -> Tensor:
         """Return what the tables give to tokens with codes (..., K): (..., d)."""
-        embedded = torch.cat([F.embedding(codes[..., k], table) for k, table in enumerate(self.tables)], dim=-1)
+        codes = codes.int()  # from uint8; nothing for int32
+        if len(self.tables) < MANY_TABLES:
+            parts = [F.embedding(codes[..., k], table) for k, table in enumerate(self.tables)]
+        else:
+            parts = list(self._look_up_together(codes))
+        embedded = torch.cat(parts, dim=-1)
         if self.mixing is not None:
             embedded = embedded @ self.mixing.t().to(embedded.dtype)  # ZeRO 3 casts parameters, not buffers
         return embedded
+
+    def _look_up_together(self, codes: Tensor) -> Iterator[Tensor]:
+        """Yield what runs of tables of one shape give to codes (..., K): (..., width), a few operations for all."""
+        first = 0
+        for (size, _), tables in itertools.groupby(self.tables, key=lambda table: tuple(table.shape)):
+            rows = torch.cat(list(tables))
+            count = len(rows) // size
+            places = codes[..., first : first + count] + torch.arange(0, len(rows), size, device=codes.device).int()
+            yield F.embedding(places, rows).flatten(-2)
+            first += count
 
     def dense_weight(self) -> Tensor:
         """Return the (N, d) matrix that this layer stands for."""
@@ -116,7 +139,13 @@ class SubEmbedding(nn.Module):
         return hidden if self.mixing is None else hidden @ self.mixing.to(hidden.dtype)
 
     def logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Compute all N logits, (..., N), as sums of table scores; for a few rows, since N is wide."""
+        """Compute all N logits, (..., N), as sums of table scores; for a few rows, since N is wide.
+
+        Raises:
+            ValueError: the embedding is for the input alone.
+        """
+        if self.input_only:
+            raise ValueError(NO_DECODER)
         parts = self.to_tables(hidden).split(self.widths, dim=-1)
         scores = [part @ table.t() for part, table in zip(parts, self.tables, strict=True)]
         total = scores[0].index_select(-1, self.codes[:, 0])  # ONNX gathers by int32 here, but not by [...]
@@ -191,7 +220,13 @@ class SubEmbedding(nn.Module):
 
     @property
     def structure(self) -> CodeStructure:
-        """The trie of the current codes, and what is computed over it."""
+        """The trie of the current codes, and what is computed over it.
+
+        Raises:
+            ValueError: the embedding is for the input alone.
+        """
+        if self.input_only:
+            raise ValueError(NO_DECODER)
         known = self._structure
         if (
             known is None or known.codes is not self.codes or known.dedicated is not self.dedicated

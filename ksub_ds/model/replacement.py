@@ -34,7 +34,8 @@ def _our_classes() -> dict[type, type[SubEmbeddingModel]]:
 
 
 CLASSES = _our_classes()
-OUR_FIELDS = ("table_sizes", "embedding_mixing", "num_dedicated")  # configuration fields that no plain model has
+# Configuration fields that no plain model has.
+OUR_FIELDS = ("table_sizes", "embedding_mixing", "num_dedicated", "embedding_input_only")
 FILE_FIELDS = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
 
 

@@ -131,7 +131,8 @@ def with_dedicated(table: CodeTable, ids: np.ndarray, how: str) -> CodeTable:
         how: they were chosen, for the metadata.
     """
     metadata = table.metadata | {"dedicated_by": "; ".join(filter(None, [table.metadata.get("dedicated_by"), how]))}
-    return CodeTable(table.codes, table.table_sizes, metadata, np.union1d(table.dedicated, ids).astype(np.int32))
+    own = np.union1d(table.dedicated, ids).astype(np.int32)
+    return CodeTable(table.codes, table.table_sizes, metadata, own, unique=table.unique)
 
 
 def choose_tokens(

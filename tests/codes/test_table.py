@@ -204,3 +204,19 @@ def test_dedicated_tokens_follow_the_special_and_the_added_ones():
     ordinary = CodeTable(positional_codes(20, 2, table_size=6).codes, (6, 6), dedicated=[0, 1, 19])
     assert reserve_special_tokens(ordinary, [1, 3]).dedicated.tolist() == [0, 2, 21]
     assert extend_codes(ordinary, 4).dedicated.tolist() == [0, 1, 19]
+
+
+def test_codes_for_the_input_may_repeat_and_take_a_byte_each(tmp_path):
+    table = CodeTable([[0, 1], [1, 0], [0, 1]], (256, 2), dedicated=[2], unique=False)
+    table.verify()
+    table.save(tmp_path / "codes.safetensors")
+    again = CodeTable.load(tmp_path / "codes.safetensors")
+    assert (again.codes == table.codes).all() and not again.unique and again.dedicated.tolist() == [2]
+    with safe_open(tmp_path / "codes.safetensors", framework="np") as stream:
+        assert stream.get_tensor("codes").dtype == np.uint8
+    assert CodeTable([[0]], (257,), unique=False).stored_codes.dtype == np.int32
+    for wrong in (2, -1):
+        with pytest.raises(ValueError, match="code out of range"):
+            CodeTable([[0, wrong]], (256, 2), unique=False).save(tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match="input-only codes take no new tokens"):
+        extend_codes(table, 1)

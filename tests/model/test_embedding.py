@@ -38,6 +38,32 @@ def test_lookup_is_a_row_of_the_dense_weight(num_tables):
     assert torch.equal(layer(ids.int()), dense[ids])
 
 
+@pytest.mark.parametrize("num_tables", [8, 23])
+def test_codes_for_the_input_are_read_as_any_and_have_no_logits(num_tables):
+    """Tables of one shape are looked up together: the same rows and gradients as one by one."""
+    draw = np.random.default_rng(0)
+    table = CodeTable(draw.integers(0, 5, (300, num_tables)), (5, *[9] * (num_tables - 1)), unique=False)
+    layer = layer_of(table, 23)
+    assert layer.codes.dtype == torch.uint8 and not layer.code_table().unique
+    ids = torch.randint(300, (4, 5))
+    one_by_one = [part[table.codes[ids.numpy(), k]] for k, part in enumerate(layer.tables)]
+    assert torch.equal(layer(ids), torch.cat(one_by_one, dim=-1))
+    assert torch.equal(layer.dense_weight()[ids], layer(ids))
+    weights = torch.randn(4, 5, 23)
+    ours = torch.autograd.grad((layer(ids) * weights).sum(), list(layer.tables))
+    theirs = torch.autograd.grad((torch.cat(one_by_one, dim=-1) * weights).sum(), list(layer.tables))
+    torch.testing.assert_close(ours, theirs)
+    hidden = torch.randn(2, 23)
+    asked = (
+        lambda: layer.logits(hidden),
+        lambda: layer.most_probable(hidden),
+        lambda: factorized_cross_entropy(hidden, layer, torch.tensor([0, 1])),
+    )
+    for ask in asked:
+        with pytest.raises(ValueError, match="none can be predicted; compress without --input-only"):
+            ask()
+
+
 def test_plain_codes_are_nn_embedding():
     layer = layer_of(plain_codes(50))
     plain = torch.nn.Embedding(50, 20)

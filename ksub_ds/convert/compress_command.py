@@ -1,0 +1,310 @@
+"""`ksub compress`: a model's folder in, a folder of the same model over small tables out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from ksub_ds.codes.table import CodeTable
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import atomic_folder, write_json
+from ksub_ds.common.logging import get_logger
+from ksub_ds.convert.compress import compress_with_report
+from ksub_ds.convert.fitting import Fit, Mixing
+from ksub_ds.convert.input_only import MOST_ROWS, InputForm, fit_form, fit_to_error, form_of_ratio
+from ksub_ds.convert.sentence_encoder import copy_sentence_files, encoder_folder, sentence_folder
+from ksub_ds.convert.source import head_of
+from ksub_ds.convert.token_counts import count_tokens
+from ksub_ds.model.sequence_length import limit_tokenizer
+from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
+
+TARGET_RATIO = 16.0  # of --input-only without another wish
+
+
+@dataclass(frozen=True)
+class CompressModel:
+    """Replace a trained model's embedding by K small tables, fitted to it by least squares."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Model folder (or Hub name): BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT, ModernBERT, an export of
+    `ksub pretrain --plain`, or a causal model: Llama, Mistral, Qwen3, Gemma 3 (text), GPT-2."""
+    out: Path
+    """Folder to write."""
+    input_only: bool = False
+    """For models that predict no tokens (sentence encoders, classifiers): many tables, and codes that need not be
+    unique, by product quantisation; far less is lost. No decoder can use such tables."""
+    target_ratio: float | None = None
+    """With --input-only: the embedding takes at most 1/RATIO of its bytes, codes counted. [16]"""
+    target_error: float | None = None
+    """With --input-only, in place of a ratio: as few tables as lose at most this share of the variance (0.1)."""
+    counts: Path | None = None
+    """Shards folder, or text in any form that shard_text.py reads: a token counts by the root of its frequency there.
+    [the text of --distill; else all tokens alike]"""
+    distill: Path | None = None
+    """For sentence encoders: text, one a line or in documents; the compressed model learns to give the vectors that
+    the original gives for its lines. The same command again goes on where it was."""
+    minutes: float = 30.0
+    """Of --distill; it ends earlier when held-out text gains nothing any more."""
+    num_tables: int | None = None
+    """K, how many tables replace the embedding. [3; with --input-only as many as the target allows]"""
+    table_size: int | None = None
+    """M, the rows of every table. [128; with --input-only up to 256]"""
+    codes: Path | None = None
+    """Code file to use. [codes by clustering the model's own embedding, K tables of M rows]"""
+    mixing: Mixing = "linear"
+    """The fixed d x d matrix beside the tables: any matrix, a rotation, or none."""
+    dedicated_rows: int | None = None
+    """F: the most frequent tokens of --data keep the embedding that they have, in rows of their own."""
+    dedicated_tokens: Path | None = None
+    """In place of --dedicated-rows: a file of token ids, one per line."""
+    data: Path | None = None
+    """Shards folder made with the model's tokenizer: the masked-token loss on its held-out part, before and after."""
+    sequences: int = 64
+    """Held-out sequences per language for that loss."""
+    seed: int = 0
+    """Seed of the clustering."""
+
+
+def compress_model(settings: CompressModel) -> Path:
+    """Compress a model and write its folder.
+
+    Args:
+        settings: the options of `ksub compress`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the model cannot be read or compressed, codes or data do not fit it, or a folder is in the way.
+    """
+    from ksub_ds.model.loading import open_model
+    from ksub_ds.model.replacement import embedding_matrix
+
+    out, log = settings.out, get_logger()
+    if out.exists() and not (out / "compression.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is not a compressed model and not empty; choose another folder")
+    _check(settings)
+    _check_distillation(settings)
+    choice = DedicatedChoice(settings.dedicated_rows, settings.data, settings.dedicated_tokens)
+    encoder, sentences = encoder_folder(settings.model), sentence_folder(settings.model)
+    model = open_model(encoder)
+    if settings.distill is not None and head_of(type(model).__name__):
+        raise UserError(
+            f"--distill: {settings.model} is a {type(model).__name__}, not a sentence encoder; a masked language model "
+            "learns from its original by ksub pretrain --warm-start --distill-from"
+        )
+    tokenizer = _tokenizer(str(encoder))
+    only_counted = settings.dedicated_rows is not None and not _predicts_masked_tokens(model)
+    loss = None
+    if settings.data is not None and not only_counted:
+        loss = _masked_loss(settings, encoder, model, tokenizer)
+    try:
+        vectors = embedding_matrix(model)
+        if tokenizer is not None and len(tokenizer) < len(vectors):
+            log.info(f"{settings.model}: {len(vectors) - len(tokenizer):,} rows beyond the tokenizer's left out")
+            vectors = vectors[: len(tokenizer)]
+        weights = None
+        counts = settings.counts or settings.distill
+        if counts is not None:
+            weights = np.sqrt(count_tokens(counts, tokenizer, len(vectors)) + 1.0)
+        if settings.input_only:
+            table, fit = _input_tables(settings, model, vectors, weights)
+            small, report = compress_with_report(model, table, "orthogonal", weights, fit=fit)
+        else:
+            table = dedicate(_codes(settings, vectors.float().cpu().numpy()), choice)
+            small, report = compress_with_report(model, table, settings.mixing, weights, loss)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{settings.model}: {error}") from error
+    with atomic_folder(out) as temporary:
+        small.save_pretrained(temporary)
+        table.save(temporary / "codes.safetensors")
+        _save_tokenizer(Path(encoder), tokenizer, temporary)
+        limit_tokenizer(temporary, small.config)
+        if sentences is not None:
+            copy_sentence_files(sentences, temporary)
+        source = {"model": settings.model, "codes_sha256": table.sha256}
+        source |= _distilled(settings, temporary)
+        write_json(temporary / "compression.json", source | report.to_json())
+    for line in report.lines():
+        log.info(line)
+    no_next = settings.input_only or small.can_generate()
+    log.info(f"{out}: written" + ("" if no_next else f". Next: ksub pretrain --warm-start {out}"))
+    return out
+
+
+def _check(settings: CompressModel) -> None:
+    """Check that the options belong together, before any long work.
+
+    Raises:
+        UserError: they do not.
+    """
+    if settings.sequences < 1:
+        raise UserError(f"--sequences {settings.sequences}: must be at least 1")
+    for name, least in (("target_ratio", 1), ("target_error", 0), ("num_tables", 0), ("table_size", 0)):
+        value = getattr(settings, name)
+        if value is not None and not (value > least and value < float("inf")):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than {least}")
+    wishes = [name for name in ("target_ratio", "target_error", "num_tables") if getattr(settings, name) is not None]
+    options = [f"--{name.replace('_', '-')}" for name in wishes]
+    if settings.input_only:
+        others = {"--codes": settings.codes, "--data": settings.data, "--dedicated-tokens": settings.dedicated_tokens}
+        given = [name for name, value in others.items() if value is not None]
+        if given:
+            raise UserError(f"--input-only: makes its own codes and tables, for no decoder; leave {given[0]} out")
+        if len(options) > 1:
+            raise UserError(f"{' and '.join(options)}: each says how many tables there are; give one of them")
+    elif settings.target_ratio is not None or settings.target_error is not None:
+        raise UserError(f"{options[0]}: is for --input-only; else the sizes are --num-tables and --table-size")
+
+
+def _check_distillation(settings: CompressModel) -> None:
+    """Check the options of --distill.
+
+    Raises:
+        UserError: the minutes are none, the text is not there, or sentence-transformers is not installed.
+    """
+    if settings.distill is None:
+        return
+    if not 0 < settings.minutes < float("inf"):
+        raise UserError(f"--minutes {settings.minutes}: must be greater than 0")
+    if not settings.distill.exists():
+        raise UserError(f"--distill {settings.distill}: no such file or folder")
+    if find_spec("sentence_transformers") is None:
+        raise UserError("--distill: needs sentence-transformers (pip install -e '.[interop]')")
+
+
+def _distilled(settings: CompressModel, folder: Path) -> dict[str, Any]:
+    """Distil the model in a folder if that is asked for; return what compression.json says of it."""
+    if settings.distill is None:
+        return {}
+    from ksub_ds.convert.sentence_distillation import distil_folder
+
+    state = settings.out.with_name(f"{settings.out.name}.distillation")
+    return {
+        "distillation": distil_folder(folder, settings.model, settings.distill, settings.minutes, settings.seed, state)
+    }
+
+
+def _input_tables(
+    settings: CompressModel, model: Any, vectors: Any, weights: np.ndarray | None
+) -> tuple[CodeTable, Fit]:
+    """Fit codes and tables that only the input reads.
+
+    Raises:
+        UserError: the model predicts tokens, or no such tables reach the target.
+        ValueError: a vector that is not finite, or impossible sizes.
+    """
+    if model.get_output_embeddings() is not None or hasattr(model, "decoder_bias"):
+        raise UserError(
+            f"--input-only: {settings.model} is a {type(model).__name__}, which predicts tokens; leave the option out, "
+            "or give a sentence encoder or classifier"
+        )
+    itemsize, matrix = vectors.element_size(), vectors.float().cpu().numpy()
+    counted = np.ones(len(matrix)) if weights is None else weights
+    if settings.target_error is not None:
+        found = fit_to_error(matrix, settings.target_error, counted, itemsize, settings.seed, settings.table_size)
+    else:
+        if settings.num_tables is not None:
+            rows = settings.table_size or min(MOST_ROWS, len(matrix))
+            form = InputForm(settings.num_tables, rows, rotate=False)
+        else:
+            ratio = TARGET_RATIO if settings.target_ratio is None else settings.target_ratio
+            form = form_of_ratio(ratio, len(matrix), matrix.shape[1], itemsize, settings.table_size)
+        found = fit_form(matrix, form, counted, settings.seed)
+    found[0].metadata["vectors"] = f"input embeddings of model {Path(settings.model).name}"
+    return found
+
+
+def _tokenizer(name: str) -> Any:
+    """Open the tokenizer that lies with the model; without one, log a warning and return None."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # Where there are no files, transformers makes an empty tokenizer rather than fail.
+        if len(tokenizer) >= 2 * len(tokenizer.all_special_ids):
+            return tokenizer
+        reason = "no file of a vocabulary"
+    except Exception as error:  # transformers raises many kinds here
+        reason = str(error).strip().split("\n")[0][:160]
+    get_logger().warning(f"{name}: no tokenizer that transformers opens ({reason}); the new folder has none")
+    return None
+
+
+def _save_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:
+    """Save a tokenizer: as this project does if it knows the kind, which keeps SentencePiece's model, or by itself."""
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+
+    if tokenizer is None:
+        return
+    if source.is_dir():
+        try:
+            load_tokenizer(source).save(target)
+            return
+        except UserError:
+            pass  # a tokenizer without a mask token, say
+    tokenizer.save_pretrained(target)
+
+
+def _codes(settings: CompressModel, vectors: Any) -> CodeTable:
+    if settings.codes is None:
+        from ksub_ds.codes.clustering import clustered_codes
+
+        table = clustered_codes(vectors, settings.num_tables or 3, settings.table_size or 128, seed=settings.seed)
+        table.metadata["vectors"] = f"input embeddings of model {Path(settings.model).name}"
+        return table
+    table = CodeTable.load(settings.codes)
+    if table.num_tokens != len(vectors):
+        raise UserError(
+            f"--codes {settings.codes}: codes of {table.num_tokens:,} tokens, the model has {len(vectors):,}"
+        )
+    return table
+
+
+def _predicts_masked_tokens(model: Any) -> bool:
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
+def _masked_loss(settings: CompressModel, encoder: Path | str, model: Any, tokenizer: Any) -> Callable[[Any], float]:
+    """Return a function from a model to its mean loss over the masked tokens of the held-out part.
+
+    Raises:
+        UserError: the model predicts no masked tokens, or the shards do not fit it.
+    """
+    from ksub_ds.corpus.batches import HeldOutBatches
+    from ksub_ds.corpus.shards.dataset import ShardDataset
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+    from ksub_ds.pretrain.prefetch import to_tensors
+
+    assert settings.data is not None
+    if not _predicts_masked_tokens(model):
+        raise UserError(f"--data: {settings.model} is a {type(model).__name__}, which predicts no masked tokens")
+    dataset = ShardDataset.open(settings.data)
+    if Path(encoder).is_dir():
+        dataset.check_tokenizer(load_tokenizer(encoder).fingerprint, settings.model)
+    elif tokenizer is not None and len(tokenizer) != dataset.manifest["tokenizer"]["vocab_size"]:
+        raise UserError(f"--data {settings.data}: made with another tokenizer than that of {settings.model}")
+    batches = HeldOutBatches(dataset, settings.sequences, mlm_probability=0.15, batch_size=8)
+    if not len(batches):
+        raise UserError(f"--data {settings.data}: has no held-out part; make it with --validation-fraction 0.01")
+
+    def measure(model: Any) -> float:
+        import torch
+
+        total = count = 0.0
+        with torch.no_grad():
+            for _, batch in batches:
+                tensors = to_tensors(batch, "cpu")
+                labelled = float((tensors["labels"] != -100).sum())
+                if labelled:
+                    total += float(model(**tensors).loss) * labelled
+                    count += labelled
+        return total / count
+
+    return measure

@@ -1,0 +1,78 @@
+"""How often each token occurs, in a shards folder or in text: frequent tokens count more when tables are fitted."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.shards.dataset import MANIFEST, ShardDataset
+from ksub_ds.corpus.statistics import training_frequency
+from ksub_ds.corpus.text.reader import DocumentReader
+from ksub_ds.corpus.text.sources import text_below
+
+MOST_CHARACTERS = 20_000_000  # of text that is counted: some millions of tokens
+DOCUMENTS_AT_ONCE = 256
+
+
+def read_documents(path: Path, flag: str) -> Iterator[str]:
+    """Read the documents of a text file, or of all text files of a folder (reader.py knows the forms).
+
+    Args:
+        path: the file or folder.
+        flag: the option that names it, for messages.
+
+    Yields:
+        One text at a time.
+
+    Raises:
+        UserError: there is no such path, or no document in it.
+    """
+    if not path.exists():
+        raise UserError(f"{flag} {path}: no such file or folder")
+    text = text_below([path], path.parent, None)
+    documents = iter(DocumentReader(text.sources, text.skipped))
+    first = next(documents, None)
+    if first is None:
+        why = "; ".join(text.skipped.lines()) or "no .jsonl, .json, .txt, .parquet or .arrow file"
+        raise UserError(f"{flag} {path}: holds no text ({why})")
+    yield first
+    yield from documents
+
+
+def count_tokens(path: Path, tokenizer: Any, num_tokens: int) -> np.ndarray:
+    """Count the tokens of a shards folder's training part, or of text, of at most 20 million characters.
+
+    Args:
+        path: of the shards, the text file, or the folder of text files.
+        tokenizer: of the model, in transformers' form.
+        num_tokens: N.
+
+    Returns:
+        (N,) int64. Special tokens count as often as the tokenizer adds them to a document; in shards, which leave them
+        out, as often as the most frequent token.
+
+    Raises:
+        UserError: there is no text, or the shards are of another tokenizer.
+    """
+    if (path / MANIFEST).is_file():
+        dataset = ShardDataset.open(path)
+        if dataset.manifest["tokenizer"]["vocab_size"] != num_tokens:
+            raise UserError(
+                f"--counts {path}: made with a tokenizer of {dataset.manifest['tokenizer']['vocab_size']:,} tokens, "
+                f"the model has {num_tokens:,}"
+            )
+        counts = training_frequency(dataset)
+        counts[list(dataset.manifest["tokenizer"]["special_ids"])] = counts.max()
+        return counts
+    if path.exists() and tokenizer is None:
+        raise UserError(f"--counts {path}: is text, and the model has no tokenizer; give a shards folder")
+    counts, left = np.zeros(num_tokens, dtype=np.int64), MOST_CHARACTERS
+    documents = read_documents(path, "--counts")
+    while left > 0 and (batch := list(islice(documents, DOCUMENTS_AT_ONCE))):
+        left -= sum(map(len, batch))
+        ids = np.concatenate([np.asarray(row, np.int64) for row in tokenizer(batch, verbose=False)["input_ids"]])
+        counts += np.bincount(ids[ids < num_tokens], minlength=num_tokens)
+    return counts

@@ -1,0 +1,150 @@
+"""Distilling a compressed sentence encoder: it learns, goes on where it was killed, and keeps its best state."""
+
+import copy
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+from ksub_ds.cli import main
+from ksub_ds.codes.product_quantisation import product_quantisation
+from ksub_ds.common.errors import UserError
+from ksub_ds.common.files import read_json
+from ksub_ds.convert.compress import compress_with_report
+from ksub_ds.convert.fitting import Fit
+from ksub_ds.convert.sentence_distillation import SentenceDistillation, encode, relative_loss
+
+library = pytest.importorskip(
+    "sentence_transformers", reason="sentence-transformers 6 is not installed (pip install -e '.[interop]')"
+)
+WORDS = [
+    "the",
+    "a",
+    "house",
+    "dog",
+    "water",
+    "of",
+    "sees",
+    "runs",
+    "and",
+    "not",
+    "is",
+    "blue",
+    "old",
+    "new",
+    "under",
+    "over",
+    "with",
+]
+
+
+def write_encoder(folder, tiny_bpe):
+    """Write an encoder and its tokenizer; sentence-transformers takes the mean of its states."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
+    torch.manual_seed(1)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=80,
+    )
+    model = RobertaModel(config, add_pooling_layer=False)
+    model.embeddings.word_embeddings.weight.data *= 20  # so that words differ more than places
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def texts(count=200):
+    draw = np.random.default_rng(0)
+    return [" ".join(draw.choice(WORDS, 5)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_bpe: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A teacher, and a student of two tables of four rows."""
+    folder = tmp_path_factory.mktemp("encoders") / "plain"
+    write_encoder(folder, tiny_bpe)
+    teacher = library.SentenceTransformer(str(folder), device="cpu")
+    model = teacher[0].auto_model
+    found = product_quantisation(model.get_input_embeddings().weight.detach().numpy(), 2, 4)
+    small = compress_with_report(model, found.table, fit=Fit(found.rows, None, 0.0))[0]
+    student = copy.deepcopy(teacher)
+    student[0].auto_model.set_input_embeddings(small.get_input_embeddings())
+    return teacher, student
+
+
+def seconds():
+    """A clock that counts its calls: a step takes one second."""
+    return itertools.count().__next__
+
+
+def weights(model):
+    return torch.cat([each.detach().flatten() for each in model.parameters()])
+
+
+def test_the_student_comes_nearer_and_keeps_its_best_state(encoders):
+    teacher, student = encoders[0], copy.deepcopy(encoders[1])
+    before = weights(teacher).clone()
+    training = SentenceDistillation(student, teacher, texts(), minutes=1, clock=seconds())
+    progress = training.run()
+    losses = [point["loss"] for point in progress.curve]
+    assert progress.step == 60 and len(losses) == 21
+    assert progress.best == min(losses) < 0.5 * losses[0]
+    with torch.no_grad():
+        held_out = relative_loss(encode(student, training.held_out), encode(teacher, training.held_out))
+    assert float(held_out) == pytest.approx(progress.best, rel=1e-4)
+    assert torch.equal(weights(teacher), before)
+    assert len(training.held_out) == 20 and not set(training.held_out) & set(training.texts) - set(texts())
+
+
+def test_a_killed_distillation_goes_on_as_if_it_had_not_been(encoders, tmp_path, monkeypatch):
+    teacher, whole = encoders[0], copy.deepcopy(encoders[1])
+    SentenceDistillation(whole, teacher, texts(), minutes=1, clock=seconds()).run()
+    step = SentenceDistillation._step
+
+    def killed(self):
+        if self.progress.step == 31:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(SentenceDistillation, "_step", killed)
+    student = copy.deepcopy(encoders[1])
+    with pytest.raises(KeyboardInterrupt):
+        SentenceDistillation(student, teacher, texts(), minutes=1, clock=seconds()).run(tmp_path / "state")
+    monkeypatch.setattr(SentenceDistillation, "_step", step)
+    again = copy.deepcopy(encoders[1])
+    training = SentenceDistillation(again, teacher, texts(), minutes=1, clock=seconds())
+    progress = training.run(tmp_path / "state")
+    assert progress.step == 60 and len(progress.curve) == 21
+    torch.testing.assert_close(weights(again), weights(whole))
+
+
+def test_it_ends_when_nothing_is_gained(encoders):
+    """The teacher's own copy cannot come nearer."""
+    teacher = encoders[0]
+    progress = SentenceDistillation(copy.deepcopy(teacher), teacher, texts(), minutes=1, clock=seconds()).run()
+    assert len(progress.curve) == 6 and progress.step < 60 and progress.best < 1e-6
+    with pytest.raises(UserError, match="holds 19 texts; give at least 20"):
+        SentenceDistillation(teacher, teacher, texts(19), minutes=1)
+
+
+def test_compress_and_distil_in_one_command(tiny_bpe: Path, tmp_path: Path, capsys):
+    write_encoder(tmp_path / "plain", tiny_bpe)
+    (tmp_path / "text.txt").write_text("\n".join(texts()))
+    command = ["compress", str(tmp_path / "plain"), "--input-only", "--num-tables", "2", "--table-size", "4"]
+    command += ["--distill", str(tmp_path / "text.txt"), "--minutes", "0.02", "--out", str(tmp_path / "small")]
+    assert main(command) == 0
+    report = read_json(tmp_path / "small" / "compression.json")["distillation"]
+    assert report["texts"] == 200 and report["curve"][0]["step"] == 0
+    small, plain = (library.SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("small", "plain"))
+    with torch.no_grad():
+        loss = float(relative_loss(encode(small, texts()), encode(plain, texts())))
+    assert loss < report["curve"][0]["loss"] * 1.2 and np.isfinite(loss)
+    assert not (tmp_path / "small.distillation").exists()
+    assert main([*command[:-4], "--minutes", "0", "--out", str(tmp_path / "other")]) == 2
+    assert "--minutes 0.0: must be greater than 0" in capsys.readouterr().err
