@@ -20,7 +20,15 @@ from ksub_ds.convert.model_card import write_model_card
 from ksub_ds.convert.onnx import write_onnx
 from ksub_ds.convert.remote_code import write_remote_code
 from ksub_ds.convert.sentence_encoder import copy_sentence_files
-from ksub_ds.convert.source import ExportSource, auto_class, copy_tokenizer_files, head_of, open_source
+from ksub_ds.convert.source import (
+    ExportSource,
+    as_choices,
+    auto_class,
+    copy_tokenizer_files,
+    head_of,
+    open_source,
+    tensors_of,
+)
 from ksub_ds.model.sequence_length import limit_tokenizer, longest_sequence
 
 TOLERANCE = 1e-5  # the reloaded model computes the same; only the order of sums may differ
@@ -114,7 +122,8 @@ def _check_long_text(folder: Path, name: str) -> None:
     text = "a " * min(longest or 0, LONGEST_TRIED) + "a b c"
     try:
         row = AutoTokenizer.from_pretrained(folder)(text, truncation=True, return_tensors="pt")
-        results = [next(iter(auto_class(folder).from_pretrained(folder).eval()(**row).values()))]
+        model = auto_class(folder).from_pretrained(folder).eval()
+        results = list(tensors_of(model(**as_choices(head_of(type(model).__name__), row))).values())
         if (folder / "modules.json").is_file() and find_spec("sentence_transformers"):
             from sentence_transformers import SentenceTransformer
 
@@ -131,15 +140,15 @@ def _plain(source: ExportSource) -> Any:
     Raises:
         UserError: the model has no plain form.
     """
-    from transformers import XLMRobertaForMaskedLM
-
     from ksub_ds.corpus.tokenizers.xlmr import XlmrTokenizer
-    from ksub_ds.model.replacement import to_plain
-    from ksub_ds.model.roberta import KSubRobertaForMaskedLM
+    from ksub_ds.model.replacement import CLASSES, to_plain
 
-    is_xlmr = isinstance(source.tokenizer, XlmrTokenizer) and isinstance(source.model, KSubRobertaForMaskedLM)
+    plain_class = None
+    if isinstance(source.tokenizer, XlmrTokenizer):
+        candidates = (plain for plain, ours in CLASSES.items() if ours is type(source.model))
+        plain_class = next((each for each in candidates if each.__name__.startswith("XLMRoberta")), None)
     try:
-        return to_plain(source.model, XLMRobertaForMaskedLM if is_xlmr else None)
+        return to_plain(source.model, plain_class)
     except ValueError as error:
         raise UserError(f"--dense: {error}") from error
 
@@ -148,7 +157,7 @@ def compare_with_reload(model: Any, saved: Path, tokenizer: Any) -> float:
     """Return the largest difference between a model and its saved copy on a few random rows.
 
     Args:
-        model: one that predicts tokens (logits and loss are compared), a classifier (logits) or a bare one (states).
+        model: one that predicts tokens (logits and loss are compared), another head or a bare one (all outputs).
         saved: folder of the copy.
         tokenizer: its special tokens begin and end the rows; None for rows of any tokens.
 
@@ -165,11 +174,13 @@ def compare_with_reload(model: Any, saved: Path, tokenizer: Any) -> float:
     if tokenizer is not None:
         input_ids_BT[:, 0], input_ids_BT[:, -1] = tokenizer.bos_id, tokenizer.eos_id
     labels_BT = torch.randint(num_tokens, (2, 16), generator=generator)
+    if model.config.pad_token_id is None:  # causal classifiers then read one text at a time
+        input_ids_BT, labels_BT = input_ids_BT[:1], labels_BT[:1]
+    rows = as_choices(head, {"input_ids": input_ids_BT})
     differences = []
     with torch.no_grad():
         for arguments in ({}, {"labels": labels_BT}) if head in ("ForMaskedLM", "ForCausalLM") else ({},):
-            ours, theirs = (each(input_ids_BT, **arguments) for each in (model, copy))
-            key = "loss" if arguments else "logits" if head else "last_hidden_state"
-            differences.append((ours[key] - theirs[key]).abs().max().item())
+            ours, theirs = (tensors_of(each(**rows, **arguments)) for each in (model, copy))
+            differences += [(each - theirs[name]).abs().max().item() for name, each in ours.items()]
     # max() passes over a NaN that is not first; a NaN must not look like agreement
     return max(differences) if all(value == value for value in differences) else float("nan")

@@ -11,6 +11,7 @@ from typing import Any
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, read_json
 from ksub_ds.common.languages import LANGUAGES
+from ksub_ds.convert.sentence_encoder import read_modules
 from ksub_ds.convert.source import ExportSource, head_of
 from ksub_ds.pretrain.heldout_eval import accuracy_key
 from ksub_ds.pretrain.open_run import RunCheckpoint
@@ -20,6 +21,15 @@ CITATION = """    @misc{k-sub-embedding,
       author = {Anonymous},
       note   = {Under review as a conference paper at ICLR 2022}
     }"""
+
+TASKS = {  # as the Hub names them
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
+}
 
 
 def write_model_card(folder: Path, source: ExportSource, form: str, licence: str | None) -> None:
@@ -31,11 +41,11 @@ def write_model_card(folder: Path, source: ExportSource, form: str, licence: str
         form: "ksub", "remote-code" or "dense", as `export_run` takes it.
         licence: of the weights; None if it is not stated.
     """
-    evaluation = _evaluation(source)
+    evaluation, sentences = _evaluation(source), bool(read_modules(folder))
     sections = [
-        _front_matter(source, licence, sorted(evaluation.get("languages", {}))),
+        _front_matter(source, licence, sorted(evaluation.get("languages", {})), sentences),
         f"# {source.name}\n\n{_summary(source)}",
-        "## How to open it\n\n" + _opening(source, form),
+        "## How to open it\n\n" + _opening(source, form, sentences),
         "## Parameters\n\n" + _parameters(source, form),
         "## Codes\n\n" + _codes(source),
         "## Training\n\n" + _training(source),
@@ -47,10 +57,9 @@ def write_model_card(folder: Path, source: ExportSource, form: str, licence: str
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def _front_matter(source: ExportSource, licence: str | None, languages: list[str]) -> str:
-    lines = ["---", "library_name: transformers"]
-    tasks = {"ForMaskedLM": "fill-mask", "ForCausalLM": "text-generation"}
-    task = tasks.get(head_of(type(source.model).__name__))
+def _front_matter(source: ExportSource, licence: str | None, languages: list[str], sentences: bool) -> str:
+    lines = ["---", f"library_name: {'sentence-transformers' if sentences else 'transformers'}"]
+    task = "sentence-similarity" if sentences else TASKS.get(head_of(type(source.model).__name__))
     if task:
         lines.append(f"pipeline_tag: {task}")
     lines += ["tags:", "- sub-embedding", "- ksub_ds"]
@@ -73,16 +82,22 @@ def _summary(source: ExportSource) -> str:
     )
 
 
-def _opening(source: ExportSource, form: str) -> str:
+def _opening(source: ExportSource, form: str, sentences: bool) -> str:
     auto_model = f"AutoModel{head_of(type(source.model).__name__)}"
-    first = ["import ksub_ds"] if form == "ksub" else []
     more = ", trust_remote_code=True" if form == "remote-code" else ""
-    code = [
-        *first,
-        f"from transformers import {auto_model}, AutoTokenizer",
-        f'model = {auto_model}.from_pretrained("FOLDER"{more})',
-        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{more})',
-    ]
+    if sentences:
+        code = [
+            "from sentence_transformers import SentenceTransformer",
+            f'model = SentenceTransformer("FOLDER"{more})',
+        ]
+    else:
+        code = [
+            f"from transformers import {auto_model}, AutoTokenizer",
+            f'model = {auto_model}.from_pretrained("FOLDER"{more})',
+            f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{more})',
+        ]
+    if form == "ksub":
+        code.insert(0, "import ksub_ds")
     words = {
         "ksub": "The package ksub_ds brings the classes.",
         "remote-code": "The code lies beside it (modeling_ksub.py): read it before you trust it. No ksub_ds needed.",

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.convert.source import auto_class
+from ksub_ds.convert.source import auto_class, head_of
 
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3  # logits; onnxruntime fuses and reorders
 OPSET = 20
+PER_TEXT = ("ForSequenceClassification", "ForMultipleChoice")  # heads with one output a text
 
 
 def write_onnx(folder: Path) -> float:
     """Write `folder`/model.onnx, from input_ids and attention_mask of any batch and length to its logits or states.
+
+    For multiple choice the inputs are (batch, choices, length). The output is named `output`; for question answering
+    there are two, `start_logits` and `end_logits`.
 
     Args:
         folder: an exported model.
@@ -49,26 +53,30 @@ def _load(folder: Path) -> Any:
     import torch
 
     class Outputs(torch.nn.Module):
-        """The one output as a tensor."""
+        """The outputs of the head as tensors."""
 
         def __init__(self, model: Any):
             super().__init__()
-            self.model = model
+            self.model, self.head = model, head_of(type(model).__name__)
+            self.names = ["start_logits", "end_logits"] if self.head == "ForQuestionAnswering" else ["output"]
 
         def forward(self, input_ids: Any, attention_mask: Any) -> Any:
-            return self.model(input_ids, attention_mask=attention_mask)[0]
+            return self.model(input_ids, attention_mask=attention_mask)[: len(self.names)]
 
     # Eager attention: its masks are plain arithmetic, which the exporter follows for any length.
-    return Outputs(auto_class(folder).from_pretrained(folder, attn_implementation="eager").eval())
+    model = auto_class(folder).from_pretrained(folder, attn_implementation="eager").eval()
+    model.config.use_cache = False
+    return Outputs(model)
 
 
 def _inputs(model: Any, batch: int, length: int) -> dict[str, Any]:
     import torch
 
     generator = torch.Generator().manual_seed(batch)
-    ids = torch.randint(model.model.config.vocab_size, (batch, length), generator=generator)
+    shape = (batch, 2, length) if model.head == "ForMultipleChoice" else (batch, length)
+    ids = torch.randint(model.model.config.vocab_size, shape, generator=generator)
     mask = torch.ones_like(ids)
-    mask[0, length // 2 :] = 0
+    mask[0, ..., length // 2 :] = 0
     pad = model.model.config.pad_token_id
     if pad is not None:
         ids = torch.where(mask == 0, pad, ids)
@@ -79,8 +87,8 @@ def _export(model: Any, path: Path) -> None:
     import torch
 
     inputs = _inputs(model, 2, 7)
-    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
-    shapes = {name: {0: batch, 1: length} for name in inputs}
+    axes = ["batch", "choices", "length"] if model.head == "ForMultipleChoice" else ["batch", "length"]
+    shapes = {name: {i: torch.export.Dim(axis, min=1) for i, axis in enumerate(axes)} for name in inputs}
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -95,7 +103,7 @@ def _export(model: Any, path: Path) -> None:
                 dynamic_shapes=shapes,
                 opset_version=OPSET,
                 input_names=list(inputs),
-                output_names=["output"],
+                output_names=model.names,
                 external_data=False,
                 verbose=False,
             )
@@ -114,9 +122,10 @@ def _compare(model: Any, path: Path) -> float:
         inputs = _inputs(model, batch, length)
         with torch.no_grad():
             expected = model(**inputs)
-        found = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
-        difference = (found - expected).abs()
-        if difference.dim() == 3:  # a row per token, and nobody reads those of the padding; a classifier has one a text
-            difference = difference[inputs["attention_mask"].bool()]
-        worst = max(worst, float(difference.max()))
+        found = session.run(model.names, {name: value.numpy() for name, value in inputs.items()})
+        for theirs, ours in zip(found, expected, strict=True):
+            difference = (torch.from_numpy(theirs) - ours).abs()
+            if model.head not in PER_TEXT:  # a row per token, and nobody reads those of the padding
+                difference = difference[inputs["attention_mask"].bool()]
+            worst = max(worst, float(difference.max()))
     return worst

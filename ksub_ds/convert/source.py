@@ -1,6 +1,8 @@
 """What is exported: the model of a checkpoint of a run, or one of our models in a folder."""
 
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +92,8 @@ def head_of(class_name: str) -> str:
     """Return what an Auto class's name has after "AutoModel", such as "ForMaskedLM"; "" for a bare network."""
     if class_name == "GPT2LMHeadModel":
         return "ForCausalLM"
-    ends = ("ForMaskedLM", "ForCausalLM", "ForSequenceClassification")
-    return next((end for end in ends if class_name.endswith(end)), "")
+    head = re.search(r"For[A-Z]\w+$", class_name)
+    return head[0] if head else ""
 
 
 def auto_class(folder: Path) -> Any:
@@ -102,3 +104,20 @@ def auto_class(folder: Path) -> Any:
 
     register()
     return getattr(transformers, "AutoModel" + head_of(read_json(folder / "config.json")["architectures"][0]))
+
+
+def as_choices(head: str, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch in the shape that a head reads: for multiple choice (batch, choices, length), one choice each.
+
+    Args:
+        head: as `head_of` names it.
+        rows: (batch, length) tensors by name.
+    """
+    return {name: each[:, None] if head == "ForMultipleChoice" else each for name, each in rows.items()}
+
+
+def tensors_of(output: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model computes, loss and logits or states, by name; caches and lists of layers are left out."""
+    import torch
+
+    return {name: each for name, each in output.items() if isinstance(each, torch.Tensor)}

@@ -76,7 +76,9 @@ def test_commands_of_the_documents_run(workplace):
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "README.md", DOCS / "codes.md", DOCS / "causal.md"], ids=lambda path: path.name
+    "path",
+    [ROOT / "README.md", DOCS / "codes.md", DOCS / "causal.md", DOCS / "transformers.md"],
+    ids=lambda path: path.name,
 )
 def test_python_snippets_run(path, tmp_path, monkeypatch):
     """As written, one after the other in one namespace."""

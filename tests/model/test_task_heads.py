@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
 )
 
 from ksub_ds import CodeTable, positional_codes, replace_embeddings
@@ -120,3 +122,67 @@ def test_a_pretrained_folder_is_where_a_task_begins(family: str, pretrained: Any
         theirs = other.base_model.state_dict()
         for name, value in model.base_model.state_dict().items():
             assert torch.equal(value, theirs[name]), (auto, name)
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The rows of a batch, for the Trainer."""
+
+    def __init__(self, task: str):
+        self.batch = batch(task)
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: each[index] for name, each in self.batch.items()}
+
+
+def train(model: Any, task: str, folder: Path) -> None:
+    """Train two steps, and save the model in `folder`/saved."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        learning_rate=0.1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = Trainer(model, arguments, train_dataset=Rows(task))
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.evaluate(Rows(task))["eval_loss"] > 0
+    trainer.save_model(str(folder / "saved"))
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "token"), ("xlm-roberta", "question"), ("gpt2", "question")])
+def test_two_steps_of_the_trainer(family: str, task: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate (pip install -e '.[test]')")
+    model: Any = replace_embeddings(plain_model(family, task), TABLE)
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    train(model, task, tmp_path)
+    changed = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
+    assert {name for name in before if ".tables." in name or "classifier" in name or "qa_outputs" in name} <= changed
+    again = TASKS[task].from_pretrained(tmp_path / "saved").eval()
+    torch.testing.assert_close(outputs(again, task), outputs(model.eval(), task))
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "kind"), [("roberta", "token", "TOKEN_CLS"), ("llama", "sequence", "SEQ_CLS")]
+)
+def test_two_steps_of_an_adapter(family: str, task: str, kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is optional: pip install peft")
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate (pip install -e '.[test]')")
+    source = plain_model(family, task)
+    model: Any = replace_embeddings(source, TABLE)
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type=kind))
+    untrained = outputs(adapted.eval(), task)
+    train(adapted, task, tmp_path)
+    trained = outputs(adapted.eval(), task)
+    assert not torch.equal(trained["logits"], untrained["logits"])
+    base = TASKS[task].from_pretrained(tmp_path / "base").eval()
+    torch.testing.assert_close(outputs(base, task), untrained)  # the head in it is the first one
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "saved").eval()
+    torch.testing.assert_close(outputs(again, task), trained)
+    torch.testing.assert_close(outputs(again.merge_and_unload(), task), trained)

@@ -11,7 +11,9 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Trainer,
     TrainingArguments,
 )
@@ -25,7 +27,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FAMILIES = {
     "bert": SIZE | NO_DROPOUT,
     "roberta": SIZE | NO_DROPOUT | {"max_position_embeddings": 40},
-    "electra": SIZE | NO_DROPOUT | {"embedding_size": 12},
+    "electra": SIZE | NO_DROPOUT | {"embedding_size": 12, "summary_last_dropout": 0.0},
     "distilbert": {"vocab_size": 120, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
     | {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
     "modernbert": SIZE
@@ -104,11 +106,37 @@ def classified_rows() -> Rows:
     return rows
 
 
-@pytest.mark.parametrize("head", [AutoModelForMaskedLM, AutoModelForSequenceClassification])
+def chosen_rows() -> Rows:
+    """Two texts a row, of which one is right."""
+    rows = classified_rows()
+    for row in rows:
+        row["input_ids"] = torch.stack([row["input_ids"], row["input_ids"].flip(0)])
+        row["labels"] = row["labels"].clamp(max=1)
+    return rows
+
+
+def tagged_rows() -> Rows:
+    """A class for some of the tokens."""
+    rows = masked_rows((1, 5, 0, 3))
+    for row in rows:
+        row["labels"] = torch.where(row["labels"] == -100, -100, row["labels"] % 3)
+    return rows
+
+
+HEADS: dict[Any, Any] = {
+    AutoModelForMaskedLM: lambda: masked_rows((1, 5, 0, 3)),
+    AutoModelForSequenceClassification: classified_rows,
+    AutoModelForTokenClassification: tagged_rows,
+    AutoModelForMultipleChoice: chosen_rows,
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_of_all_heads_add_up(family: str, head: Any) -> None:
-    rows = masked_rows((1, 5, 0, 3)) if head is AutoModelForMaskedLM else classified_rows()
-    model = model_of(family, head, **({} if head is AutoModelForMaskedLM else {"num_labels": 3}))
+    rows = HEADS[head]()
+    several = head in (AutoModelForSequenceClassification, AutoModelForTokenClassification)
+    model = model_of(family, head, **({"num_labels": 3} if several else {}))
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     count = (batch["labels"] != -100).sum()
     model(**batch).loss.backward()
