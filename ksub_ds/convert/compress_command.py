@@ -154,6 +154,7 @@ def _check(settings: CompressModel) -> None:
     options = [f"--{name.replace('_', '-')}" for name in wishes]
     if settings.input_only:
         others = {"--codes": settings.codes, "--data": settings.data, "--dedicated-tokens": settings.dedicated_tokens}
+        others["--mixing"] = None if settings.mixing == "linear" else settings.mixing
         given = [name for name, value in others.items() if value is not None]
         if given:
             raise UserError(f"--input-only: makes its own codes and tables, for no decoder; leave {given[0]} out")
