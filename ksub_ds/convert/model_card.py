@@ -73,9 +73,15 @@ def _front_matter(source: ExportSource, licence: str | None, languages: list[str
 
 def _summary(source: ExportSource) -> str:
     table = source.model.code_table()
-    if table.num_tables == 1:
+    if table.num_tables == 1 and table.unique:
         return f"A model with a plain embedding of {table.num_tokens:,} tokens, the baseline of sub-embeddings."
     own = f"; {table.num_dedicated:,} tokens have a row of their own besides" if table.num_dedicated else ""
+    if not table.unique:
+        return (
+            f"A model whose embedding of {table.num_tokens:,} tokens is rebuilt from {table.num_tables} small tables "
+            f"of {max(table.table_sizes)} rows, by product quantisation{own}. It predicts no tokens: some may share a "
+            "code."
+        )
     return (
         f"A model whose embedding of {table.num_tokens:,} tokens is rebuilt from {table.num_tables} small tables of "
         f"{' x '.join(map(str, table.table_sizes))} rows, at the input and in the decoder{own}."
@@ -145,9 +151,13 @@ def _training(source: ExportSource) -> str:
     compressed = source.folder / "compression.json" if source.folder else None
     if compressed is not None and compressed.is_file():
         report = read_json(compressed)
+        taught = report.get("distillation")
+        then = "No training after that is recorded here."
+        if taught:
+            then = f"Then it learnt the original's vectors of {taught['texts']:,} texts, in {taught['steps']:,} steps."
         return (
             f"Compressed from `{report['model']}`: tables fitted to its embedding by least squares "
-            f"({100 * report['error']:.1f} % of the variance is lost). No training after that is recorded here."
+            f"({100 * report['error']:.1f} % of the variance is lost). {then}"
         )
     return "Not recorded in this folder."
 

@@ -99,6 +99,7 @@ def test_a_compressed_encoder_is_its_dense_export(wish, tmp_path):
     command = ["compress", str(tmp_path / "plain"), "--input-only", *wish, "--out", str(tmp_path / "small")]
     assert main(command) == 0
     assert main(["export", str(tmp_path / "small"), "--dense", "--out", str(tmp_path / "dense")]) == 0
+    assert "by product quantisation" in (tmp_path / "dense" / "README.md").read_text()
     shutil.move(tmp_path / "small", tmp_path / "moved")
     small, dense = (AutoModel.from_pretrained(tmp_path / name).eval() for name in ("moved", "dense"))
     ids = torch.randint(COUNT, (3, 11))
@@ -170,6 +171,7 @@ def test_what_has_no_input_only_form_is_one_line(tmp_path, capsys):
         (["--input-only", "--target-ratio", "1"], "--target-ratio 1.0: must be greater than 1"),
         (["--input-only", "--target-ratio", "5", "--target-error", "0.1"], "each says how many tables there are"),
         (["--input-only", "--codes", "c"], "leave --codes out"),
+        (["--input-only", "--mixing", "none"], "leave --mixing out"),
         (["--input-only", "--target-ratio", "100"], "the largest ratio for 600 x 24 is about 26"),
         (["--input-only", "--counts", str(tmp_path / "none")], "none: no such file or folder"),
         (["--input-only", "--counts", str(tmp_path / "plain")], "is text, and the model has no tokenizer"),
