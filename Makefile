@@ -20,16 +20,19 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
+# Processes that the tests are divided over.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 ifeq ($(shell nvidia-smi -L 2>/dev/null | head -n 1),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install demo test lint format bench docs clean test-cluster test-chaos
+.PHONY: help install demo test test-long lint format bench docs clean test-cluster test-chaos
 
 help:
 	@echo 'make demo     train, resume, export and query a small 15-language model under demo/'
 	@echo '              [DATA=folder of <lang>.jsonl.gz  TOKENIZER=sentencepiece .model or folder]'
-	@echo 'make test     all tests [KSUB_DATA=folder with real data  ARGS="-k masking"]'
+	@echo 'make test     the tests, but for the long ones [KSUB_DATA=folder with real data  ARGS="-k masking"  JOBS=2]'
+	@echo 'make test-long     those that train for long, or try many cases: an engine on several ranks, kernels interpreted'
 	@echo 'make test-cluster  three hosts as namespaces, with ssh, pdsh, MPI and SLURM: needs root and docs/cluster.md'"'"'s packages'
 	@echo 'make test-chaos    20 kills at random moments; the weights must be those of a run left alone'
 	@echo 'make lint     ruff check, ruff format --check, mypy'
@@ -54,9 +57,15 @@ install: .venv/.installed
 demo: .venv/.installed
 	$(BIN)/python experiments/demo/run.py --out demo $(if $(DATA),--data '$(DATA)') $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)')
 
-# HF_HUB_OFFLINE: no test may reach for the network. -rs: a skipped test says why.
+# HF_HUB_OFFLINE: no test may reach for the network. -rs: a skipped test says why. A process takes whole files, so that
+# what a file's tests share is made once.
+PYTEST = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -rs --durations=10 -n $(JOBS) --dist loadfile
+
 test: .venv/.installed
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -rs --durations=10 $(ARGS)
+	$(PYTEST) -m 'not long' $(ARGS)
+
+test-long: .venv/.installed
+	$(PYTEST) -m long $(ARGS)
 
 # Not part of `make test`: they need root, and packages that docs/cluster.md names. Without them they skip, and say why.
 test-cluster: .venv/.installed

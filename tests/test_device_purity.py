@@ -23,7 +23,7 @@ from ksub_ds import CodeTable, positional_codes
 from ksub_ds.codes.trie import build_trie, merge_equal_states
 from ksub_ds.contraction.sum_product import Contraction, SparseLevel
 
-pytestmark = pytest.mark.timeout(300)  # the first of them runs all cases
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]  # the first of them runs all cases
 HERE = Path(__file__).parent / "device"
 PACKAGE = HERE.parents[1] / "ksub_ds"
 ALLOWED = tomllib.loads((HERE / "allowed.toml").read_text(encoding="utf-8"))

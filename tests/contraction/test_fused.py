@@ -111,6 +111,7 @@ def test_tiles():
     assert [tile(size) for size in (1, 16, 17, 63, 125, 128)] == [16, 16, 32, 64, 128, 128]
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.timeout(900)
 def test_the_kernels_in_the_interpreter():
@@ -120,6 +121,7 @@ def test_the_kernels_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.timeout(600)
 def test_the_kernels_compiled_for_an_h100(tmp_path):

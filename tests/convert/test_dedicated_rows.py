@@ -25,7 +25,7 @@ from ksub_ds.vectors.sources import load_vectors
 from ..pretrain.runs import Bench, Outcome, environment, state_bytes
 from .test_export_forms import LOGITS
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 ROWS = 40
 
 

@@ -13,6 +13,8 @@ import pytest
 from experiments.equal_time.points import Point
 from ksub_ds.common.errors import UserError
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 CAUSAL = ROOT / "experiments/causal"
 

@@ -15,6 +15,8 @@ from experiments.equal_time.points import Point, all_points
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 FRONTIER = ROOT / "experiments/frontier"
 

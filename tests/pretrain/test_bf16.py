@@ -13,7 +13,7 @@ from ksub_ds.pretrain.engine import compute_in_bf16
 
 from .runs import Bench, Outcome, losses
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 N = 300
 FP32_SUMS = 2e-5  # as in test_repeatability
 BF16_SUMS = 1e-3  # stage 3 adds a layer's bias to a product that is rounded to eight bits already

@@ -15,7 +15,7 @@ from ksub_ds.common.exit_codes import FAILED, USER_ERROR
 
 from .runs import HERE, Bench, environment
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 WATCH = {"KSUB_TIMEOUT_SECONDS": "150", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 

@@ -20,7 +20,7 @@ from ksub_ds.pretrain.resolved_run import open_sources, resolve_settings
 
 from .runs import Bench, losses, metrics, state_bytes
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 SHORT = {"max_steps": 6, "eval_every": 3, "save_every_steps": 6, "seed": 9}
 
 

@@ -9,7 +9,7 @@ from ksub_ds.pretrain.open_run import open_run
 
 from .runs import Bench, losses
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 FP32_SUMS = 2e-5  # as in test_repeatability
 DEDICATED = [0, 3, *range(10, 60)]
 

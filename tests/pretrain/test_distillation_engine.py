@@ -10,7 +10,7 @@ from ksub_ds.cli import main
 
 from .runs import Bench, Outcome, losses, metrics, state_bytes
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 LAST, MIDDLE = 6, 3
 FP32_SUMS = 2e-5  # relative, as in test_repeatability
 # stage 3 last: it replaces torch's linear function, which the teacher uses too, for the rest of the process

@@ -22,7 +22,7 @@ from ksub_ds.pretrain.run_folder import RunFolder
 from .runs import Bench, Outcome, environment, losses, metrics, state_bytes
 from .test_open_run import write_checkpoint
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 WSD = {"schedule": "wsd", "warmup_steps": 2, "save_every_steps": 3, "eval_every": 3}
 LAST = 12
 

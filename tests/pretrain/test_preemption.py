@@ -14,7 +14,7 @@ from ksub_ds.pretrain.preemption import StopRequest
 
 from .runs import Bench, losses
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 LONG = {"max_steps": 5000, "save_every_steps": 5000, "eval_every": 0}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from .runs import Bench, environment, losses, state_bytes
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(200)]
 NOTEBOOK = """
 import json, sys
 from ksub_ds.pretrain.__main__ import main

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from .runs import Bench, Outcome, losses, metrics, state_bytes
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 TIMES = ("tokens_per_second", "step_seconds", "eta_seconds", "data_wait_seconds", "model_tflops", "mfu")
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 SHORT = {"max_steps": 6, "save_every_steps": 3, "eval_every": 0, "gradient_clipping": 1.0}

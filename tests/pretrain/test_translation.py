@@ -22,7 +22,7 @@ from ksub_ds.pretrain.resolved_run import open_sources, resolve_settings
 
 from .runs import Bench, losses, state_bytes
 
-pytestmark = pytest.mark.timeout(300)  # three starts of ranks
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]  # three starts of ranks
 
 SHORT: dict[str, Any] = {"max_steps": 6, "save_every_steps": 3, "eval_every": 3, "eval_sequences": 3}
 

@@ -10,7 +10,7 @@ from ksub_ds.convert.export import export_run
 
 from .runs import STEPS, Bench, Outcome, losses, metrics
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 FP32_SUMS = 2e-5  # as in test_repeatability
 
 
