@@ -36,3 +36,14 @@ def test_local_attention_sees_its_window() -> None:
     model = fresh_model(preset_config("small_modernbert", vocab_size=500), TABLE)
     short, long = (training_flops(model, length, 0.0) for length in (129, 512))
     assert long - short == 3 * 4 * 384 * 2 * (512 - 129), "two of six layers see the whole row"
+
+
+def test_a_causal_model_sees_what_comes_before() -> None:
+    """The eager attention that torch counts multiplies whole rows; a token needs the half before it, and itself."""
+    model = fresh_model(preset_config("llama_tiny", vocab_size=500), TABLE)
+    model.set_attn_implementation("eager")
+    inputs = torch.randint(5, 500, (2, 48))
+    with FlopCounterMode(display=False) as counter:
+        model.base_model(inputs).last_hidden_state.sum().backward()
+    unseen = 3 * 4 * 128 * 2 * (48 - 24.5)
+    assert training_flops(model, 48, 0.0) == pytest.approx(counter.get_total_flops() / inputs.numel() - unseen)
