@@ -12,10 +12,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ksub_ds import positional_codes, replace_embeddings
+from ksub_ds import KSubRobertaConfig, positional_codes, replace_embeddings
 from ksub_ds.cli import main
 from ksub_ds.convert.export import compare_with_reload
 from ksub_ds.convert.onnx import NEEDS
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+from ksub_ds.model.roberta import KSubRobertaForTokenClassification
 
 SIZE = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 LABELS = {0: "O", 1: "B-BIRD", 2: "I-BIRD"}
@@ -144,6 +146,16 @@ def test_a_causal_classifier_without_padding_is_compared(tmp_path: Path) -> None
     with torch.no_grad():
         model.score.weight *= 2
     assert compare_with_reload(model, tmp_path, None) > 1e-4
+
+
+def test_beside_an_xlmr_tokenizer_the_dense_form_is_xlmr(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    config = KSubRobertaConfig(**SIZE, vocab_size=tokenizer.vocab_size, pad_token_id=1, max_position_embeddings=80)
+    KSubRobertaForTokenClassification(config, positional_codes(tokenizer.vocab_size, 2)).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "out"), "--dense"]) == 0
+    written = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert written.architectures == ["XLMRobertaForTokenClassification"] and written.model_type == "xlm-roberta"
 
 
 def test_what_is_refused_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
