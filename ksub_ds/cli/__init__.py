@@ -56,7 +56,8 @@ COMMANDS = {
         "count tokens and bytes per language of a shards folder, as in the paper's Table 7", "cli.inspect:corpus_stats"
     ),
     "pretrain": words(
-        "pretrain a masked language model on DeepSpeed; the same command again resumes", "pretrain.__main__:main"
+        "pretrain a masked or causal model on DeepSpeed; the same command again resumes",
+        "pretrain.__main__:main",
     ),
     "submit": words(
         "submit a pretraining, evaluation or data job to SLURM; --dry-run prints the sbatch line", "cli.submit:submit"

@@ -45,6 +45,12 @@ class CodeStructure:
         return len(self.codes) - self.num_dedicated
 
     @cached_property
+    def is_plain(self) -> bool:
+        """Whether the one table is the embedding itself. Asks the device for the codes, once."""
+        ids = torch.arange(len(self.codes), device=self.codes.device)
+        return self.table_sizes == (len(ids),) and self.dedicated is None and bool((self.codes[:, 0] == ids).all())
+
+    @cached_property
     def _is_dedicated(self) -> Tensor:
         assert self.dedicated is not None, "there are no dedicated tokens"
         found = torch.zeros(len(self.codes), dtype=torch.int64, device=self.codes.device)

@@ -152,9 +152,9 @@ def watch(settings: WatchSettings) -> None:
 
     run = open_run(settings.run)
     max_steps = run.recipe.max_steps
-    _check(settings)
     if run.recipe.is_causal and settings.data is not None:
         raise UserError(f"--data {settings.data}: {settings.run} trains a causal model, which XNLI is not for")
+    _check(settings)
     if not settings.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.nice(NICENESS)  # the run goes first

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
+    Cache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Gemma3TextModel,
@@ -52,6 +53,29 @@ class SubDecoder(nn.Module):
         own = not config.tie_word_embeddings
         self.embedding = SubEmbedding(table, config.hidden_size, mixing=config.embedding_mixing) if own else None
         self.bias = nn.Parameter(torch.zeros(table.num_tokens)) if config.decoder_bias else None
+
+
+class NoPast(Cache):
+    """A cache that keeps nothing, for training on rows that are one sequence each.
+
+    Without a cache and a mask transformers asks the device in every forward pass whether the rows are packed of several
+    sequences, for which the host waits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Return the keys and values as they are."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return that there are no earlier positions."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the length and the offset of the keys: those of the queries."""
+        return query_length, 0
 
 
 class SubCausalLM(TokenPredictor):
@@ -144,6 +168,10 @@ class SubCausalLM(TokenPredictor):
         output_logits, output_predictions = self._asked_outputs(
             labels is not None, num_items_in_batch is not None, output_logits, output_predictions
         )
+        plain_rows = all(each is None for each in (attention_mask, position_ids, past_key_values, use_cache))
+        checkpointing = getattr(self.base_model, "gradient_checkpointing", False)  # it wants no cache
+        if labels is not None and plain_rows and not checkpointing:
+            past_key_values = NoPast()
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -176,7 +204,7 @@ class SubCausalLM(TokenPredictor):
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            past_key_values=None if isinstance(past_key_values, NoPast) else outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

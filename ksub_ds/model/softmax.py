@@ -16,7 +16,8 @@ When the maxima of the K tables meet in no token, Z underflows; rows with Z < 1e
 over explicit logits.
 
 Dedicated tokens are no part of that sum: their logits are a dense block beside it (`DenseBlock`), and log Z is the
-logaddexp of both. The plain decoder, K = 1, has no sum on an accelerator: all its tokens are in the dense block.
+logaddexp of both. The plain decoder, K = 1, has no sum: on an accelerator all its tokens are in the dense block, on a
+CPU it is torch's own loss in chunks of rows.
 
 On the CPU, ignored rows are left out and labels are checked. Any other device is never asked for a value, as the
 host would wait for it: there ignored rows stay and count as zero. The one exception is the underflow of the form
@@ -27,6 +28,7 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -37,6 +39,7 @@ from ksub_ds.model.embedding import SubEmbedding
 
 BLOCK_NUMBERS = {"cpu": 2**21, "cuda": 2**28}  # numbers of the widest level or table held per block
 FEWEST_ROWS = 64  # fewer would read the plain decoder's N x d table too often
+PLAIN_ROWS = 128  # of the plain decoder on a CPU at a time: half as many cost an eighth more
 FALLBACK_NUMBERS = 2**20  # float64 logits per block of the underflow path
 READ_BY_HOST = {"cpu"}  # devices whose values cost the host no wait
 IGNORED = -100  # the label of rows that do not count, where labels are places and -1 says "among the others"
@@ -84,6 +87,8 @@ def factorized_cross_entropy(
         if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_tokens):
             raise ValueError(f"labels must be {ignore_index} or token ids in [0, {num_tokens})")
     with torch.autocast(hidden.device.type, enabled=False):  # sums are float32 whatever the rest of the model is
+        if labels.device.type in READ_BY_HOST and layer.structure.is_plain and layer.mixing is None and len(labels):
+            return _plain_cross_entropy(hidden_BD, layer.tables[0], labels, bias, reduction)
         dense_rows = _dense_rows(layer)
         all_dense = dense_rows is not None and len(dense_rows) == num_tokens
         loss = _SummedLoss.apply(
@@ -93,6 +98,16 @@ def factorized_cross_entropy(
     if reduction == "sum":
         return loss
     return loss / (len(labels) if labels.device.type in READ_BY_HOST else (labels != ignore_index).sum())
+
+
+def _plain_cross_entropy(hidden: Tensor, table: Tensor, labels: Tensor, bias: Tensor | None, reduction: str) -> Tensor:
+    """Compute the loss of the plain decoder on a CPU, where torch's own is fastest: (B, d) rows, all of which count."""
+    chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=PLAIN_ROWS, allow_retain_graph=True)
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    rows, weight, offsets = (None if each is None else each.to(dtype) for each in (hidden, table, bias))
+    return F.linear_cross_entropy(
+        rows, weight, labels, linear_bias=offsets, reduction=reduction, options=chunks
+    ).float()
 
 
 @torch.no_grad()

@@ -252,7 +252,7 @@ def summed_losses(source: Path, dataset: ShardDataset, prefix: str = "--dedicate
         model = open_model(source).float()
     num_tokens = dataset.manifest["tokenizer"]["vocab_size"]
     if not isinstance(model, SubMaskedLM):
-        raise UserError(f"{option}: is a {type(model).__name__}; give a run, or a masked language model of ours")
+        raise UserError(f"{option}: is a {type(model).__name__}; give a masked language model of ours, or a run of one")
     if model.config.vocab_size != num_tokens:
         raise UserError(f"{option}: predicts {model.config.vocab_size:,} tokens, the shards have {num_tokens:,}")
     every = max((dataset.num_sequences("validation", language) for language in dataset.languages), default=0)

@@ -14,7 +14,7 @@ from ksub_ds.pretrain.open_run import open_run
 from ksub_ds.vectors.hf_folder import in_folder, safetensors_in, weight_files
 from ksub_ds.vectors.matrix import TensorFiles, check_matrix
 
-LAYERS = ("word_embeddings.", "tok_embeddings.")
+LAYERS = ("word_embeddings.", "tok_embeddings.", "embed_tokens.", "wte.")
 
 
 def run_vectors(run: Path) -> tuple[np.ndarray, str]:

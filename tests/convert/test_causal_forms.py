@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ksub_ds.cli import main
 from ksub_ds.common.errors import UserError
 from ksub_ds.convert.export import export_run
-from ksub_ds.pretrain.warm_start import model_files
+from ksub_ds.pretrain.recipe import Recipe
+from ksub_ds.pretrain.warm_start import check_head
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
 MODELS = {
@@ -96,8 +97,8 @@ def test_no_onnx(compressed: dict[str, Path], tmp_path: Path, capsys):
 
 
 def test_it_is_no_start_for_masked_pretraining(compressed: dict[str, Path]):
-    with pytest.raises(UserError, match="give a masked language model"):
-        model_files(compressed["gpt2"])
+    with pytest.raises(UserError, match="is a KSubGPT2ForCausalLM, but --preset tiny learns"):
+        check_head(compressed["gpt2"], Recipe("tiny", Path("shards"), Path("run"), objective="mlm"))
 
 
 def test_its_masked_loss_is_refused(compressed: dict[str, Path], tmp_path: Path, capsys):

@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_one_line(bench: Bench, plain: Path, taught: Path, 
     with pytest.raises(UserError, match=r"holds no config\.json"):
         read_codes(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    with pytest.raises(UserError, match="is a BertModel; give a masked language model over sub-embeddings"):
+    with pytest.raises(UserError, match="is a BertModel; give a masked or causal language model over sub-embeddings"):
         read_codes(tmp_path)
     with pytest.raises(UserError, match="is not a model over sub-embeddings; `ksub compress` makes one"):
         export_run(tmp_path, tmp_path / "out")

@@ -36,11 +36,12 @@ from ksub_ds.common.watchdog import Watchdog
 from ksub_ds.contraction import code_structure
 from ksub_ds.contraction.fused import FusedContraction
 from ksub_ds.convert.export import compare_with_reload
-from ksub_ds.corpus.masking import MaskingRule
+from ksub_ds.corpus.masking import MaskingRule, next_tokens
 from ksub_ds.evaluate.finetune.classifier import load_classifier
 from ksub_ds.evaluate.finetune.encoding import Encoded
 from ksub_ds.evaluate.finetune.loop import FineTuning, finetune
 from ksub_ds.evaluate.finetune.scoring import predict
+from ksub_ds.model.causal_lm import KSubLlamaConfig, SubCausalLM
 from ksub_ds.model.configuration import KSubRobertaConfig
 from ksub_ds.model.distillation import Teacher
 from ksub_ds.model.embedding import SubEmbedding
@@ -48,7 +49,7 @@ from ksub_ds.model.presets import fresh_model, small_modernbert
 from ksub_ds.model.replacement import to_plain
 from ksub_ds.pretrain import engine
 from ksub_ds.pretrain.engine import GuardedUpdate, build_optimizer, compute_in_bf16
-from ksub_ds.pretrain.heldout_eval import evaluate
+from ksub_ds.pretrain.heldout_eval import accuracy_key, evaluate
 from ksub_ds.pretrain.loop import finish_step, train_step
 from ksub_ds.pretrain.prefetch import BatchPrefetcher, model_inputs
 from ksub_ds.pretrain.schedule import TrainingPlan
@@ -81,11 +82,12 @@ def case(name: str, **arguments: Any) -> Callable[[Any], Any]:
 
 
 def network(family: str = "roberta", codes: str = "clustered", bias: bool = True, **fields: Any) -> Any:
-    """A masked language model without dropout, in evaluation mode, on the CPU."""
+    """A language model without dropout, in evaluation mode, on the CPU."""
     torch.manual_seed(0)
     shape = {"vocab_size": N, "hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape |= {"intermediate_size": 32, "decoder_bias": bias} | fields
-    config = KSubRobertaConfig(**shape) if family == "roberta" else small_modernbert(**shape)
+    makers = {"roberta": KSubRobertaConfig, "modernbert": small_modernbert, "llama": KSubLlamaConfig}
+    config = makers[family](**shape)
     model = fresh_model(config, CODES[codes])
     with torch.no_grad():
         for parameter in model.parameters():
@@ -319,19 +321,32 @@ class Batches:
         return arrays(padded=False, seed=step + start)
 
 
+class CausalBatches(Batches):
+    """The same rows for a causal model."""
+
+    rule = MaskingRule(None, 3, (0, 1, 2), N)
+
+    def batch(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        input_ids, labels = next_tokens(super().batch(step, start, stop)["input_ids"], pad_id=1)
+        return {"input_ids": input_ids, "labels": labels}
+
+
 class Run:
     """What the loop works on, in little; the report of a step is read as the loop reads it."""
 
     def __init__(self, model: Any, teacher: Teacher | None, precision: str):
         plan = TrainingPlan("linear", 1e-3, 0, 9)
-        recipe = SimpleNamespace(seed=0, log_every_steps=10, precision=precision, distill_weight=0.5, plan=lambda: plan)
+        causal = isinstance(model, SubCausalLM)
+        recipe = SimpleNamespace(
+            seed=0, log_every_steps=10, precision=precision, distill_weight=0.5, plan=lambda: plan, is_causal=causal
+        )
         nobody = SimpleNamespace(reason=lambda: None, problem=None, has_failed=lambda: False, finish=lambda: None)
         metrics = SimpleNamespace(problem=None, step=lambda step, loss, total, **more: self.lines.append((loss, more)))
         if precision == "bf16":
             compute_in_bf16(model)
         engine = PlainEngine(model)
         self.lines: list[Any] = []
-        self.model, self.prefetcher = model, BatchPrefetcher(Batches(), ROWS, 2, 0, 1)
+        self.model, self.prefetcher = model, BatchPrefetcher(CausalBatches() if causal else Batches(), ROWS, 2, 0, 1)
         self.training: Any = SimpleNamespace(
             recipe=recipe, engine=engine, update=GuardedUpdate(engine, 1.0), teacher=teacher, stop=nobody,
             metrics=metrics, checkpoints=nobody, folder=SimpleNamespace(checkpoints=Path("nowhere")),
@@ -360,13 +375,15 @@ def fused_kernels() -> Iterator[None]:
         yield
 
 
-def optimizer_step(accelerator: FakeAccelerator, number: int, distil: bool = False, precision: str = "fp32") -> Record:
+def optimizer_step(
+    accelerator: FakeAccelerator, number: int, distil: bool = False, precision: str = "fp32", family: str = "roberta"
+) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         teachers: list[Any] = [None, None]
         if distil:
             network().save_pretrained(folder)
             teachers = [Teacher(folder, CODES["clustered"], device) for device in ("cpu", NAME)]
-        model = network().train()
+        model = network(family).train()
         expected = Run(copy.deepcopy(model), teachers[0], "fp32")
     with on_the_accelerator():
         ours = Run(on_device(model), teachers[1], precision)
@@ -377,7 +394,8 @@ def optimizer_step(accelerator: FakeAccelerator, number: int, distil: bool = Fal
     (loss, more), (reference, wanted) = ours.lines[-1], expected.lines[-1]
     tolerance = 1e-5 if precision == "fp32" else 0.02
     assert abs(loss - reference) < tolerance
-    assert more["masked_accuracy"] == wanted["masked_accuracy"]
+    key = accuracy_key(family == "llama")
+    assert more[key] == wanted[key]
     assert abs(more["grad_norm"] - wanted["grad_norm"]) < tolerance * wanted["grad_norm"]
     return record
 
@@ -390,6 +408,7 @@ def fused_step(accelerator: FakeAccelerator) -> Record:
 case("optimizer step", number=1)(optimizer_step)
 case("optimizer step with accuracy", number=10)(optimizer_step)
 case("optimizer step with a teacher", number=1, distil=True)(optimizer_step)
+case("optimizer step of a causal model", number=10, family="llama")(optimizer_step)
 case("optimizer step in bf16", number=1, precision="bf16")(optimizer_step)
 if find_spec("triton"):
     case("optimizer step with the fused loss")(fused_step)

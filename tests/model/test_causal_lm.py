@@ -101,6 +101,17 @@ def test_loss_and_gradients_are_those_of_the_dense_model_in_float64(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_rows_without_a_mask_are_whole_sequences(family):
+    model = coded(family).train()
+    ids = torch.randint(5, N - 1, (3, 12), generator=torch.Generator().manual_seed(1))
+    output = model(ids, labels=ids)
+    assert output.past_key_values is None
+    torch.testing.assert_close(output.loss, model(ids, attention_mask=torch.ones_like(ids), labels=ids).loss)
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(model(ids, labels=ids).loss, output.loss)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "how",
     [
@@ -156,7 +167,8 @@ def test_training_makes_no_tensor_of_tokens_times_positions(codes, bias):
     model = KSubLlamaForCausalLM(KSubLlamaConfig(**SIZE | {"vocab_size": 30_000}, decoder_bias=bias), table).train()
     ids = torch.randint(30_000, (4, 64))
     with LargestTensor() as watch:
-        model(ids, labels=ids, output_correct=True).loss.backward()
+        model(ids, labels=ids, loss_reduction="sum", output_correct=True).loss.backward()
+        model.score_labels(input_ids=ids, labels=ids)
     assert watch.largest < 30_000 * ids.numel() / 8, "far below N x positions"
     with LargestTensor() as watch:
         LlamaForCausalLM(model.config)(ids, labels=ids).loss.backward()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ksub_ds import compress, positional_codes
 from ksub_ds.common.errors import UserError
@@ -20,6 +20,7 @@ from ksub_ds.convert.export import export_run
 from ksub_ds.corpus.batches import HeldOutBatches, TrainingBatches
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+from ksub_ds.pretrain.__main__ import main
 from ksub_ds.pretrain.open_run import open_run
 from ksub_ds.pretrain.recipe import Recipe, changed_keys, from_json, resolve, to_json
 from ksub_ds.pretrain.resolved_run import open_sources, resolve_settings
@@ -172,17 +173,13 @@ def test_a_warm_start_of_the_other_kind(causal: Callable[[str], Path], bench: Be
 
 
 def test_a_compressed_model_goes_on(bench: Bench, tmp_path: Path) -> None:
-    """GPT-2's layers, an untied head: what `ksub compress` makes of a causal model is a warm start."""
+    """What `ksub compress` makes of a causal model is a warm start, also one whose decoder has tables of its own."""
     size = ShardDataset.open(bench.data).manifest["tokenizer"]["vocab_size"]
     fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    from transformers import LlamaConfig
-
     torch.manual_seed(0)
     plain = LlamaForCausalLM(LlamaConfig(vocab_size=size, **fields, tie_word_embeddings=False, pad_token_id=1))
     compress(plain, positional_codes(size, 3)).save_pretrained(tmp_path / "model")
     arguments = bench.arguments(
         "clm-warm", **CAUSAL | {"codes": None, "warm_start": tmp_path / "model", "max_steps": 2, "eval_every": 0}
     )
-    from ksub_ds.pretrain.__main__ import main
-
     assert main(arguments) == 0 and len(losses(bench.folder / "clm-warm")) == 2

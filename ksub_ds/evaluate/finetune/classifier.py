@@ -13,6 +13,7 @@ from ksub_ds.corpus.tokenizers.xlmr import MODEL_NAME
 from ksub_ds.evaluate.data.hub import cached_folder, require_on_hub
 from ksub_ds.evaluate.finetune.encoding import PairEncoder, load_encoder
 from ksub_ds.model.sequence_length import longest_sequence
+from ksub_ds.pretrain.open_run import is_run
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
 FRESH_HEADS = ("classifier", "score", "pre_classifier", "classification_head")  # those that no pretraining trains
@@ -85,6 +86,8 @@ def find_model(path: str, option: str = "") -> None:
         folder = cached
     from ksub_ds.model.loading import refuse_adapter
 
+    if is_run(folder) and not (folder / "config.json").is_file():
+        raise UserError(f"{given}: is a run folder; `ksub export {path} --out MODEL` makes a model folder of it")
     refuse_adapter(given, folder)
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
         raise UserError(
