@@ -153,9 +153,13 @@ def _check(settings: CompressModel) -> None:
     wishes = [name for name in ("target_ratio", "target_error", "num_tables") if getattr(settings, name) is not None]
     options = [f"--{name.replace('_', '-')}" for name in wishes]
     if settings.input_only:
-        others = {"--codes": settings.codes, "--data": settings.data, "--dedicated-tokens": settings.dedicated_tokens}
-        others["--mixing"] = None if settings.mixing == "linear" else settings.mixing
-        given = [name for name, value in others.items() if value is not None]
+        others = {
+            "--codes": settings.codes is not None,
+            "--data": settings.data is not None,
+            "--dedicated-tokens": settings.dedicated_tokens is not None,
+            "--mixing": settings.mixing != "linear",
+        }
+        given = [name for name, is_given in others.items() if is_given]
         if given:
             raise UserError(f"--input-only: makes its own codes and tables, for no decoder; leave {given[0]} out")
         if len(options) > 1:
