@@ -154,12 +154,12 @@ def _check(settings: CompressModel) -> None:
     options = [f"--{name.replace('_', '-')}" for name in wishes]
     if settings.input_only:
         others = {
-            "--codes": settings.codes,
-            "--data": settings.data,
-            "--dedicated-tokens": settings.dedicated_tokens,
-            "--mixing": None if settings.mixing == "linear" else settings.mixing,
+            "--codes": settings.codes is not None,
+            "--data": settings.data is not None,
+            "--dedicated-tokens": settings.dedicated_tokens is not None,
+            "--mixing": settings.mixing != "linear",
         }
-        given = [name for name, value in others.items() if value is not None]
+        given = [name for name, is_given in others.items() if is_given]
         if given:
             raise UserError(f"--input-only: makes its own codes and tables, for no decoder; leave {given[0]} out")
         if len(options) > 1:
