@@ -212,12 +212,22 @@ class Experiment:
     # ---- training ----
 
     def train(self, training: Training, steps: int, eval_sequences: int) -> dict[str, Any]:
-        """Train a run to its end at `steps`, by extension of what is there; return the evaluation at that end."""
+        """Train a run to its end at `steps`, by extension of what is there; return the evaluation at that end.
+
+        Raises:
+            UserError: the run was planned beyond that end, or its training failed.
+        """
         folder, options = self.runs / training.name, self.options
         if (found := self.evaluation(training, steps)) is not None:
             return found
-        model = self.fresh(training.point, training.seed)
-        extend = ("--extend",) if (folder / "recipe.json").exists() else ()
+        model, recipe = self.fresh(training.point, training.seed), folder / "recipe.json"
+        planned = read_json(recipe)["max_steps"] if recipe.exists() else 0
+        if planned > steps:
+            raise UserError(
+                f"{folder}: goes to {planned} steps already, of other budgets, and cannot end at {steps}; give "
+                "--seconds as it was, or remove the folder"
+            )
+        extend = ("--extend",) if recipe.exists() else ()
         plan = ("--max-steps", steps, "--decay-steps", decay_steps(steps), "--eval-every", steps)
         self._run(
             f"{training.name} to step {steps}",

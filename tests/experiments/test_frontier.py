@@ -97,6 +97,8 @@ def test_a_run_goes_on_from_the_search_to_its_budget_and_after_a_kill(tiny_shard
     assert json.loads((out / "results.json").read_text())["points"] == results["points"]
     assert again.stderr.count("+ ") == 1
 
+    less = start(out, tiny_shards, "--search-seconds", 2, "--seconds", 3)
+    assert less.returncode == 2 and "goes to 4 steps already" in less.stderr and "--seconds as it was" in less.stderr
     other = start(out, tiny_shards, *budgets, "--rows", 3)
     assert other.returncode == 2 and "--rows 3" in other.stderr and "give another --out" in other.stderr
 
