@@ -287,16 +287,18 @@ class Experiment:
             on_the_way: ends before, which a longer run could not go back to.
         """
         losses = self.searched(point, steps)
-        rates = sorted(set(self.options.rates) - set(losses))
+
+        def further() -> list[float]:
+            return beyond(losses) if len(losses) < self.options.most_rates else []
+
+        rates = sorted(set(self.options.rates) - set(losses)) or further()
         while rates:
             for rate in rates:
                 training = Training(point, rate, 0)
                 for each in on_the_way:
                     self.train(training, each, self.options.eval_sequences)
                 losses[rate] = self.train(training, steps, eval_sequences)["loss"]
-            rates = []
-            if len(losses) < self.options.most_rates:
-                rates = [rate for rate in beyond(losses) if rate not in losses]
+            rates = further()
         best = min(losses, key=losses.__getitem__)
         found = {f"{rate:g}": loss for rate, loss in sorted(losses.items())}
         self.searches[point.kind] = {"steps": steps, "losses": found}
