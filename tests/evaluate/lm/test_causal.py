@@ -75,7 +75,9 @@ def test_sums_are_those_of_float64(kind: str, apart: bool, tmp_path: Path, monke
     parts = [(number, part) for number, ids in enumerate(documents) for part in windows(len(ids), 16, 4)]
     found = scorer.nats(documents, parts)
     sums = [sum(found[i] for i, (number, _) in enumerate(parts) if number == document) for document in range(3)]
-    assert sums == pytest.approx([expected(model, ids, 16, 4) for ids in documents], rel=2e-6)
+    # The network is in float32; Mamba's recurrence loses most in it, on some processors.
+    tolerance = 2e-5 if kind == "recurrent" else 2e-6
+    assert sums == pytest.approx([expected(model, ids, 16, 4) for ids in documents], rel=tolerance)
 
 
 def test_logits_of_a_batch_are_never_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
