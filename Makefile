@@ -20,8 +20,8 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= 1
-# Processes that the tests are divided over.
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Processes that the tests are divided over: one for each core (nproc would answer OMP_NUM_THREADS, where it is set).
+JOBS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 ifeq ($(shell nvidia-smi -L 2>/dev/null | head -n 1),)
 export DS_ACCELERATOR ?= cpu
 endif
