@@ -152,7 +152,7 @@ def read_results(folders: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]
     """Return results of evaluations, and folders of analyses, among `folders`.
 
     Raises:
-        UserError: a folder that holds neither results.json nor analysis.json.
+        UserError: a folder that holds neither results.json nor analysis.json, or results that the page does not show.
     """
     results, analyses = [], []
     for folder in folders:
@@ -166,6 +166,8 @@ def read_results(folders: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]
         if not path.is_file():
             raise UserError(f"{folder}: holds neither results.json (ksub evaluate) nor analysis.json (ksub analyze)")
         result = read_json(path)
+        if isinstance(result, dict) and result.get("task") == "lm":
+            raise UserError(f"{path}: bits per byte are for tables, not for the page of a run; leave {folder} out")
         if not isinstance(result, dict) or not isinstance(result.get("test"), dict):
             raise UserError(f"{path}: is not a results.json of `ksub evaluate` (no 'test')")
         results.append(result)

@@ -99,7 +99,7 @@ def open_sources(settings: ResolvedSettings) -> ResolvedRun:
     recipe = settings.recipe
     dataset = ShardDataset.open(recipe.data, verify=False)
     if recipe.tlm_share < 1 and not any(dataset.num_sequences("train", language) for language in dataset.languages):
-        only = "; train on its pairs with --tlm-share 1" if dataset.pairs else ""
+        only = "; train on its pairs with --tlm-share 1" if dataset.pairs and not recipe.is_causal else ""
         raise UserError(f"--data {recipe.data}: holds no sequences to train on; make shards of more text{only}")
     if recipe.tlm_share > 0 and not any(dataset.num_sequences("train", pair) for pair in dataset.pairs):
         raise UserError(

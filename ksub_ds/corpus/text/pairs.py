@@ -83,7 +83,7 @@ def find_pairs(
             form differ.
     """
     if not folder.is_dir():
-        raise UserError(f"--parallel {folder}: is not a folder; give the folder that holds <l1>-<l2>.jsonl")
+        raise UserError(f"--parallel {folder}: is not a folder; give the folder that holds <l1>-<l2>.jsonl or .parquet")
     others = Skipped() if others is None else others
     entries: dict[Pair, list[Path]] = {}
     for entry in sorted(folder.iterdir()):
@@ -106,7 +106,7 @@ def find_pairs(
             get_logger().info(f"{printable(entry)}: left out, {why}")
     if not entries:
         found = f"; it holds: {', '.join(others.lines())}" if others.total() else ""
-        raise UserError(f"--parallel {folder}: holds no pair; name the files <l1>-<l2>.jsonl[.gz]{found}")
+        raise UserError(f"--parallel {folder}: holds no pair; name the files <l1>-<l2>.jsonl[.gz] or .parquet{found}")
     _check_spellings(folder, entries)
     return {pair: text_below(entries[pair], folder, splits) for pair in sorted(entries)}
 
