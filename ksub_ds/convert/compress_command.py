@@ -1,5 +1,6 @@
 """`ksub compress`: a model's folder in, a folder of the same model over small tables out."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -121,6 +122,7 @@ def compress_model(settings: CompressModel) -> Path:
         raise
     except ValueError as error:
         raise UserError(f"{settings.model}: {error}") from error
+    state = out.with_name(f"{out.name}.distillation")
     with atomic_folder(out) as temporary:
         small.save_pretrained(temporary)
         table.save(temporary / "codes.safetensors")
@@ -129,8 +131,10 @@ def compress_model(settings: CompressModel) -> Path:
         if sentences is not None:
             copy_sentence_files(sentences, temporary)
         source = {"model": settings.model, "codes_sha256": table.sha256}
-        source |= _distilled(settings, temporary)
+        source |= _distilled(settings, temporary, state)
         write_json(temporary / "compression.json", source | report.to_json())
+    if settings.distill is not None:
+        shutil.rmtree(state, ignore_errors=True)
     for line in report.lines():
         log.info(line)
     no_next = settings.input_only or small.can_generate()
@@ -184,13 +188,12 @@ def _check_distillation(settings: CompressModel) -> None:
         raise UserError("--distill: needs sentence-transformers (pip install -e '.[interop]')")
 
 
-def _distilled(settings: CompressModel, folder: Path) -> dict[str, Any]:
+def _distilled(settings: CompressModel, folder: Path, state: Path) -> dict[str, Any]:
     """Distil the model in a folder if that is asked for; return what compression.json says of it."""
     if settings.distill is None:
         return {}
     from ksub_ds.convert.sentence_distillation import distil_folder
 
-    state = settings.out.with_name(f"{settings.out.name}.distillation")
     return {
         "distillation": distil_folder(folder, settings.model, settings.distill, settings.minutes, settings.seed, state)
     }
