@@ -19,16 +19,17 @@ from ksub_ds.convert.fitting import Fit, Mixing
 from ksub_ds.convert.input_only import MOST_ROWS, InputForm, fit_form, fit_to_error, form_of_ratio
 from ksub_ds.convert.sentence_encoder import copy_sentence_files, encoder_folder, sentence_folder
 from ksub_ds.convert.source import head_of
-from ksub_ds.convert.token_counts import count_tokens
+from ksub_ds.convert.token_counts import check_shards, count_tokens
 from ksub_ds.model.sequence_length import limit_tokenizer
 from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
 
 TARGET_RATIO = 16.0  # of --input-only without another wish
+DISTILLATION_MINUTES = 30.0
 
 
 @dataclass(frozen=True)
 class CompressModel:
-    """Replace a trained model's embedding by K small tables, fitted to it by least squares."""
+    """Replace a trained model's embedding by K small tables: fitted by least squares, or by product quantisation."""
 
     model: Annotated[str, tyro.conf.Positional]
     """Model folder (or Hub name): BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT, ModernBERT, an export of
@@ -48,8 +49,8 @@ class CompressModel:
     distill: Path | None = None
     """For sentence encoders: text, one a line or in documents; the compressed model learns to give the vectors that
     the original gives for its lines. The same command again goes on where it was."""
-    minutes: float = 30.0
-    """Of --distill; it ends earlier when held-out text gains nothing any more."""
+    minutes: float | None = None
+    """Of --distill; it ends earlier when held-out text gains nothing any more. [30]"""
     num_tables: int | None = None
     """K, how many tables replace the embedding. [3; with --input-only as many as the target allows]"""
     table_size: int | None = None
@@ -67,7 +68,7 @@ class CompressModel:
     sequences: int = 64
     """Held-out sequences per language for that loss."""
     seed: int = 0
-    """Seed of the clustering."""
+    """Seed of the clustering, of --input-only's quantisation, and of --distill."""
 
 
 def compress_model(settings: CompressModel) -> Path:
@@ -111,7 +112,8 @@ def compress_model(settings: CompressModel) -> Path:
         weights = None
         counts = settings.counts or settings.distill
         if counts is not None:
-            weights = np.sqrt(count_tokens(counts, tokenizer, len(vectors)) + 1.0)
+            flag = "--counts" if settings.counts else "--distill"
+            weights = np.sqrt(count_tokens(counts, tokenizer, len(vectors), flag, encoder) + 1.0)
         if settings.input_only:
             table, fit = _input_tables(settings, model, vectors, weights)
             small, report = compress_with_report(model, table, "orthogonal", weights, fit=fit)
@@ -159,6 +161,7 @@ def _check(settings: CompressModel) -> None:
     if settings.input_only:
         others = {
             "--codes": settings.codes is not None,
+            "--dedicated-rows": settings.dedicated_rows is not None,
             "--data": settings.data is not None,
             "--dedicated-tokens": settings.dedicated_tokens is not None,
             "--mixing": settings.mixing != "linear",
@@ -176,11 +179,13 @@ def _check_distillation(settings: CompressModel) -> None:
     """Check the options of --distill.
 
     Raises:
-        UserError: the minutes are none, the text is not there, or sentence-transformers is not installed.
+        UserError: minutes that are none or for nothing, no text, or sentence-transformers is not installed.
     """
     if settings.distill is None:
+        if settings.minutes is not None:
+            raise UserError(f"--minutes {settings.minutes:g}: is for --distill; give it text, or leave --minutes out")
         return
-    if not 0 < settings.minutes < float("inf"):
+    if settings.minutes is not None and not 0 < settings.minutes < float("inf"):
         raise UserError(f"--minutes {settings.minutes}: must be greater than 0")
     if not settings.distill.exists():
         raise UserError(f"--distill {settings.distill}: no such file or folder")
@@ -194,9 +199,8 @@ def _distilled(settings: CompressModel, folder: Path, state: Path) -> dict[str, 
         return {}
     from ksub_ds.convert.sentence_distillation import distil_folder
 
-    return {
-        "distillation": distil_folder(folder, settings.model, settings.distill, settings.minutes, settings.seed, state)
-    }
+    minutes = DISTILLATION_MINUTES if settings.minutes is None else settings.minutes
+    return {"distillation": distil_folder(folder, settings.model, settings.distill, minutes, settings.seed, state)}
 
 
 def _input_tables(
@@ -287,17 +291,13 @@ def _masked_loss(settings: CompressModel, encoder: Path | str, model: Any, token
     """
     from ksub_ds.corpus.batches import HeldOutBatches
     from ksub_ds.corpus.shards.dataset import ShardDataset
-    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
     from ksub_ds.pretrain.prefetch import to_tensors
 
     assert settings.data is not None
     if not _predicts_masked_tokens(model):
         raise UserError(f"--data: {settings.model} is a {type(model).__name__}, which predicts no masked tokens")
     dataset = ShardDataset.open(settings.data)
-    if Path(encoder).is_dir():
-        dataset.check_tokenizer(load_tokenizer(encoder).fingerprint, settings.model)
-    elif tokenizer is not None and len(tokenizer) != dataset.manifest["tokenizer"]["vocab_size"]:
-        raise UserError(f"--data {settings.data}: made with another tokenizer than that of {settings.model}")
+    check_shards(dataset, encoder, tokenizer)
     batches = HeldOutBatches(dataset, settings.sequences, mlm_probability=0.15, batch_size=8)
     if not len(batches):
         raise UserError(f"--data {settings.data}: has no held-out part; make it with --validation-fraction 0.01")

@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     T5Config,
     T5EncoderModel,
 )
@@ -23,6 +24,8 @@ from ksub_ds.cli import main
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.convert.input_only import fit_form, fit_to_error, form_of_ratio, stored_bytes
+from ksub_ds.convert.token_counts import count_tokens
+from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 
 WIDTH, COUNT = 24, 600
 SIZE = {
@@ -144,6 +147,24 @@ def test_frequent_tokens_come_closer(tmp_path):
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_counts_of_another_tokenizer_of_the_same_size_are_refused(tiny_bpe, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "en.txt").write_text("one two three\n\n" * 50)
+    shard_text(ShardText(tmp_path / "text", tiny_bpe, tmp_path / "shards", sequence_length=32))
+    shutil.copytree(tiny_bpe, tmp_path / "other")
+    inner = json.loads((tiny_bpe / "tokenizer.json").read_text())
+    first, *_, last = inner["model"]["merges"]
+    inner["model"]["merges"][0], inner["model"]["merges"][-1] = last, first
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(inner))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
+    counts = count_tokens(tmp_path / "shards", tokenizer, len(tokenizer), "--distill", tiny_bpe)
+    assert counts.sum() > 100
+    with pytest.raises(UserError, match="not the tokenizer these shards were made with"):
+        count_tokens(tmp_path / "shards", tokenizer, len(tokenizer), "--distill", tmp_path / "other")
+    with pytest.raises(UserError, match=r"--distill .*shards: made with a tokenizer of"):
+        count_tokens(tmp_path / "shards", tokenizer, len(tokenizer) - 1, "--distill", tiny_bpe)
+
+
 def refused(capsys, *arguments):
     assert main(["compress", *map(str, arguments)]) == 2
     error = capsys.readouterr().err
@@ -172,6 +193,8 @@ def test_what_has_no_input_only_form_is_one_line(tmp_path, capsys):
         (["--input-only", "--target-ratio", "5", "--target-error", "0.1"], "each says how many tables there are"),
         (["--input-only", "--codes", "c"], "leave --codes out"),
         (["--input-only", "--mixing", "none"], "leave --mixing out"),
+        (["--input-only", "--dedicated-rows", "5"], "leave --dedicated-rows out"),
+        (["--input-only", "--minutes", "5"], "--minutes 5: is for --distill"),
         (["--input-only", "--target-ratio", "100"], "the largest ratio for 600 x 24 is about 26"),
         (["--input-only", "--counts", str(tmp_path / "none")], "none: no such file or folder"),
         (["--input-only", "--counts", str(tmp_path / "plain")], "is text, and the model has no tokenizer"),
