@@ -24,19 +24,6 @@ TABLES_SHARE = 0.25
 CLOSE = 0.02  # the search for an error ends when the number of tables is known to so much of itself
 
 
-def stored_bytes(table: CodeTable, embedding_dim: int, itemsize: int, mixing_numbers: int = 0) -> int:
-    """Count the bytes of an embedding as a model file stores it: tables, dedicated rows, codes, the mixing matrix.
-
-    Args:
-        table: the codes.
-        embedding_dim: d.
-        itemsize: bytes of a number.
-        mixing_numbers: of the matrix beside the tables, 0 without one.
-    """
-    codes = table.stored_codes.nbytes + table.dedicated.nbytes
-    return codes + itemsize * (table.num_parameters(embedding_dim) + mixing_numbers)
-
-
 @dataclass(frozen=True)
 class InputForm:
     """Sizes of the tables of an input-only embedding.

@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from ksub_ds.cli import main
+from ksub_ds.codes.inspection import describe
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
-from ksub_ds.convert.input_only import fit_form, fit_to_error, form_of_ratio, stored_bytes
+from ksub_ds.convert.input_only import fit_form, fit_to_error, form_of_ratio
 from ksub_ds.convert.token_counts import count_tokens
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 
@@ -71,7 +72,7 @@ def test_a_ratio_is_kept_and_its_bytes_are_used(count, width, ratio, itemsize):
 
     def size(num_tables):
         table = CodeTable(np.zeros((1, num_tables), int), (form.table_size,) * num_tables, unique=False)
-        return stored_bytes(table, width, itemsize, form.rotate * width * width) + (count - 1) * num_tables
+        return table.stored_bytes(width, itemsize, form.rotate * width * width) + (count - 1) * num_tables
 
     assert 1 <= form.num_tables <= width and form.table_size <= max(16, count)
     assert size(form.num_tables) <= budget
@@ -211,4 +212,13 @@ def test_no_decoder_reads_such_a_folder(tmp_path, capsys):
     with pytest.raises(ValueError, match="KSubRobertaForMaskedLM: tokens share codes in an input-only embedding"):
         AutoModelForMaskedLM.from_pretrained(small)
     assert main(["codes", "inspect", str(small / "codes.safetensors")]) == 0
-    assert "none: the codes are for the input alone" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "none: the codes are for the input alone" in shown and "code space" not in shown
+
+
+def test_many_tables_are_described_in_few_words():
+    table = CodeTable(np.arange(83 * 300).reshape(300, 83) % 200, (256,) * 83, unique=False)
+    rows = dict(describe(table, 96))
+    assert rows["table sizes (M_k)"] == "83 x 256" and "code space in use" not in rows
+    stored = 300 * 83 + 4 * 256 * 96
+    assert rows["bytes at d = 96"].startswith(f"{stored:,} in float32") and max(map(len, rows.values())) < 120
