@@ -42,7 +42,8 @@ class CompressModel:
     target_ratio: float | None = None
     """With --input-only: the embedding takes at most 1/RATIO of its bytes, codes counted. [16]"""
     target_error: float | None = None
-    """With --input-only, in place of a ratio: as few tables as lose at most this share of the variance (0.1)."""
+    """With --input-only, in place of a ratio: about as few tables as lose at most this share (0.1) of the variance,
+    where tokens count as by --counts."""
     counts: Path | None = None
     """Shards folder, or text in any form that shard_text.py reads: a token counts by the root of its frequency there.
     [the text of --distill; else all tokens alike]"""

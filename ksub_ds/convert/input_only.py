@@ -8,7 +8,7 @@ below, the codes that it displaces are worth more. M is halved from 256 until th
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -77,14 +77,16 @@ def fit_form(vectors: np.ndarray, form: InputForm, weights: np.ndarray, seed: in
 
     Args:
         vectors: (N, d) float32.
-        form: K, M, and whether a rotation is kept.
+        form: K, M, and whether a rotation is kept; K = d tables have none.
         weights: (N,) how much each token counts.
         seed: of k-means.
 
     Raises:
         ValueError: as `product_quantisation`.
     """
-    found = product_quantisation(vectors, form.num_tables, form.table_size, weights, form.rotate, seed)
+    # An axis alone in its table is quantised as it is: no rotation spreads anything.
+    rotate = form.rotate and form.num_tables < vectors.shape[1]
+    found = product_quantisation(vectors, form.num_tables, form.table_size, weights, rotate, seed)
     explained, codes = 0.0, found.table.codes
     for k, rows in enumerate(found.rows):
         explained += float(
@@ -104,7 +106,7 @@ def fit_to_error(
     seed: int = 0,
     table_size: int | None = None,
 ) -> tuple[CodeTable, Fit]:
-    """Fit as few tables as an error allows: the logarithm of the error falls almost evenly with K.
+    """Fit about as few tables as an error allows: the logarithm of the error falls almost evenly with K.
 
     Args:
         vectors: (N, d) float32.
@@ -123,8 +125,6 @@ def fit_to_error(
 
     def fit(num_tables: int) -> tuple[CodeTable, Fit]:
         form = InputForm(num_tables, rows, width * width * itemsize <= ROTATION_SHARE * count * num_tables)
-        # An axis alone in its table is quantised as it is: no rotation spreads anything.
-        form = replace(form, rotate=form.rotate and num_tables < width)
         result = fit_form(vectors, form, weights, seed)
         get_logger().info(f"{num_tables} tables of {rows} rows: error {result[1].error:.4f}")
         return result

@@ -24,7 +24,7 @@ from ksub_ds.cli import main
 from ksub_ds.codes.inspection import describe
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
-from ksub_ds.convert.input_only import fit_form, fit_to_error, form_of_ratio
+from ksub_ds.convert.input_only import InputForm, fit_form, fit_to_error, form_of_ratio
 from ksub_ds.convert.token_counts import count_tokens
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 
@@ -94,6 +94,14 @@ def test_an_error_is_reached_by_as_few_tables_as_do(target, weighted):
         assert fit_form(vectors, fewer, weights)[1].error > target
     with pytest.raises(UserError, match="24 tables of 4 rows, the most there can be, lose 0"):
         fit_to_error(vectors, 1e-6, weights, 4, table_size=4)
+
+
+def test_a_table_for_every_column_has_no_rotation():
+    """The rule of a ratio and that of an error are one."""
+    form = form_of_ratio(1.01, 5000, WIDTH, 4)
+    assert form.num_tables == WIDTH and form.rotate
+    assert fit_form(words(), InputForm(WIDTH, 4, True), np.ones(COUNT))[1].mixing is None
+    assert fit_form(words(), InputForm(WIDTH // 2, 4, True), np.ones(COUNT))[1].mixing is not None
 
 
 @pytest.mark.parametrize("wish", [["--target-ratio", "4"], ["--target-error", "0.1"], ["--num-tables", "8"]])
