@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.convert.input_only import fit_form, form_of_ratio, stored_bytes
+from ksub_ds.convert.input_only import fit_form, form_of_ratio
 from ksub_ds.model.embedding import SubEmbedding
 
 
@@ -86,7 +86,7 @@ def _sub_embedding(table: CodeTable, rows: list[np.ndarray], mixing: np.ndarray 
             parameter.copy_(torch.from_numpy(part))
         if mixing is not None and layer.mixing is not None:
             layer.mixing.copy_(torch.from_numpy(mixing))
-    return Small(layer, stored_bytes(table, width, 4, 0 if mixing is None else mixing.size))
+    return Small(layer, table.stored_bytes(width, 4, 0 if mixing is None else mixing.size))
 
 
 def product(original: Original, ratio: float) -> Small:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,25 +13,25 @@ from ksub_ds.codes.trie import build_trie, merge_equal_states
 
 
 def describe(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
-    """Describe a table as (name, value) rows: sizes, use of the code space, leaves, parameters.
+    """Describe a table as (name, value) rows: sizes, use of the code space, leaves, parameters, bytes.
 
     Args:
         table: the codes.
         embedding_dim: d, the width at which parameters are counted.
     """
-    space = math.prod(table.table_sizes)
     plain = table.num_tokens * embedding_dim
     ours = table.num_parameters(embedding_dim)
     rows = [
         ("algorithm", table.metadata.get("algorithm", "unknown")),
         ("tokens (N)", f"{table.num_tokens:,}"),
         ("tables (K)", f"{table.num_tables}"),
-        ("table sizes (M_k)", " ".join(f"{size:,}" for size in table.table_sizes)),
-        ("rows in use", " ".join(f"{len(np.unique(column)):,}" for column in table.codes.T)),
-        ("code space in use", f"{table.num_tokens / space:.2%} of {space:,}"),
+        ("table sizes (M_k)", _runs(table.table_sizes)),
+        ("rows in use", _runs([len(np.unique(column)) for column in table.codes.T])),
+        *_space_rows(table),
         ("collisions", f"{table.count_collisions()}"),
         *_trie_rows(table),
         (f"parameters at d = {embedding_dim}", f"{ours:,}, against {plain:,} plain: {plain / ours:,.1f} times fewer"),
+        *_bytes_rows(table, embedding_dim),
     ]
     if table.num_dedicated:
         own = table.num_dedicated * embedding_dim
@@ -40,6 +41,31 @@ def describe(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
     shown = {"algorithm", "quality"}
     rows += [(key.replace("_", " "), value) for key, value in sorted(table.metadata.items()) if key not in shown]
     return rows + _quality_rows(table.metadata.get("quality"))
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Write numbers in a row; from eight on, equal neighbours as one: "83 x 256"."""
+    if len(numbers) < 8:
+        return " ".join(f"{number:,}" for number in numbers)
+    runs = [(len(list(equal)), number) for number, equal in groupby(numbers)]
+    return " ".join(f"{times} x {number:,}" if times > 1 else f"{number:,}" for times, number in runs)
+
+
+def _space_rows(table: CodeTable) -> list[tuple[str, str]]:
+    """Say how full the code space is; where codes may repeat, it sets no bound."""
+    if not table.unique:
+        return []
+    space = math.prod(table.table_sizes)
+    return [("code space in use", f"{table.num_tokens / space:.2%} of {space:,}")]
+
+
+def _bytes_rows(table: CodeTable, embedding_dim: int) -> list[tuple[str, str]]:
+    """Count the bytes of an input-only embedding, most of which are codes."""
+    if table.unique:
+        return []
+    plain, ours = 4 * table.num_tokens * embedding_dim, table.stored_bytes(embedding_dim)
+    words = f"{ours:,} in float32, codes included, against {plain:,} plain: 1/{plain / ours:,.1f}"
+    return [(f"bytes at d = {embedding_dim}", words)]
 
 
 def _trie_rows(table: CodeTable) -> list[tuple[str, str]]:

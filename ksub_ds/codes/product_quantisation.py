@@ -51,7 +51,7 @@ def product_quantisation(
     Args:
         vectors: (N, d) float32.
         num_tables: K, at most d.
-        table_size: M.
+        table_size: M, at most N and 32,768.
         weights: (N,) how much each vector counts. [1]
         rotate: also find a rotation; it pays where d x d numbers are few beside N x K codes.
         seed: of k-means, and of the sample that it sees.
@@ -64,8 +64,8 @@ def product_quantisation(
     """
     count, width = vectors.shape
     widths = table_widths(width, num_tables)
-    if not 1 <= table_size <= count:
-        raise ValueError(f"table_size must lie in 1..{count:,}, the number of vectors, not {table_size}")
+    if not 1 <= table_size <= (most := min(count, SAMPLE)):
+        raise ValueError(f"table_size must lie in 1..{most:,}, as many vectors as k-means sees, not {table_size}")
     weights = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
     if weights.shape != (count,) or not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
         raise ValueError(f"weights must be {count:,} numbers, finite, not negative, and not all 0")

@@ -116,6 +116,17 @@ class CodeTable:
         shared = sum(size * width for size, width in zip(self.table_sizes, widths, strict=True))
         return shared + self.num_dedicated * embedding_dim
 
+    def stored_bytes(self, embedding_dim: int, itemsize: int = 4, mixing_numbers: int = 0) -> int:
+        """Count the bytes of an embedding as a model file stores it: tables, dedicated rows, codes, the mixing matrix.
+
+        Args:
+            embedding_dim: d.
+            itemsize: bytes of a number.
+            mixing_numbers: of the matrix beside the tables, 0 without one.
+        """
+        numbers = self.num_parameters(embedding_dim) + mixing_numbers
+        return self.stored_codes.nbytes + self.dedicated.nbytes + itemsize * numbers
+
     def _equal_pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens sorted by their codes, and the positions in this order whose code equals the next one's."""
         order = np.lexsort(self.codes.T[::-1])

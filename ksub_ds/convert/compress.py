@@ -41,8 +41,8 @@ class CompressionReport:
         num_tokens: N.
         table_sizes: M_1 .. M_K.
         mixing: the matrix beside the tables: "linear", "orthogonal" or "none".
-        error: squared distance of old and new embeddings, relative to that of one mean vector for all; where the
-            decoder has a matrix of its own, this and the next are the mean of both.
+        error: squared distance of old and new embeddings, relative to that of one mean vector for all, each token with
+            its weight; where the decoder has a matrix of its own, this and the next are the mean of both.
         cosine: mean cosine between old and new embeddings.
         embedding_parameters: before and after; the tables are what is trained.
         mixing_numbers: fixed numbers of the d x d matrix that stays with the tables; 0 if there is none.
@@ -51,6 +51,7 @@ class CompressionReport:
         num_dedicated: F, how many tokens have a row of their own beside the tables.
         embedding_bytes: before and after, as a model file stores them: codes and the matrix are counted too.
         input_only: whether codes may repeat, so that no decoder can use the tables.
+        weighted: whether tokens had weights, as by their frequency: `error` is then no plain share of the variance.
     """
 
     num_tokens: int
@@ -65,6 +66,7 @@ class CompressionReport:
     num_dedicated: int = 0
     embedding_bytes: tuple[int, int] = (0, 0)
     input_only: bool = False
+    weighted: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -79,12 +81,13 @@ class CompressionReport:
         """Return the report as lines of text."""
         (old, new), (all_old, all_new) = self.embedding_parameters, self.total_parameters
         own = f", {self.num_dedicated:,} dedicated rows among them" if self.num_dedicated else ""
+        variance = "weighted variance" if self.weighted else "variance"
         fixed = f" and {self.mixing_numbers:,} fixed numbers (the {self.mixing} matrix)" if self.mixing_numbers else ""
         lines = [
             f"embedding parameters   {old:,} -> {new:,}{own}{fixed}",
             "embedding bytes        {:,} -> {:,}, codes included: 1/{:.1f}".format(*self.embedding_bytes, self.ratio),
             f"all parameters         {all_old:,} -> {all_new:,}",
-            f"embedding error        {self.error:.4f} of the variance is lost; mean cosine {self.cosine:.4f}",
+            f"embedding error        {self.error:.4f} of the {variance} is lost; mean cosine {self.cosine:.4f}",
         ]
         if self.loss is not None:
             lines.append(f"masked-token loss      {self.loss[0]:.4f} -> {self.loss[1]:.4f} nats")
@@ -175,6 +178,7 @@ def compress_with_report(
         table.num_dedicated,
         (bytes_before, sum(map(_bytes, layers))),
         not table.unique,
+        weights is not None,
     )
     return small, report
 

@@ -1,5 +1,6 @@
 """`ksub compress`: a model's folder in, a folder of the same model over small tables out."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,16 +19,17 @@ from ksub_ds.convert.fitting import Fit, Mixing
 from ksub_ds.convert.input_only import MOST_ROWS, InputForm, fit_form, fit_to_error, form_of_ratio
 from ksub_ds.convert.sentence_encoder import copy_sentence_files, encoder_folder, sentence_folder
 from ksub_ds.convert.source import head_of
-from ksub_ds.convert.token_counts import count_tokens
+from ksub_ds.convert.token_counts import check_shards, count_tokens
 from ksub_ds.model.sequence_length import limit_tokenizer
 from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
 
 TARGET_RATIO = 16.0  # of --input-only without another wish
+DISTILLATION_MINUTES = 30.0
 
 
 @dataclass(frozen=True)
 class CompressModel:
-    """Replace a trained model's embedding by K small tables, fitted to it by least squares."""
+    """Replace a trained model's embedding by K small tables: fitted by least squares, or by product quantisation."""
 
     model: Annotated[str, tyro.conf.Positional]
     """Model folder (or Hub name): BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT, ModernBERT, an export of
@@ -40,15 +42,16 @@ class CompressModel:
     target_ratio: float | None = None
     """With --input-only: the embedding takes at most 1/RATIO of its bytes, codes counted. [16]"""
     target_error: float | None = None
-    """With --input-only, in place of a ratio: as few tables as lose at most this share of the variance (0.1)."""
+    """With --input-only, in place of a ratio: about as few tables as lose at most this share (0.1) of the variance,
+    where tokens count as by --counts."""
     counts: Path | None = None
     """Shards folder, or text in any form that shard_text.py reads: a token counts by the root of its frequency there.
     [the text of --distill; else all tokens alike]"""
     distill: Path | None = None
     """For sentence encoders: text, one a line or in documents; the compressed model learns to give the vectors that
     the original gives for its lines. The same command again goes on where it was."""
-    minutes: float = 30.0
-    """Of --distill; it ends earlier when held-out text gains nothing any more."""
+    minutes: float | None = None
+    """Of --distill; it ends earlier when held-out text gains nothing any more. [30]"""
     num_tables: int | None = None
     """K, how many tables replace the embedding. [3; with --input-only as many as the target allows]"""
     table_size: int | None = None
@@ -66,7 +69,7 @@ class CompressModel:
     sequences: int = 64
     """Held-out sequences per language for that loss."""
     seed: int = 0
-    """Seed of the clustering."""
+    """Seed of the clustering, of --input-only's quantisation, and of --distill."""
 
 
 def compress_model(settings: CompressModel) -> Path:
@@ -110,7 +113,8 @@ def compress_model(settings: CompressModel) -> Path:
         weights = None
         counts = settings.counts or settings.distill
         if counts is not None:
-            weights = np.sqrt(count_tokens(counts, tokenizer, len(vectors)) + 1.0)
+            flag = "--counts" if settings.counts else "--distill"
+            weights = np.sqrt(count_tokens(counts, tokenizer, len(vectors), flag, encoder) + 1.0)
         if settings.input_only:
             table, fit = _input_tables(settings, model, vectors, weights)
             small, report = compress_with_report(model, table, "orthogonal", weights, fit=fit)
@@ -121,6 +125,7 @@ def compress_model(settings: CompressModel) -> Path:
         raise
     except ValueError as error:
         raise UserError(f"{settings.model}: {error}") from error
+    state = out.with_name(f"{out.name}.distillation")
     with atomic_folder(out) as temporary:
         small.save_pretrained(temporary)
         table.save(temporary / "codes.safetensors")
@@ -129,8 +134,10 @@ def compress_model(settings: CompressModel) -> Path:
         if sentences is not None:
             copy_sentence_files(sentences, temporary)
         source = {"model": settings.model, "codes_sha256": table.sha256}
-        source |= _distilled(settings, temporary)
+        source |= _distilled(settings, temporary, state)
         write_json(temporary / "compression.json", source | report.to_json())
+    if settings.distill is not None:
+        shutil.rmtree(state, ignore_errors=True)
     for line in report.lines():
         log.info(line)
     no_next = settings.input_only or small.can_generate()
@@ -155,6 +162,7 @@ def _check(settings: CompressModel) -> None:
     if settings.input_only:
         others = {
             "--codes": settings.codes is not None,
+            "--dedicated-rows": settings.dedicated_rows is not None,
             "--data": settings.data is not None,
             "--dedicated-tokens": settings.dedicated_tokens is not None,
             "--mixing": settings.mixing != "linear",
@@ -172,11 +180,13 @@ def _check_distillation(settings: CompressModel) -> None:
     """Check the options of --distill.
 
     Raises:
-        UserError: the minutes are none, the text is not there, or sentence-transformers is not installed.
+        UserError: minutes that are none or for nothing, no text, or sentence-transformers is not installed.
     """
     if settings.distill is None:
+        if settings.minutes is not None:
+            raise UserError(f"--minutes {settings.minutes:g}: is for --distill; give it text, or leave --minutes out")
         return
-    if not 0 < settings.minutes < float("inf"):
+    if settings.minutes is not None and not 0 < settings.minutes < float("inf"):
         raise UserError(f"--minutes {settings.minutes}: must be greater than 0")
     if not settings.distill.exists():
         raise UserError(f"--distill {settings.distill}: no such file or folder")
@@ -184,16 +194,14 @@ def _check_distillation(settings: CompressModel) -> None:
         raise UserError("--distill: needs sentence-transformers (pip install -e '.[interop]')")
 
 
-def _distilled(settings: CompressModel, folder: Path) -> dict[str, Any]:
+def _distilled(settings: CompressModel, folder: Path, state: Path) -> dict[str, Any]:
     """Distil the model in a folder if that is asked for; return what compression.json says of it."""
     if settings.distill is None:
         return {}
     from ksub_ds.convert.sentence_distillation import distil_folder
 
-    state = settings.out.with_name(f"{settings.out.name}.distillation")
-    return {
-        "distillation": distil_folder(folder, settings.model, settings.distill, settings.minutes, settings.seed, state)
-    }
+    minutes = DISTILLATION_MINUTES if settings.minutes is None else settings.minutes
+    return {"distillation": distil_folder(folder, settings.model, settings.distill, minutes, settings.seed, state)}
 
 
 def _input_tables(
@@ -284,17 +292,13 @@ def _masked_loss(settings: CompressModel, encoder: Path | str, model: Any, token
     """
     from ksub_ds.corpus.batches import HeldOutBatches
     from ksub_ds.corpus.shards.dataset import ShardDataset
-    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
     from ksub_ds.pretrain.prefetch import to_tensors
 
     assert settings.data is not None
     if not _predicts_masked_tokens(model):
         raise UserError(f"--data: {settings.model} is a {type(model).__name__}, which predicts no masked tokens")
     dataset = ShardDataset.open(settings.data)
-    if Path(encoder).is_dir():
-        dataset.check_tokenizer(load_tokenizer(encoder).fingerprint, settings.model)
-    elif tokenizer is not None and len(tokenizer) != dataset.manifest["tokenizer"]["vocab_size"]:
-        raise UserError(f"--data {settings.data}: made with another tokenizer than that of {settings.model}")
+    check_shards(dataset, encoder, tokenizer)
     batches = HeldOutBatches(dataset, settings.sequences, mlm_probability=0.15, batch_size=8)
     if not len(batches):
         raise UserError(f"--data {settings.data}: has no held-out part; make it with --validation-fraction 0.01")

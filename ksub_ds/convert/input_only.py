@@ -8,7 +8,7 @@ below, the codes that it displaces are worth more. M is halved from 256 until th
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,19 +22,6 @@ MOST_ROWS, FEWEST_ROWS = 256, 16
 ROTATION_SHARE = 0.1
 TABLES_SHARE = 0.25
 CLOSE = 0.02  # the search for an error ends when the number of tables is known to so much of itself
-
-
-def stored_bytes(table: CodeTable, embedding_dim: int, itemsize: int, mixing_numbers: int = 0) -> int:
-    """Count the bytes of an embedding as a model file stores it: tables, dedicated rows, codes, the mixing matrix.
-
-    Args:
-        table: the codes.
-        embedding_dim: d.
-        itemsize: bytes of a number.
-        mixing_numbers: of the matrix beside the tables, 0 without one.
-    """
-    codes = table.stored_codes.nbytes + table.dedicated.nbytes
-    return codes + itemsize * (table.num_parameters(embedding_dim) + mixing_numbers)
 
 
 @dataclass(frozen=True)
@@ -90,14 +77,16 @@ def fit_form(vectors: np.ndarray, form: InputForm, weights: np.ndarray, seed: in
 
     Args:
         vectors: (N, d) float32.
-        form: K, M, and whether a rotation is kept.
+        form: K, M, and whether a rotation is kept; K = d tables have none.
         weights: (N,) how much each token counts.
         seed: of k-means.
 
     Raises:
         ValueError: as `product_quantisation`.
     """
-    found = product_quantisation(vectors, form.num_tables, form.table_size, weights, form.rotate, seed)
+    # An axis alone in its table is quantised as it is: no rotation spreads anything.
+    rotate = form.rotate and form.num_tables < vectors.shape[1]
+    found = product_quantisation(vectors, form.num_tables, form.table_size, weights, rotate, seed)
     explained, codes = 0.0, found.table.codes
     for k, rows in enumerate(found.rows):
         explained += float(
@@ -117,7 +106,7 @@ def fit_to_error(
     seed: int = 0,
     table_size: int | None = None,
 ) -> tuple[CodeTable, Fit]:
-    """Fit as few tables as an error allows: the logarithm of the error falls almost evenly with K.
+    """Fit about as few tables as an error allows: the logarithm of the error falls almost evenly with K.
 
     Args:
         vectors: (N, d) float32.
@@ -136,8 +125,6 @@ def fit_to_error(
 
     def fit(num_tables: int) -> tuple[CodeTable, Fit]:
         form = InputForm(num_tables, rows, width * width * itemsize <= ROTATION_SHARE * count * num_tables)
-        # An axis alone in its table is quantised as it is: no rotation spreads anything.
-        form = replace(form, rotate=form.rotate and num_tables < width)
         result = fit_form(vectors, form, weights, seed)
         get_logger().info(f"{num_tables} tables of {rows} rows: error {result[1].error:.4f}")
         return result

@@ -155,9 +155,11 @@ def _training(source: ExportSource) -> str:
         then = "No training after that is recorded here."
         if taught:
             then = f"Then it learnt the original's vectors of {taught['texts']:,} texts, in {taught['steps']:,} steps."
+        way = "product quantisation" if report.get("input_only") else "least squares"
+        variance = "variance, frequent tokens weighing more," if report.get("weighted") else "variance"
         return (
-            f"Compressed from `{report['model']}`: tables fitted to its embedding by least squares "
-            f"({100 * report['error']:.1f} % of the variance is lost). {then}"
+            f"Compressed from `{report['model']}`: tables fitted to its embedding by {way} "
+            f"({100 * report['error']:.1f} % of the {variance} is lost). {then}"
         )
     return "Not recorded in this folder."
 

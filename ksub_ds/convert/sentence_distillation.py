@@ -8,7 +8,6 @@ the texts of a step one of (seed, step), so a run that was interrupted goes on f
 been.
 """
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -64,7 +63,7 @@ class SentenceDistillation:
     """The training of one student.
 
     Args:
-        student: a SentenceTransformer; trained in place.
+        student: a SentenceTransformer; its encoder is trained in place, the modules behind it stay as they are.
         teacher: another one, of the same width.
         texts: at least 20; of more than 200,000, so many are drawn.
         minutes: to spend.
@@ -95,6 +94,8 @@ class SentenceDistillation:
         self.targets: dict[int, Tensor] = {}
         self.progress = DistillationProgress()
         self.best: dict[str, Tensor] = {}
+        for module in list(student)[1:]:
+            module.requires_grad_(False)
         rows = list(student[0].auto_model.get_input_embeddings().parameters())
         rest = [each for each in student.parameters() if not any(each is row for row in rows)]
         groups = [{"params": [each for each in rows if each.requires_grad], "peak": TABLE_LR}]
@@ -239,7 +240,7 @@ def distil_folder(folder: Path, original: str, text: Path, minutes: float, seed:
         text: a file or folder of texts, or of documents: each line is a text.
         minutes: to spend.
         seed: of the held-out part and the order.
-        state: folder of snapshots, removed in the end.
+        state: folder of snapshots; the caller removes it when the model is where it belongs.
 
     Returns:
         What compression.json says of it.
@@ -252,11 +253,13 @@ def distil_folder(folder: Path, original: str, text: Path, minutes: float, seed:
     lines = (line.strip() for document in read_documents(text, "--distill") for line in document.split("\n"))
     texts = list(dict.fromkeys(islice(filter(None, lines), MOST_LINES)))
     student, teacher = (SentenceTransformer(str(each), device="cpu") for each in (folder, original))
+    stored = student[0].auto_model.dtype
+    # In half precision AdamW's epsilon would be zero, and small updates lost.
+    student, teacher = student.float(), teacher.float()
     training = SentenceDistillation(student, teacher, texts, minutes, seed)
     weights = sha256_file(folder / "model.safetensors")
     key = sha256_bytes(json_bytes([weights, str(original), minutes, seed, sha256_bytes("\n".join(texts).encode())]))
     progress = training.run(state, key)
-    student[0].auto_model.save_pretrained(folder)
-    shutil.rmtree(state, ignore_errors=True)
+    student[0].auto_model.to(stored).save_pretrained(folder)
     done = {"texts": len(texts), "minutes": progress.seconds / 60, "steps": progress.step}
     return done | {"loss": progress.best, "curve": progress.curve}

@@ -12,6 +12,7 @@ from ksub_ds.corpus.shards.dataset import MANIFEST, ShardDataset
 from ksub_ds.corpus.statistics import training_frequency
 from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.sources import text_below
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 MOST_CHARACTERS = 20_000_000  # of text that is counted: some millions of tokens
 DOCUMENTS_AT_ONCE = 256
@@ -42,13 +43,34 @@ def read_documents(path: Path, flag: str) -> Iterator[str]:
     yield from documents
 
 
-def count_tokens(path: Path, tokenizer: Any, num_tokens: int) -> np.ndarray:
+def check_shards(dataset: ShardDataset, encoder: Path | str, tokenizer: Any) -> None:
+    """Check that shards were made with a model's tokenizer: by its fingerprint, or of a name on the hub by its size.
+
+    Args:
+        dataset: the shards.
+        encoder: folder or name of the model.
+        tokenizer: of the model, in transformers' form; None without one.
+
+    Raises:
+        UserError: they were made with another.
+    """
+    if Path(encoder).is_dir():
+        dataset.check_tokenizer(load_tokenizer(encoder).fingerprint, str(encoder))
+    elif tokenizer is not None and len(tokenizer) != dataset.manifest["tokenizer"]["vocab_size"]:
+        raise UserError(f"{dataset.folder}: made with another tokenizer than that of {encoder}")
+
+
+def count_tokens(
+    path: Path, tokenizer: Any, num_tokens: int, flag: str = "--counts", encoder: Path | str | None = None
+) -> np.ndarray:
     """Count the tokens of a shards folder's training part, or of text, of at most 20 million characters.
 
     Args:
         path: of the shards, the text file, or the folder of text files.
         tokenizer: of the model, in transformers' form.
         num_tokens: N.
+        flag: the option that names the path, for messages.
+        encoder: folder or name of the model, whose tokenizer must be that of the shards. [only their size is compared]
 
     Returns:
         (N,) int64. Special tokens count as often as the tokenizer adds them to a document; in shards, which leave them
@@ -61,16 +83,18 @@ def count_tokens(path: Path, tokenizer: Any, num_tokens: int) -> np.ndarray:
         dataset = ShardDataset.open(path)
         if dataset.manifest["tokenizer"]["vocab_size"] != num_tokens:
             raise UserError(
-                f"--counts {path}: made with a tokenizer of {dataset.manifest['tokenizer']['vocab_size']:,} tokens, "
+                f"{flag} {path}: made with a tokenizer of {dataset.manifest['tokenizer']['vocab_size']:,} tokens, "
                 f"the model has {num_tokens:,}"
             )
+        if encoder is not None and tokenizer is not None:
+            check_shards(dataset, encoder, tokenizer)
         counts = training_frequency(dataset)
         counts[list(dataset.manifest["tokenizer"]["special_ids"])] = counts.max()
         return counts
     if path.exists() and tokenizer is None:
-        raise UserError(f"--counts {path}: is text, and the model has no tokenizer; give a shards folder")
+        raise UserError(f"{flag} {path}: is text, and the model has no tokenizer; give a shards folder")
     counts, left = np.zeros(num_tokens, dtype=np.int64), MOST_CHARACTERS
-    documents = read_documents(path, "--counts")
+    documents = read_documents(path, flag)
     while left > 0 and (batch := list(islice(documents, DOCUMENTS_AT_ONCE))):
         left -= sum(map(len, batch))
         ids = np.concatenate([np.asarray(row, np.int64) for row in tokenizer(batch, verbose=False)["input_ids"]])

@@ -173,6 +173,11 @@ def _verify_all(dataset: ShardDataset, paths: list[Path]) -> None:
 
 def _load_codes(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenizer) -> CodeTable:
     table = CodeTable.load(recipe.codes)
+    if not table.unique:
+        raise UserError(
+            f"--codes {recipe.codes}: tokens share codes, which only the input of a sentence encoder or classifier can "
+            "use; make codes with `ksub codes`"
+        )
     if table.num_tokens != tokenizer.vocab_size:
         raise UserError(
             f"--codes {recipe.codes}: codes of {table.num_tokens:,} tokens, but the tokenizer of {recipe.data} has "

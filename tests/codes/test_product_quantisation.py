@@ -92,3 +92,10 @@ def test_impossible_sizes_are_refused(arguments, message):
         product_quantisation(clouds(), **{"table_size": 16} | arguments)
     with pytest.raises(ValueError, match="not finite"):
         product_quantisation(np.full((20, 4), np.nan, np.float32), 2, 4)
+
+
+def test_no_table_has_more_rows_than_k_means_sees_vectors(monkeypatch):
+    monkeypatch.setattr("ksub_ds.codes.product_quantisation.SAMPLE", 100)
+    with pytest.raises(ValueError, match=r"table_size must lie in 1\.\.100, as many"):
+        product_quantisation(clouds(), 2, 101)
+    assert product_quantisation(clouds(), 2, 100).table.table_sizes == (100, 100)

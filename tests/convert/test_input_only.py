@@ -15,14 +15,18 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     T5Config,
     T5EncoderModel,
 )
 
 from ksub_ds.cli import main
+from ksub_ds.codes.inspection import describe
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
-from ksub_ds.convert.input_only import fit_form, fit_to_error, form_of_ratio, stored_bytes
+from ksub_ds.convert.input_only import InputForm, fit_form, fit_to_error, form_of_ratio
+from ksub_ds.convert.token_counts import count_tokens
+from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 
 WIDTH, COUNT = 24, 600
 SIZE = {
@@ -68,7 +72,7 @@ def test_a_ratio_is_kept_and_its_bytes_are_used(count, width, ratio, itemsize):
 
     def size(num_tables):
         table = CodeTable(np.zeros((1, num_tables), int), (form.table_size,) * num_tables, unique=False)
-        return stored_bytes(table, width, itemsize, form.rotate * width * width) + (count - 1) * num_tables
+        return table.stored_bytes(width, itemsize, form.rotate * width * width) + (count - 1) * num_tables
 
     assert 1 <= form.num_tables <= width and form.table_size <= max(16, count)
     assert size(form.num_tables) <= budget
@@ -90,6 +94,14 @@ def test_an_error_is_reached_by_as_few_tables_as_do(target, weighted):
         assert fit_form(vectors, fewer, weights)[1].error > target
     with pytest.raises(UserError, match="24 tables of 4 rows, the most there can be, lose 0"):
         fit_to_error(vectors, 1e-6, weights, 4, table_size=4)
+
+
+def test_a_table_for_every_column_has_no_rotation():
+    """The rule of a ratio and that of an error are one."""
+    form = form_of_ratio(1.01, 5000, WIDTH, 4)
+    assert form.num_tables == WIDTH and form.rotate
+    assert fit_form(words(), InputForm(WIDTH, 4, True), np.ones(COUNT))[1].mixing is None
+    assert fit_form(words(), InputForm(WIDTH // 2, 4, True), np.ones(COUNT))[1].mixing is not None
 
 
 @pytest.mark.parametrize("wish", [["--target-ratio", "4"], ["--target-error", "0.1"], ["--num-tables", "8"]])
@@ -144,6 +156,24 @@ def test_frequent_tokens_come_closer(tmp_path):
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_counts_of_another_tokenizer_of_the_same_size_are_refused(tiny_bpe, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "en.txt").write_text("one two three\n\n" * 50)
+    shard_text(ShardText(tmp_path / "text", tiny_bpe, tmp_path / "shards", sequence_length=32))
+    shutil.copytree(tiny_bpe, tmp_path / "other")
+    inner = json.loads((tiny_bpe / "tokenizer.json").read_text())
+    first, *_, last = inner["model"]["merges"]
+    inner["model"]["merges"][0], inner["model"]["merges"][-1] = last, first
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(inner))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
+    counts = count_tokens(tmp_path / "shards", tokenizer, len(tokenizer), "--distill", tiny_bpe)
+    assert counts.sum() > 100
+    with pytest.raises(UserError, match="not the tokenizer these shards were made with"):
+        count_tokens(tmp_path / "shards", tokenizer, len(tokenizer), "--distill", tmp_path / "other")
+    with pytest.raises(UserError, match=r"--distill .*shards: made with a tokenizer of"):
+        count_tokens(tmp_path / "shards", tokenizer, len(tokenizer) - 1, "--distill", tiny_bpe)
+
+
 def refused(capsys, *arguments):
     assert main(["compress", *map(str, arguments)]) == 2
     error = capsys.readouterr().err
@@ -172,6 +202,8 @@ def test_what_has_no_input_only_form_is_one_line(tmp_path, capsys):
         (["--input-only", "--target-ratio", "5", "--target-error", "0.1"], "each says how many tables there are"),
         (["--input-only", "--codes", "c"], "leave --codes out"),
         (["--input-only", "--mixing", "none"], "leave --mixing out"),
+        (["--input-only", "--dedicated-rows", "5"], "leave --dedicated-rows out"),
+        (["--input-only", "--minutes", "5"], "--minutes 5: is for --distill"),
         (["--input-only", "--target-ratio", "100"], "the largest ratio for 600 x 24 is about 26"),
         (["--input-only", "--counts", str(tmp_path / "none")], "none: no such file or folder"),
         (["--input-only", "--counts", str(tmp_path / "plain")], "is text, and the model has no tokenizer"),
@@ -188,4 +220,13 @@ def test_no_decoder_reads_such_a_folder(tmp_path, capsys):
     with pytest.raises(ValueError, match="KSubRobertaForMaskedLM: tokens share codes in an input-only embedding"):
         AutoModelForMaskedLM.from_pretrained(small)
     assert main(["codes", "inspect", str(small / "codes.safetensors")]) == 0
-    assert "none: the codes are for the input alone" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "none: the codes are for the input alone" in shown and "code space" not in shown
+
+
+def test_many_tables_are_described_in_few_words():
+    table = CodeTable(np.arange(83 * 300).reshape(300, 83) % 200, (256,) * 83, unique=False)
+    rows = dict(describe(table, 96))
+    assert rows["table sizes (M_k)"] == "83 x 256" and "code space in use" not in rows
+    stored = 300 * 83 + 4 * 256 * 96
+    assert rows["bytes at d = 96"].startswith(f"{stored:,} in float32") and max(map(len, rows.values())) < 120

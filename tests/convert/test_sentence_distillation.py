@@ -148,3 +148,30 @@ def test_compress_and_distil_in_one_command(tiny_bpe: Path, tmp_path: Path, caps
     assert not (tmp_path / "small.distillation").exists()
     assert main([*command[:-4], "--minutes", "0", "--out", str(tmp_path / "other")]) == 2
     assert "--minutes 0.0: must be greater than 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_reported_is_what_the_folder_holds(dtype: torch.dtype, tiny_bpe: Path, tmp_path: Path, monkeypatch):
+    """With a dense layer behind the encoder, and in half precision."""
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    write_encoder(tmp_path / "encoder", tiny_bpe)
+    encoder = library.SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+    encoder[0].auto_model.to(dtype)
+    torch.manual_seed(2)
+    library.SentenceTransformer(modules=[encoder[0], encoder[1], Dense(24, 6)]).save_pretrained(tmp_path / "plain")
+    (tmp_path / "text.txt").write_text("\n".join(texts()))
+    clock = seconds()
+    init = SentenceDistillation.__init__
+    monkeypatch.setattr(SentenceDistillation, "__init__", lambda *given: init(*given, clock=clock))
+    command = ["compress", str(tmp_path / "plain"), "--input-only", "--num-tables", "2", "--table-size", "4"]
+    command += ["--distill", str(tmp_path / "text.txt"), "--minutes", "1", "--out", str(tmp_path / "small")]
+    assert main(command) == 0
+    report = read_json(tmp_path / "small" / "compression.json")["distillation"]
+    assert report["steps"] == 60 and report["loss"] < 0.8 * report["curve"][0]["loss"]
+    small, plain = (library.SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("small", "plain"))
+    assert small[0].auto_model.dtype == dtype
+    training = SentenceDistillation(small.float(), plain.float(), texts(), 1)
+    with torch.no_grad():
+        loss = float(relative_loss(encode(small, training.held_out), encode(plain, training.held_out)))
+    assert loss == pytest.approx(report["loss"], rel=1e-4 if dtype == torch.float32 else 0.02)

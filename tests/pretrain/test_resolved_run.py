@@ -73,3 +73,10 @@ def test_shards_without_a_row_to_train_on(bench: Bench, tmp_path: Path) -> None:
     shard_text(ShardText(text, bench.data / "tokenizer", held_out, sequence_length=64, validation_fraction=0.999))
     with pytest.raises(UserError, match=r"--data .*held-out: holds no sequences to train on"):
         opened(Recipe("tiny", held_out, tmp_path / "run", bench.codes))
+
+
+def test_codes_for_the_input_alone_are_refused(bench: Bench, tmp_path: Path) -> None:
+    table = CodeTable.load(bench.codes)
+    CodeTable(table.codes, table.table_sizes, unique=False).save(tmp_path / "input.safetensors")
+    with pytest.raises(UserError, match=r"--codes .*input\.safetensors: tokens share codes"):
+        opened(Recipe("tiny", bench.data, tmp_path / "run", tmp_path / "input.safetensors"))
