@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ksub_ds import compress, positional_codes
+from ksub_ds.analysis.run_files import read_run
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import read_lines
 from ksub_ds.convert.export import export_run
@@ -178,8 +179,11 @@ def test_a_compressed_model_goes_on(bench: Bench, tmp_path: Path) -> None:
     fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
     plain = LlamaForCausalLM(LlamaConfig(vocab_size=size, **fields, tie_word_embeddings=False, pad_token_id=1))
-    compress(plain, positional_codes(size, 3)).save_pretrained(tmp_path / "model")
+    model = compress(plain, positional_codes(size, 3))
+    model.save_pretrained(tmp_path / "model")
     arguments = bench.arguments(
         "clm-warm", **CAUSAL | {"codes": None, "warm_start": tmp_path / "model", "max_steps": 2, "eval_every": 0}
     )
     assert main(arguments) == 0 and len(losses(bench.folder / "clm-warm")) == 2
+    counted = read_run(bench.folder / "clm-warm").parameters
+    assert (counted["total"], counted["total_plain"]) == (model.num_parameters(), plain.num_parameters())
