@@ -110,7 +110,7 @@ def test_what_a_run_writes(causal: Callable[[str], Path]) -> None:
     recipe = json.loads((causal("clm") / "recipe.json").read_text())
     assert recipe["objective"] == "clm" and losses(causal("clm"))[-1] < losses(causal("clm"))[0]
     log = (causal("clm") / "train.log").read_text()
-    assert "next token accuracy" in log and "bits a byte" in log and "masked" not in log
+    assert "next token accuracy" in log and "bits per byte" in log and "masked" not in log
     model = open_run(causal("bias")).checkpoint(3).load_model()
     assert model.decoder_bias is not None and losses(causal("bias"))[0] < losses(causal("clm"))[0] - 0.5
     with pytest.raises(UserError, match=r"--dense: .*bias per token"):

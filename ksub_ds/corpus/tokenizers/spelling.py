@@ -4,6 +4,7 @@ A blank is one byte, also where SentencePiece adds it before the first word of a
 break. The text is the tokenizer's: after its normaliser, which may have changed a character for another.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from ksub_ds.corpus.tokenizers.xlmr import SPACE
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
+@functools.lru_cache(maxsize=4)  # asked for at each evaluation
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
     """Return the UTF-8 bytes of each token.
 
@@ -44,6 +46,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
         return None
     counts = np.array(sizes, dtype=np.int64)
     counts[[*tokenizer.special_ids, tokenizer.unk_id]] = 0
+    counts.flags.writeable = False
     return counts
 
 
