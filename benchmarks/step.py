@@ -40,8 +40,9 @@ import tyro
 from step_variants import N, Objective, causal_lm, masked_lm
 from torch import Tensor
 
+from ksub_ds.model.flops import training_flops
+
 LENGTH = 512
-FLOP_PER_TOKEN = 178e6  # a network of 25.5M weights and 8 layers of attention over 512 tokens, forward and backward
 CHUNKS = (64, 128, 256, 512, 1024)  # of linear_cross_entropy
 TRANSFORMERS_ON_GPU = 16  # sequences; 29 GB of logits, in bf16 and float32, their softmax and their gradient
 
@@ -145,6 +146,12 @@ def head_of(name: str, options: Options) -> Callable[[], None]:
     return step
 
 
+def flops_per_token(options: Options) -> float:
+    """Operations of a token that our model with positional codes prescribes, as `ksub pretrain` counts them."""
+    objective = objective_of(options)
+    return training_flops(objective.variants["positional"].build(), LENGTH, objective.predicted_share)
+
+
 def measure(options: Options) -> list[dict]:
     variants, clock = objective_of(options).variants, clock_of(options)
     first, second, *ours = variants
@@ -153,13 +160,13 @@ def measure(options: Options) -> list[dict]:
     keys = ["objective", "micro_batch", "device", "precision", *(["chunk"] if options.chunk else [])]
     flags = [part for key in keys for part in ("--" + key.replace("_", "-"), str(getattr(options, key)))]
     memory = {name: measuring.in_fresh_process(__file__, "--memory-of", name, *flags) for name in variants}
-    tokens = options.micro_batch * LENGTH
+    tokens, flops = options.micro_batch * LENGTH, flops_per_token(options)
     return [
         {
             "variant": name,
             "seconds": seconds[name],
             "tokens_per_second": tokens / seconds[name],
-            "teraflops": FLOP_PER_TOKEN * tokens / seconds[name] / 1e12,
+            "teraflops": flops * tokens / seconds[name] / 1e12,
             key_of(first): seconds[first] / seconds[name],
             key_of(second): seconds[second] / seconds[name],
             "extra_megabytes": memory[name] / 1e6,

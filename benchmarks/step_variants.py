@@ -59,12 +59,14 @@ class Objective:
         title: of the table.
         label: makes labels (batch, length) for token ids, -100 where nothing is predicted.
         targets: picks what is predicted out of such labels.
+        predicted_share: of the positions.
         variants: by name, with the two references first.
     """
 
     title: str
     label: Callable[[Tensor, torch.Generator], Tensor]
     targets: Callable[[Tensor], Tensor]
+    predicted_share: float
     variants: dict[str, Variant]
 
 
@@ -105,12 +107,14 @@ def masked_lm() -> Objective:
     def coded(codes: Callable[[], CodeTable]) -> Any:
         return KSubRobertaForMaskedLM(KSubRobertaConfig.xlmr_medium(), codes())
 
+    share = 0.15
     bounds = Bounds(times_first=6.5, times_second=1.9, memory_saved=3.5, head_share=0.03)
 
     return Objective(
         "XLM-R-MEDIUM training step",
-        lambda ids, generator: torch.where(torch.rand(ids.shape, generator=generator) < 0.15, ids, -100),
+        lambda ids, generator: torch.where(torch.rand(ids.shape, generator=generator) < share, ids, -100),
         lambda labels: labels[labels != -100],
+        share,
         {
             "transformers": Variant(transformers_model, own_loss),
             "masked dense": Variant(transformers_model, dense_loss),
@@ -151,6 +155,7 @@ def causal_lm(chunk: int | None) -> Objective:
         "Training step of a causal model, Llama in XLM-R-MEDIUM's size",
         lambda ids, _: ids.clone(),
         lambda labels: labels[:, 1:].flatten(),
+        1.0,
         {
             "transformers": Variant(dense, own_loss),
             **second,

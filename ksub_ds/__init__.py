@@ -1,4 +1,4 @@
-"""ksub_ds: masked language models whose embedding is K small tables and a code per token.
+"""ksub_ds: masked and causal language models whose embedding is K small tables and a code per token.
 
 Importing ksub_ds registers its models with transformers' Auto classes. The public names below are imported when
 first used.

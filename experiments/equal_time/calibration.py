@@ -5,8 +5,8 @@
 In each round every model makes one step on the same rows: forward, backward, clipping, AdamW. What counts is the
 process's own processor time, so that what else runs disturbs it little and all of them alike; the median of the rounds
 is taken. A plain embedding is measured in several ways, with this project's K = 1 loss and with torch's own functions
-over the predicted positions: a linear layer and cross-entropy, and `F.linear_cross_entropy` where torch has it. The
-smallest number is its price. What DeepSpeed adds to a step is in none.
+over the predicted positions: a linear layer and cross-entropy, and `F.linear_cross_entropy`. The smallest number is its
+price. What DeepSpeed adds to a step is in none.
 """
 
 import argparse
@@ -40,8 +40,11 @@ def project_loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 def decoder_of(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return what the loss of a plain embedding is made of: hidden states (P, d), targets (P,), matrix and bias."""
-    states = model.base_model(inputs["input_ids"], attention_mask=inputs.get("attention_mask")).last_hidden_state
-    if "masked_positions" in inputs:
+    masked = "masked_positions" in inputs
+    # A causal network keeps keys and values for `generate` unless told not to, which its own loss does.
+    kept = {} if masked else {"use_cache": False}
+    states = model.base_model(inputs["input_ids"], attention_mask=inputs.get("attention_mask"), **kept)[0]
+    if masked:
         hidden = model._decoder_input(states.flatten(0, 1).index_select(0, inputs["masked_positions"]))
         targets = inputs["targets"]
     else:
@@ -63,9 +66,7 @@ def chunked_loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 # How the loss of a plain embedding may be computed, beside this project's way.
-DENSE_WAYS = {"dense head": dense_loss} | (
-    {"linear_cross_entropy": chunked_loss} if hasattr(F, "linear_cross_entropy") else {}
-)
+DENSE_WAYS = {"dense head": dense_loss, "linear_cross_entropy": chunked_loss}
 
 
 def step_of(model: Any, batches: TrainingBatches, rows: int, loss: Callable) -> Callable[[int], float]:

@@ -106,20 +106,21 @@ def _parameters(run: OpenRun) -> dict[str, int]:
     """Count parameters on the model itself, built without memory."""
     import torch
 
-    from ksub_ds.model.presets import fresh_model, preset_config
+    from ksub_ds.model.presets import fresh_model
+    from ksub_ds.pretrain.resolved_run import network_config
 
-    table, recipe = run.table, run.recipe
-    bias = {"decoder_bias": recipe.decoder_bias == "frequency"} if recipe.is_causal else {}
-    config = preset_config(recipe.preset, vocab_size=table.num_tokens, **bias)
+    table = run.table
+    config = network_config(run.recipe, table, None, run.folder.warm_start)
     with torch.device("meta"):
         model = fresh_model(config, table)
     total = sum(parameter.numel() for parameter in model.parameters())
     ours, plain = table.num_parameters(config.hidden_size), table.num_tokens * config.hidden_size
+    ends = 1 if config.tie_word_embeddings else 2
     return {
         "embedding": ours,
         "embedding_plain": plain,
         "total": total,
-        "total_plain": total - ours + plain,
+        "total_plain": total + ends * (plain - ours),
         "hidden_size": config.hidden_size,
     }
 

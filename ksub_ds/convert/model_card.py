@@ -4,7 +4,6 @@ Everything in it is read from the run or the model; it says what is not recorded
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ksub_ds.common.files import atomic_path, read_json
 from ksub_ds.common.languages import LANGUAGES
 from ksub_ds.convert.sentence_encoder import read_modules
 from ksub_ds.convert.source import ExportSource, head_of
-from ksub_ds.pretrain.heldout_eval import accuracy_key
+from ksub_ds.pretrain.heldout_eval import accuracy_key_of
 from ksub_ds.pretrain.open_run import RunCheckpoint
 
 CITATION = """    @misc{k-sub-embedding,
@@ -197,7 +196,7 @@ def _results(source: ExportSource, evaluation: dict[str, Any]) -> str:
     parts = []
     if evaluation:
         rows = [("all", evaluation), *sorted(evaluation["languages"].items())]
-        key = accuracy_key(causal="next_token_accuracy" in evaluation)
+        key = accuracy_key_of(evaluation)
         has_bits = "bits_per_byte" in evaluation
         table = [
             f"Held-out text at step {evaluation['step']:,}:",
@@ -207,9 +206,11 @@ def _results(source: ExportSource, evaluation: dict[str, Any]) -> str:
         ]
         table += [
             f"| {name} | {row['loss']:.4f} | {100 * row[key]:.2f} % |"
-            + (f" {row.get('bits_per_byte', math.nan):.4f} |" if has_bits else "")
+            + (f" {row['bits_per_byte']:.4f} |" if "bits_per_byte" in row else " |" * has_bits)
             for name, row in rows
         ]
+        if has_bits and (unknown := evaluation.get("unknown_tokens")):
+            table += ["", f"Bits per byte are approximate: the bytes of {unknown:,} unknown tokens are not known."]
         parts.append("\n".join(table))
     parts += [text for text in map(_task, _result_files(source)) if text]
     return "\n\n".join(parts) or "None recorded."

@@ -100,11 +100,14 @@ class Curve:
 
 def describe(line: dict[str, Any]) -> str:
     """Describe a point of the curve in one line of text."""
+    from ksub_ds.pretrain.heldout_eval import accuracy_key_of
+
     text = f"step {line['step']:,}"
-    for key in (key for key in line if key.endswith("accuracy")):
+    if "loss" in line:
+        key = accuracy_key_of(line)
         text += f": {key.replace('_', ' ')} {100 * line[key]:.1f} %, held-out loss {line['loss']:.3f}"
     if "bits_per_byte" in line:
-        text += f", {line['bits_per_byte']:.3f} bits a byte"
+        text += f", {line['bits_per_byte']:.3f} bits per byte"
     if "xnli" in line:
         text += f", XNLI average {100 * line['xnli']['average']:.1f} %"
     return text

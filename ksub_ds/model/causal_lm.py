@@ -55,7 +55,7 @@ class SubDecoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(table.num_tokens)) if config.decoder_bias else None
 
 
-class NoPast(Cache):
+class NoCache(Cache):
     """A cache that keeps nothing, for training on rows that are one sequence each.
 
     Without a cache and a mask transformers asks the device in every forward pass whether the rows are packed of several
@@ -171,7 +171,7 @@ class SubCausalLM(TokenPredictor):
         plain_rows = all(each is None for each in (attention_mask, position_ids, past_key_values, use_cache))
         checkpointing = getattr(self.base_model, "gradient_checkpointing", False)  # it wants no cache
         if labels is not None and plain_rows and not checkpointing:
-            past_key_values = NoPast()
+            past_key_values = NoCache()
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -204,7 +204,7 @@ class SubCausalLM(TokenPredictor):
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=None if isinstance(past_key_values, NoPast) else outputs.past_key_values,
+            past_key_values=None if isinstance(past_key_values, NoCache) else outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -18,7 +18,7 @@ BACKEND: Any = "inductor"  # a name or a function, as torch.compile takes it
 
 
 def compile_encoder(model: Any) -> None:
-    """Compile the encoder of a masked language model in place: names of modules and weights stay.
+    """Compile the network of a masked or causal language model in place: names of modules and weights stay.
 
     Nothing is compiled before the first training step, which raises where the graph breaks or the backend fails.
 
@@ -46,7 +46,7 @@ def rehearse(model: Any, inputs: dict[str, Tensor]) -> None:
     """Compile the graph and the kernels of the loss now, forward and backward, by a batch that nothing is learnt from.
 
     Args:
-        model: a masked language model, in training mode.
+        model: a masked or causal language model, in training mode.
         inputs: of a micro-batch, as the training gives them; shapes do not change after it.
     """
     loss = model(**inputs | {"attention_mask": None}, loss_reduction="sum").loss

@@ -29,10 +29,10 @@ def per_item(total: Tensor, items: Tensor | int, training: bool) -> Tensor:
 
 
 def add_up_over_batches(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a classifier's `forward`, whose loss is a mean, take `num_items_in_batch`; its signature stays.
+    """Make the `forward` of a task's model, whose loss is a mean, take `num_items_in_batch`; its signature stays.
 
     Args:
-        forward: of one of transformers' classes for sequence classification.
+        forward: of one of transformers' classes with a task's head.
     """
 
     @functools.wraps(forward)

@@ -230,7 +230,7 @@ def compose_config(
         "timers": {"throughput": {"enabled": False}},
     }
     if zero_stage(mechanics) != 3:
-        # Each rank's loss is already divided by the global count of masked tokens: ranks add up.
+        # Each rank's loss is already divided by the global count of predicted tokens: ranks add up.
         # Stage 3 knows the mean alone; see `loss_factor`.
         config["gradient_allreduce_op"] = "sum"
     if precision == "fp16":

@@ -6,6 +6,7 @@ compared between vocabularies. A masked model gives no probability to a text, so
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ def held_out_languages(dataset: ShardDataset, pairs: bool = False) -> list[str]:
 def accuracy_key(causal: bool) -> str:
     """Return under which name metrics and scores have the share of tokens that were the most probable ones."""
     return "next_token_accuracy" if causal else "masked_accuracy"
+
+
+def accuracy_key_of(scores: Mapping[str, Any]) -> str:
+    """Return under which of these names some scores have it."""
+    return accuracy_key(causal=accuracy_key(causal=True) in scores)
 
 
 def evaluate(

@@ -8,6 +8,7 @@ from typing import Any
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import MetricsWriter, Progress, get_logger
+from ksub_ds.pretrain.heldout_eval import accuracy_key_of
 from ksub_ds.pretrain.run_folder import RunFolder
 
 NOTABLE_WAIT = 0.02  # share of a step that waits for data, from which on the progress line tells it
@@ -105,11 +106,11 @@ class TrainingMetrics:
         self._write(self._evaluations, "held_out", step, {"step": step} | scores)
         rows = scores["languages"] | scores.get("pairs", {})
         languages = "  ".join(f"{name} {_in_words(row)}" for name, row in rows.items())
-        name, accuracy = next((key, value) for key, value in scores.items() if key.endswith("accuracy"))
+        name = accuracy_key_of(scores)
         bits = f", {_in_words(scores)}" if "bits_per_byte" in scores else ""
         get_logger().info(
             f"held out at step {step:,}: loss {scores['loss']:.4f}{bits}, {name.replace('_', ' ')} "
-            f"{100 * accuracy:.2f} %  [{languages}]"
+            f"{100 * scores[name]:.2f} %  [{languages}]"
         )
 
     def _write(self, writer: MetricsWriter, group: str, step: int, line: dict[str, Any]) -> None:
@@ -149,7 +150,7 @@ def _in_words(scores: dict[str, Any]) -> str:
     """Return bits per byte, about where bytes of unknown tokens are missing, or else the loss."""
     if "bits_per_byte" not in scores:
         return f"{scores['loss']:.3f}"
-    return f"{'about ' if 'unknown_tokens' in scores else ''}{scores['bits_per_byte']:.3f} bits a byte"
+    return f"{'about ' if 'unknown_tokens' in scores else ''}{scores['bits_per_byte']:.3f} bits per byte"
 
 
 def _numbers(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

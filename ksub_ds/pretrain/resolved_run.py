@@ -126,13 +126,15 @@ def open_sources(settings: ResolvedSettings) -> ResolvedRun:
     return ResolvedRun(recipe, settings.batch, settings.mechanics, *sources)
 
 
-def network_config(recipe: Recipe, table: CodeTable, tokenizer: Tokenizer, warm_start: Path | None = None) -> Any:
+def network_config(
+    recipe: Recipe, table: CodeTable, tokenizer: Tokenizer | None, warm_start: Path | None = None
+) -> Any:
     """Return the configuration of a recipe's network: of the preset over the codes, or of the warm start's model.
 
     Args:
         recipe: a resolved recipe.
         table: the codes.
-        tokenizer: of the data; names the special tokens.
+        tokenizer: of the data; names the special tokens. None where only shapes matter.
         warm_start: folder of the warm start's model; default where the recipe says.
     """
     if recipe.warm_start is not None:
@@ -141,15 +143,12 @@ def network_config(recipe: Recipe, table: CodeTable, tokenizer: Tokenizer, warm_
         return open_config(warm_start or recipe.warm_start)
     from ksub_ds.model.presets import preset_config
 
-    bias = {"decoder_bias": recipe.decoder_bias == "frequency"} if recipe.is_causal else {}
-    return preset_config(
-        recipe.preset,
-        **bias,
-        vocab_size=table.num_tokens,
-        pad_token_id=tokenizer.pad_id,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-    )
+    fields: dict[str, Any] = {"vocab_size": table.num_tokens}
+    if recipe.is_causal:
+        fields["decoder_bias"] = recipe.decoder_bias == "frequency"
+    if tokenizer is not None:
+        fields |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")}
+    return preset_config(recipe.preset, **fields)
 
 
 def verify_shards(dataset: ShardDataset) -> None:

@@ -1,5 +1,7 @@
 """What comes after a causal run: exports, vectors, the report, the watcher."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,18 @@ def test_exports_and_their_card(run: Path, tmp_path: Path) -> None:
         assert "| | loss (nats) | next token accuracy | bits per byte |" in card and "masked" not in card
 
 
+def test_the_card_of_a_run_with_unknown_tokens(run: Path, tmp_path: Path) -> None:
+    """A language all of whose predicted tokens are unknown has no bytes, so no bits per byte."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    line = json.loads((copy / "evaluation.jsonl").read_text().splitlines()[-1]) | {"unknown_tokens": 1234}
+    first = min(line["languages"])
+    del line["languages"][first]["bits_per_byte"]
+    (copy / "evaluation.jsonl").write_text(json.dumps(line) + "\n")
+    card = (export_run(copy, tmp_path / "model") / "README.md").read_text()
+    row = next(each for each in card.splitlines() if each.startswith(f"| {first} |"))
+    assert row.endswith(" % | |") and "the bytes of 1,234 unknown tokens are not known" in card
+
+
 def test_vectors(run: Path, tmp_path: Path) -> None:
     expected = open_run(run).checkpoint().load_model().get_input_embeddings().dense_weight().detach().numpy()
     np.testing.assert_array_equal(run_vectors(run)[0], expected)
@@ -58,7 +72,7 @@ def test_the_report(run: Path, tmp_path: Path) -> None:
 
 def test_the_watcher(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watch(WatchSettings(run=run, out=tmp_path / "curve", once=True, eval_sequences=2))
-    assert "next token accuracy" in (shown := capsys.readouterr().out) and "bits a byte" in shown
+    assert "next token accuracy" in (shown := capsys.readouterr().out) and "bits per byte" in shown
     with pytest.raises(UserError, match=r"--data facebook/xnli: .* trains a causal model"):
         watch(WatchSettings(run=run, out=tmp_path / "other", data="facebook/xnli", once=True))
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ksub_ds import compress, positional_codes
+from ksub_ds.analysis.run_files import read_run
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import read_lines
 from ksub_ds.convert.export import export_run
@@ -109,7 +110,7 @@ def test_what_a_run_writes(causal: Callable[[str], Path]) -> None:
     recipe = json.loads((causal("clm") / "recipe.json").read_text())
     assert recipe["objective"] == "clm" and losses(causal("clm"))[-1] < losses(causal("clm"))[0]
     log = (causal("clm") / "train.log").read_text()
-    assert "next token accuracy" in log and "bits a byte" in log and "masked" not in log
+    assert "next token accuracy" in log and "bits per byte" in log and "masked" not in log
     model = open_run(causal("bias")).checkpoint(3).load_model()
     assert model.decoder_bias is not None and losses(causal("bias"))[0] < losses(causal("clm"))[0] - 0.5
     with pytest.raises(UserError, match=r"--dense: .*bias per token"):
@@ -178,8 +179,11 @@ def test_a_compressed_model_goes_on(bench: Bench, tmp_path: Path) -> None:
     fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
     plain = LlamaForCausalLM(LlamaConfig(vocab_size=size, **fields, tie_word_embeddings=False, pad_token_id=1))
-    compress(plain, positional_codes(size, 3)).save_pretrained(tmp_path / "model")
+    model = compress(plain, positional_codes(size, 3))
+    model.save_pretrained(tmp_path / "model")
     arguments = bench.arguments(
         "clm-warm", **CAUSAL | {"codes": None, "warm_start": tmp_path / "model", "max_steps": 2, "eval_every": 0}
     )
     assert main(arguments) == 0 and len(losses(bench.folder / "clm-warm")) == 2
+    counted = read_run(bench.folder / "clm-warm").parameters
+    assert (counted["total"], counted["total_plain"]) == (model.num_parameters(), plain.num_parameters())

@@ -28,7 +28,7 @@ from ksub_ds.corpus.text.layout import KEYS_SHOWN
 from ksub_ds.corpus.text.reader import SourceReader, rejection_reason
 from ksub_ds.corpus.text.skipped import Skipped, shown
 from ksub_ds.corpus.text.sources import LanguageText, text_below
-from ksub_ds.corpus.text.tables import is_table, table_rows
+from ksub_ds.corpus.text.tables import holds_text, is_table, table_rows
 from ksub_ds.corpus.text.text_files import (
     ARROW,
     PAPERS,
@@ -160,10 +160,13 @@ class PairReader(SourceReader[Pair]):
         """Return the columns of a table that hold the sides; count the file and return nothing if there are none."""
         sides = {standard_code(language) for language in self._pair}
         found = [KEY] if KEY in schema.names else [name for name in schema.names if standard_code(name) in sides]
+        wrong = next((column for column in schema if column.name in found and not _holds_sides(column, sides)), None)
         if not found:
             names = ", ".join(map(shown, schema.names[:KEYS_SHOWN])) or "nothing"
             file.add("no_text_column", f'no "{KEY}", no {" or ".join(self._pair)}, only {names}')
-        return found
+        elif wrong is not None:
+            file.add("no_text_column", f'column "{shown(wrong.name)}" holds {shown(str(wrong.type))}, not text')
+        return found if wrong is None else []
 
     def _usable(self, values: Iterable[Any], name: str) -> Iterator[Pair]:
         for row, file in values:
@@ -189,3 +192,21 @@ class PairReader(SourceReader[Pair]):
         else:
             file.add("no_text_key", f'"{shown(str(key))}" holds no string')
         return None
+
+
+def _holds_sides(column: pyarrow.Field, sides: set[str]) -> bool:
+    """Return whether a table's column holds text, or structs of text.
+
+    Other fields of a struct are read along with the sides: lists, which take any memory, are refused.
+    """
+    if column.name != KEY:
+        return holds_text(column.type) or pyarrow.types.is_null(column.type)
+    if not pyarrow.types.is_struct(column.type):
+        return False
+    fields = [column.type.field(index) for index in range(column.type.num_fields)]
+    return all(
+        holds_text(field.type)
+        or pyarrow.types.is_null(field.type)
+        or (standard_code(field.name) not in sides and pyarrow.types.is_primitive(field.type))
+        for field in fields
+    )

@@ -60,8 +60,8 @@ def table_rows(raw: IO[bytes], path: Path, file: FileContent, columns: Columns) 
     rows = _parquet_rows(raw, file, columns) if table == "parquet" else _arrow_rows(raw, path, file, columns)
     try:
         yield from rows
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError, struct.error) as error:
-        # OSError: a torn page
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, struct.error) as error:
+        # OSError: a torn page; ValueError: two fields of one name; OverflowError: a date beyond Python's
         file.add("damaged_parquet" if table == "parquet" else "damaged_arrow", _one_line(error))
 
 
@@ -116,7 +116,7 @@ def text_column(schema: pyarrow.Schema, file: FileContent, layout: TextLayout) -
     """
     kinds = dict(zip(schema.names, schema.types, strict=True))
     there = [name for name in layout.columns() if name in kinds]
-    texts = [name for name in schema.names if _holds_text(kinds[name])]
+    texts = [name for name in schema.names if holds_text(kinds[name])]
     found = next((name for name in there if name in texts or pyarrow.types.is_null(kinds[name])), None)
     if found is None and there:
         file.add("no_text_column", f'column "{there[0]}" holds {kinds[there[0]]}, not strings')
@@ -125,9 +125,10 @@ def text_column(schema: pyarrow.Schema, file: FileContent, layout: TextLayout) -
     return [] if found is None else [found]
 
 
-def _holds_text(kind: pyarrow.DataType) -> bool:
+def holds_text(kind: pyarrow.DataType) -> bool:
+    """Return whether a column of this kind holds text, or bytes that may be text."""
     if pyarrow.types.is_dictionary(kind):
-        return _holds_text(kind.value_type)
+        return holds_text(kind.value_type)
     names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     return any(getattr(pyarrow.types, f"is_{name}")(kind) for name in names)
 

@@ -38,6 +38,10 @@ class Tokenizer(Protocol):
     special_ids: tuple[int, ...]
     fingerprint: str
 
+    def __hash__(self) -> int:
+        """Return what caches look a tokenizer up by."""
+        ...
+
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the token ids of each text, int32, without special tokens around it."""
         ...

@@ -153,6 +153,30 @@ def test_tables(tmp_path: Path) -> None:
     assert 'no "translation", no en or sw, only source, target, score' in skipped.examples["no_text_column"]
 
 
+FAR = pa.array([2**62], pa.timestamp("us"))  # beyond Python's year 9999
+SIDES = [pa.array(["one"]), pa.array(["moja"])]
+BLOWN_UP = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["long" * 100]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"translation": FAR}, "no_text_column"),
+        ({"translation": ["one"]}, "no_text_column"),
+        ({"translation": pa.ListArray.from_arrays(pa.array([0, 1000]), BLOWN_UP)}, "no_text_column"),
+        ({"translation": pa.StructArray.from_arrays([SIDES[0], FAR], ["en", "sw"])}, "no_text_column"),
+        ({"translation": pa.StructArray.from_arrays(SIDES, ["en", "en"])}, "damaged_parquet"),
+        ({"translation": pa.StructArray.from_arrays([*SIDES, FAR], ["en", "sw", "when"])}, "damaged_parquet"),
+        ({"en": FAR, "sw": ["moja"]}, "no_text_column"),
+    ],
+)
+def test_tables_of_other_types_are_counted(tmp_path: Path, columns: dict[str, Any], reason: str) -> None:
+    (tmp_path / "p").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "p" / "en-sw.parquet")
+    pairs, skipped = read_pairs(tmp_path / "p")
+    assert pairs == [] and skipped.counts[reason] == 1 and "no_pair" not in skipped.counts
+
+
 @pytest.mark.parametrize("names", [[], ["en.jsonl"], ["en-sw.jsonl", "swa-de.jsonl"]])
 def test_folders_without_pairs_and_two_spellings_are_refused(tmp_path: Path, names: list[str]) -> None:
     (tmp_path / "p").mkdir()

@@ -85,3 +85,15 @@ def test_wordpiece_does_not_say_where_blanks_were(tmp_path: Path) -> None:
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text())["decoder"]["type"] == "WordPiece"
     assert token_bytes(load_tokenizer(tmp_path)) is None
+
+
+@pytest.mark.parametrize("step", ["Replace", "Metaspace"])
+def test_blanks_in_another_sign_are_not_sentencepiece_s(byte_fallback: Path, tmp_path: Path, step: str) -> None:
+    folder = shutil.copytree(byte_fallback, tmp_path / "other")
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    steps = {
+        "Replace": {"type": "Replace", "pattern": {"String": "</w>"}, "content": " "},
+        "Metaspace": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(definition | {"decoder": steps[step]}))
+    assert token_bytes(load_tokenizer(folder)) is None
