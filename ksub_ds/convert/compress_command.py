@@ -48,7 +48,7 @@ class CompressModel:
     """Shards folder, or text in any form that shard_text.py reads: a token counts by the root of its frequency there.
     [the text of --distill; else all tokens alike]"""
     distill: Path | None = None
-    """For sentence encoders: text, one a line or in documents; the compressed model learns to give the vectors that
+    """For sentence encoders: text (each line of a .txt is one); the compressed model learns to give the vectors that
     the original gives for its lines. The same command again goes on where it was."""
     minutes: float | None = None
     """Of --distill; it ends earlier when held-out text gains nothing any more. [30]"""
@@ -140,9 +140,17 @@ def compress_model(settings: CompressModel) -> Path:
         shutil.rmtree(state, ignore_errors=True)
     for line in report.lines():
         log.info(line)
-    no_next = settings.input_only or small.can_generate()
-    log.info(f"{out}: written" + ("" if no_next else f". Next: ksub pretrain --warm-start {out}"))
+    log.info(f"{out}: written{_advice(settings, small, table)}")
     return out
+
+
+def _advice(settings: CompressModel, small: Any, table: CodeTable) -> str:
+    """Return what to do next, or could be done better, in words."""
+    if _predicts_masked_tokens(small) and table.unique:
+        return f". Next: ksub pretrain --warm-start {settings.out}"
+    if settings.input_only or small.can_generate():
+        return ""
+    return f". A {type(small).__name__} predicts no tokens: --input-only loses far less at the same bytes"
 
 
 def _check(settings: CompressModel) -> None:
@@ -157,6 +165,10 @@ def _check(settings: CompressModel) -> None:
         value = getattr(settings, name)
         if value is not None and not (value > least and value < float("inf")):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than {least}")
+    if settings.target_error is not None and settings.target_error >= 1:
+        raise UserError(
+            f"--target-error {settings.target_error:g}: is a share of the variance, between 0 and 1 (10 % is 0.1)"
+        )
     wishes = [name for name in ("target_ratio", "target_error", "num_tables") if getattr(settings, name) is not None]
     options = [f"--{name.replace('_', '-')}" for name in wishes]
     if settings.input_only:

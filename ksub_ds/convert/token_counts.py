@@ -10,6 +10,7 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.shards.dataset import MANIFEST, ShardDataset
 from ksub_ds.corpus.statistics import training_frequency
+from ksub_ds.corpus.text.layout import TextLayout
 from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.sources import text_below
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
@@ -20,6 +21,8 @@ DOCUMENTS_AT_ONCE = 256
 
 def read_documents(path: Path, flag: str) -> Iterator[str]:
     """Read the documents of a text file, or of all text files of a folder (reader.py knows the forms).
+
+    Each line of a .txt is one.
 
     Args:
         path: the file or folder.
@@ -34,7 +37,7 @@ def read_documents(path: Path, flag: str) -> Iterator[str]:
     if not path.exists():
         raise UserError(f"{flag} {path}: no such file or folder")
     text = text_below([path], path.parent, None)
-    documents = iter(DocumentReader(text.sources, text.skipped))
+    documents = iter(DocumentReader(text.sources, text.skipped, TextLayout(line_documents=True)))
     first = next(documents, None)
     if first is None:
         why = "; ".join(text.skipped.lines()) or "no .jsonl, .json, .txt, .parquet or .arrow file"

@@ -200,6 +200,7 @@ def test_what_has_no_input_only_form_is_one_line(tmp_path, capsys):
         (["--target-ratio", "5"], "--target-ratio: is for --input-only"),
         (["--input-only", "--target-ratio", "1"], "--target-ratio 1.0: must be greater than 1"),
         (["--input-only", "--target-ratio", "5", "--target-error", "0.1"], "each says how many tables there are"),
+        (["--input-only", "--target-error", "10"], "--target-error 10: is a share of the variance, between 0 and 1"),
         (["--input-only", "--codes", "c"], "leave --codes out"),
         (["--input-only", "--mixing", "none"], "leave --mixing out"),
         (["--input-only", "--dedicated-rows", "5"], "leave --dedicated-rows out"),
