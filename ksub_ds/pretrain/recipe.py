@@ -88,7 +88,7 @@ class Recipe:
 
     # ---- length ----
     max_steps: Annotated[int | None, Section("length")] = None
-    """Optimizer steps. [preset: 250000; the small ones 10000, tiny 1000]"""
+    """Optimizer steps. [preset: 250000; the small ones 10000, the tiny ones 1000]"""
     extend: bool = False
     """Go on in --out to another --max-steps, from the last checkpoint and with its optimizer, also after the end.
     Needs --out and --max-steps only: all that is not given stays as the run has it, the warm-up's steps too."""
@@ -98,14 +98,15 @@ class Recipe:
 
     # ---- optimizer (AdamW, linear warm-up, then a schedule) ----
     global_batch_size: Annotated[int | None, Section("optimizer")] = None
-    """Sequences per optimizer step, over all ranks. [preset: 128; xlmr_medium 256, the small ones and tiny 32]"""
+    """Sequences per optimizer step, over all ranks. [preset: 256; roberta_medium 128, the small and tiny ones 32]"""
     micro_batch_size: int | None = None
     """Sequences per forward pass of one rank. [the largest that divides, up to 8 on a CPU, 64 on a GPU]"""
     peak_lr: float | None = None
-    """Learning rate at the end of the warm-up. [preset: 2e-4; small 5e-4, small_modernbert and tiny 1e-3]"""
+    """Learning rate at the end of the warm-up. [preset: 2e-4; small 5e-4, the other small and the tiny ones
+    1e-3]"""
     warmup_steps: int | None = None
-    """Steps of linear warm-up. [0.096 x max_steps, as the paper's 24k of 250k; small and tiny 0.1 x,
-    small_modernbert 0.05 x]"""
+    """Steps of linear warm-up. [0.096 x max_steps, as the paper's 24k of 250k; small and the tiny ones 0.1 x,
+    small_modernbert and llama_small 0.05 x]"""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up: `linear` down to 0, as in the paper; `cosine` down to 0; `wsd` (warm-up,
     stable, decay) stays at the peak until the last --decay-steps, so that --extend can go on as if never ended."""
@@ -124,9 +125,9 @@ class Recipe:
     """Largest gradient norm; 0 clips nothing, as in the paper."""
 
     dropout: float | None = None
-    """Of hidden states and attention while this run trains; the exported configuration keeps the model's own, for
-    fine-tuning. 0 saves time and suits a run that sees its data about once. [the model's: 0.1, as in the paper;
-    Llama's 0]"""
+    """Of hidden states and attention, Llama's of attention alone, while this run trains; the exported configuration
+    keeps the model's own, for fine-tuning. 0 saves time and suits a run that sees its data about once. [the model's:
+    0.1, as in the paper; Llama's 0]"""
 
     # ---- data ----
     mlm_probability: Annotated[float, Section("data")] = 0.15

@@ -30,7 +30,7 @@ class HuggingFaceTokenizer:
         nfc: whether text is put in Unicode's form NFC first.
 
     Raises:
-        UserError: it cannot be opened, or lacks what masked language modelling needs.
+        UserError: it cannot be opened, or lacks a special token that shards need.
     """
 
     def __init__(self, folder: Path, nfc: bool = False):
@@ -189,7 +189,10 @@ def _required(folder: Path, name: str, *candidates: int | None) -> int:
     for candidate in candidates:
         if candidate is not None:
             return int(candidate)
-    raise UserError(f"{folder}: {name} is missing; masked language modelling needs it: add it to tokenizer_config.json")
+    raise UserError(
+        f"{folder}: {name} is missing, which shards need, also for --objective clm; name an unused token of the "
+        f'vocabulary in tokenizer_config.json ("{name}": "<...>")'
+    )
 
 
 def text_only(definition: dict[str, Any]) -> dict[str, Any]:
