@@ -11,7 +11,7 @@ been.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class SentenceDistillation:
         student: a SentenceTransformer; its encoder is trained in place, the modules behind it stay as they are.
         teacher: another one, of the same width.
         texts: at least 20; of more than 200,000, so many are drawn.
-        minutes: to spend.
+        minutes: to spend on updates; the evaluations, at most 21 of at most 512 texts, come on top.
         seed: of the held-out part and the order.
         clock: in seconds; `time.process_time` counts the processor's.
 
@@ -154,6 +154,13 @@ class SentenceDistillation:
                 self.targets |= zip(missing, encode(self.teacher, [self.texts[row] for row in missing]), strict=True)
         return torch.stack([self.targets[row] for row in rows])
 
+    @cached_property
+    def _held_out_batches(self) -> list[tuple[list[str], Tensor]]:
+        """The held-out texts, and the teacher's vectors of them."""
+        with torch.no_grad():
+            batches = (self.held_out[first : first + BATCH] for first in range(0, len(self.held_out), BATCH))
+            return [(texts, encode(self.teacher, texts)) for texts in batches]
+
     @torch.no_grad()
     def _evaluate(self, state: Path | None) -> None:
         """Measure the held-out texts, keep the best weights, and write a snapshot.
@@ -163,9 +170,8 @@ class SentenceDistillation:
         """
         progress = self.progress
         losses = []
-        for first in range(0, len(self.held_out), BATCH):
-            texts = self.held_out[first : first + BATCH]
-            losses.append(float(relative_loss(encode(self.student, texts), encode(self.teacher, texts))) * len(texts))
+        for texts, targets in self._held_out_batches:
+            losses.append(float(relative_loss(encode(self.student, texts), targets)) * len(texts))
         loss = sum(losses) / len(self.held_out)
         progress.curve.append({"minutes": progress.seconds / 60, "step": progress.step, "loss": loss})
         get_logger().info(
@@ -204,7 +210,10 @@ class SentenceDistillation:
         """
         progress = DistillationProgress(**read_json(state / "progress.json"))
         if progress.key != self.progress.key:
-            raise UserError(f"{state}: holds snapshots of another distillation; remove the folder to begin this one")
+            raise UserError(
+                f"{state}: holds snapshots of another distillation (other text, model, codes, --minutes or --seed); "
+                "give the same again, or remove the folder to begin this one"
+            )
         self.progress = progress
         self.best = load_file(state / "best.safetensors")
         self.student.load_state_dict(load_file(state / "now.safetensors"), strict=False)
