@@ -89,7 +89,8 @@ def compress_model(settings: CompressModel) -> Path:
     from ksub_ds.model.replacement import embedding_matrix
 
     out, log = settings.out, get_logger()
-    if out.exists() and not (out / "compression.json").exists() and (not out.is_dir() or any(out.iterdir())):
+    replaces = (out / "compression.json").exists()
+    if out.exists() and not replaces and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is not a compressed model and not empty; choose another folder")
     _check(settings)
     _check_distillation(settings)
@@ -141,7 +142,8 @@ def compress_model(settings: CompressModel) -> Path:
         shutil.rmtree(state, ignore_errors=True)
     for line in report.lines():
         log.info(line)
-    log.info(f"{out}: written{_advice(settings, small, table)}")
+    written = "written, in place of the compressed model that was there" if replaces else "written"
+    log.info(f"{out}: {written}{_advice(settings, small, table)}")
     return out
 
 

@@ -104,6 +104,15 @@ def test_a_table_for_every_column_has_no_rotation():
     assert fit_form(words(), InputForm(WIDTH // 2, 4, True), np.ones(COUNT))[1].mixing is not None
 
 
+def test_a_model_that_is_replaced_is_told_of(tmp_path, caplog):
+    write_model(tmp_path / "plain")
+    for ratio, told in (("4", False), ("8", True)):
+        caplog.clear()
+        options = ["--input-only", "--target-ratio", ratio, "--out", str(tmp_path / "small")]
+        assert main(["compress", str(tmp_path / "plain"), *options]) == 0
+        assert ("in place of the compressed model that was there" in caplog.text) is told
+
+
 @pytest.mark.parametrize("wish", [["--target-ratio", "4"], ["--target-error", "0.1"], ["--num-tables", "8"]])
 def test_a_compressed_encoder_is_its_dense_export(wish, tmp_path):
     """Saved, moved and loaded; bytes and error are those of the files."""
