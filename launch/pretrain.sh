@@ -40,15 +40,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
-from ksub_ds.cluster import launch, options
+from ksub_ds.cluster import launch
 from ksub_ds.common.exit_codes import run_main
 
 
 def main():
-    given = options.split_arguments(sys.argv[1:])
+    given = launch.split_arguments(sys.argv[1:])
     under_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if {"-h", "--help"} & set(given.trainer):
-        print(options.help_text(), "\n", flush=True)
+        print(launch.help_text(), "\n", flush=True)
         os.execv(sys.executable, [sys.executable, "-m", "ksub_ds.pretrain", "--help"])
     if under_launcher and not given.deepspeed:  # `deepspeed [options] launch/pretrain.sh ARGS`: the ranks are right
         sys.argv = [sys.argv[0], *given.trainer]

@@ -1,4 +1,4 @@
-"""One start of all ranks, watched to its end.
+"""One start of all ranks, watched to its end, and what that end means: an exit code, and whether a restart may help.
 
 The supervisor of every rank sends tagged lines (ksub_ds/cluster/supervisor.py), which show the ranks that run, how the
 others ended, and which are silent. After the first failure the other ranks get a moment to end by themselves and
@@ -6,6 +6,7 @@ to report why; then the launcher is killed, and with it, by their lifelines, all
 """
 
 import contextlib
+import json
 import os
 import queue
 import re
@@ -22,6 +23,7 @@ from typing import TextIO
 from ksub_ds.cluster.launch_spec import LAUNCH_ID
 from ksub_ds.cluster.launchers import LaunchCommand
 from ksub_ds.cluster.remote import SSH_FAILED
+from ksub_ds.common.exit_codes import DONE, FAILED, REQUEUE, USER_ERROR, exit_code_of_signal
 
 GRACE_SECONDS = 20.0  # from the first failure to the end of the launcher
 SILENCE_SECONDS = 60.0  # supervisors report every 5 s; after this their host is lost
@@ -30,6 +32,9 @@ TAGGED = re.compile(r"ksub\|([^|]*)\|(\d+)\|(start|line|alive|end)\|(.*)$")
 PDSH_ENDED = re.compile(r"pdsh@\S+: (\S+): \S+ exited with exit code (\d+)")
 # Ends with its pipe: no launcher survives the program that started it. `kill 0` means this process group.
 DEAD_MANS_SWITCH = ["sh", "-c", "trap '' INT TERM HUP; read -r _; kill -KILL 0"]
+# Signals that come from outside or from a crash. SIGTERM is what launchers send to the other ranks, and SIGABRT what
+# torch sends itself when another rank is gone: neither is the cause.
+FATAL = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 
 
 @dataclass
@@ -246,3 +251,99 @@ def describe_exit(code: int) -> str:
         return f"killed by signal {-code} ({signal.Signals(-code).name})"
     except ValueError:
         return f"killed by signal {-code}"
+
+
+@dataclass(frozen=True)
+class ExitStatus:
+    """How the launcher ends after an attempt, if it does not restart."""
+
+    code: int
+    line: str  # the last line; empty if there is nothing to report
+    restart_may_help: bool
+
+
+def classify_exit(outcome: AttemptOutcome, failure_file: Path, stopped_by: int | None) -> ExitStatus:
+    """Find the exit code of an attempt and its last line.
+
+    Args:
+        outcome: how ranks, hosts and launchers ended.
+        failure_file: RUN/failure.json, as the ranks left it.
+        stopped_by: the signal that asked the launcher to stop, if one did.
+
+    Returns:
+        The status, the causes that explain the others first: a signal to the launcher, a killed rank or lost
+        host, then what the ranks reported.
+    """
+    codes = [rank.code for rank in outcome.ranks.values()]
+    reported = outcome.failure_lines[-1] if outcome.failure_lines else ""
+    if stopped_by is not None:
+        code = REQUEUE if stopped_by == signal.SIGUSR1 else exit_code_of_signal(stopped_by)
+        return ExitStatus(code, "" if codes and not any(codes) else reported, False)
+    if codes and all(code == DONE for code in codes):
+        return ExitStatus(DONE, "", False)
+    if REQUEUE in codes and set(codes) <= {DONE, REQUEUE}:
+        return ExitStatus(REQUEUE, "", False)
+    killed = _killed(outcome)
+    if killed or outcome.lost:
+        return ExitStatus(FAILED, f"failed: {'; '.join([*_lost(outcome), *killed])}", True)
+    record = _read_record(failure_file)
+    if USER_ERROR in codes or record.get("exit_code") == USER_ERROR:
+        line = reported or _line_of_record(record, "error") or _first_to_end(outcome, "error")
+        return ExitStatus(USER_ERROR, line, False)
+    if not outcome.ranks:
+        line = f"failed: no rank started; the launcher ended with {_launcher_codes(outcome)}"
+        return ExitStatus(FAILED, line, False)
+    for host, code in outcome.launcher_failed.items():
+        numbers = [str(number) for number, rank in outcome.ranks.items() if rank.host == host and rank.code is None]
+        what = f"rank {', '.join(numbers)} on {host} is gone" if numbers else f"no rank started on {host}"
+        line = f"failed: {what}: DeepSpeed's launcher there ended with {describe_exit(code)}"
+        return ExitStatus(FAILED, line, True)
+    line = reported or _line_of_record(record, "failed") or _first_to_end(outcome, "failed")
+    return ExitStatus(FAILED, line, record.get("restart_may_help") is not False)
+
+
+def _killed(outcome: AttemptOutcome) -> list[str]:
+    """Describe the first rank that a signal killed."""
+    ended = sorted((rank.order, number) for number, rank in outcome.ranks.items() if rank.code in FATAL)
+    return [
+        f"rank {number} on {outcome.ranks[number].host} was {describe_exit(outcome.ranks[number].code or 0)}"
+        for _, number in ended[:1]
+    ]
+
+
+def _lost(outcome: AttemptOutcome) -> list[str]:
+    """Describe every host that was lost, with its ranks."""
+    found = []
+    for host, why in outcome.lost.items():
+        numbers = [str(number) for number, rank in sorted(outcome.ranks.items()) if rank.host == host]
+        ranks = f" (rank {', '.join(numbers)})" if numbers else ""
+        found.append(f"host {host}{ranks} is lost: {why}")
+    return found
+
+
+def _first_to_end(outcome: AttemptOutcome, word: str) -> str:
+    """Return a line for ranks that reported nothing: the first one that did not end well."""
+    ended = sorted((rank.order, number) for number, rank in outcome.ranks.items() if rank.code)
+    if ended:
+        rank = outcome.ranks[ended[0][1]]
+        return f"{word}: rank {ended[0][1]} on {rank.host} ended first: {describe_exit(rank.code or 0)}"
+    left = [f"{number} on {rank.host}" for number, rank in sorted(outcome.ranks.items()) if rank.code is None]
+    return f"{word}: the launcher ended with {_launcher_codes(outcome)}, and with it rank {', '.join(left)}"
+
+
+def _launcher_codes(outcome: AttemptOutcome) -> str:
+    return ", ".join(sorted({describe_exit(code) for code in outcome.launcher_codes}))
+
+
+def _read_record(path: Path) -> dict[str, object]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _line_of_record(record: dict[str, object], word: str) -> str:
+    if not {"rank", "host", "reason"} <= record.keys():
+        return ""
+    return f"{word}: rank {record['rank']} on {record['host']} at step {record.get('step')}: {record['reason']}"

@@ -18,12 +18,12 @@ import sys
 import tempfile
 import time
 import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ksub_ds.cluster import launchers, preflight, remote
-from ksub_ds.cluster.attempt import Attempt, AttemptOutcome, HostLogs
-from ksub_ds.cluster.exit_status import classify_exit
-from ksub_ds.cluster.host_check import HostCheck
+from ksub_ds.cluster import launchers, remote
+from ksub_ds.cluster.attempt import Attempt, AttemptOutcome, HostLogs, classify_exit
+from ksub_ds.cluster.host_check import HostCheck, preflight, unreachable
 from ksub_ds.cluster.hostfile import chosen_hosts, is_this_machine, read_hostfile, without_hosts
 from ksub_ds.cluster.launch_spec import (
     LAUNCH_ID,
@@ -32,12 +32,12 @@ from ksub_ds.cluster.launch_spec import (
     travelling_environment,
     write_environment_file,
 )
-from ksub_ds.cluster.options import LaunchOptions, split_arguments
 from ksub_ds.cluster.supervisor import GRACE_SECONDS
 from ksub_ds.common.errors import RESUME, UserError
 from ksub_ds.common.exit_codes import FAILED, run_main
 from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import get_logger
+from ksub_ds.common.option_help import hanging
 from ksub_ds.pretrain.checkpoint import MANIFEST, checkpoints
 
 LOCK_SECONDS = 180.0  # a host that is cut off still holds the run folder, until its own watchdog ends it
@@ -45,6 +45,87 @@ LOCK_SECONDS = 180.0  # a host that is cut off still holds the run folder, until
 OUTER_RANK = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE"),
 )
+# DeepSpeed's own options, passed on as they are.
+TAKES_VALUE = (
+    *("--hostfile", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators", "--master_addr"),
+    *("--master_port", "--node_rank", "--launcher", "--launcher_args", "--ssh_port", "--bind_core_list"),
+    *("--venv_script", "--log_level", "--enable_each_rank_log"),
+)
+TAKES_NONE = ("--no_ssh", "--no_ssh_check", "--force_multi", "--bind_cores_to_rank", "--save_pid", "-q", "--quiet")
+SHORT = {"-H": "--hostfile", "-i": "--include", "-e": "--exclude"}
+# Ours.
+OURS = {
+    "--max-restarts": "restart after a failure, from the last good checkpoint, at most N times [0]",
+    "--min-hosts": "continue with fewer hosts when some are lost, but not fewer than N [all]",
+    "--host-wait": "seconds to wait for lost hosts before continuing without them or giving up [60]",
+}
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """The command line, divided."""
+
+    deepspeed: dict[str, str | None] = field(default_factory=dict)  # None: an option without a value
+    trainer: list[str] = field(default_factory=list)
+    max_restarts: int = 0
+    min_hosts: int | None = None  # None: all
+    host_wait: int = 60
+
+    def of_trainer(self, name: str) -> str:
+        """Return the value of one of the trainer's options, or an empty text; the last one counts, as in tyro."""
+        value = ""
+        for index, word in enumerate(self.trainer):
+            if word == name and index + 1 < len(self.trainer):
+                value = self.trainer[index + 1]
+            elif word.startswith(name + "="):
+                value = word.removeprefix(name + "=")
+        return value
+
+
+def split_arguments(arguments: list[str]) -> LaunchOptions:
+    """Divide a command line into launcher options and the trainer's arguments.
+
+    Raises:
+        UserError: an option lacks its value, or a number is not one.
+    """
+    deepspeed: dict[str, str | None] = {}
+    ours: dict[str, int] = {}
+    trainer: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = SHORT.get(name, name)
+        if name in TAKES_VALUE or name in OURS:
+            value = value if equals else next(words, "")
+            if not value:
+                raise UserError(f"{name}: needs a value")
+            if name in OURS:
+                ours[name[2:].replace("-", "_")] = _number(name, value)
+            else:
+                deepspeed[name] = value
+        elif word in TAKES_NONE:
+            deepspeed[word] = None
+        elif name not in ("--local_rank", "--local-rank"):
+            trainer.append(word)
+    return LaunchOptions(deepspeed, trainer, **ours)
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal() or len(text) > 6:
+        raise UserError(f"{name} {text}: must be a whole number, 0 or more")
+    return int(text)
+
+
+def help_text() -> str:
+    """Return the launcher's part of --help, as wide as the terminal."""
+    rows = [
+        ("--hostfile FILE", "lines of `host slots=N`; without it, all GPUs of this machine"),
+        ("--launcher NAME", "for several hosts: pdsh, ssh or openmpi [pdsh; ssh where it is missing]"),
+        *((f"{name} N", text) for name, text in OURS.items()),
+        ("passed to deepspeed", " ".join((*TAKES_VALUE[1:], *TAKES_NONE))),
+    ]
+    column = max(len(name) for name, _ in rows) + 4
+    return "launcher options:\n" + "\n".join(hanging(f"  {name}".ljust(column) + text, column) for name, text in rows)
 
 
 def hosts_left(hosts: dict[str, int], min_hosts: int | None, host_wait: float, ssh_port: str | None) -> dict[str, int]:
@@ -62,7 +143,7 @@ def hosts_left(hosts: dict[str, int], min_hosts: int | None, host_wait: float, s
     deadline = time.monotonic() + host_wait
     least = len(hosts) if min_hosts is None else min_hosts
     while True:
-        gone = preflight.unreachable(list(hosts), ssh_port)
+        gone = unreachable(list(hosts), ssh_port)
         left = {host: slots for host, slots in hosts.items() if host not in gone}
         if not gone or (time.monotonic() > deadline and len(left) >= least):
             return left
@@ -159,7 +240,7 @@ class Launch:
             return "127.0.0.1" if self.hosts else "", int(port) or free_port()
         given = self.options.of_trainer
         check = HostCheck(str(Path.cwd()), out=given("--out"), codes=given("--codes"), data=given("--data"))
-        ready = preflight.preflight(hosts, check, self.ssh_port, int(port))
+        ready = preflight(hosts, check, self.ssh_port, int(port))
         for host, problem in ready.problems:
             print(f"error: {host}: {problem}", file=sys.stderr)
         if ready.problems:

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from ksub_ds.cluster import host_check, hostfile, launchers, remote
-from ksub_ds.cluster.attempt import AttemptOutcome, RankStatus
+from ksub_ds.cluster.attempt import AttemptOutcome, RankStatus, classify_exit
 from ksub_ds.cluster.cleanup import processes_of_launch
-from ksub_ds.cluster.exit_status import classify_exit
+from ksub_ds.cluster.launch import split_arguments
 from ksub_ds.cluster.launch_spec import LAUNCH_ID, LaunchSpec, travelling_environment, write_environment_file
-from ksub_ds.cluster.options import split_arguments
 from ksub_ds.common.errors import UserError
 
 

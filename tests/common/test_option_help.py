@@ -10,7 +10,7 @@ from typing import Annotated
 import pytest
 
 from ksub_ds.cli import COMMANDS, main
-from ksub_ds.cluster.options import help_text
+from ksub_ds.cluster.launch import help_text
 from ksub_ds.common.option_help import Section, options_of
 from ksub_ds.common.options import parse, print_help
 from ksub_ds.corpus.commoncrawl.config import ShardCC
