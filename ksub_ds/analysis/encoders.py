@@ -14,7 +14,7 @@ from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.evaluate.lm.tokens import CausalTokenizer
 from ksub_ds.model.sequence_length import longest_sequence
-from ksub_ds.vectors.hf_folder import is_hub_name
+from ksub_ds.vectors.model_vectors import is_hub_name
 
 HARMLESS = ("pooler.", "position_ids", "token_type_ids")  # may be missing from a checkpoint: no state comes from them
 

@@ -19,6 +19,7 @@ from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.pretrain.open_run import is_run
 from ksub_ds.vectors.matrix import read_matrix
+from ksub_ds.vectors.model_vectors import folder_vectors, hub_vectors, is_hub_name, run_vectors
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,6 @@ def _read(
         return read_matrix(path, tensor), f"matrix {path.name}", None
     if path.is_dir():
         return _read_folder(path, tokenizer, seed, tensor)
-    from ksub_ds.vectors.hf_folder import hub_vectors, is_hub_name
-
     if not is_hub_name(str(source)):
         raise UserError(f"{source}: no such file or folder")
     matrix, beside = hub_vectors(str(source), tensor)
@@ -106,22 +105,14 @@ def _read_folder(
 ) -> tuple[np.ndarray, str, Path | None]:
     name = path.resolve().name
     if tensor is not None:
-        from ksub_ds.vectors.hf_folder import folder_vectors
-
         return folder_vectors(path, tensor), f"model {name}", path
     if is_shards(path):
         return *_shards(path, tokenizer, seed), path / "tokenizer"
     if is_run(path):
-        from ksub_ds.vectors.trained import run_vectors
-
         matrix, checkpoint = run_vectors(path)
         return matrix, f"embeddings of run {name}, {checkpoint}", path / "tokenizer"
     if (path / "config.json").is_file():
-        from ksub_ds.vectors.hf_folder import folder_vectors
-        from ksub_ds.vectors.trained import export_vectors, is_export
-
-        matrix = export_vectors(path) if is_export(path) else folder_vectors(path)
-        return matrix, f"input embeddings of model {name}", path
+        return folder_vectors(path), f"input embeddings of model {name}", path
     raise UserError(
         f"{path}: neither a shards folder (manifest.json), a run (recipe.json) nor a model (config.json); "
         "give one of these, or a .npy or .safetensors matrix"

@@ -19,7 +19,7 @@ from ksub_ds.evaluate.watch import WatchSettings, watch
 from ksub_ds.pretrain.__main__ import main
 from ksub_ds.pretrain.open_run import open_run
 from ksub_ds.vectors.dedicated import summed_losses
-from ksub_ds.vectors.trained import export_vectors, run_vectors
+from ksub_ds.vectors.model_vectors import export_vectors, run_vectors
 
 from .runs import Bench
 

@@ -15,7 +15,7 @@ from ksub_ds.corpus.batches import HeldOutBatches
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.pretrain.prefetch import to_tensors
 from ksub_ds.vectors.dedicated import DedicatedChoice, choose_tokens, read_token_ids, summed_losses, with_dedicated
-from ksub_ds.vectors.trained import export_vectors
+from ksub_ds.vectors.model_vectors import export_vectors
 
 
 def counted(shards):

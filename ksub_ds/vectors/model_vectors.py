@@ -1,4 +1,8 @@
-"""Read the input embeddings of a HuggingFace model by folder or name, from safetensors, without building the model."""
+"""Read the input embeddings of a model from safetensors, without building it: any of HuggingFace's, or one of ours.
+
+A plain model of ours (K = 1) has them as its one table; in a sub-embedding model they are composed from codes and
+tables, and of dedicated tokens the rows of their own are added.
+"""
 
 import os
 import re
@@ -10,6 +14,7 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.pretrain.open_run import open_run
 from ksub_ds.vectors.matrix import EMBEDDING_NAMES, TensorFiles, check_matrix
 
 WEIGHTS = "model.safetensors"
@@ -20,13 +25,14 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt"),
 )
+LAYERS = ("word_embeddings.", "tok_embeddings.", "embed_tokens.", "wte.")  # ours, whose codes and tables they hold
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 Fetch = Callable[[str], Path | None]
 
 
 def folder_vectors(folder: Path, tensor: str | None = None) -> np.ndarray:
-    """Read the input embeddings of a model folder.
+    """Read the input embeddings of a model folder; one of ours has them in codes and tables.
 
     Args:
         folder: of the model.
@@ -38,10 +44,12 @@ def folder_vectors(folder: Path, tensor: str | None = None) -> np.ndarray:
     Raises:
         UserError: no safetensors weights, or no embedding among them.
     """
-    return check_matrix(_embedding(in_folder(folder), str(folder), tensor, safetensors_in(folder)), str(folder))
+    if tensor is None and _is_export(folder):
+        return export_vectors(folder)
+    return check_matrix(_embedding(_in_folder(folder), str(folder), tensor, _safetensors_in(folder)), str(folder))
 
 
-def in_folder(folder: Path) -> Fetch:
+def _in_folder(folder: Path) -> Fetch:
     """Return a function that finds a file of a folder by name, or gives None."""
 
     def fetch(name: str) -> Path | None:
@@ -51,12 +59,12 @@ def in_folder(folder: Path) -> Fetch:
     return fetch
 
 
-def safetensors_in(folder: Path) -> list[str]:
+def _safetensors_in(folder: Path) -> list[str]:
     """Return the names of the safetensors files of a folder."""
     return sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
 
 
-def weight_files(fetch: Fetch, name: str, wanted: Callable[[str], bool], others: Sequence[str] = ()) -> TensorFiles:
+def _weight_files(fetch: Fetch, name: str, wanted: Callable[[str], bool], others: Sequence[str] = ()) -> TensorFiles:
     """Open the safetensors files of a model that hold certain tensors.
 
     Args:
@@ -133,7 +141,7 @@ def _embedding(fetch: Fetch, name: str, tensor: str | None, others: Sequence[str
     def wanted(key: str) -> bool:
         return key.endswith(EMBEDDING_NAMES) if tensor is None else key == tensor
 
-    files = weight_files(fetch, name, wanted, others)
+    files = _weight_files(fetch, name, wanted, others)
     return files.read(files.embedding_name(tensor))
 
 
@@ -193,3 +201,78 @@ def _from_hub(name: str) -> Fetch:
             raise UserError(f"{name}: no such file or folder, nor a model on the HuggingFace Hub ({reason})") from error
 
     return fetch
+
+
+def run_vectors(run: Path) -> tuple[np.ndarray, str]:
+    """Read the embeddings of a run's newest whole checkpoint.
+
+    Returns:
+        (N, d) float32, and the name of the checkpoint.
+
+    Raises:
+        UserError: not a run folder, no whole checkpoint, or one of other codes than the run's.
+    """
+    checkpoint = open_run(run).checkpoint()
+    checkpoint.check_codes()
+    name = str(checkpoint.path)
+    table = checkpoint.run.table
+    matrix = _compose(TensorFiles([checkpoint.weights]), table.codes, table.dedicated, name)
+    return check_matrix(matrix, name), checkpoint.path.name
+
+
+def _is_export(folder: Path) -> bool:
+    """Return whether a folder holds one of our models in HuggingFace's form."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else None
+    return isinstance(config, dict) and str(config.get("model_type")).startswith("ksub_")
+
+
+def export_vectors(folder: Path) -> np.ndarray:
+    """Read the embeddings of an exported model.
+
+    Returns:
+        (N, d) float32.
+
+    Raises:
+        UserError: no weights, or no codes and tables among them.
+    """
+
+    def wanted(key: str) -> bool:
+        return any(layer in key for layer in LAYERS)
+
+    files = _weight_files(_in_folder(folder), str(folder), wanted, _safetensors_in(folder))
+    codes = [name for name in files.shapes if name.endswith(tuple(layer + "codes" for layer in LAYERS))]
+    if not codes:
+        raise UserError(f"{folder}: no codes among the weights; export the run again")
+    own = [name for name in files.shapes if name.endswith(tuple(layer + "dedicated" for layer in LAYERS))]
+    dedicated = files.read(own[0]) if own else np.zeros(0, dtype=np.int64)
+    return check_matrix(_compose(files, files.read(codes[0]), dedicated, str(folder)), str(folder))
+
+
+def _compose(files: TensorFiles, codes: np.ndarray, dedicated: np.ndarray, name: str) -> np.ndarray:
+    """Compose embeddings: row n joins row codes[n, k] of every table k, through the matrix A if there is one.
+
+    Of the dedicated tokens the rows of their own are added.
+
+    Raises:
+        UserError: a table is missing, or shorter than the codes that point into it; or the dedicated rows are.
+    """
+
+    def find(end: str) -> list[str]:
+        return [key for key in files.shapes if key.endswith(tuple(layer + end for layer in LAYERS))]
+
+    tables = []
+    for k, column in enumerate(codes.T):
+        found = find(f"tables.{k}")
+        if not found or files.shapes[found[0]][0] <= column.max() or column.min() < 0:
+            raise UserError(f"{name}: table {k} is missing, or shorter than the codes that point into it")
+        tables.append(files.read(found[0])[column])
+    rows = np.concatenate(tables, axis=1)
+    mixing = find("mixing")
+    rows = rows @ files.read(mixing[0]).T if mixing else rows
+    if len(dedicated):
+        own = find("dedicated_rows")
+        if not own or files.shapes[own[0]] != (len(dedicated), rows.shape[1]):
+            raise UserError(f"{name}: the {len(dedicated):,} dedicated rows are missing, or of another size")
+        rows[dedicated] += files.read(own[0])
+    return rows
