@@ -16,7 +16,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, read_json, write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.corpus.shards.dataset import MANIFEST, ShardDataset
+from ksub_ds.corpus.shards.dataset import MANIFEST, ShardDataset, is_shards
 from ksub_ds.corpus.statistics import token_frequency
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 from ksub_ds.vectors.cooccurrence import (
@@ -64,7 +64,7 @@ def open_shards(data: Path, tokenizer: Path | None, out: Path) -> ShardDataset:
     Raises:
         UserError: text without a tokenizer, or shards made with another one.
     """
-    if (data / MANIFEST).is_file():
+    if is_shards(data):
         dataset = ShardDataset.open(data)
         if tokenizer is not None:
             from ksub_ds.corpus.tokenizers.loading import load_tokenizer

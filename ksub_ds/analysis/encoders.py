@@ -14,6 +14,7 @@ from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.evaluate.lm.tokens import CausalTokenizer
 from ksub_ds.model.sequence_length import longest_sequence
+from ksub_ds.pretrain.open_run import is_run, open_run
 from ksub_ds.vectors.model_vectors import is_hub_name
 
 HARMLESS = ("pooler.", "position_ids", "token_type_ids")  # may be missing from a checkpoint: no state comes from them
@@ -96,7 +97,7 @@ def open_encoder(source: str, name: str, tokenizer: Path | None = None, codes: C
     """
     folder = Path(source)
     own_tokenizer: RowTokenizer | None = None
-    if (folder / "recipe.json").is_file():
+    if is_run(folder):
         model, own_tokenizer, fingerprint = _from_run(folder)
     else:
         model, fingerprint = _from_huggingface(source)
@@ -120,8 +121,6 @@ def open_encoder(source: str, name: str, tokenizer: Path | None = None, codes: C
 
 
 def _from_run(folder: Path) -> tuple[Any, Tokenizer, str]:
-    from ksub_ds.pretrain.open_run import open_run
-
     checkpoint = open_run(folder).checkpoint()
     return checkpoint.load_model().base_model, checkpoint.run.tokenizer, sha256_file(checkpoint.weights)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.corpus.shards.dataset import is_shards
 from ksub_ds.corpus.text.layout import DEFAULT_LAYOUT, TextLayout
 from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.sources import find_text
@@ -84,7 +85,7 @@ def sample_text(
     Raises:
         UserError: no such folder or language, or no text in it.
     """
-    if (data / "manifest.json").is_file():
+    if is_shards(data):
         raise UserError(f"--data {data}: holds token shards; give the folder of the text they were made from")
     found = find_text(data, languages, flag="--data")
     share = max(1, num_tokens // len(found))

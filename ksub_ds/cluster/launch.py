@@ -33,18 +33,16 @@ from ksub_ds.cluster.launch_spec import (
     write_environment_file,
 )
 from ksub_ds.cluster.supervisor import GRACE_SECONDS
+from ksub_ds.common import distributed
 from ksub_ds.common.errors import RESUME, UserError
 from ksub_ds.common.exit_codes import FAILED, run_main
 from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import get_logger
 from ksub_ds.common.option_help import hanging
+from ksub_ds.common.rank_env import OF_ONE_PROCESS
 from ksub_ds.pretrain.checkpoint import MANIFEST, checkpoints
 
 LOCK_SECONDS = 180.0  # a host that is cut off still holds the run folder, until its own watchdog ends it
-# Variables of an outer launcher, or DeepSpeed's, for this process alone.
-OUTER_RANK = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE"),
-)
 # DeepSpeed's own options, passed on as they are.
 TAKES_VALUE = (
     *("--hostfile", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators", "--master_addr"),
@@ -237,7 +235,7 @@ class Launch:
         if not port.isdecimal() or int(port) > 65535:
             raise UserError(f"--master_port {port}: is not a port")
         if self.local:
-            return "127.0.0.1" if self.hosts else "", int(port) or free_port()
+            return "127.0.0.1" if self.hosts else "", int(port) or distributed.free_port()
         given = self.options.of_trainer
         check = HostCheck(str(Path.cwd()), out=given("--out"), codes=given("--codes"), data=given("--data"))
         ready = preflight(hosts, check, self.ssh_port, int(port))
@@ -276,7 +274,7 @@ class Launch:
 
     def _environment(self, path: Path) -> dict[str, str]:
         """Return the environment of the launcher's processes; write that of those on other hosts to `path`."""
-        environment = {name: value for name, value in os.environ.items() if name not in OUTER_RANK}
+        environment = {name: value for name, value in os.environ.items() if name not in OF_ONE_PROCESS}
         environment[LAUNCH_ID] = self.id
         if self.local:
             if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):  # noqa: PTH110
@@ -329,13 +327,6 @@ class Launch:
             if path.stat().st_mtime < started - 1:
                 path.unlink()
         return path
-
-
-def free_port() -> int:
-    """Return a port of this machine that is not in use."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def main(arguments: list[str] | None = None) -> int:

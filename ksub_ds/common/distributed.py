@@ -139,6 +139,13 @@ def _share_cores(info: RankInfo) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // info.local_size))
 
 
+def free_port() -> int:
+    """Return a port of this machine that is not in use."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
 def set_rendezvous_address(info: RankInfo) -> None:
     """Set RANK ... MASTER_PORT, which torch reads, where the launcher left them out.
 
@@ -147,10 +154,7 @@ def set_rendezvous_address(info: RankInfo) -> None:
     """
     environment, variables = os.environ, rank_variables()
     if info.world_size == 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     elif "MASTER_ADDR" not in environment and "OMPI_COMM_WORLD_SIZE" in environment:
         from mpi4py import MPI
 

@@ -16,6 +16,12 @@ from ksub_ds.common.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+# What launchers, DeepSpeed's and torchrun's among them, set for one process: not for those that it starts.
+OF_ONE_PROCESS = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+
 
 class RankInfo(NamedTuple):
     """The place of this process among those of the run.

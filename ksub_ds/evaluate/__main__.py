@@ -22,9 +22,8 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.exit_codes import exit_code_of_signal, run_main
 from ksub_ds.common.options import parse
 from ksub_ds.evaluate.benchmark import BenchmarkPlan
-from ksub_ds.evaluate.language_model import LanguageModelPlan, make_language_model_plans
-from ksub_ds.evaluate.lm.settings import LanguageModelSettings
-from ksub_ds.evaluate.queue.status import StatusSettings, status
+from ksub_ds.evaluate.language_model import LanguageModelPlan, LanguageModelSettings, make_language_model_plans
+from ksub_ds.evaluate.queue.queue import StatusSettings, status
 from ksub_ds.evaluate.queue.worker import run_worker
 from ksub_ds.evaluate.registry import SETTINGS, make_plans
 from ksub_ds.evaluate.settings import EvaluationSettings

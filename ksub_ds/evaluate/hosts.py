@@ -21,6 +21,7 @@ from ksub_ds.cluster.hostfile import is_this_machine, read_hostfile
 from ksub_ds.cluster.launch_spec import travelling_environment
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.exit_codes import run_main
+from ksub_ds.common.rank_env import OF_ONE_PROCESS
 
 SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 
@@ -45,7 +46,7 @@ def start_workers(hosts: dict[str, int], arguments: Sequence[str]) -> int:
     mistake, ends all; else it is the highest.
     """
     processes: list[subprocess.Popen[Any]] = []
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in OF_ONE_PROCESS:
         os.environ.pop(name, None)  # the outer launcher's; a worker stands alone
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

@@ -17,8 +17,9 @@ from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.common.mpi import MPIComm
+from ksub_ds.corpus.shards.dataset import is_shards
 from ksub_ds.vectors.dedicated import DedicatedChoice, choose_tokens, with_dedicated
-from ksub_ds.vectors.sources import Description, is_shards, load_vectors
+from ksub_ds.vectors.sources import Description, load_vectors
 
 
 @dataclass

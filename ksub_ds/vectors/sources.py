@@ -16,6 +16,7 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_bytes
 from ksub_ds.common.logging import get_logger
+from ksub_ds.corpus.shards.dataset import ShardDataset, is_shards
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.pretrain.open_run import is_run
 from ksub_ds.vectors.matrix import read_matrix
@@ -42,11 +43,6 @@ class Description:
         if self.tokenizer is not None:
             found["tokenizer_fingerprint"] = self.tokenizer.fingerprint
         return found
-
-
-def is_shards(path: str | Path) -> bool:
-    """Return whether a folder holds token shards."""
-    return (Path(path) / "manifest.json").is_file()
 
 
 def load_vectors(
@@ -120,7 +116,6 @@ def _read_folder(
 
 
 def _shards(path: Path, tokenizer: str | Path | None, seed: int) -> tuple[np.ndarray, str]:
-    from ksub_ds.corpus.shards.dataset import ShardDataset
     from ksub_ds.vectors.cooccurrence import Cooccurrence, shard_vectors
 
     dataset = ShardDataset.open(path)

@@ -31,6 +31,11 @@ _SHARD_FILE = re.compile(r"(?P<folder>[^/]+)/(?P<split>train|validation)-\d{5}\.
 _GROUPS = {"languages": LANGUAGE_CODE, "pairs": LANGUAGE_PAIR}  # keys of the manifest, and how their entries are named
 
 
+def is_shards(folder: str | Path) -> bool:
+    """Return whether a folder holds token shards."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
 def dataset_fingerprint(manifest: dict[str, Any]) -> str:
     """Return the sha256 of what decides the training data: format, sequence length, tokenizer, contents of files."""
     files = sorted((f["path"], f["sha256"], f["sequences"]) for f in _all_files(manifest))

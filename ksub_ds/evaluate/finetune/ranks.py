@@ -4,7 +4,6 @@ What each of them runs is evaluate/finetune_rank.py; the task is told to them in
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json, write_json
 from ksub_ds.common.rank_env import has_gpu, local_rank
@@ -60,7 +60,7 @@ def train_on_ranks(task: RankTask, work: Path, ranks: int, check: Callable[[], N
     result.unlink(missing_ok=True)
     write_json(folder / "task.json", asdict(task))
     command = [sys.executable, "-m", "ksub_ds.evaluate.finetune_rank", str(folder / "task.json"), str(os.getpid())]
-    port = _free_port()
+    port = str(distributed.free_port())
     processes = []
     try:
         for rank in range(ranks):
@@ -105,9 +105,3 @@ def place_on_machine(rank: int, ranks: int) -> int:
 def worker_on_machine() -> int:
     """Return the number of this worker among those of its machine, as `worker_command` or a launcher says."""
     return int(os.environ.get("KSUB_WORKER", local_rank()))
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
