@@ -26,12 +26,24 @@ MAGIC = {
 }
 SUFFIXES = {".gz": "gzip", ".xz": "xz", ".zst": "zstd", ".bz2": "bzip2"}
 XZ_MEMORY = 256 << 20  # bytes; `xz -9` needs 65 MiB, a hostile header asks for 4 GiB
+INFLATION_LIMIT = 200  # text compresses 3 to 20 times; beyond this, past the first bytes, it is a bomb
+INFLATION_FREE = 64_000_000  # bytes
 _LONGEST_MAGIC = 10
 _BUFFER = 1 << 17
 
 
 class DamagedFileError(Exception):
     """Compressed data that ends too soon or cannot be decompressed."""
+
+
+def is_bomb(inflated: int, compressed: int) -> bool:
+    """Return whether data inflates beyond any text.
+
+    Args:
+        inflated: its bytes, as far as they are known.
+        compressed: bytes that they came from.
+    """
+    return inflated > max(INFLATION_FREE, INFLATION_LIMIT * compressed)
 
 
 def compression_of(raw: IO[bytes]) -> str | None:

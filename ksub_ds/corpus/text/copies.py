@@ -5,15 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 
-from ksub_ds.common.compression import DamagedFileError, decompressed
+from ksub_ds.common.compression import DamagedFileError, decompressed, is_bomb
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.text.skipped import Skipped
 from ksub_ds.corpus.text.text_files import TextFile, TextName, parse_text_name, printable
 
 COMPARED = 1 << 20  # bytes at a time
-# A bomb is no reason to compare for ever: what is equal up to here is taken for equal, and its reader will say bomb.
-MOST_INFLATION, LEAST_COMPARED = 200, 64_000_000
 
 ParseName = Callable[[str], TextName | None]
 
@@ -118,7 +116,6 @@ def _compression(file: TextFile, parse_name: ParseName) -> str:
 
 def _difference(one: TextFile, two: TextFile) -> str:
     """Return in words how the decompressed contents of two files differ, or "" if they are equal."""
-    most = max(LEAST_COMPARED, MOST_INFLATION * min(one.size, two.size))
     with open(one.path, "rb") as raw_one, open(two.path, "rb") as raw_two:
         streams = decompressed(raw_one), decompressed(raw_two)
         for position in itertools.count(step=COMPARED):
@@ -130,6 +127,7 @@ def _difference(one: TextFile, two: TextFile) -> str:
                     return f"{printable(file.path.name)} is damaged ({error})"
             if pieces[0] != pieces[1]:
                 return "their contents differ"
-            if not pieces[0] or position > most:
+            # A bomb is no reason to compare for ever: taken for equal, and its reader will say bomb.
+            if not pieces[0] or is_bomb(position, min(one.size, two.size)):
                 break
     return ""

@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ksub_ds.common.compression import SUFFIXES, DamagedFileError, compression_of, decompressed
+from ksub_ds.common.compression import SUFFIXES, DamagedFileError, compression_of, decompressed, is_bomb
 from ksub_ds.common.files import stand_in
 from ksub_ds.corpus.text.skipped import Skipped, shown
 
 LONGEST_LINE = 40_000_000  # bytes
-INFLATION_LIMIT = 200  # text compresses 3 to 20 times; beyond this, past the first bytes, it is a bomb
-INFLATION_FREE = 64_000_000  # bytes
 PIECE = 1 << 20
 HEAD = 1 << 16  # bytes that encodings are known by
 
@@ -183,8 +181,7 @@ class FileContent:
             self.damaged(damage)
 
     def _is_bomb(self) -> bool:
-        compressed, inflated = self.compression is not None, self._inflated
-        return compressed and inflated > INFLATION_FREE and inflated > INFLATION_LIMIT * self._raw.tell()
+        return self.compression is not None and is_bomb(self._inflated, self._raw.tell())
 
 
 class _FromUtf16(io.RawIOBase):

@@ -8,12 +8,15 @@ other ones, and is no part of the data set.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
+DESCRIPTION = "dataset_info.json"  # beside the data
+CACHE = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")
 TRAIN = "train"
 _LONGEST_STATE = 10_000_000  # bytes
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
-from ksub_ds.corpus.text import file_content
+from ksub_ds.common.compression import is_bomb
 from ksub_ds.corpus.text.file_content import FileContent
 from ksub_ds.corpus.text.layout import TextLayout
 from ksub_ds.corpus.text.text_files import ARROW, PARQUET
@@ -148,7 +148,7 @@ def _characters(value: Any) -> int:
 
 
 def _is_bomb(size: int, raw: IO[bytes]) -> bool:
-    return size > max(file_content.INFLATION_FREE, file_content.INFLATION_LIMIT * os.fstat(raw.fileno()).st_size)
+    return is_bomb(size, os.fstat(raw.fileno()).st_size)
 
 
 def _inflated(message: pyarrow.Message) -> int:

@@ -21,7 +21,7 @@ from ksub_ds.common.compression import SUFFIXES as COMPRESSIONS
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
 from ksub_ds.common.languages import language_name
-from ksub_ds.corpus.text.saved import SPLITS, STATE, is_saved, saved_files
+from ksub_ds.corpus.text.saved import CACHE, DESCRIPTION, SPLITS, STATE, is_saved, saved_files
 from ksub_ds.corpus.text.skipped import Skipped
 
 PARQUET, ARROW = ".parquet", ".arrow"
@@ -36,8 +36,6 @@ SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in wor
 _SHARD_NUMBER = re.compile(r"[-_](\d+[-_]of[-_]\d+|\d{4,})$")  # en-00000-of-00002; 3 digits may be a region
 _SPLIT_SUBTAG = re.compile(rf"[-_]({'|'.join(SPLIT_OF)})(?![^-_])", re.IGNORECASE)
 
-DESCRIPTION = "dataset_info.json"  # `datasets` writes it beside the data
-CACHE = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")  # what map() and filter() of `datasets` leave there
 # Of any collection of files; their absence from the text surprises nobody.
 PAPERS = re.compile(r"(README|LICEN[CS]E|NOTICE|CHANGELOG|CITATION)(\.\w+)?|.*\.md|_SUCCESS", re.IGNORECASE)
 _KERNEL = ("/proc", "/sys")  # regular files without an end

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.compression import SUFFIXES as COMPRESSIONS
-from ksub_ds.common.compression import DamagedFileError, decompressed
+from ksub_ds.common.compression import DamagedFileError, decompressed, is_bomb
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import refuse_stand_in
 from ksub_ds.common.logging import get_logger
@@ -28,8 +28,6 @@ SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.parque
 OTHER_NAMES = {"validation": ("dev", "valid", "val")}
 LONGEST_LINE = 4_000_000  # bytes; a sentence pair has hundreds
 LARGEST_FILE = 16_000_000_000  # bytes when inflated; MNLI's training set in 15 languages has 2 billion
-INFLATION_LIMIT = 200  # text compresses 3 to 20 times; beyond this, past the first bytes, it is a bomb
-INFLATION_FREE = 64_000_000  # bytes
 ROWS_AT_ONCE = 32  # of a Parquet file: its text may repeat, so that no number in it tells how much it will be
 
 Row = tuple[Path | str, int, Any]  # where it comes from, its line, and what was found there
@@ -229,5 +227,5 @@ def _check_inflation(path: Path, inflated: int, read: int) -> None:
     Raises:
         UserError: it is too much.
     """
-    if inflated > LARGEST_FILE or inflated > max(INFLATION_FREE, INFLATION_LIMIT * read):
+    if inflated > LARGEST_FILE or is_bomb(inflated, read):
         raise UserError(f"{path}: inflates to more than {inflated:,} bytes; not the file of a task")

@@ -98,9 +98,7 @@ def test_a_file_that_differs_from_its_compressed_form_is_refused(tmp_path: Path)
 
 
 def test_two_bombs_are_not_compared_to_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ksub_ds.corpus.text import copies
-
-    monkeypatch.setattr(copies, "LEAST_COMPARED", 1_000_000)
+    monkeypatch.setattr("ksub_ds.common.compression.INFLATION_FREE", 1_000_000)
     write(tmp_path / "en.txt.gz", bytes(30_000_000) + b"a")
     write(tmp_path / "en.txt.xz", bytes(30_000_000) + b"b")
     assert found(tmp_path) == {"en": ["en.txt.gz"]}

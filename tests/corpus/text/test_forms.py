@@ -22,6 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ksub_ds.common import compression
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.text import file_content
@@ -225,7 +226,7 @@ def test_a_long_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(file_content, "LONGEST_LINE", 1_000_000)
     found, skipped = read(tmp_path / "a.json", b'[{"text": "a"}, {"text": "' + b"x" * 9_000_000 + b'"}]')
     assert found == ["a"] and skipped.counts == {"too_long": 1}
-    monkeypatch.setattr(file_content, "INFLATION_FREE", 1_000_000)
+    monkeypatch.setattr(compression, "INFLATION_FREE", 1_000_000)
     packed = gzip.compress(b'[{"text": "a"},' + b" " * 30_000_000)
     _, skipped = read(tmp_path / "a.json", packed)
     assert skipped.counts["inflates_too_much"] == 1
@@ -272,8 +273,8 @@ def test_no_bytes_under_any_name_end_a_run(data: st.DataObject) -> None:
 
 
 def test_arrow_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_content, "INFLATION_FREE", 100_000)
-    monkeypatch.setattr(file_content, "INFLATION_LIMIT", 20)
+    monkeypatch.setattr(compression, "INFLATION_FREE", 100_000)
+    monkeypatch.setattr(compression, "INFLATION_LIMIT", 20)
     packed = arrow_bytes(pa.table({"n": [1] * 20, "text": ["a" * 500_000] * 20}), pa.ipc.new_file, "zstd")
     texts, skipped = read(tmp_path / "a.arrow", packed)
     assert texts == [] and skipped.counts == {"inflates_too_much": 1}

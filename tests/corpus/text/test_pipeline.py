@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from ksub_ds import cli
+from ksub_ds.common import compression
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import LEFTOVER, atomic_folder
 from ksub_ds.corpus.shards.dataset import ShardDataset
@@ -142,7 +143,7 @@ def test_hostile_text_is_skipped_and_counted(
     tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(file_content, "LONGEST_LINE", 200_000)
-    monkeypatch.setattr(file_content, "INFLATION_FREE", 1_000_000)
+    monkeypatch.setattr(compression, "INFLATION_FREE", 1_000_000)
     (tmp_path / "in" / "en").mkdir(parents=True)
     hostile_files(tmp_path / "in" / "en")
     manifest = shard_text(ShardText(tmp_path / "in", tiny_tokenizer, tmp_path / "out", 64, 0.0, workers=1))
@@ -417,8 +418,8 @@ def test_a_parquet_bomb_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "en.parquet"
     text = np.random.default_rng(0).integers(97, 123, 300_000).astype(np.uint8).tobytes().decode()
     parquet.write_table(pyarrow.table({"text": [text[:200_000] + "a" * 500_000] * 20}), path)  # stored once
-    monkeypatch.setattr(file_content, "INFLATION_FREE", 100_000)
-    monkeypatch.setattr(file_content, "INFLATION_LIMIT", 2)
+    monkeypatch.setattr(compression, "INFLATION_FREE", 100_000)
+    monkeypatch.setattr(compression, "INFLATION_LIMIT", 2)
     skipped = Skipped()
     assert list(DocumentReader(find_text(tmp_path, ("en",))["en"].sources, skipped)) == []
     assert skipped.counts["inflates_too_much"] == 1

@@ -156,7 +156,7 @@ def test_empty_damaged_and_absent_files(tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksub_ds.evaluate.data.row_files.INFLATION_FREE", 100_000)
+    monkeypatch.setattr("ksub_ds.common.compression.INFLATION_FREE", 100_000)
     bomb = source(tmp_path, [" " * 50_000] * 100, "test.jsonl.gz")
     with pytest.raises(UserError, match="inflates to more than"):
         bomb.read("en", "test", XNLI_COLUMNS)
@@ -189,7 +189,7 @@ def test_parquet_bombs_and_bad_text(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert path.stat().st_size < 10_000
     assert len(Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)) == 100
     with monkeypatch.context() as patch:
-        patch.setattr("ksub_ds.evaluate.data.row_files.INFLATION_FREE", 100_000)
+        patch.setattr("ksub_ds.common.compression.INFLATION_FREE", 100_000)
         with pytest.raises(UserError, match="inflates to more than"):
             Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)
     monkeypatch.setattr("ksub_ds.evaluate.data.row_files.LONGEST_LINE", 1_000)
