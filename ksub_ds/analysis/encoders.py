@@ -9,7 +9,7 @@ import numpy as np
 
 from ksub_ds.analysis.sample import RowTokenizer
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.evaluate.lm.tokens import CausalTokenizer
@@ -141,7 +141,7 @@ def _from_huggingface(source: str) -> tuple[Any, str]:
         with quiet_transformers():
             model, told = AutoModel.from_pretrained(source, output_loading_info=True, use_safetensors=True)
     except Exception as error:  # the library raises many kinds for a damaged or absent model
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         what = "transformers cannot open this model" if folder.is_dir() else "no such folder, and no model to be had"
         raise UserError(f"{source}: {what} ({reason})") from error
     missing = sorted(key for key in told["missing_keys"] if not any(part in key for part in HARMLESS))

@@ -18,8 +18,13 @@ class UserError(ValueError):
         self.agreed = agreed
 
 
+def one_line(error: BaseException, longest: int = 200) -> str:
+    """Return the message of an exception as one line of so many characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
 def describe_os_error(error: OSError) -> str:
     """Return the line for a user whose file or disk caused an OSError: file, reason, and what to do."""
-    reason = error.strerror or " ".join(str(error).split())
+    reason = error.strerror or one_line(error)
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{reason}; fix it, then {RESUME}"

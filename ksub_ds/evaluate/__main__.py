@@ -3,10 +3,9 @@
     python -m ksub_ds.evaluate xnli --model model --data xnli --setting cross-lingual --out results
     launch/evaluate.sh --hostfile launch/hostfile.example xnli --model model ...    (one such worker a slot)
 
-From settings to results.json: registry.py makes a plan for each model (benchmark.py; xnli.py, glue.py; for lm
-language_model.py does), a plan has a
-queue of jobs (queue/queue.py), a worker does them (queue/worker.py), and whoever sees the last one done writes the
-results.
+From settings to results.json: registry.py makes a plan for each model (benchmark.py; xnli.py, glue.py, classify.py; for
+lm language_model.py does), a plan has a queue of jobs (queue/queue.py), a worker does them (queue/worker.py), and
+whoever sees the last one done writes the results.
 
 Exit codes: 0 all is done; 2 the user's mistake, one line on stderr; 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP (a closed
 terminal or ssh): the leased jobs are given back, and the same command resumes.

@@ -32,8 +32,7 @@ from ksub_ds.evaluate.finetune.batching import scoring_batches
 from ksub_ds.evaluate.finetune.classifier import TOKENIZER_FILES, describe
 from ksub_ds.evaluate.finetune.scoring import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ksub_ds.evaluate.lm.documents import Choice, choose
-from ksub_ds.evaluate.lm.tokens import CausalTokenizer
-from ksub_ds.evaluate.lm.windows import windows
+from ksub_ds.evaluate.lm.tokens import CausalTokenizer, windows
 from ksub_ds.evaluate.queue.queue import Job, Queue
 from ksub_ds.evaluate.queue.worker import Plan
 from ksub_ds.evaluate.settings import folders_of

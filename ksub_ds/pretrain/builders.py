@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common import distributed
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.gpu import device_name, is_out_of_memory, peak_bf16
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards.dataset import ShardDataset
@@ -107,7 +107,7 @@ def set_attention(model: Any, name: str | None) -> None:
     try:
         model.set_attn_implementation(name)
     except Exception as error:  # of transformers, of the package, or of the connection to the Hub
-        raise UserError(f"--attention {name}: {' '.join(str(error).split())[:300]}; or leave it out") from error
+        raise UserError(f"--attention {name}: {one_line(error, 300)}; or leave it out") from error
 
 
 def start_bias(model: Any, dataset: ShardDataset, alpha: float) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ksub_ds.common.distributed import to_device
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import read_json
 from ksub_ds.common.rank_env import device, world_size
 
@@ -153,7 +153,7 @@ def check_monitors(config: dict[str, Any], path: Path) -> None:
         try:
             importlib.import_module(module)
         except Exception as error:  # an old protobuf raises TypeError, ImportError or AttributeError by its version
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             try:
                 protobuf = f"protobuf {importlib.metadata.version('protobuf')}"
             except importlib.metadata.PackageNotFoundError:
@@ -286,7 +286,7 @@ def start_engine(model: Any, optimizer: Any, config: dict[str, Any]) -> "DeepSpe
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"DeepSpeed refuses the configuration: {error.title} {where}: {first['msg']}") from error
     except ValueError as error:
-        raise UserError(f"DeepSpeed refuses the configuration: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"DeepSpeed refuses the configuration: {one_line(error, 300)}") from error
     # TrainingMetrics writes to the monitor; the engine would add its own events at every step.
     engine.monitor.enabled = False
     return engine

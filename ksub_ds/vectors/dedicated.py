@@ -22,7 +22,7 @@ from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.statistics import training_frequency
 from ksub_ds.pretrain.open_run import is_run, open_run
 
-LARGEST_FILE = 2**26  # bytes of ids: more is another kind of file
+LARGEST_FILE = 2**26  # bytes of a list: more is another kind of file
 MASKED_SHARE = 0.15  # of the held-out text whose loss is summed, where no run says
 TOKENIZER = "tokenizer_fingerprint"
 
@@ -185,6 +185,28 @@ def choose_tokens(
     return np.sort(chosen).astype(np.int32), how
 
 
+def read_list(path: Path, option: str, entries: str) -> str:
+    """Read a file of entries, one per line, as text.
+
+    Args:
+        path: the file.
+        option: that names it, for messages.
+        entries: what they are, for messages.
+
+    Raises:
+        UserError: it cannot be read, is too large for such a list, or is not UTF-8.
+    """
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            size = path.stat().st_size
+            raise UserError(f"{option} {path}: {size:,} bytes is no list of {entries}; give one per line")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option} {path}: is not UTF-8 (byte {error.start}); give {entries}, one per line") from error
+
+
 def read_token_ids(path: Path, num_tokens: int, option: str) -> np.ndarray:
     """Read token ids from a file, one per line; empty lines and what follows a # do not count.
 
@@ -199,14 +221,7 @@ def read_token_ids(path: Path, num_tokens: int, option: str) -> np.ndarray:
     Raises:
         UserError: the file cannot be read or holds no id; or, with its line, no number, one out of range, one twice.
     """
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{option} {path}: {path.stat().st_size:,} bytes is no list of ids; give one per line")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{option} {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{option} {path}: is not UTF-8 (byte {error.start}); give token ids, one per line") from error
+    lines = read_list(path, option, "token ids").splitlines()
     seen: dict[int, int] = {}
     for number, line in enumerate(lines, start=1):
         word = line.split("#")[0].strip()

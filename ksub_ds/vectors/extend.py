@@ -16,10 +16,8 @@ from ksub_ds.codes.extension import extend_codes
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_bytes
-from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
+from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate, read_list
 from ksub_ds.vectors.matrix import read_matrix
-
-LARGEST_FILE = 2**26  # bytes of tokens: more is another kind of file
 
 
 @dataclass(frozen=True)
@@ -80,16 +78,7 @@ def read_tokens(path: Path) -> list[str]:
     Raises:
         UserError: the file cannot be read, or holds no token, an empty line or a token twice.
     """
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise UserError(
-                f"--tokens {path}: {path.stat().st_size:,} bytes is no list of tokens; give one token per line"
-            )
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"--tokens {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--tokens {path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    lines = read_list(path, "--tokens", "tokens").split("\n")
     tokens = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
     if not tokens:
         raise UserError(f"--tokens {path}: holds no token; give one per line")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import refuse_stand_in
 from ksub_ds.common.logging import get_logger
 
@@ -125,7 +125,7 @@ def read_matrix(path: Path, tensor: str | None = None) -> np.ndarray:
             raise UserError(
                 f"{path}: holds pickled objects, which are not read; save numbers: np.save(path, array.astype('f4'))"
             ) from error
-        raise UserError(f"{path}: not a readable .npy file ({' '.join(str(error).split())}); save it anew") from error
+        raise UserError(f"{path}: not a readable .npy file ({one_line(error)}); save it anew") from error
 
 
 def check_matrix(matrix: np.ndarray, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import read_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.pretrain.open_run import open_run
@@ -197,7 +197,7 @@ def _from_hub(name: str) -> Fetch:
         except EntryNotFoundError:
             return None
         except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error)
             raise UserError(f"{name}: no such file or folder, nor a model on the HuggingFace Hub ({reason})") from error
 
     return fetch

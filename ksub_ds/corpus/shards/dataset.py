@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import read_json, sha256_file
 from ksub_ds.common.languages import LANGUAGE_CODE, LANGUAGE_PAIR
 
@@ -231,7 +231,7 @@ def _open_rows(path: Path, sequence_length: int, sequences: int) -> np.ndarray:
             raise UserError(f"{path}: holds {column.type}, not rows of {sequence_length} int32; shard the text again")
         rows = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length)
     except (pa.ArrowException, OSError, KeyError, StopIteration) as error:
-        raise UserError(f"{path}: is damaged ({' '.join(str(error).split())[:120]}); shard the text again") from error
+        raise UserError(f"{path}: is damaged ({one_line(error)}); shard the text again") from error
     if len(rows) != sequences:
         raise UserError(f"{path}: holds {len(rows)} sequences, the manifest says {sequences}; shard the text again")
     return rows

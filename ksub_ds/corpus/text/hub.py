@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.corpus.text.copies import without_copies
 from ksub_ds.corpus.text.layout import DEFAULT_LAYOUT, TextLayout
 from ksub_ds.corpus.text.saved import is_saved, saved_files
@@ -94,7 +94,7 @@ class DatasetSource:
                 return datasets.load_dataset_builder("arrow", data_files={"train": files})
             return datasets.load_dataset_builder(self._path, self._config, revision=self._revision)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"--datasets {self.name}: cannot be opened ({_one_line(error)})") from error
+            raise UserError(f"--datasets {self.name}: cannot be opened ({one_line(error)})") from error
 
     def _saved(self) -> list[str]:
         """Return the files of a data set that save_to_disk wrote, unless they are all of its folder.
@@ -153,7 +153,7 @@ class DatasetSource:
         try:
             return self._builder.as_streaming_dataset(split="train")
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"--datasets {self.name}: has no train split ({_one_line(error)})") from error
+            raise UserError(f"--datasets {self.name}: has no train split ({one_line(error)})") from error
 
     @functools.cached_property
     def digest(self) -> str:
@@ -182,7 +182,7 @@ class DatasetSource:
             yield from self._stream()
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *_TORN) as error:
             raise UserError(
-                f"--datasets {self.name}: broke off ({_one_line(error)}); run again, or repair its file"
+                f"--datasets {self.name}: broke off ({one_line(error)}); run again, or repair its file"
             ) from error
 
 
@@ -216,7 +216,3 @@ def _decoded(value: Any) -> Any:
         return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError:
         return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ksub_ds.common.compression import is_bomb
+from ksub_ds.common.errors import one_line
 from ksub_ds.corpus.text.file_content import FileContent
 from ksub_ds.corpus.text.layout import TextLayout
 from ksub_ds.corpus.text.text_files import ARROW, PARQUET
@@ -62,7 +63,7 @@ def table_rows(raw: IO[bytes], path: Path, file: FileContent, columns: Columns) 
         yield from rows
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, struct.error) as error:
         # OSError: a torn page; ValueError: two fields of one name; OverflowError: a date beyond Python's
-        file.add("damaged_parquet" if table == "parquet" else "damaged_arrow", _one_line(error))
+        file.add("damaged_parquet" if table == "parquet" else "damaged_arrow", one_line(error))
 
 
 def _parquet_rows(raw: IO[bytes], file: FileContent, columns: Columns) -> Iterator[Row]:
@@ -188,7 +189,3 @@ def _field(metadata: bytes, table: int, index: int) -> int:
 
 def _target(metadata: bytes, position: int) -> int:
     return position + int(struct.unpack_from("<I", metadata, position)[0])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

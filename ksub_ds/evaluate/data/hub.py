@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 
 HUB_SECONDS = 10
 
@@ -37,7 +37,7 @@ def require_on_hub(what: str, name: str, kind: Literal["model", "dataset"], file
     except (HFValidationError, RepositoryNotFoundError):
         raise UserError(f"{what}: is neither a folder nor a {kind} on the hub; check the name") from None
     except Exception as error:  # of the HTTP library, which changes
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error)
     raise UserError(f"{what}: is not a folder, not in the hub's cache, and the hub cannot be asked ({reason})")
 
 
@@ -124,5 +124,5 @@ def hub_rows(name: str, part: str, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def _unreachable(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:160]
+    reason = one_line(error)
     return f"--data {name}: no such folder, and `datasets` cannot load it ({reason}); give a folder of files"

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.tokenizers.xlmr import MODEL_NAME
 from ksub_ds.evaluate.data.hub import cached_folder, require_on_hub
@@ -163,7 +163,7 @@ def _load(path: str, num_labels: int | None, option: str = "") -> tuple[Any, boo
                 path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **settings
             )
         except Exception as error:  # the library raises many kinds
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(f"{given}: transformers cannot open this model ({reason})") from error
     missing = sorted(key for key in info["missing_keys"] if not set(key.split(".")) & set(HEADS))
     if missing:
@@ -281,5 +281,5 @@ def read_config(model: str) -> Any:
         with quiet_transformers():
             return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"--model {model}: transformers finds no model there ({reason})") from error

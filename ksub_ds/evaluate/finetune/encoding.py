@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import atomic_path
 from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
@@ -178,7 +178,7 @@ class HuggingFacePairs:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
         except Exception as error:  # the library raises many kinds
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)
             raise UserError(
                 f"{path}: transformers finds no tokenizer there ({reason}); give --tokenizer FOLDER or a .model file"
             ) from error

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate.finetune.classifier import BIDIRECTIONAL, find_model, read_config
-from ksub_ds.evaluate.lm.windows import Window
+from ksub_ds.evaluate.lm.tokens import Window
 
 BLOCK_NUMBERS = {"cpu": 2**24, "cuda": 2**28}  # logits that are there at one time
 
@@ -191,7 +191,7 @@ def _open(path: str) -> Any:
                 path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
             )
         except Exception as error:  # the library raises many kinds
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(f"--model {path}: transformers cannot open this model ({reason})") from error
     absent = sorted(info["missing_keys"])
     if absent:

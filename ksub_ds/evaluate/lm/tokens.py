@@ -1,4 +1,4 @@
-"""The tokens of documents for a causal model, and what a tokenizer loses of a text.
+"""A document as a causal model reads it: its tokens, what a tokenizer loses of the text, and windows over the tokens.
 
 A document begins with the tokenizer's start token where it has one, else with its end token, which stands between
 documents in training (GPT-2, Qwen): then its first token is predicted too. With neither, the first token is not
@@ -6,6 +6,11 @@ predicted, and its bytes do not count. No end token is predicted: it is no text.
 
 What a tokenizer drops (blanks, signs that its normaliser rewrites, characters it does not know) costs a model nothing,
 though its bytes count: such documents are counted.
+
+A document of n tokens is predicted in windows of at most `window` tokens that the model reads. The first window
+predicts all it can. Each later one reads at least `context` tokens again before the first that it predicts, the last
+one as many as fit: so no token stands at the beginning of a window as if nothing came before it.
+(lm-evaluation-harness rolls its windows in this way, with a context of 1.)
 """
 
 import hashlib
@@ -13,11 +18,11 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.corpus.tokenizers.engine import BulkEncoder
 from ksub_ds.corpus.tokenizers.huggingface import text_only
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
@@ -122,10 +127,44 @@ def _open(path: str) -> Any:
     try:
         source = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise UserError(
             f"{path}: transformers finds no tokenizer there ({reason}); give --tokenizer FOLDER or a .model file"
         ) from error
     if not getattr(source, "is_fast", False):
         raise UserError(f"{path}: the tokenizer has no fast form (tokenizer.json); convert it with transformers")
     return source
+
+
+class Window(NamedTuple):
+    """A part of a document: tokens `begin` to `end` - 1 are read, `first` to `end` predicted.
+
+    The state of token i predicts token i + 1, so begin < first <= end.
+    """
+
+    begin: int
+    first: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """How many tokens are read."""
+        return self.end - self.begin
+
+
+def windows(length: int, window: int, context: int) -> list[Window]:
+    """Divide a document: every token but the first is predicted once.
+
+    Args:
+        length: tokens of the document, the one that starts it included.
+        window: the most tokens that the model reads at a time.
+        context: the fewest tokens read before one that is predicted, where the document has as many.
+    """
+    assert 1 <= context <= window, "every prediction reads something"
+    found = []
+    first = 1
+    while first < length:
+        end = min(window if first == 1 else first - context + window, length - 1)
+        found.append(Window(max(0, end - window), first, end))
+        first = end + 1
+    return found

@@ -25,7 +25,7 @@ from transformers import (
 from ksub_ds.common.errors import UserError
 from ksub_ds.evaluate.lm import causal
 from ksub_ds.evaluate.lm.causal import CausalScorer, check_causal
-from ksub_ds.evaluate.lm.windows import windows
+from ksub_ds.evaluate.lm.tokens import windows
 
 TOKENS = 61
 SMALL = {"vocab_size": TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -8,7 +8,7 @@ import torch
 
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.evaluate.lm.causal import CausalScorer, check_causal
-from ksub_ds.evaluate.lm.windows import windows
+from ksub_ds.evaluate.lm.tokens import windows
 from ksub_ds.model.causal_lm import KSubLlamaConfig, KSubLlamaForCausalLM
 from ksub_ds.model.embedding import SubEmbedding
 

@@ -1,14 +1,16 @@
-"""What begins a document, whose bytes count, and what a tokenizer loses."""
+"""What begins a document, whose bytes count, what a tokenizer loses; each token but the first is predicted once."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.evaluate.lm.tokens import CausalTokenizer
+from ksub_ds.evaluate.lm.tokens import CausalTokenizer, Window, windows
 
 TEXT = "the green bird. σπίτι 中文 😀"
 
@@ -56,3 +58,19 @@ def test_what_is_lost_is_counted(tiny_tokenizer: Path) -> None:
 def test_no_tokenizer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="transformers finds no tokenizer there"):
         CausalTokenizer(str(tmp_path))
+
+
+@given(st.integers(0, 300), st.integers(1, 40), st.data())
+def test_each_token_is_predicted_once_with_its_context(length: int, window: int, data: st.DataObject) -> None:
+    context = data.draw(st.integers(1, window))
+    found = windows(length, window, context)
+    assert [token for part in found for token in range(part.first, part.end + 1)] == list(range(1, length))
+    for part in found:
+        assert 0 <= part.begin < part.first <= part.end < length and part.length <= window
+        assert part.first - part.begin >= min(context, part.first), "the first one predicted has the least before it"
+
+
+def test_the_last_window_reads_as_much_as_fits() -> None:
+    assert windows(11, 4, 1) == [Window(0, 1, 4), Window(4, 5, 8), Window(6, 9, 10)]
+    assert windows(8, 4, 3) == [Window(0, 1, 4), Window(2, 5, 6), Window(3, 7, 7)]
+    assert windows(3, 4, 2) == [Window(0, 1, 2)] and windows(1, 4, 2) == [] == windows(0, 4, 2)
