@@ -114,4 +114,16 @@ def _one_line(box: str) -> str:
         unknown = [text for text in paragraphs if text.startswith("Unrecognized")]
         return "; ".join([f"give {', '.join(names)}" if names else said, *unknown])
     near = re.search(r": *(--[\w-]+) ", " ".join(paragraphs[1:2])) if said.startswith("Unrecognized") else None
-    return said + (f"; did you mean {near[1]}?" if near else "")
+    return _wrong_value(said) + (f"; did you mean {near[1]}?" if near else "")
+
+
+def _wrong_value(said: str) -> str:
+    """Return tyro's message on a value of the wrong kind as option, value and what it must be; any other as it is."""
+    if choice := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'[.] Expected one of [(](.*)[)]", said):
+        value, option, listed = choice.groups()
+        *others, last = sorted({*re.findall(r"'(.*?)'", listed)} - {"None"})  # None: the option may be left out
+        return f"{option} {value}: must be {' or '.join(filter(None, [', '.join(others), last]))}"
+    if number := re.fullmatch(r"Error parsing (--[\w-]+): .*?\b(int|float)\b.*?'(.*)'\]?", said, re.IGNORECASE):
+        option, kind, value = number.groups()
+        return f"{option} {value}: must be a {'whole ' * (kind.lower() == 'int')}number"
+    return said

@@ -151,7 +151,7 @@ def _advice(settings: CompressModel, small: Any, table: CodeTable) -> str:
     """Return what to do next, or could be done better, in words."""
     if _predicts_masked_tokens(small) and table.unique:
         return f". Next: ksub pretrain --warm-start {settings.out}"
-    if settings.input_only or small.can_generate():
+    if not table.unique or small.can_generate():
         return ""
     return f". A {type(small).__name__} predicts no tokens: --input-only loses far less at the same bytes"
 

@@ -39,6 +39,9 @@ def positive_rate(name: str, value: float) -> None:
         raise UserError(f"{name} {value}: must be above 0 and below 1")
 
 
+PLAN = "queue/plan.json"  # in a folder of results
+
+
 def folders_of(models: tuple[str, ...], out: Path) -> dict[str, Path]:
     """Return the results folder of each model: OUT, or OUT/<name> for several.
 
@@ -47,11 +50,19 @@ def folders_of(models: tuple[str, ...], out: Path) -> dict[str, Path]:
         out: given by --out.
 
     Raises:
-        UserError: two models of one name.
+        UserError: two models of one name; or one model's results are there and several are wanted, or the reverse.
     """
-    if len(models) == 1:
-        return {models[0]: out}
     names = [Path(model).name or model for model in models]
+    of_one, of_several = out / PLAN, sorted(path.parents[1].name for path in out.glob(f"*/{PLAN}"))
+    if len(models) == 1:
+        if of_several and not of_one.exists():
+            raise UserError(
+                f"--out {out}: holds evaluations in folders ({', '.join(of_several)}), as of several models; give "
+                f"--out {out / names[0]}"
+            )
+        return {models[0]: out}
+    if of_one.exists():
+        raise UserError(f"--out {out}: holds the evaluation of one model; for several give another folder")
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--model: two of them are called {name!r}, and each needs a folder of its own")

@@ -31,6 +31,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.model.base import TokenPredictor
@@ -84,6 +85,11 @@ class SubCausalLM(TokenPredictor):
     _tp_plan: ClassVar[dict[str, str]] = {}  # transformers' plans name the decoder's matrix, which is not there
     _pp_plan: ClassVar[dict[str, Any]] = {}
     lm_head: SubDecoder
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        # Label smoothing of transformers' Trainer shifts the labels of the classes that this list names.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.config_class.model_type] = cls.__name__
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         if getattr(config, "final_logit_softcapping", None) is not None:

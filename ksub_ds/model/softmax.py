@@ -42,6 +42,7 @@ FEWEST_ROWS = 64  # fewer would read the plain decoder's N x d table too often
 PLAIN_ROWS = 128  # of the plain decoder on a CPU at a time: half as many cost an eighth more
 FALLBACK_NUMBERS = 2**20  # float64 logits per block of the underflow path
 READ_BY_HOST = {"cpu"}  # devices whose values cost the host no wait
+UNREACHABLE_BIAS = -1e9  # of shared tokens that are all masked: -inf has NaN differences, and 1e30 would swallow a loss
 IGNORED = -100  # the label of rows that do not count, where labels are places and -1 says "among the others"
 
 
@@ -228,7 +229,10 @@ class _LossRun:
         if num_dense:
             self.rows_per_block = _rows_per_block(layer.codes.device, num_rows, num_dense)
         if num_dense < self.num_tokens:
-            of_shared = bias if bias is None or structure.shared is None else bias.detach()[structure.shared]
+            of_shared = bias
+            if bias is not None and structure.shared is not None:
+                of_shared = bias.detach()[structure.shared].float()
+                of_shared = torch.where(of_shared.max().isneginf(), UNREACHABLE_BIAS, of_shared)
             form, num_rows = _loss_form(structure), min(num_rows, self.rows_per_block)
             self.shared = form(structure, tables, of_shared, num_rows, with_gradients, with_bias_gradient)
             self.rows_per_block = self.shared.rows_per_block

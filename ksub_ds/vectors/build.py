@@ -176,4 +176,5 @@ def report(table: CodeTable, out: Path) -> str:
         out: their file.
     """
     own = f", {table.num_dedicated:,} dedicated rows" if table.num_dedicated else ""
-    return f"{out}: {table.num_tokens:,} tokens, tables of {' '.join(map(str, table.table_sizes))} rows{own}"
+    use = "" if table.unique else "; codes for the input alone: ksub compress ENCODER --codes takes them"
+    return f"{out}: {table.num_tokens:,} tokens, tables of {' '.join(map(str, table.table_sizes))} rows{own}{use}"

@@ -43,8 +43,8 @@ def test_what_would_be_submitted(capsys: pytest.CaptureFixture[str]) -> None:
         (["--job", "evaluate", "--array", "15-0", "--", "xnli"], "15-0 runs backwards; write 0-15"),
         # the job's own options, as its own parser sees them
         (["--", *MINIMAL, "--max-stps", "9"], "Unrecognized options: --max-stps, 9; did you mean --max-steps?"),
-        (["--", *MINIMAL, "--max-steps", "many"], "Error parsing --max-steps"),
-        (["--", *MINIMAL, "--preset", "tinny"], "invalid choice 'tinny' for argument '--preset'"),
+        (["--", *MINIMAL, "--max-steps", "many"], "--max-steps many: must be a whole number"),
+        (["--", *MINIMAL, "--preset", "tinny"], "--preset tinny: must be llama_medium,"),
         (["--", "--out", "r"], "pretrain: give --preset, --data"),
         (["--", *MINIMAL, "--max-restarts=x"], "--max-restarts x: must be a whole number"),
         (["--", *MINIMAL, "--deepspeed", "zero9"], "--deepspeed zero9: no such file"),

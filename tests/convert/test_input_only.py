@@ -222,6 +222,23 @@ def test_what_has_no_input_only_form_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_dedicated_rows_beside_such_codes_are_for_an_encoder(tmp_path, capsys):
+    """`ksub codes dedicate` says so, and `ksub compress --codes` keeps the embedding of these tokens as it is."""
+    write_model(tmp_path / "plain")
+    (tmp_path / "ids.txt").write_text("3\n5\n")
+    plain, small, codes, both = (str(tmp_path / name) for name in ("plain", "small", "codes", "both"))
+    assert main(["compress", plain, "--input-only", "--target-ratio", "4", "--out", small]) == 0
+    dedicate = ["codes", "dedicate", f"{small}/codes.safetensors", "--tokens", str(tmp_path / "ids.txt")]
+    assert main([*dedicate, "--out", codes]) == 0
+    assert "2 dedicated rows; codes for the input alone: ksub compress ENCODER --codes" in capsys.readouterr().out
+    assert main(["compress", plain, "--codes", codes, "--out", both]) == 0
+    assert "--input-only loses" not in capsys.readouterr().err
+    ids = torch.tensor([3, 5, 7])
+    before, after = (AutoModel.from_pretrained(path).get_input_embeddings()(ids).detach() for path in (plain, both))
+    torch.testing.assert_close(after[:2], before[:2], atol=1e-6, rtol=0)
+    assert (after[2] - before[2]).norm() > 1e-3
+
+
 def test_no_decoder_reads_such_a_folder(tmp_path, capsys):
     write_model(tmp_path / "plain", AutoModelForSequenceClassification, "roberta")
     small = tmp_path / "small"

@@ -168,6 +168,26 @@ def test_models_are_joined_in_one_table(
     assert told.count("# Bits per byte, windows of 24 tokens") == 2 and "differences" not in told
 
 
+def test_one_model_and_several_do_not_share_a_folder(
+    llama: Path, make_llama: Callable[[str, int], Path], tiny_text: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A model alone has its results in OUT, several in OUT/<name>: both in one would count one of them twice."""
+    other, few = make_llama("other", 1), ["--languages", "en", "--max-documents", "2"]
+    for first, second, line in (
+        (llama, [llama, other], "holds the evaluation of one model; for several give another folder"),
+        ([llama, other], llama, "holds evaluations in folders (llama, other), as of several models; give --out"),
+    ):
+        out = tmp_path / str(isinstance(first, list))
+        assert main(command(first, tiny_text, out, *few)) == 0
+        before = sorted(out.rglob("*"))
+        capsys.readouterr()
+        assert main(command(second, tiny_text, out, *few)) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: --out {out}: {line}")
+        assert sorted(out.rglob("*")) == before
+        assert main(command(first, tiny_text, out, *few)) == 0
+    assert main(command(llama, tiny_text, out / "llama", *few)) == 0
+
+
 def test_a_language_without_text_is_named_and_left_out(llama: Path, tmp_path: Path, capsys: Any) -> None:
     data = tmp_path / "text"
     data.mkdir()

@@ -403,6 +403,28 @@ def test_dedicated_tokens_that_no_row_may_be():
     assert not ours[-2].any() and not ours[-1][case.layer.dedicated].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mixing", [False, True])
+def test_shared_tokens_that_no_row_may_be(mixing, dtype):
+    """A bias of -inf for all but the dedicated tokens: the loss, its gradients and log Z are those of the block."""
+    case = Case(dedicated(positional_codes(60, 3), 4), mixing=mixing)
+    shared = [n for n in range(60) if n not in case.layer.dedicated]
+    with torch.no_grad():
+        case.bias = case.bias.to(dtype)
+        case.bias[shared] = -torch.inf
+        case.bias.requires_grad_()
+    case.labels[case.labels >= 0] = case.layer.dedicated[1]
+    loss, ours = case.ours()
+    reference, exact = case.dense(torch.float64)
+    torch.testing.assert_close(loss.double(), reference)
+    for mine, wanted in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.double(), wanted, rtol=2e-3, atol=1e-6)
+    assert not ours[-1][shared].any()
+    found = log_partition(case.hidden, case.layer, case.bias)
+    logits = case.hidden.double() @ case.layer.dense_weight().double().t() + case.bias.double()
+    torch.testing.assert_close(found, logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+
+
 def test_blocks_and_types_of_dedicated_tokens(monkeypatch):
     case = Case(dedicated(positional_codes(1000, 3), 100), rows=101)
     whole, exact = case.ours()

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
@@ -269,3 +271,20 @@ def test_what_is_no_guard_is_still_reported() -> None:
     with pytest.raises(RuntimeError, match="Unexpected key"):
         model.load_state_dict({**weights, name: torch.zeros(120, 16)})
     model.load_state_dict({**weights, name: torch.zeros(0)})
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_label_smoothing_knows_which_labels_to_shift(causal: bool, tmp_path: Path) -> None:
+    if causal:
+        sizes = SIZE | {"num_key_value_heads": 1}
+        model = replace_embeddings(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)), TABLE)
+    else:
+        model = model_of("roberta")
+    rows = masked_rows((3, 5, 2, 4))
+    run = trainer(model, rows, tmp_path, label_smoothing_factor=0.1)
+    batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    logits, labels = model(batch["input_ids"]).logits.double(), batch["labels"]
+    if causal:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    assert run.compute_loss(run.model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)

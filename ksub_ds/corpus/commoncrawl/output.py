@@ -1,11 +1,6 @@
 """The output folder of a run over Common Crawl: taking it over, recognising a finished run, publishing the result."""
 
-import multiprocessing
-import signal
-import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +97,7 @@ class CrawlFolder:
             if source != SOURCE:
                 raise UserError(f"--out {self._out}: holds shards of other text ({path.parent.name}); choose another")
         claim_folder(self._out, self._settings.sequence_length, self._tokenizer)
-        self._tokenizer_copy = start_saving(self._out, self._tokenizer)
+        save_tokenizer(self._out, self._tokenizer)
         for name in (MANIFEST, REPORT, QUARANTINE):
             (self._out / name).unlink(missing_ok=True)
         for folder in (path for path in (self._out / "work").glob("*") if path.is_dir()):
@@ -157,14 +152,7 @@ class CrawlFolder:
 
         Returns:
             The report.
-
-        Raises:
-            UserError: the process that copies the tokenizer was killed.
         """
-        try:
-            self._tokenizer_copy.result()
-        except BrokenProcessPool as error:
-            raise UserError("copying the tokenizer: its process was killed (out of memory?); rerun") from error
         write_quarantine(self._out / QUARANTINE, quarantine)
         manifest = build_manifest(self._out)
         head = {
@@ -184,23 +172,3 @@ class CrawlFolder:
 def has_files(folder: Path, files: Iterable[dict[str, Any]]) -> bool:
     """Return whether all files are in the folder with the content that their entries ("path", "sha256") name."""
     return all(is_whole(folder / file["path"], file["sha256"]) for file in files)
-
-
-def start_saving(out: Path, tokenizer: Tokenizer) -> Future[None]:
-    """Save the copy of the tokenizer in a process of its own, while the stages run.
-
-    The conversion imports transformers, which would keep 250 MB in rank 0 and delay it by some seconds.
-    """
-    done: Future[None] = Future()
-    if (out / "tokenizer").is_dir() or "transformers" in sys.modules:
-        save_tokenizer(out, tokenizer)
-        done.set_result(None)
-        return done
-    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a Ctrl-C is this process's alone
-    try:
-        done = pool.submit(save_tokenizer, out, tokenizer)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    pool.shutdown(wait=False)
-    return done

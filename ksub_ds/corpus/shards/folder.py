@@ -63,7 +63,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> None:
-    """Write settings.json, or check that an earlier run wrote the same.
+    """Write settings.json, or check that an earlier run wrote the same; one that made no row does not bind this one.
 
     Raises:
         UserError: the folder holds shards of another sequence length or tokenizer.
@@ -78,15 +78,18 @@ def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> No
     wanted = {"format": FORMAT_VERSION, "sequence_length": sequence_length, "tokenizer": tokenizer_facts}
     if path.exists():
         existing = read_json(path)
-        for key, value in wanted.items():
-            if existing.get(key) != value:
-                before, now = (
-                    (str(entry.get("fingerprint"))[:16] if isinstance(entry, dict) else entry)
-                    for entry in (existing.get(key), value)
-                )
-                raise UserError(
-                    f"{path}: {key} is {before}, this run has {now}; choose another --out, or remove this one"
-                )
+        changed = next((key for key in wanted if existing.get(key) != wanted[key]), None)
+        if changed is not None and any(map(has_rows, parts(folder))):
+            before, now = (
+                (str(entry.get("fingerprint"))[:16] if isinstance(entry, dict) else entry)
+                for entry in (existing.get(changed), wanted[changed])
+            )
+            raise UserError(
+                f"{path}: {changed} is {before}, this run has {now}; choose another --out, or remove this one"
+            )
+        if changed is not None:
+            for made in [*(part.parent for part in parts(folder)), folder / "tokenizer"]:
+                shutil.rmtree(made, ignore_errors=True)
     elif parts(folder):
         raise UserError(f"{folder}: holds shards but no settings.json; choose another --out, or remove this one")
     write_json(path, wanted)
@@ -109,8 +112,16 @@ def parts(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*/part.json") if not path.parent.name.startswith("."))
 
 
+def has_rows(part: Path) -> bool:
+    """Return whether the shards of a part.json have rows; where it is damaged, they may."""
+    try:
+        return bool(read_json(part)["files"])
+    except (UserError, KeyError, TypeError):
+        return True
+
+
 def build_manifest(folder: Path, languages: Collection[str] | None = None) -> dict[str, Any]:
-    """Build the manifest of languages and pairs in the folder, published by this run or an earlier one.
+    """Build the manifest of languages, and of pairs with rows, published by this run or an earlier one.
 
     Args:
         folder: of the shards.
@@ -122,5 +133,6 @@ def build_manifest(folder: Path, languages: Collection[str] | None = None) -> di
     there = {path.parent.name: path for path in parts(folder)}
     entries = {name: read_json(path) for name, path in there.items() if languages is None or name in languages}
     pairs = {name: entries.pop(name) for name in list(entries) if LANGUAGE_PAIR.fullmatch(name)}
+    pairs = {name: entry for name, entry in pairs.items() if entry["files"]}
     manifest = {**read_json(folder / "settings.json"), "languages": entries, **({"pairs": pairs} if pairs else {})}
     return {**manifest, "fingerprint": dataset_fingerprint(manifest)}

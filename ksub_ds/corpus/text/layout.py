@@ -11,6 +11,7 @@ from ksub_ds.corpus.text.skipped import shown
 TEXT_COLUMNS = ("text", "raw_content")
 LIKELY = ("text", "content", "body", "article", "document", "passage", "page_content", "raw_text", "sentence")
 KEYS_SHOWN = 12
+TRANSLATION = "translation"  # of the object with the sides of a pair
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class TextLayout:
         wanted = " or ".join(f'"{shown(name)}"' for name in self.columns())
         words = f"no {wanted}, only {', '.join(map(shown, columns[:KEYS_SHOWN])) or 'nothing'}"
         words += " ..." if len(columns) > KEYS_SHOWN else ""
+        if TRANSLATION in columns:
+            return words + "; these are pairs of sentences: give their folder as --parallel"
         likely = [text for name in LIKELY for text in texts if text.casefold() == name]
         choice = next(iter(likely), texts[-1] if texts else None)
         if choice is not None and choice.isprintable():

@@ -24,7 +24,7 @@ from ksub_ds.common.languages import is_common, language_name, standard_code
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.text.file_content import FileContent
 from ksub_ds.corpus.text.json_text import json_values
-from ksub_ds.corpus.text.layout import KEYS_SHOWN
+from ksub_ds.corpus.text.layout import KEYS_SHOWN, TRANSLATION
 from ksub_ds.corpus.text.reader import SourceReader, rejection_reason
 from ksub_ds.corpus.text.skipped import Skipped, shown
 from ksub_ds.corpus.text.sources import LanguageText, text_below
@@ -40,7 +40,6 @@ from ksub_ds.corpus.text.text_files import (
 )
 
 FORMS = (".jsonl", ".json", PARQUET, ARROW)
-KEY = "translation"  # of the object with the sides, where the row is not that itself
 
 Pair = tuple[str, str]
 
@@ -150,20 +149,22 @@ class PairReader(SourceReader[Pair]):
         else:
             values = json_values(file)
         for value in values:
-            row = value.get(KEY, value) if isinstance(value, Mapping) else None
+            row = value.get(TRANSLATION, value) if isinstance(value, Mapping) else None
             if isinstance(row, Mapping):
                 yield row, file
             else:
-                file.add("no_pair", f'not an object with a text of {" and of ".join(self._pair)}, nor with "{KEY}"')
+                sides = " and of ".join(self._pair)
+                file.add("no_pair", f'not an object with a text of {sides}, nor with "{TRANSLATION}"')
 
     def _columns(self, schema: pyarrow.Schema, file: FileContent) -> list[str]:
         """Return the columns of a table that hold the sides; count the file and return nothing if there are none."""
         sides = {standard_code(language) for language in self._pair}
-        found = [KEY] if KEY in schema.names else [name for name in schema.names if standard_code(name) in sides]
+        plain = [name for name in schema.names if standard_code(name) in sides]
+        found = [TRANSLATION] if TRANSLATION in schema.names else plain
         wrong = next((column for column in schema if column.name in found and not _holds_sides(column, sides)), None)
         if not found:
             names = ", ".join(map(shown, schema.names[:KEYS_SHOWN])) or "nothing"
-            file.add("no_text_column", f'no "{KEY}", no {" or ".join(self._pair)}, only {names}')
+            file.add("no_text_column", f'no "{TRANSLATION}", no {" or ".join(self._pair)}, only {names}')
         elif wrong is not None:
             file.add("no_text_column", f'column "{shown(wrong.name)}" holds {shown(str(wrong.type))}, not text')
         return found if wrong is None else []
@@ -199,7 +200,7 @@ def _holds_sides(column: pyarrow.Field, sides: set[str]) -> bool:
 
     Other fields of a struct are read along with the sides: lists, which take any memory, are refused.
     """
-    if column.name != KEY:
+    if column.name != TRANSLATION:
         return holds_text(column.type) or pyarrow.types.is_null(column.type)
     if not pyarrow.types.is_struct(column.type):
         return False

@@ -26,6 +26,7 @@ from ksub_ds.corpus.shards.dataset import MANIFEST, SPLITS, read_manifest
 from ksub_ds.corpus.shards.folder import (
     build_manifest,
     claim_folder,
+    has_rows,
     is_whole,
     locked,
     make_folder,
@@ -39,7 +40,7 @@ from ksub_ds.corpus.text.hub import DatasetSource
 from ksub_ds.corpus.text.layout import TextLayout
 from ksub_ds.corpus.text.pairs import Pair, PairReader, find_pairs
 from ksub_ds.corpus.text.reader import DocumentReader, SourceReader
-from ksub_ds.corpus.text.skipped import LeftOut, Skipped
+from ksub_ds.corpus.text.skipped import TOO_LONG_PAIRS, LeftOut, Skipped
 from ksub_ds.corpus.text.sources import LanguageText, find_text
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.corpus.tokenizers.parallel import ParallelEncoder
@@ -135,18 +136,18 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
                     else:
                         shard_language(making, layout)
         manifest = build_manifest(settings.out, {*text, *kept})
-        made = manifest["languages"] | manifest.get("pairs", {})
-        if not any(made[language]["files"] for language in text):
+        made = {name: read_json(settings.out / name / "part.json") for name in text}
+        if not any(entry["files"] for entry in made.values()):
             given = settings.input or " ".join(settings.datasets) or settings.parallel
             left_out.report()
             what = "pair" if pair_of.keys() == text.keys() else "document in any language"
-            raise UserError(f"{given}: no readable {what} (see the counts above)")
-        left_out.add_unread({language: made[language] for language in text})
+            raise UserError(f"{given}: no readable {what}, see the counts above{left_out.first_example()}")
+        left_out.add_unread(made)
         if settings.strict and left_out.lines:
             _withdraw_manifest(settings.out, kept)
             left_out.refuse(f"the shards stay, but {settings.out} gets no manifest")
         write_json(settings.out / MANIFEST, manifest)
-        besides = [path.parent.name for path in parts(settings.out) if path.parent.name not in made]
+        besides = [path.parent.name for path in parts(settings.out) if path.parent.name not in {*text, *kept}]
     left_out.report()
     _report(manifest, sorted(todo), settings.out, besides)
     return manifest
@@ -176,7 +177,8 @@ def _kept_languages(settings: ShardText) -> set[str]:
     Raises:
         UserError: a run that makes them has not finished.
     """
-    there = {path.parent.name for path in parts(settings.out) if not LANGUAGE_PAIR.fullmatch(path.parent.name)}
+    made = [path for path in parts(settings.out) if has_rows(path)]
+    there = {path.parent.name for path in made if not LANGUAGE_PAIR.fullmatch(path.parent.name)}
     if not there or settings.input is not None or settings.datasets:
         return set()
     if not (settings.out / MANIFEST).is_file():
@@ -348,7 +350,7 @@ def shard_pair(making: Making, pair: Pair) -> None:
                 if not all(map(len, tokens)):
                     skipped.add("no_token")
                 elif len(framed) > longest:
-                    skipped.add("pair_too_long", f"{len(framed):,} tokens, more than a row's {longest}")
+                    skipped.add(TOO_LONG_PAIRS, f"{len(framed):,} tokens, more than a row's {longest}")
                 else:
                     size = sum(len(side.encode()) for side in sides)
                     pairs.append(EncodedText(framed, making.split_of(sides[decides]), size))

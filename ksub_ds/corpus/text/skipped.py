@@ -21,6 +21,9 @@ LOST = {
 UNREAD = {"compressed_table", "empty_file", "file_without_document", "inflates_too_much", "no_text_column"}
 UNREAD |= {"not_the_file", "unreadable_file"}
 
+TOO_LONG_PAIRS = "pair_too_long"
+WITHOUT_TEXT = ("no_text_key", "no_text_column")
+
 
 class Skipped:
     """Counts of files and documents left out, and evidence for each reason.
@@ -99,9 +102,18 @@ class LeftOut:
             lines = _lines(self._text[language], counts)
             if lines and entry["files"]:  # the next line names the others
                 self.lines.append(f"not read to the end in {language}: {', '.join(lines)}")
-        unread = [language for language, entry in made.items() if not entry["files"]]
-        if unread:
+        empty = [name for name, entry in made.items() if not entry["files"]]
+        too_long = {name: made[name]["skipped"].get(TOO_LONG_PAIRS, 0) for name in empty}
+        if unread := [name for name in empty if not too_long[name]]:
             self.lines.append(f"no readable document in {', '.join(unread)}")
+        for name in filter(too_long.get, empty):
+            self.lines.append(f"no pair of {name} fits a row: {too_long[name]:,} are longer than --sequence-length")
+
+    def first_example(self) -> str:
+        """Return what was found first where text was expected, as " (first: ...)"; "" if nothing is known."""
+        examples = (skipped.examples for skipped in self._text.values())
+        found = next((each[reason] for each in examples for reason in WITHOUT_TEXT if reason in each), None)
+        return f" (first: {found})" if found else ""
 
     def report(self) -> None:
         """Log all lines."""

@@ -123,8 +123,8 @@ def _name_unknown(description: dict[str, Any]) -> dict[str, Any]:
     unknown, vocabulary = model.get("unk_id"), model["vocab"]
     if unknown is None or any(_LESS_THAN in piece or _NO_CHARACTER in piece for piece, _ in vocabulary):
         raise ValueError("its unknown token cannot be named")
-    pieces = [[piece.replace("<", _LESS_THAN), score] for piece, score in vocabulary]
-    pieces[unknown][0] = _UNKNOWN
+    pieces = [(piece.replace("<", _LESS_THAN), score) for piece, score in vocabulary]
+    pieces[unknown] = _UNKNOWN, pieces[unknown][1]
     steps = [description["normalizer"]] if description.get("normalizer") else []
     for found, content in ((_LESS_THAN, _NO_CHARACTER), ("<", _LESS_THAN)):
         steps.append({"type": "Replace", "pattern": {"String": found}, "content": content})

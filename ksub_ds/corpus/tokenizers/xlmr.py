@@ -11,8 +11,8 @@ SentencePiece's own ids would be others: see `differs_from_sentencepiece`.
 import base64
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,25 @@ from ksub_ds.corpus.tokenizers.engine import HIDDEN, BulkEncoder
 
 SPACE = "▁"  # SentencePiece's mark for the start of a word
 MODEL_NAME = "sentencepiece.bpe.model"
-SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}  # and <mask>, the last id
+SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}  # and MASK, the last id
+MASK = "<mask>"
 GENERIC_CLASS = "PreTrainedTokenizerFast"  # does what tokenizer.json says; other classes of transformers do not
 _NFC = {"type": "NFC"}
+_CONFIG = {
+    "add_prefix_space": True,
+    "backend": "tokenizers",
+    "bos_token": "<s>",
+    "cls_token": "<s>",
+    "eos_token": "</s>",
+    "extra_special_tokens": ["<s>", "</s>"],
+    "mask_token": MASK,
+    "model_max_length": int(1e30),
+    "pad_token": "<pad>",
+    "sep_token": "</s>",
+    "tokenizer_class": "XLMRobertaTokenizer",
+    "unk_id": 0,
+    "unk_token": "<unk>",
+}
 
 
 class XlmrTokenizer:
@@ -42,49 +58,64 @@ class XlmrTokenizer:
 
     def __init__(self, model: bytes, name: str, nfc: bool = False):
         self._model, self._name, self._nfc = model, name, nfc
-        proto = parse_model(model, name)
-        pieces = [piece.piece for piece in proto.pieces]
+        pieces, self._scores, self._options = parse_model(model, name)
         self.vocab_size = len(pieces) + 2
         self.bos_id, self.pad_id, self.eos_id, self.unk_id = 0, 1, 2, 3
         self.mask_id = self.vocab_size - 1
         self.special_ids: tuple[int, ...] = (0, 1, 2, 3, self.mask_id)
         layout = b"sentencepiece in XLM-R layout after NFC\0" if nfc else b"sentencepiece in XLM-R layout\0"
         self.fingerprint = hashlib.sha256(layout + model).hexdigest()
-        self._tokens: list[str] = [*SPECIAL_TOKENS, *pieces[3:], "<mask>"]
+        self._tokens: list[str] = [*SPECIAL_TOKENS, *pieces[3:], MASK]
         self._encoder = BulkEncoder(self._describe, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return XlmrTokenizer, (self._model, self._name, self._nfc)
 
-    def _normalizer(self, charsmap: bytes) -> dict[str, Any] | None:
+    def _normalizer(self) -> dict[str, Any] | None:
+        charsmap = self._options.normalizer_spec.precompiled_charsmap
         steps: list[dict[str, Any]] = [_NFC] if self._nfc else []
         if charsmap:
             steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
         return {"type": "Sequence", "normalizers": steps} if len(steps) > 1 else next(iter(steps), None)
 
-    def _describe(self) -> dict[str, Any]:
-        """Return the tokenizer.json that transformers makes of the model, as far as it turns text into ids."""
-        proto = parse_model(self._model, self._name)
-        special = [(HIDDEN.format(token), 0.0) for token in SPECIAL_TOKENS]
-        scores = [piece.score for piece in proto.pieces]
-        pieces = zip(self._tokens[4:-1], scores[3:], strict=True)
-        split_words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
+    def _tokenizer_json(self) -> dict[str, Any]:
+        """Return the tokenizer.json that transformers makes of the model."""
+        special = {**SPECIAL_TOKENS, MASK: self.mask_id}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        spaces = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
+        scores = [0.0] * len(SPECIAL_TOKENS) + self._scores[3:].tolist() + [0.0]
         return {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [],
-            "normalizer": self._normalizer(proto.normalizer_spec.precompiled_charsmap),
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, split_words]},
-            "post_processor": None,
-            "decoder": None,
+            "added_tokens": [{"id": index, "content": token, **flags} for token, index in special.items()],
+            "normalizer": self._normalizer(),
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, spaces]},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": _template("<s>", "A", "</s>"),
+                "pair": _template("<s>", "A", "</s>", "</s>", "B", "</s>"),
+                "special_tokens": {
+                    token: {"id": token, "ids": [special[token]], "tokens": [token]} for token in ("</s>", "<s>")
+                },
+            },
+            "decoder": spaces,
             "model": {
                 "type": "Unigram",
                 "unk_id": self.unk_id,
-                "vocab": [*special, *pieces, (HIDDEN.format("<mask>"), 0.0)],
+                "vocab": list(zip(self._tokens, scores, strict=True)),
                 "byte_fallback": False,
             },
         }
+
+    def _describe(self) -> dict[str, Any]:
+        """Return the tokenizer.json as far as it turns text into ids, with the special tokens hidden."""
+        description = self._tokenizer_json()
+        vocabulary = description["model"]["vocab"]
+        for index in self.special_ids:
+            token, score = vocabulary[index]
+            vocabulary[index] = HIDDEN.format(token), score
+        return {**description, "added_tokens": [], "post_processor": None, "decoder": None}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the token ids of each text, int32, without special tokens around it."""
@@ -100,20 +131,14 @@ class XlmrTokenizer:
         return list(self._tokens)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that transformers' AutoTokenizer opens: tokenizer.json, its config, and the model."""
-        from transformers import XLMRobertaTokenizer
+        """Write a folder that transformers' AutoTokenizer opens: tokenizer.json, its config, and the model.
 
+        They are the files that transformers writes, without importing it, which takes seconds.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            # Converting needs a folder: given the file alone, transformers 5 silently builds a
-            # vocabulary of five tokens.
-            (Path(temporary) / MODEL_NAME).write_bytes(self._model)
-            converted = XLMRobertaTokenizer.from_pretrained(temporary)
-        assert len(converted) == self.vocab_size, "the conversion to a HuggingFace tokenizer lost pieces"
-        if self._nfc:
-            put_nfc_first(converted)
-        converted.save_pretrained(folder)
-        edit_config(folder, {"tokenizer_class": GENERIC_CLASS} if self._nfc else {})
+        config = {**_CONFIG, "tokenizer_class": GENERIC_CLASS} if self._nfc else _CONFIG
+        _write_description(folder / "tokenizer.json", self._tokenizer_json())
+        _write_description(folder / "tokenizer_config.json", config, "\n")
         (folder / MODEL_NAME).write_bytes(self._model)
 
     def same_vocabulary(self, tokenizer_json: dict[str, Any]) -> bool:
@@ -121,14 +146,13 @@ class XlmrTokenizer:
         model = tokenizer_json.get("model", {})
         added = {token["content"]: token["id"] for token in tokenizer_json.get("added_tokens", [])}
         vocabulary = [entry[0] for entry in model.get("vocab", [])] if model.get("type") == "Unigram" else []
-        if vocabulary[-1:] != ["<mask>"]:
-            vocabulary.append("<mask>")
-        return vocabulary == self._tokens and added == {**SPECIAL_TOKENS, "<mask>": self.mask_id}
+        if vocabulary[-1:] != [MASK]:
+            vocabulary.append(MASK)
+        return vocabulary == self._tokens and added == {**SPECIAL_TOKENS, MASK: self.mask_id}
 
     def same_segmentation(self, tokenizer_json: dict[str, Any]) -> bool:
         """Return whether a tokenizer.json prepares text as this tokenizer does, so that the model can replace it."""
-        normalizer = tokenizer_json.get("normalizer")
-        if normalizer != self._normalizer(parse_model(self._model, self._name).normalizer_spec.precompiled_charsmap):
+        if tokenizer_json.get("normalizer") != self._normalizer():
             return False
         steps = (tokenizer_json.get("pre_tokenizer") or {}).get("pretokenizers", [])
         return [step["type"] for step in steps] == ["WhitespaceSplit", "Metaspace"] and (
@@ -137,8 +161,7 @@ class XlmrTokenizer:
 
     def differs_from_sentencepiece(self) -> str | None:
         """Return the option of the model for which SentencePiece itself gives other ids; None if there is none."""
-        proto = parse_model(self._model, self._name)
-        normal, trained = proto.normalizer_spec, proto.trainer_spec
+        normal, trained = self._options.normalizer_spec, self._options.trainer_spec
         if trained.treat_whitespace_as_suffix:
             return "treat_whitespace_as_suffix=true"
         if not normal.add_dummy_prefix:
@@ -158,7 +181,7 @@ class XlmrTokenizer:
         """
         from tokenizers.normalizers import Precompiled
 
-        charsmap = parse_model(self._model, self._name).normalizer_spec.precompiled_charsmap
+        charsmap = self._options.normalizer_spec.precompiled_charsmap
         return not charsmap or bool(Precompiled(charsmap).normalize_str("\t\n").strip(" "))
 
 
@@ -184,7 +207,16 @@ def put_nfc_first(tokenizer: Any) -> None:
         backend.normalizer = Sequence([NFC(), backend.normalizer])
 
 
-def parse_model(model: bytes, name: str) -> Any:
+def _template(*parts: str) -> list[dict[str, Any]]:
+    """Return the steps of a post-processor: "A" and "B" are the texts, all others special tokens."""
+    return [{"Sequence" if part in "AB" else "SpecialToken": {"id": part, "type_id": 0}} for part in parts]
+
+
+def _write_description(path: Path, content: dict[str, Any], end: str = "") -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + end, encoding="utf-8")
+
+
+def parse_model(model: bytes, name: str) -> tuple[list[str], np.ndarray, Any]:
     """Read a SentencePiece model and check that it is of XLM-R's kind.
 
     Args:
@@ -192,7 +224,7 @@ def parse_model(model: bytes, name: str) -> Any:
         name: what to call it in error messages.
 
     Returns:
-        The ModelProto message.
+        The pieces, their scores as float32, and a ModelProto message of all the rest.
 
     Raises:
         UserError: damaged, of another kind, or protobuf is too old to read it.
@@ -204,21 +236,26 @@ def parse_model(model: bytes, name: str) -> Any:
         proto.ParseFromString(model)
     except DecodeError as error:
         raise UserError(f"{name}: is not a SentencePiece model, or is damaged ({error}); get it anew") from error
-    if len(proto.pieces) < 4 or [piece.piece for piece in proto.pieces[:3]] != ["<unk>", "<s>", "</s>"]:
+    pieces = [each.piece for each in proto.pieces]
+    if pieces[:3] != ["<unk>", "<s>", "</s>"] or len(pieces) < 4:
         raise UserError(
             f"{name}: its first pieces are not <unk> <s> </s>; train SentencePiece with its default special ids"
         )
     if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
         raise UserError(f"{name}: is not a unigram model; give the folder of a HuggingFace tokenizer instead")
     normal = proto.pieces[3].NORMAL
-    unusual = next((piece.piece for piece in proto.pieces[3:] if piece.type != normal), None)
-    clash = next((piece.piece for piece in proto.pieces[3:] if piece.piece in ("<mask>", "<pad>")), unusual)
+    kinds = zip(pieces, (each.type for each in proto.pieces), strict=True)
+    clash = next((piece for piece, kind in islice(kinds, 3, None) if kind != normal or piece in (MASK, "<pad>")), None)
     if clash is not None:
         raise UserError(
             f"{name}: piece {clash!r} is a symbol of its own kind, which XLM-R's layout has no place for; "
             "train without user_defined_symbols and byte_fallback, or give a HuggingFace tokenizer folder"
         )
-    return proto
+    scores = np.array([each.score for each in proto.pieces], dtype=np.float32)
+    options = _empty_message()
+    options.normalizer_spec.CopyFrom(proto.normalizer_spec)
+    options.trainer_spec.CopyFrom(proto.trainer_spec)
+    return pieces, scores, options
 
 
 def _empty_message() -> Any:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards.dataset import MANIFEST, ShardDataset
 from ksub_ds.corpus.statistics import corpus_table
 from ksub_ds.corpus.text import pipeline
@@ -266,6 +267,45 @@ def test_pairs_join_languages_and_leave_their_shards_alone(
     with pytest.raises(UserError, match="but no manifest"):
         shard_text(settings_of(tiny_tokenizer, two, parallel_text, validation_fraction=0.1))
     assert "pairs" not in shard_text(settings_of(tiny_tokenizer, two, None, tiny_text, validation_fraction=0.1))
+
+
+def test_a_pair_that_fits_no_row_is_told_and_not_in_the_manifest(
+    tiny_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    folder = write_pairs(tmp_path / "p", "en-sw.jsonl", [row(en="the river " * 50, sw="mto")] * 3)
+    with pytest.raises(UserError, match="no readable pair"):
+        shard_text(settings_of(tiny_tokenizer, tmp_path / "out", folder))
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    write_pairs(folder, "el-en.jsonl", [row(en=f"river {number}", el="το σπίτι") for number in range(9)])
+    for _ in range(2):  # made, and found as it was made
+        caplog.clear()
+        manifest = shard_text(settings_of(tiny_tokenizer, tmp_path / "out", folder))
+        assert list(manifest["pairs"]) == ["el+en"] and ShardDataset.open(tmp_path / "out").pairs == ["el+en"]
+        assert "warning: no pair of en+sw fits a row: 3 are longer than --sequence-length" in caplog.messages
+        assert "0 languages and 1 pair of languages" in caplog.messages[-1]
+        assert not any("earlier run" in message for message in caplog.messages)
+    with pytest.raises(UserError, match=r"no pair of en\+sw fits a row"):
+        shard_text(settings_of(tiny_tokenizer, tmp_path / "out", folder, strict=True))
+
+
+def test_a_run_that_made_no_row_does_not_bind_the_next(tiny_tokenizer: Path, tiny_bpe: Path, tmp_path: Path) -> None:
+    """Other settings, another tokenizer and other text are taken, as in a folder that is not there."""
+    folder = write_pairs(tmp_path / "p", "en-sw.jsonl", [row(en="the river " * 30, sw="mto wa zamani")] * 3)
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="no readable pair"):
+        shard_text(settings_of(tiny_tokenizer, out, folder))
+    manifest = shard_text(settings_of(tiny_bpe, out, folder, sequence_length=512))
+    assert list(manifest["pairs"]) == ["en+sw"] and manifest["sequence_length"] == 512
+    assert load_tokenizer(out / "tokenizer").fingerprint == load_tokenizer(tiny_bpe).fingerprint
+    with pytest.raises(UserError, match="sequence_length is 512, this run has 64"):
+        shard_text(settings_of(tiny_bpe, out, folder))
+
+    text = write_pairs(tmp_path / "t", "en.jsonl", [row(en="a house", sw="nyumba")])
+    with pytest.raises(UserError, match=r"only translation; these are pairs of sentences: give .* as --parallel"):
+        shard_text(settings_of(tiny_tokenizer, tmp_path / "other", None, text))
+    added = shard_text(settings_of(tiny_tokenizer, tmp_path / "other", folder, sequence_length=512))
+    assert list(added["pairs"]) == ["en+sw"]
 
 
 def test_nothing_asked_for_and_nothing_found(tiny_tokenizer: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
-from ksub_ds.corpus.tokenizers.xlmr import XlmrTokenizer
+from ksub_ds.corpus.tokenizers.xlmr import GENERIC_CLASS, MODEL_NAME, XlmrTokenizer, edit_config, put_nfc_first
 
 SPECIAL_TEXT = "a </s> b<mask> <s> <pad> <unk>"
 
@@ -164,6 +164,28 @@ def test_a_folder_saved_with_its_tokenizer_json_is_opened_whatever_the_options(t
     tokenizer = XlmrTokenizer(model, "own.model")
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("nfc", [False, True])
+@pytest.mark.parametrize("option", [{}, {"normalization_rule_name": "identity"}])
+def test_saved_files_are_those_that_transformers_writes(option: dict[str, Any], nfc: bool, tmp_path: Path) -> None:
+    model = _trained(json.dumps(option))
+    XlmrTokenizer(model, "own.model", nfc).save(tmp_path / "ours")
+    _save_with_transformers(model, nfc, tmp_path / "theirs")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+
+
+def _save_with_transformers(model: bytes, nfc: bool, folder: Path) -> None:
+    from transformers import XLMRobertaTokenizer
+
+    folder.mkdir()
+    (folder / MODEL_NAME).write_bytes(model)
+    tokenizer = XLMRobertaTokenizer.from_pretrained(folder)
+    if nfc:
+        put_nfc_first(tokenizer)
+    tokenizer.save_pretrained(folder)
+    edit_config(folder, {"tokenizer_class": GENERIC_CLASS} if nfc else {})
 
 
 def test_real_ids_are_those_of_transformers(ksub_data: Path, tmp_path: Path) -> None:
