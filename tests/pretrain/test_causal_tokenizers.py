@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ksub_ds import positional_codes
+from ksub_ds.analysis.encoders import open_encoder
+from ksub_ds.analysis.sample import batches, sample_text
 from ksub_ds.cli import main as ksub
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import read_lines
@@ -113,6 +115,14 @@ def test_all_exports_write_the_same_and_are_scored(made: Made, tiny_text: Path, 
         scored[form] = json.loads((out / "results.json").read_text())["languages"]["tr"]
     assert written["ksub"] == written["dense"] == written["remote-code"]
     assert scored["ksub"]["bits_per_byte"] == pytest.approx(scored["dense"]["bits_per_byte"], rel=1e-5)
+
+
+def test_rows_of_an_analysis_are_filled_with_the_end_token(made: Made, tiny_text: Path) -> None:
+    tokenizer = open_encoder(str(made.run), "run").tokenizer
+    sample = sample_text(tiny_text, ("tr",), tokenizer, 200, 32)
+    for batch in batches(sample, tokenizer, 64):
+        assert (batch.input_ids[batch.attention_mask == 0] == tokenizer.eos_id).all()
+        assert batch.ordinary.sum() == sum(len(row) - 2 for row in sample.rows)
 
 
 def test_masks_are_refused_in_one_line(
