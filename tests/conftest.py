@@ -124,6 +124,38 @@ def tiny_bpe(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def causal_tokenizers(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of small tokenizers with neither mask nor padding: GPT-2's kind, and Llama's of SentencePiece."""
+    import sentencepiece
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2TokenizerFast
+
+    gpt2, llama = (tmp_path_factory.mktemp(name) for name in ("gpt2", "llama"))
+    trained = ByteLevelBPETokenizer()
+    files = [str(path) for path in sorted(tiny_text.iterdir())]
+    trained.train(files, vocab_size=500, special_tokens=["<|endoftext|>"])
+    trained.save_model(str(gpt2))
+    GPT2TokenizerFast.from_pretrained(gpt2).save_pretrained(gpt2)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text for language in WORDS for text in documents(language, 200, seed=1)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (llama / "tokenizer.model").write_bytes(model.getvalue())
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True} | special
+    (llama / "tokenizer_config.json").write_text(json.dumps(config))
+    return {"gpt2": gpt2, "llama": llama}
+
+
+@pytest.fixture(scope="session")
 def tiny_shards(tiny_text: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of `tiny_text`: rows of 64 tokens, a few hundred of them, with a held-out part."""
     from ksub_ds.corpus.text.pipeline import ShardText, shard_text

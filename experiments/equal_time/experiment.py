@@ -72,16 +72,25 @@ def option_parser(description: str, preset: str) -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Training:
-    """One run folder."""
+    """One run folder.
+
+    Attributes:
+        point: the embedding.
+        rate: the highest learning rate.
+        seed: of weights, rows and masks.
+        tlm_share: part of the rows that are pairs of a text and its translation.
+    """
 
     point: Point
     rate: float
     seed: int
+    tlm_share: float = 0.0
 
     @property
     def name(self) -> str:
         """Name the folder."""
-        return f"{self.point.name}-lr{self.rate:g}-seed{self.seed}"
+        pairs = f"-tlm{self.tlm_share:g}" if self.tlm_share else ""
+        return f"{self.point.name}{pairs}-lr{self.rate:g}-seed{self.seed}"
 
 
 class Experiment:
@@ -229,11 +238,12 @@ class Experiment:
             )
         extend = ("--extend",) if recipe.exists() else ()
         plan = ("--max-steps", steps, "--decay-steps", decay_steps(steps), "--eval-every", steps)
+        pairs = ("--tlm-share", training.tlm_share) if training.tlm_share else ()
         self._run(
             f"{training.name} to step {steps}",
             *("-m", "ksub_ds.pretrain", "--preset", options.preset, "--warm-start", model),
             *("--data", options.data, "--out", folder, "--schedule", "wsd", *plan, *extend),
-            *("--warmup-steps", options.warmup_steps, "--peak-lr", training.rate, "--seed", training.seed),
+            *("--warmup-steps", options.warmup_steps, "--peak-lr", training.rate, "--seed", training.seed, *pairs),
             *("--global-batch-size", options.rows, "--dropout", 0, "--gradient-clipping", 1),
             *("--attention", "sdpa", "--deepspeed", "zero0", "--save-every-steps", 10**9, "--keep-last", 2),
             *("--eval-sequences", eval_sequences),

@@ -18,13 +18,17 @@ DOCUMENTS_AT_ONCE = 256
 
 
 class RowTokenizer(Protocol):
-    """What rows are made with: any `Tokenizer` of the corpus, or one of a causal model, which has no mask token."""
+    """What rows are made with: any `Tokenizer` of the corpus, or that of a causal model."""
 
     vocab_size: int
     bos_id: int
     eos_id: int
-    pad_id: int
     fingerprint: str
+
+    @property
+    def pad_id(self) -> int | None:
+        """The padding token; without one the end token fills a row up, which attention leaves out."""
+        ...
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the token ids of each text, int32, without special tokens around it."""
@@ -133,7 +137,8 @@ def batches(sample: TextSample, tokenizer: RowTokenizer, batch_size: int) -> lis
     for start in range(0, len(order), batch_size):
         rows = [sample.rows[index] for index in order[start : start + batch_size]]
         shape = (len(rows), max(map(len, rows)))
-        input_ids_BT = np.full(shape, tokenizer.pad_id, dtype=np.int64)
+        filler = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        input_ids_BT = np.full(shape, filler, dtype=np.int64)
         attention_BT, ordinary_BT = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
         for index, row in enumerate(rows):
             input_ids_BT[index, : len(row)] = row

@@ -276,7 +276,7 @@ def _save_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:
             load_tokenizer(source).save(target)
             return
         except UserError:
-            pass  # a tokenizer without a mask token, say
+            pass  # a tokenizer without an end token, say
     tokenizer.save_pretrained(target)
 
 

@@ -82,7 +82,7 @@ def _open_folder(path: Path) -> ExportSource:
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer that this project does not open, such as one without a mask token."""
+    """Copy the files of a tokenizer that this project does not open, or need not."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -185,18 +185,37 @@ class Sampler:
 
 
 def masking_rule(dataset: ShardDataset, mlm_probability: float | None) -> MaskingRule:
-    """Return the masking rule for the tokenizer that a data set was made with."""
+    """Return the masking rule for the tokenizer that a data set was made with.
+
+    Args:
+        dataset: opened shards.
+        mlm_probability: share of tokens to predict; None for a causal model.
+
+    Raises:
+        UserError: a rule that masks, and a tokenizer without a mask token.
+    """
     tokenizer = dataset.manifest["tokenizer"]
+    if mlm_probability is not None and tokenizer["mask_id"] is None:
+        raise UserError(
+            f"--data {dataset.folder}: its tokenizer has no mask token, so that only causal models can be trained on "
+            "it: --objective clm, with --preset llama_...; or make shards with a tokenizer that has one"
+        )
     return MaskingRule(mlm_probability, tokenizer["mask_id"], tuple(tokenizer["special_ids"]), tokenizer["vocab_size"])
 
 
 def _labelled_batch(dataset: ShardDataset, rows: np.ndarray, keys: np.ndarray, rule: MaskingRule) -> Batch:
-    pad_id = dataset.manifest["tokenizer"]["pad_id"]
-    input_ids, labels = next_tokens(rows, pad_id) if rule.is_causal else mask_tokens(rows, keys, rule)
+    padding = _packing(dataset).padding(rows)
+    input_ids, labels = next_tokens(rows, padding) if rule.is_causal else mask_tokens(rows, keys, rule)
     batch = {"input_ids": input_ids, "labels": labels}
-    if (rows[:, -1] == pad_id).any():  # padding is only at the end of a row
-        batch["attention_mask"] = (rows != pad_id).astype(np.int64)
+    if padding.any():
+        batch["attention_mask"] = (~padding).astype(np.int64)
     return batch
+
+
+def _packing(dataset: ShardDataset) -> Packing:
+    """Return the form of a data set's rows."""
+    tokenizer = dataset.manifest["tokenizer"]
+    return Packing(dataset.sequence_length, tokenizer["bos_id"], tokenizer["eos_id"], tokenizer["pad_id"])
 
 
 @dataclass(frozen=True)
@@ -228,9 +247,8 @@ NO_PAIRS = PairSettings()
 
 def _position_ids(dataset: ShardDataset, rows: np.ndarray, is_pair: np.ndarray, first_position: int) -> np.ndarray:
     """Return the positions of rows, (B, T) int64, as the model numbers them; padding has the one before the first."""
-    tokenizer = dataset.manifest["tokenizer"]
-    packing = Packing(rows.shape[1], tokenizer["bos_id"], tokenizer["eos_id"], tokenizer["pad_id"])
-    positions = np.where(rows == packing.pad_id, -1, np.arange(rows.shape[1], dtype=np.int64))
+    packing = _packing(dataset)
+    positions = np.where(packing.padding(rows), -1, np.arange(rows.shape[1], dtype=np.int64))
     positions[is_pair] = pair_positions(rows[is_pair], packing)
     return np.maximum(positions + first_position, 0)
 

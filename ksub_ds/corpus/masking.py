@@ -70,13 +70,13 @@ class MaskingRule:
     Attributes:
         mlm_probability: share of the ordinary tokens to predict, in [0, 1]; None where nothing is masked, and every
             token is predicted from those before it.
-        mask_id: id of `<mask>`.
+        mask_id: id of `<mask>`; None where nothing is masked and there is none.
         special_ids: ids that are never masked and never inserted; sorted.
         vocab_size: N; random tokens are ordinary ids below it.
     """
 
     mlm_probability: float | None
-    mask_id: int
+    mask_id: int | None
     special_ids: tuple[int, ...]
     vocab_size: int
 
@@ -97,7 +97,7 @@ def mask_tokens(ids: np.ndarray, keys: np.ndarray, rule: MaskingRule) -> tuple[n
     Returns:
         input_ids and labels, (B, T) int64; labels are IGNORE where nothing is predicted.
     """
-    assert rule.mlm_probability is not None, "a causal rule masks nothing"
+    assert rule.mlm_probability is not None and rule.mask_id is not None, "a causal rule masks nothing"
     batch, length = ids.shape
     input_ids = ids.astype(np.int64)
     labels = np.full((batch, length), IGNORE, dtype=np.int64)
@@ -159,18 +159,18 @@ def _round_up(count: int) -> int:
     return -(-count // COUNT_MULTIPLE) * COUNT_MULTIPLE
 
 
-def next_tokens(ids: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def next_tokens(ids: np.ndarray, padding: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Make the labels of a causal model, which shifts them itself: every token but the first of a row.
 
     Args:
         ids: (B, T) int32 token ids, padded at the end.
-        pad_id: of the padding, which is not predicted.
+        padding: (B, T) bool, where they are; padding is not predicted.
 
     Returns:
         input_ids and labels, (B, T) int64; labels are IGNORE where nothing is predicted.
     """
     input_ids = ids.astype(np.int64)
-    labels = np.where(ids == pad_id, IGNORE, input_ids)
+    labels = np.where(padding, IGNORE, input_ids)
     labels[:, 0] = IGNORE
     return input_ids, labels
 

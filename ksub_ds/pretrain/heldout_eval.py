@@ -99,7 +99,9 @@ def _count(labels: np.ndarray, sizes: np.ndarray | None, tokenizer: Tokenizer | 
     tokens = labels[labels != IGNORE]
     if sizes is None or tokenizer is None:
         return [tokens.size, 0, 0]
-    return [tokens.size, int(sizes[tokens].sum()), int((tokens == tokenizer.unk_id).sum())]
+    # GPT-2's end token is named as the unknown one too.
+    unknown = 0 if tokenizer.unk_id == tokenizer.eos_id else int((tokens == tokenizer.unk_id).sum())
+    return [tokens.size, int(sizes[tokens].sum()), unknown]
 
 
 def _scores(row: np.ndarray, causal: bool) -> dict[str, float]:

@@ -12,7 +12,7 @@ from ksub_ds.codes.positional import plain_codes
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.batches import PairSettings
+from ksub_ds.corpus.batches import PairSettings, masking_rule
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.model.sequence_length import first_position, longest_sequence
@@ -108,6 +108,7 @@ def open_sources(settings: ResolvedSettings) -> ResolvedRun:
         )
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     dataset.check_tokenizer(tokenizer.fingerprint, str(dataset.tokenizer_folder))
+    masking_rule(dataset, None if recipe.is_causal else recipe.mlm_probability)  # refuses masks where there are none
     if recipe.distill_from is not None and Path(recipe.distill_from).is_dir():
         check_same_tokens("--distill-from", Path(recipe.distill_from), tokenizer, dataset)
     warm_start_sha256 = None

@@ -327,7 +327,7 @@ class CausalBatches(Batches):
     rule = MaskingRule(None, 3, (0, 1, 2), N)
 
     def batch(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        input_ids, labels = next_tokens(super().batch(step, start, stop)["input_ids"], pad_id=1)
+        input_ids, labels = next_tokens(ids := super().batch(step, start, stop)["input_ids"], ids == 1)
         return {"input_ids": input_ids, "labels": labels}
 
 

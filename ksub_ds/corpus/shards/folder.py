@@ -16,6 +16,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import LEFTOVER, atomic_folder, read_json, sha256_file, write_json
 from ksub_ds.common.languages import LANGUAGE_PAIR
 from ksub_ds.common.lock import try_lock
+from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards.dataset import FORMAT_VERSION, dataset_fingerprint
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
 
@@ -93,6 +94,8 @@ def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> No
     elif parts(folder):
         raise UserError(f"{folder}: holds shards but no settings.json; choose another --out, or remove this one")
     write_json(path, wanted)
+    if tokenizer.mask_id is None:
+        get_logger().info(f"the tokenizer has no mask token: {folder} is for causal models (--objective clm)")
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,7 @@ This is RoBERTa's FULL-SENTENCES (Liu et al. 2019, section 4.2): rows are filled
 after another of the same language, with a separator between documents and no next-sentence pairs. One
 difference: rows are cut at the token, not at the end of a sentence, so every row is full and
 no token is lost; a row may begin inside a sentence, or with the separator. Only the last row of a language and split is
-shorter; it ends in `<pad>` after its `</s>`.
+shorter; it ends in `<pad>` after its `</s>`, or in more `</s>` where the tokenizer has no `<pad>`.
 
     pair:    <s> sentence </s> </s> translation </s>
     row:     pair pair ... pair <pad> <pad>
@@ -31,13 +31,32 @@ class Packing:
         sequence_length: T tokens, `<s>` and `</s>` included; at least 3.
         bos_id: of `<s>`.
         eos_id: of `</s>`.
-        pad_id: of `<pad>`.
+        pad_id: of `<pad>`; None where there is none.
     """
 
     sequence_length: int
     bos_id: int
     eos_id: int
-    pad_id: int
+    pad_id: int | None
+
+    @property
+    def filler(self) -> int:
+        """The token that fills a row up."""
+        return self.eos_id if self.pad_id is None else self.pad_id
+
+    def padding(self, rows: np.ndarray) -> np.ndarray:
+        """Return where rows (B, T) are filled up, (B, T) bool.
+
+        Without `<pad>` that is what follows the first of three and more `</s>` at the end. Two are what any row may end
+        in: a separator and the row's own.
+        """
+        if self.pad_id is not None:
+            return rows == self.pad_id
+        ends = np.logical_and.accumulate(rows[:, ::-1] == self.eos_id, axis=1)[:, ::-1]
+        ends[:, 1:] &= ends[:, :-1]
+        ends[:, 0] = False
+        ends[ends.sum(axis=1) < 2] = False
+        return ends
 
 
 class Packer:
@@ -48,7 +67,7 @@ class Packer:
     def __init__(self, packing: Packing):
         assert packing.sequence_length >= 3, "a row holds <s>, </s> and at least one token"
         self.sequence_length = packing.sequence_length
-        self._bos_id, self._eos_id, self._pad_id = packing.bos_id, packing.eos_id, packing.pad_id
+        self._bos_id, self._eos_id, self._filler = packing.bos_id, packing.eos_id, packing.filler
         self._rest = np.zeros(0, dtype=np.int32)  # tokens that do not fill a row yet
         self._separator = np.array([packing.eos_id], dtype=np.int32)
         self._started = False
@@ -72,7 +91,7 @@ class Packer:
         body = self.sequence_length - 2
         if not len(self._rest):
             return self._frame(np.zeros((0, body), dtype=np.int32))
-        row = np.full((1, self.sequence_length), self._pad_id, dtype=np.int32)
+        row = np.full((1, self.sequence_length), self._filler, dtype=np.int32)
         end = len(self._rest) + 1
         row[0, 0], row[0, 1:end], row[0, end] = self._bos_id, self._rest, self._eos_id
         self._rest = self._rest[:0]
@@ -93,7 +112,7 @@ class PairPacker:
     framing = 4
 
     def __init__(self, packing: Packing):
-        self._length, self._pad_id = packing.sequence_length, packing.pad_id
+        self._length, self._filler = packing.sequence_length, packing.filler
         self._open: list[list[np.ndarray]] = []
         self._room: list[int] = []  # in each open row
 
@@ -122,7 +141,7 @@ class PairPacker:
         return np.concatenate([np.zeros((0, self._length), np.int32), *rows])
 
     def _close(self, index: int) -> np.ndarray:
-        padding = np.full(self._room.pop(index), self._pad_id, dtype=np.int32)
+        padding = np.full(self._room.pop(index), self._filler, dtype=np.int32)
         return np.concatenate([*self._open.pop(index), padding])[None]
 
 
@@ -150,7 +169,7 @@ def pair_positions(rows: np.ndarray, packing: Packing) -> np.ndarray:
     special = (rows == packing.bos_id) | (rows == packing.eos_id)
     begins = special.copy()
     begins[:, 1:] &= special[:, :-1]
-    for row, starts, end in zip(positions, begins, (rows != packing.pad_id).sum(axis=1).tolist(), strict=True):
+    for row, starts, end in zip(positions, begins, (~packing.padding(rows)).sum(axis=1).tolist(), strict=True):
         first = np.flatnonzero(starts)
         lengths = np.diff(first, append=end)
         longer = np.maximum(lengths[::2], lengths[1::2])

@@ -110,6 +110,11 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
     if settings.strict:
         left_out.refuse("nothing was read")
     tokenizer = load_tokenizer(settings.tokenizer, settings.nfc)
+    if pair_of and tokenizer.mask_id is None:
+        raise UserError(
+            f"--parallel {settings.parallel}: pairs are for masked models, and {settings.tokenizer} has no mask token; "
+            "leave the option out, or give a tokenizer that has one"
+        )
     make_folder(settings.out)
     with locked(settings.out):
         remove_leftovers(settings.out)

@@ -25,6 +25,9 @@ _EQUAL_SCORES = 1e-3  # a text may have two best segmentations, and SentencePiec
 class HuggingFaceTokenizer:
     """Any fast HuggingFace tokenizer by folder, for example roberta-base's byte-level BPE.
 
+    One without a mask token makes shards for causal models only. It need not have a padding token; one that is another
+    special token too is none, and without a start token the end token begins a row, as in GPT-2.
+
     Args:
         folder: of the tokenizer.
         nfc: whether text is put in Unicode's form NFC first.
@@ -37,14 +40,19 @@ class HuggingFaceTokenizer:
         self._folder, self._nfc = folder, nfc
         source = _open_folder(folder, nfc)
         self.vocab_size = 1 + max(source.get_vocab().values())  # ids may have gaps
-        self.bos_id = _required(folder, "bos_token", source.bos_token_id, source.cls_token_id)
+        self.mask_id: int | None = source.mask_token_id
         self.eos_id = _required(folder, "eos_token", source.eos_token_id, source.sep_token_id)
-        self.pad_id = _required(folder, "pad_token", source.pad_token_id)
-        self.mask_id = _required(folder, "mask_token", source.mask_token_id)
+        starts = (source.bos_token_id, source.cls_token_id)
+        self.bos_id = _required(folder, "bos_token", *starts, self.eos_id if self.mask_id is None else None)
+        self.pad_id: int | None = source.pad_token_id
         unknown = source.unk_token_id
         taken = {"bos_token": self.bos_id, "eos_token": self.eos_id, "mask_token": self.mask_id, "unk_token": unknown}
-        _check_padding(folder, source, taken)
-        self.unk_id = self.pad_id if unknown is None else int(unknown)  # byte-level BPE never needs it
+        if self.mask_id is not None:
+            self.pad_id = _required(folder, "pad_token", source.pad_token_id)
+            _check_padding(folder, source, taken)
+        elif self.pad_id in taken.values():
+            self.pad_id = None
+        self.unk_id: int | None = self.pad_id if unknown is None else unknown  # byte-level BPE never needs it
         self.special_ids = tuple(sorted({int(index) for index in source.all_special_ids}))
         self._decoder = _reread(source.backend_tokenizer) if nfc else source.backend_tokenizer
         self._encoder = BulkEncoder(self._describe, str(folder))
@@ -190,8 +198,8 @@ def _required(folder: Path, name: str, *candidates: int | None) -> int:
         if candidate is not None:
             return int(candidate)
     raise UserError(
-        f"{folder}: {name} is missing, which shards need, also for --objective clm; name an unused token of the "
-        f'vocabulary in tokenizer_config.json ("{name}": "<...>")'
+        f"{folder}: {name} is missing, which shards need; name an unused token of the vocabulary in "
+        f'tokenizer_config.json ("{name}": "<...>")'
     )
 
 

@@ -1,7 +1,7 @@
 """Opening a tokenizer: a single SentencePiece `.model` in XLM-R's layout, or a HuggingFace folder.
 
     tokenizer = load_tokenizer("sentencepiece.bpe.model")   # XLM-R's kind
-    tokenizer = load_tokenizer("roberta-base-folder")       # any fast tokenizer with a mask token
+    tokenizer = load_tokenizer("roberta-base-folder")       # any fast tokenizer
     tokenizer = load_tokenizer("FacebookAI/xlm-roberta-base")  # a model in the local cache of the hub
 
 A folder is what its files say (`declared.py`). Only if they say XLM-R, with nothing added, or nothing at all, XLM-R's
@@ -32,11 +32,23 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
-    pad_id: int
-    unk_id: int
-    mask_id: int
     special_ids: tuple[int, ...]
     fingerprint: str
+
+    @property
+    def pad_id(self) -> int | None:
+        """The padding token, if it has one of its own."""
+        ...
+
+    @property
+    def unk_id(self) -> int | None:
+        """The unknown token, if any text needs it."""
+        ...
+
+    @property
+    def mask_id(self) -> int | None:
+        """The mask token; causal models need none."""
+        ...
 
     def __hash__(self) -> int:
         """Return what caches look a tokenizer up by."""
@@ -68,7 +80,8 @@ def load_tokenizer(given: str | Path, nfc: bool = False) -> Tokenizer:
         nfc: put text in Unicode's form NFC first. A tokenizer that was saved with this step keeps it.
 
     Raises:
-        UserError: missing, damaged, of a kind whose ids would be wrong, or without a mask, start, end or padding token.
+        UserError: missing, damaged, of a kind whose ids would be wrong, or without an end token; with a
+            mask token, also without a start or padding token.
     """
     path = locate(given)
     if path.is_file():

@@ -45,7 +45,9 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
     else:
         return None
     counts = np.array(sizes, dtype=np.int64)
-    counts[[*tokenizer.special_ids, tokenizer.unk_id]] = 0
+    counts[list(tokenizer.special_ids)] = 0
+    if tokenizer.unk_id is not None:
+        counts[tokenizer.unk_id] = 0
     counts.flags.writeable = False
     return counts
 

@@ -32,6 +32,18 @@ def test_rows_hold_the_stream(sizes: list[int], sequence_length: int, at_once: i
     assert stream == expected
 
 
+@given(lengths, st.integers(4, 17), st.sampled_from([BOS, EOS]))
+def test_without_a_padding_token_rows_are_filled_with_the_end_token(sizes: list[int], length: int, bos: int) -> None:
+    """Padding is what follows the end of the last row; one place after it may as well be a separator before it."""
+    documents = [np.arange(10, 10 + size, dtype=np.int32) for size in sizes]
+    padded, bare = (Packer(packing) for packing in (Packing(length, bos, EOS, PAD), Packing(length, bos, EOS, None)))
+    expected, rows = (np.concatenate([each.add(documents), each.finish()]) for each in (padded, bare))
+    assert (rows == np.where(expected == PAD, EOS, expected)).all()
+    padding = expected == PAD
+    padding[padding.sum(axis=1) == 1] = False
+    assert (Packing(length, bos, EOS, None).padding(rows) == padding).all()
+
+
 def test_an_exact_fit_leaves_no_padded_row() -> None:
     packer = Packer(Packing(6, BOS, EOS, PAD))
     rows = packer.add([np.array([5, 6, 7, 8])])

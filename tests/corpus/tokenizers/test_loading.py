@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
@@ -36,8 +37,6 @@ def test_mistakes_are_named(tiny_tokenizer: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_whose_tokenizer_json_differs_is_not_taken_for_its_model(tokenizer: Any, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     tokenizer.save(tmp_path)
     changed = AutoTokenizer.from_pretrained(tmp_path)
     changed.add_tokens(["riverbird"])
@@ -49,8 +48,6 @@ def test_a_folder_whose_tokenizer_json_differs_is_not_taken_for_its_model(tokeni
 
 
 def test_byte_level_bpe_by_folder(tiny_bpe: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     tokenizer = load_tokenizer(tiny_bpe)
     texts = ["The old river.", " το παλιό 語\n\n\U0001f600 x", "", SPECIAL_TEXT]
     encoded = [array.tolist() for array in tokenizer.encode_batch(texts)]
@@ -64,13 +61,40 @@ def test_byte_level_bpe_by_folder(tiny_bpe: Path, tmp_path: Path) -> None:
     assert tokenizer.vocab_size == len(reference) and tokenizer.mask_id == reference.mask_token_id
 
 
-def test_a_tokenizer_without_a_mask_token_is_refused(tiny_bpe: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_bpe, tmp_path / "bare")
-    path = folder / "tokenizer_config.json"
-    kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "mask_token"}
-    path.write_text(json.dumps(kept | {"tokenizer_class": "PreTrainedTokenizerFast"}))
-    with pytest.raises(UserError, match=r"mask_token is missing, .* clm; name an unused token .*config"):
-        load_tokenizer(folder)
+def named(folder: Path, tiny_bpe: Path, **tokens: str | None) -> Path:
+    """A copy of a tokenizer that names these special tokens, or with None does not."""
+    path = shutil.copytree(tiny_bpe, folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"} | tokens
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+def test_a_tokenizer_without_a_mask_token_needs_an_end_token_only(tiny_bpe: Path, tmp_path: Path) -> None:
+    bare = {"mask_token": None, "bos_token": None, "cls_token": None}
+    tokenizer = load_tokenizer(named(tmp_path / "bare", tiny_bpe, **bare, pad_token=None))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id) == (2, 2, None, None)
+    assert load_tokenizer(named(tmp_path / "same", tiny_bpe, **bare, pad_token="</s>")).pad_id is None
+    assert load_tokenizer(named(tmp_path / "own", tiny_bpe, **bare)).pad_id == 1
+    with pytest.raises(UserError, match=r"eos_token is missing, which shards need; name an unused token .*config"):
+        load_tokenizer(named(tmp_path / "endless", tiny_bpe, **bare, eos_token=None, sep_token=None))
+    with pytest.raises(UserError, match="pad_token is missing"):
+        load_tokenizer(named(tmp_path / "masked", tiny_bpe, pad_token=None))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_tokenizers_of_causal_models(kind: str, causal_tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    folder = causal_tokenizers[kind]
+    tokenizer, reference = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    texts = ["The old river.", "το παλιό 語\n\n\U0001f600 x", "a\ttab  two blanks", "see </s> and <|endoftext|>"]
+    encoded = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    assert encoded[:3] == reference(texts[:3], add_special_tokens=False).input_ids
+    assert [tokenizer.decode(ids) for ids in encoded] == texts
+    assert not set(encoded[3]) & set(tokenizer.special_ids)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (reference.bos_token_id, reference.eos_token_id)
+    assert (tokenizer.pad_id, tokenizer.mask_id, tokenizer.vocab_size) == (None, None, len(reference))
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
+    assert pickle.loads(pickle.dumps(tokenizer)).encode_batch(texts)[0].tolist() == encoded[0]
 
 
 def test_ids_with_gaps(tmp_path: Path) -> None:
