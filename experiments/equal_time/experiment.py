@@ -93,39 +93,17 @@ class Training:
         return f"{self.point.name}{pairs}-lr{self.rate:g}-seed{self.seed}"
 
 
-class Experiment:
-    """The commands of an experiment, each run once, over the files in OUT.
+class Commands:
+    """Python commands that run once each, over the files of a folder, and the processor seconds they took.
 
     Args:
-        options: of the command line.
-        more_settings: names of options, beside SETTINGS, that must stay as they were.
+        out: the folder.
     """
 
-    def __init__(self, options: argparse.Namespace, more_settings: Sequence[str] = ()):
-        self.options, self.out = options, options.out
-        self.material, self.runs = self.out / "material", self.out / "runs"
-        self.material.mkdir(parents=True, exist_ok=True)
-        dataset = ShardDataset.open(options.data, verify=False)
-        self.num_tokens = load_tokenizer(dataset.tokenizer_folder).vocab_size
+    def __init__(self, out: Path):
+        self.out = out
         self.lock = threading.Lock()
-        self.searches: dict[str, Any] = {}
-        self._keep_settings((*SETTINGS, *more_settings))
-
-    def _keep_settings(self, keys: Sequence[str]) -> None:
-        """Write the settings that all runs share, or compare them with those of an earlier start.
-
-        Raises:
-            UserError: they differ.
-        """
-        self.settings = {key: getattr(self.options, key) for key in keys}
-        path = self.out / "settings.json"
-        before = read_json(path) if path.exists() else self.settings
-        for key, value in self.settings.items():
-            if before.get(key, value) != value:
-                raise UserError(f"--{key.replace('_', '-')} {value}: {path} has {before[key]}; give another --out")
-        write_json(path, self.settings)
-
-    # ---- commands ----
+        out.mkdir(parents=True, exist_ok=True)
 
     def command(self, made: Path, *words: Any) -> None:
         """Run a Python command unless `made` is there, and note its processor seconds.
@@ -153,6 +131,39 @@ class Experiment:
     def processor_hours(self) -> float:
         """Return what all commands so far have taken."""
         return round(sum(read_json(self.out / "processor_seconds.json").values()) / 3600, 2)
+
+
+class Experiment(Commands):
+    """The commands of an experiment, each run once, over the files in OUT.
+
+    Args:
+        options: of the command line.
+        more_settings: names of options, beside SETTINGS, that must stay as they were.
+    """
+
+    def __init__(self, options: argparse.Namespace, more_settings: Sequence[str] = ()):
+        super().__init__(options.out)
+        self.options = options
+        self.material, self.runs = self.out / "material", self.out / "runs"
+        self.material.mkdir(parents=True, exist_ok=True)
+        dataset = ShardDataset.open(options.data, verify=False)
+        self.num_tokens = load_tokenizer(dataset.tokenizer_folder).vocab_size
+        self.searches: dict[str, Any] = {}
+        self._keep_settings((*SETTINGS, *more_settings))
+
+    def _keep_settings(self, keys: Sequence[str]) -> None:
+        """Write the settings that all runs share, or compare them with those of an earlier start.
+
+        Raises:
+            UserError: they differ.
+        """
+        self.settings = {key: getattr(self.options, key) for key in keys}
+        path = self.out / "settings.json"
+        before = read_json(path) if path.exists() else self.settings
+        for key, value in self.settings.items():
+            if before.get(key, value) != value:
+                raise UserError(f"--{key.replace('_', '-')} {value}: {path} has {before[key]}; give another --out")
+        write_json(path, self.settings)
 
     # ---- codes, fresh models, prices ----
 
