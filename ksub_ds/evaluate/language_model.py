@@ -29,7 +29,7 @@ from ksub_ds.corpus.text.skipped import LeftOut, Skipped
 from ksub_ds.corpus.text.sources import LanguageText, find_text
 from ksub_ds.evaluate import result_tables
 from ksub_ds.evaluate.finetune.batching import scoring_batches
-from ksub_ds.evaluate.finetune.classifier import TOKENIZER_FILES, describe
+from ksub_ds.evaluate.finetune.classifier import describe, tokenizer_source
 from ksub_ds.evaluate.finetune.scoring import TOKENS_ON_CPU, TOKENS_ON_GPU
 from ksub_ds.evaluate.lm.documents import Choice, choose
 from ksub_ds.evaluate.lm.tokens import CausalTokenizer, windows
@@ -184,7 +184,7 @@ class LanguageModelPlan(Plan):
             raise UserError(
                 f"--window {settings.window}: {model} has positions for {longest} tokens; give that or less"
             )
-        self.tokenizer = _open_tokenizer(model, settings.tokenizer)
+        self.tokenizer = CausalTokenizer(tokenizer_source(model, settings.tokenizer))
         vocabulary = int(config.get_text_config().vocab_size)
         if self.tokenizer.vocab_size > vocabulary:
             raise UserError(
@@ -333,18 +333,6 @@ def make_language_model_plans(settings: LanguageModelSettings) -> list[LanguageM
     LeftOut({language: each.skipped for language, each in text.items()}, others).report()
     folders = folders_of(checked.model, checked.out)
     return [LanguageModelPlan(checked, model, folder, text) for model, folder in folders.items()]
-
-
-def _open_tokenizer(model: str, given: str | None) -> CausalTokenizer:
-    """Open the tokenizer given, or the model folder's own.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = Path(model)
-    if given is None and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"--model {model}: holds no tokenizer; give --tokenizer FOLDER or a SentencePiece .model")
-    return CausalTokenizer(given or model)
 
 
 def _blocks(texts: list[str], start: int) -> Iterator[list[str]]:

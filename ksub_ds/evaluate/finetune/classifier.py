@@ -106,12 +106,10 @@ def check_encoder(model: str) -> None:
 
     find_model(model, "--model")
     config = read_config(model)
-    masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
-    causal = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in BIDIRECTIONAL
-    kind = None
+    kind, masked = None, has_masked_form(config)
     if getattr(config, "is_encoder_decoder", False) and not masked:
         kind = "an encoder-decoder"
-    elif causal and not masked:
+    elif has_causal_form(config) and not masked:
         kind = "a decoder"
     elif type(config) not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         kind = "a model that transformers has no sequence classifier for"
@@ -120,6 +118,20 @@ def check_encoder(model: str) -> None:
             f"--model {model}: is {kind} ({config.model_type}); give an encoder, such as a folder of ksub export or "
             "xlm-roberta-base"
         )
+
+
+def has_masked_form(config: Any) -> bool:
+    """Return whether transformers has a masked language model of this configuration."""
+    from transformers.models.auto import modeling_auto
+
+    return type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+
+
+def has_causal_form(config: Any) -> bool:
+    """Return whether transformers has a causal language model of this configuration, one that sees one side only."""
+    from transformers.models.auto import modeling_auto
+
+    return type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in BIDIRECTIONAL
 
 
 def _draw_head(model: Any) -> None:
@@ -187,12 +199,25 @@ def open_encoder(model: str, tokenizer: str | None) -> PairEncoder:
         UserError: there is no such model or tokenizer; the model's folder holds none, and none is given.
     """
     find_model(model, "--model")
+    return load_encoder(tokenizer_source(model, tokenizer))
+
+
+def tokenizer_source(model: str, given: str | None) -> str:
+    """Return where a model's tokenizer is: the one given, or that of the model.
+
+    Args:
+        model: a folder, or a name on the hub.
+        given: a folder, a SentencePiece .model or a name on the hub.
+
+    Raises:
+        UserError: the model's folder holds none, and none is given; or there is none of the name given.
+    """
     folder = Path(model)
-    if tokenizer is None and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if given is None and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"--model {model}: holds no tokenizer; give --tokenizer FOLDER or a SentencePiece .model")
-    if tokenizer is not None and not Path(tokenizer).exists():
-        require_on_hub(f"--tokenizer {tokenizer}", tokenizer, "model", "tokenizer_config.json")
-    return load_encoder(tokenizer or model)
+    if given is not None and not Path(given).exists():
+        require_on_hub(f"--tokenizer {given}", given, "model", "tokenizer_config.json")
+    return given or model
 
 
 def check_fit(model: str, encoder: PairEncoder, max_length: int) -> None:

@@ -166,24 +166,34 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     return (short, kept_long) if first <= second else (kept_long, short)
 
 
+def open_fast_tokenizer(path: str) -> Any:
+    """Open a tokenizer of transformers in its fast form, without code of its own.
+
+    Raises:
+        UserError: it cannot be opened, or has no fast form.
+    """
+    from transformers import AutoTokenizer
+
+    from ksub_ds.model.registration import register
+
+    register()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds
+        reason = one_line(error)
+        raise UserError(
+            f"{path}: transformers finds no tokenizer there ({reason}); give --tokenizer FOLDER or a .model file"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{path}: the tokenizer has no fast form (tokenizer.json); convert it with transformers")
+    return tokenizer
+
+
 class HuggingFacePairs:
     """Pairs by any fast tokenizer of transformers, in that model's own pattern."""
 
     def __init__(self, path: str):
-        from transformers import AutoTokenizer
-
-        from ksub_ds.model.registration import register
-
-        register()
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        except Exception as error:  # the library raises many kinds
-            reason = one_line(error)
-            raise UserError(
-                f"{path}: transformers finds no tokenizer there ({reason}); give --tokenizer FOLDER or a .model file"
-            ) from error
-        if not getattr(self._tokenizer, "is_fast", False):
-            raise UserError(f"{path}: the tokenizer has no fast form (tokenizer.json); convert it with transformers")
+        self._tokenizer = open_fast_tokenizer(path)
         if self._tokenizer.pad_token_id is None:
             raise UserError(f"{path}: the tokenizer has no padding token; add pad_token to tokenizer_config.json")
         self.vocab_size, self.pad_id = len(self._tokenizer), int(self._tokenizer.pad_token_id)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.logging import get_logger
-from ksub_ds.evaluate.finetune.classifier import BIDIRECTIONAL, find_model, read_config
+from ksub_ds.evaluate.finetune.classifier import find_model, has_causal_form, has_masked_form, read_config
 from ksub_ds.evaluate.lm.tokens import Window
 
 BLOCK_NUMBERS = {"cpu": 2**24, "cuda": 2**28}  # logits that are there at one time
@@ -37,16 +37,12 @@ def check_causal(model: str) -> Any:
     Raises:
         UserError: not a model, or a masked one, an encoder-decoder, or one without a head for the next token.
     """
-    from transformers.models.auto import modeling_auto
-
     find_model(model, "--model")
     config = read_config(model)
-    masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
-    causal = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in BIDIRECTIONAL
-    kind = None
+    kind, causal = None, has_causal_form(config)
     if getattr(config, "is_encoder_decoder", False):
         kind = "an encoder-decoder"
-    elif masked and not (causal and getattr(config, "is_decoder", False)):
+    elif has_masked_form(config) and not (causal and getattr(config, "is_decoder", False)):
         kind = "a masked language model or its encoder"
     elif not causal:
         kind = "a model that transformers has no causal form of"

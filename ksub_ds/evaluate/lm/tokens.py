@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.corpus.tokenizers.engine import BulkEncoder
 from ksub_ds.corpus.tokenizers.huggingface import text_only
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+from ksub_ds.evaluate.finetune.encoding import open_fast_tokenizer
 
 LONGEST_TOKEN = 4_096  # characters, with the word that it begins
 
@@ -110,30 +110,16 @@ class CausalTokenizer:
 
 
 def _open(path: str) -> Any:
-    """Open a tokenizer of transformers, without code of its own.
+    """Open a tokenizer by transformers.
 
     Raises:
         UserError: it cannot be opened, or has no fast form.
     """
-    from transformers import AutoTokenizer
-
-    from ksub_ds.model.registration import register
-
-    register()
-    if Path(path).is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            load_tokenizer(path).save(Path(folder))
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    try:
-        source = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds
-        reason = one_line(error)
-        raise UserError(
-            f"{path}: transformers finds no tokenizer there ({reason}); give --tokenizer FOLDER or a .model file"
-        ) from error
-    if not getattr(source, "is_fast", False):
-        raise UserError(f"{path}: the tokenizer has no fast form (tokenizer.json); convert it with transformers")
-    return source
+    if not Path(path).is_file():
+        return open_fast_tokenizer(path)
+    with tempfile.TemporaryDirectory() as folder:
+        load_tokenizer(path).save(Path(folder))
+        return open_fast_tokenizer(folder)
 
 
 class Window(NamedTuple):
