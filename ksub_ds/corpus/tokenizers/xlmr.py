@@ -27,6 +27,7 @@ SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}  # and MASK, the 
 MASK = "<mask>"
 GENERIC_CLASS = "PreTrainedTokenizerFast"  # does what tokenizer.json says; other classes of transformers do not
 _NFC = {"type": "NFC"}
+_JSON = json.JSONEncoder(indent=2, ensure_ascii=False)
 _CONFIG = {
     "add_prefix_space": True,
     "backend": "tokenizers",
@@ -137,8 +138,8 @@ class XlmrTokenizer:
         """
         folder.mkdir(parents=True, exist_ok=True)
         config = {**_CONFIG, "tokenizer_class": GENERIC_CLASS} if self._nfc else _CONFIG
-        _write_description(folder / "tokenizer.json", self._tokenizer_json())
-        _write_description(folder / "tokenizer_config.json", config, "\n")
+        (folder / "tokenizer.json").write_text(_indented(self._tokenizer_json()), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(_JSON.encode(config) + "\n", encoding="utf-8")
         (folder / MODEL_NAME).write_bytes(self._model)
 
     def same_vocabulary(self, tokenizer_json: dict[str, Any]) -> bool:
@@ -212,8 +213,12 @@ def _template(*parts: str) -> list[dict[str, Any]]:
     return [{"Sequence" if part in "AB" else "SpecialToken": {"id": part, "type_id": 0}} for part in parts]
 
 
-def _write_description(path: Path, content: dict[str, Any], end: str = "") -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + end, encoding="utf-8")
+def _indented(description: dict[str, Any]) -> str:
+    """Return a tokenizer.json, indented, as transformers writes it; Python's json takes a second for so many pieces."""
+    model = description["model"]
+    pieces = [f"      [\n        {_JSON.encode(piece)},\n        {score}\n      ]" for piece, score in model["vocab"]]
+    text = _JSON.encode({**description, "model": {**model, "vocab": []}})
+    return text.replace('"vocab": []', '"vocab": [\n' + ",\n".join(pieces) + "\n    ]")
 
 
 def parse_model(model: bytes, name: str) -> tuple[list[str], np.ndarray, Any]:
