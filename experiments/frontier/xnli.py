@@ -139,7 +139,10 @@ class FineTunings(Commands):
         A row counts once, with its mean over languages, which are translations of each other, and over seeds.
         """
         tested = [model for model in self.models if (self.folder(model, setting) / "results.json").exists()]
-        right = {(model.embedding, model.seed): right_answers(self.folder(model, setting)) for model in tested}
+        right = {
+            (model.embedding, model.seed): right_answers(read_json(self.folder(model, setting) / "predictions.json"))
+            for model in tested
+        }
         by_row = {key: np.mean(list(found.values()), axis=0) for key, found in right.items()}
         models = [
             {"embedding": embedding, "seed": seed, "average": float(by_row[embedding, seed].mean())}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.equal_time.answers import right_answers
 from experiments.tlm.material import ENGLISH
 from ksub_ds.common.files import atomic_path, write_json
 from ksub_ds.evaluate.data.metrics import paired_test
@@ -67,15 +68,6 @@ def summary(settings: dict[str, Any], models: Sequence[dict[str, Any]]) -> dict[
             for language in right["pairs", seeds[0]]
         }
     return {"settings": settings, "models": rows, "comparison": comparison}
-
-
-def right_answers(model: dict[str, Any]) -> dict[str, NDArray[np.bool_]]:
-    """Return which rows of each language's test set a model answered right: (n,)."""
-    (answers,) = model["predictions"].values()
-    return {
-        language: np.frombuffer(answers[language].encode(), np.uint8) == np.frombuffer(gold.encode(), np.uint8)
-        for language, gold in model["labels"].items()
-    }
 
 
 def others(right: dict[str, NDArray[np.bool_]]) -> NDArray[np.float64]:
