@@ -7,9 +7,10 @@ of its 22.7M parameters are the embedding. methods.py has the ways; frequencies,
 DATA/text/en.jsonl.gz. Scores are of STS-B's development part: Spearman's correlation of cosines with the human scores,
 and for the pairs that humans score 4 or more, how often sentence 1 finds its sentence 2 first among all of them. With
 --minutes each small model then learns the original's vectors of STS-B's training sentences (whose human scores are not
-used), and is scored again.
+used), and is scored again. With --seeds there are several of each where chance has a part.
 
-The same command again goes on where it was. OUT/results.json, OUT/table.md and OUT/frontier.png have the outcome.
+The same command again goes on where it was, another one (of other --minutes, or --only some points) adds to it.
+OUT/results.json, OUT/table.md and OUT/frontier.png have the outcome of all that is there.
 """
 
 import argparse
@@ -18,12 +19,13 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from methods import METHODS, Original, Small, install
+from methods import METHODS, Method, Original, install
 from outcome import write_outcome
 from scipy.stats import spearmanr
 
@@ -81,54 +83,84 @@ def score(encoder: Any, pairs: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def measure(small: Small, teacher: Any, dev: list[dict[str, Any]], texts: list[str], options: Any) -> dict[str, Any]:
-    """Score a small embedding in the model, and again after distillation if that is asked for."""
-    student = install(teacher, small)
-    point: dict[str, Any] = {"bytes": small.bytes, "before": score(student, dev)}
-    if options.minutes:
-        torch.manual_seed(options.seed)
-        training = SentenceDistillation(
-            student, teacher, texts, options.minutes, options.seed, clock=time.process_time
-        ).run()
-        point |= {"after": score(student, dev), "steps": training.step, "curve": training.curve}
-    return point
+@dataclass(frozen=True)
+class Bench:
+    """What all points are measured with.
+
+    Attributes:
+        teacher: the SentenceTransformer as it is.
+        original: its embedding, counts and tokenizer.
+        dev: rows of STS-B to score on.
+        texts: sentences to learn from.
+        minutes: of processor time to learn for, or 0.
+    """
+
+    teacher: Any
+    original: Original
+    dev: list[dict[str, Any]]
+    texts: list[str]
+    minutes: float
 
 
-def experiment(options: argparse.Namespace) -> None:
-    """Measure every point that is not there yet, and write the outcome after each."""
+def open_bench(options: argparse.Namespace) -> Bench:
+    """Open the model and read the data."""
     from sentence_transformers import SentenceTransformer
 
-    if options.minutes < 0 or options.threads < 1:
-        raise UserError("--minutes must be at least 0, and --threads at least 1")
-    torch.set_num_threads(options.threads)
-    points_folder = options.out / f"points-{options.minutes:g}-minutes"
-    points_folder.mkdir(parents=True, exist_ok=True)
     train, dev = read_pairs(options.data, "train"), read_pairs(options.data, "validation")
     texts = sorted({row[key] for row in train for key in ("sentence1", "sentence2")})
     teacher = SentenceTransformer(str(options.model or fetch(options.out)), device="cpu")
     vectors = teacher[0].auto_model.get_input_embeddings().weight.detach().numpy().copy()
     counts = count_tokens(options.data / "text" / "en.jsonl.gz", teacher.tokenizer, len(vectors))
     original = Original(vectors, counts, teacher.tokenizer.backend_tokenizer.to_str())
-    points: list[dict[str, Any]] = []
-    for name, (method, ratios) in METHODS.items():
-        word = name.split()[0].strip(",")
-        for ratio in ratios:
-            label = f"{word}-{ratio:g}"
-            if options.only and not {word, label} & {"original", *options.only}:
-                continue
-            path = points_folder / f"{label}.json"
-            if not path.exists():
-                start = time.process_time()
-                small = method(original, ratio)
-                built = time.process_time() - start
-                known = {"method": name, "asked": ratio, "seconds": round(built, 1)}
-                untrained = argparse.Namespace(**vars(options) | {"minutes": 0}) if name == "original" else options
-                write_json(path, known | measure(small, teacher, dev, texts, untrained))
-            points.append(read_json(path))
-            point = points[-1]
-            point["ratio"] = points[0]["bytes"] / point["bytes"]
-            get_logger().info(f"{name}, 1/{point['ratio']:.1f}: {point['before']} {point.get('after', '')}")
-            write_outcome(options.out, points, options.minutes)
+    return Bench(teacher, original, dev, texts, options.minutes)
+
+
+def measure(point: dict[str, Any], method: Method, seed: int, bench: Bench) -> bool:
+    """Add to a point what it lacks of a seed: the score as it is, and after `bench.minutes`; tell whether it did."""
+    before, after = point.setdefault("before", {}), point.setdefault("after", {})
+    taught = after.setdefault(f"{bench.minutes:g}", {}) if bench.minutes and point["method"] != "original" else None
+    # Without chance in a method, one seed says all of it.
+    score_it = str(seed) not in before and (method.has_chance or not before)
+    teach_it = taught is not None and str(seed) not in taught
+    if not score_it and not teach_it:
+        return False
+    start = time.process_time()
+    small = method.make(bench.original, point["asked"], *((seed,) if method.has_chance else ()))
+    point |= {"bytes": small.bytes, "seconds": round(time.process_time() - start, 1)}
+    student = install(bench.teacher, small)
+    if score_it:
+        before[str(seed)] = score(student, bench.dev)
+    if taught is not None and teach_it:
+        torch.manual_seed(seed)
+        training = SentenceDistillation(
+            student, bench.teacher, bench.texts, bench.minutes, seed, clock=time.process_time
+        ).run()
+        taught[str(seed)] = score(student, bench.dev) | {"steps": training.step, "curve": training.curve}
+    return True
+
+
+def experiment(options: argparse.Namespace) -> None:
+    """Measure what is asked for and not there yet; write the outcome of all that is there after each."""
+    if options.minutes < 0 or options.threads < 1 or options.seeds < 1:
+        raise UserError("--minutes must be at least 0, --threads and --seeds at least 1")
+    torch.set_num_threads(options.threads)
+    folder = options.out / "points"
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = open_bench(options)
+    plan = {
+        folder / f"{name.split()[0].strip(',')}-{ratio:g}.json": (name, method, ratio)
+        for name, method in METHODS.items()
+        for ratio in method.ratios
+    }
+    for path, (name, method, ratio) in plan.items():
+        if options.only and not {path.stem.split("-")[0], path.stem} & {"original", *options.only}:
+            continue
+        for seed in range(options.seeds):
+            point = read_json(path) if path.exists() else {"method": name, "asked": ratio}
+            if measure(point, method, seed, bench):
+                write_json(path, point)
+                write_outcome(options.out, [read_json(each) for each in plan if each.exists()])
+                get_logger().info(f"{path.stem}, seed {seed}: {json.dumps(point['before'])}")
 
 
 def main() -> None:
@@ -141,7 +173,7 @@ def main() -> None:
     add("--minutes", type=float, default=0.0, help="of CPU time to distil each point; 0 for none [0]")
     add("--only", nargs="+", metavar="POINT", help="some, such as ours low-30")
     add("--threads", type=int, default=1, help="[1]")
-    add("--seed", type=int, default=0)
+    add("--seeds", type=int, default=1, help="of k-means and distillation: 0, 1, ... [1]")
     experiment(parser.parse_args())
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,9 @@ def experiment(monkeypatch):
         modules[name] = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, modules[name])
         spec.loader.exec_module(modules[name])
-    for name, (method, ratios) in modules["methods"].METHODS.items():
-        few = (1,) if name == "original" else (8,) if len(ratios) == 2 else (4,)
-        monkeypatch.setitem(modules["methods"].METHODS, name, (method, few))
+    for name, method in modules["methods"].METHODS.items():
+        few = (1,) if name == "original" else (8,) if len(method.ratios) == 2 else (4,)
+        monkeypatch.setitem(modules["methods"].METHODS, name, replace(method, ratios=few))
     return modules["run"]
 
 
@@ -72,7 +73,7 @@ def test_every_method_is_measured_once(experiment, tmp_path, monkeypatch):
         minutes=0.005,
         only=None,
         threads=1,
-        seed=0,
+        seeds=2,
     )
     experiment.experiment(options)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -80,10 +81,13 @@ def test_every_method_is_measured_once(experiment, tmp_path, monkeypatch):
     assert list(points) == ["original", "ours", "product", "int8,", "low", "vocabulary", "pruned"]
     for name, point in points.items():
         assert point["bytes"] <= COUNT * WIDTH * 4 / point["asked"] * (1.3 if name == "int8," else 1)
-        assert np.isfinite(list(point["before"].values())).all()
-        assert ("after" in point) == (name != "original")
+        assert list(point["before"]) == (["0", "1"] if name in ("ours", "product") else ["0"])
+        assert {minutes: list(seeds) for minutes, seeds in point["after"].items()} == (
+            {} if name == "original" else {"0.005": ["0", "1"]}
+        )
+        assert np.isfinite([seed["spearman"] for seed in point["before"].values()]).all()
     assert points["ours"]["ratio"] == pytest.approx(4, rel=0.1)
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "table.md").read_text().count("\n") == 2 + len(points)
-    monkeypatch.setattr(experiment, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(experiment, "score", lambda *_: pytest.fail("measured again"))
     experiment.experiment(options)
