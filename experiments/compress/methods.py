@@ -180,11 +180,13 @@ class Method:
         make: from the original and a ratio of bytes; from a seed too if there is chance in it.
         ratios: at which it is measured.
         has_chance: whether two seeds differ before any training.
+        needs_word_pieces: whether it knows that kind of tokenizer alone.
     """
 
     make: Callable[..., Small]
     ratios: tuple[float, ...]
     has_chance: bool = False
+    needs_word_pieces: bool = False
 
 
 METHODS = {
@@ -193,7 +195,7 @@ METHODS = {
     "product quantisation (faiss)": Method(product, (8, 16, 20, 29.9, 60), has_chance=True),
     "int8, int4 rows": Method(rounded, (4, 8)),
     "low rank (SVD)": Method(low_rank, (8, 16, 30)),
-    "vocabulary trimmed": Method(trimmed, (8, 16, 30)),
+    "vocabulary trimmed": Method(trimmed, (8, 16, 30), needs_word_pieces=True),
     "pruned to frequent tokens": Method(pruned, (8, 16, 30)),
 }
 

