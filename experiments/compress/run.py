@@ -219,8 +219,8 @@ def experiment(options: argparse.Namespace) -> None:
             point = read_json(path) if path.exists() else {"method": name, "asked": ratio}
             if measure(point, method, seed, bench):
                 write_json(path, point)
-                name = "multilingual-e5-small" if options.multilingual else "all-MiniLM-L6-v2"
-                write_outcome(options.out, name, [read_json(each) for each in plan if each.exists()])
+                model = "multilingual-e5-small" if options.multilingual else "all-MiniLM-L6-v2"
+                write_outcome(options.out, model, [read_json(each) for each in plan if each.exists()])
                 get_logger().info(f"{path.stem}, seed {seed}: {json.dumps(point['before'])}")
 
 

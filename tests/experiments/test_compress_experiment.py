@@ -29,7 +29,7 @@ def experiment(monkeypatch):
         monkeypatch.setitem(sys.modules, name, modules[name])
         spec.loader.exec_module(modules[name])
     for name, method in modules["methods"].METHODS.items():
-        few = (1,) if name == "original" else (8,) if len(method.ratios) == 2 else (4,)
+        few = (1,) if name == "original" else (8,)
         monkeypatch.setitem(modules["methods"].METHODS, name, replace(method, ratios=few))
     return modules["run"]
 
@@ -87,7 +87,7 @@ def test_every_method_is_measured_once(experiment, tmp_path, monkeypatch):
             {} if name == "original" else {"0.005": ["0", "1"]}
         )
         assert np.isfinite([seed["spearman"] for seed in point["before"].values()]).all()
-    assert points["ours"]["ratio"] == pytest.approx(4, rel=0.1)
+    assert points["ours"]["ratio"] == pytest.approx(8, rel=0.1)
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "table.md").read_text().count("\n") == 2 + len(points)
     monkeypatch.setattr(experiment, "score", lambda *_: pytest.fail("measured again"))
