@@ -15,13 +15,11 @@ k-means-constrained and OR-tools run in an environment of their own (OR-tools wo
 project has): --oracle names its folder, where it is made once. Where pip cannot get them, their parts are skipped.
 """
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import venv
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ from typing import Any
 
 import measuring
 import numpy as np
-import psutil
 import tyro
 
 from ksub_ds.codes.assignment import balanced_assignment
@@ -176,37 +173,12 @@ def kmeans(oracle: Oracle) -> dict:
     return row
 
 
-class PeakMemory(threading.Thread):
-    """The most memory, in bytes, of this process and its workers together; what they share counts once (PSS)."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak = 0
-        self.done = threading.Event()
-
-    def run(self) -> None:
-        while not self.done.wait(3):  # the kernel takes its time to add up shared pages
-            total = 0
-            for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-                with contextlib.suppress(psutil.Error):  # it ended meanwhile
-                    total += process.memory_full_info().pss
-            self.peak = max(self.peak, total)
-
-    def __enter__(self) -> "PeakMemory":
-        self.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.done.set()
-        self.join()
-
-
 def tree() -> dict:
     """Measure all of Algorithm 2 at XLM-R's size; runs in a fresh process, for its peak memory."""
     import faiss
 
     vectors = mixture(N)
-    with PeakMemory() as memory:
+    with measuring.PeakMemory() as memory:
         begin = time.perf_counter()
         codes = clustered_codes(vectors, 3, M)
         seconds = time.perf_counter() - begin

@@ -1,5 +1,6 @@
 """How the benchmarks measure: ratios in one run, best of interleaved repeats, peak memory in a fresh process."""
 
+import contextlib
 import datetime
 import gc
 import json
@@ -8,10 +9,13 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 # Freed blocks must go back to the system, or the peak of one call hides in memory an earlier one left.
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "65536")
@@ -83,6 +87,31 @@ def _peak() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("no VmHWM in /proc/self/status: this benchmark needs Linux")
+
+
+class PeakMemory(threading.Thread):
+    """The most memory, in bytes, of this process and its workers together; what they share counts once (PSS)."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(3):  # the kernel takes its time to add up shared pages
+            total = 0
+            for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+                with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                    total += process.memory_full_info().pss
+            self.peak = max(self.peak, total)
+
+    def __enter__(self) -> "PeakMemory":
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.done.set()
+        self.join()
 
 
 def in_fresh_process(script: str, *arguments: str) -> Any:

@@ -1,6 +1,7 @@
 """The ways to make an embedding small that the experiment compares: each returns a layer, its bytes, and a tokenizer.
 
 All that know of token frequencies get the same counts. Bytes are what a file needs: numbers, codes, scales, indices.
+A seed is that of k-means; methods without any chance get none.
 """
 
 import copy
@@ -70,11 +71,11 @@ class FewerRows(nn.Module):
         return self.rows(self.row_of[ids])
 
 
-def ours(original: Original, ratio: float) -> Small:
+def ours(original: Original, ratio: float, seed: int) -> Small:
     """`ksub compress --input-only --target-ratio --counts`."""
     count, width = original.vectors.shape
     form = form_of_ratio(ratio, count, width, itemsize=4)
-    table, fit = fit_form(original.vectors, form, np.sqrt(original.counts + 1.0))
+    table, fit = fit_form(original.vectors, form, np.sqrt(original.counts + 1.0), seed)
     return _sub_embedding(table, fit.tables, fit.mixing)
 
 
@@ -89,17 +90,26 @@ def _sub_embedding(table: CodeTable, rows: list[np.ndarray], mixing: np.ndarray 
     return Small(layer, table.stored_bytes(width, 4, 0 if mixing is None else mixing.size))
 
 
-def product(original: Original, ratio: float) -> Small:
-    """FAISS's product quantiser as it is: tables of 256 rows, as many as divide d and fit."""
+def product(original: Original, ratio: float, seed: int) -> Small:
+    """FAISS's product quantiser: of the forms that fit, the one with the most bits for a token, packed as it packs."""
     count, width = original.vectors.shape
-    budget = count * width * 4 / ratio - 256 * width * 4
-    num_tables = max(each for each in range(1, width + 1) if width % each == 0 and each * count <= budget)
-    quantiser = faiss.ProductQuantizer(width, num_tables, 8)
-    quantiser.cp.niter = 8  # as ours
+    budget = count * width * 4 / ratio
+    forms = [
+        (number * bits, bits, number)
+        for bits in range(4, 9)
+        for number in range(1, width + 1)
+        if width % number == 0 and -(-number * bits // 8) * count + 2**bits * width * 4 <= budget
+    ]
+    _, bits, num_tables = max(forms)
+    quantiser = faiss.ProductQuantizer(width, num_tables, bits)
+    quantiser.cp.seed = 1234 + seed  # its own default is 1234
     quantiser.train(original.vectors)
-    codes = quantiser.compute_codes(original.vectors)
-    rows = faiss.vector_to_array(quantiser.centroids).reshape(num_tables, 256, width // num_tables)
-    return _sub_embedding(CodeTable(codes, (256,) * num_tables, unique=False), list(rows), None)
+    packed = quantiser.compute_codes(original.vectors)
+    single = np.unpackbits(packed, axis=1, count=num_tables * bits, bitorder="little")
+    codes = single.reshape(count, num_tables, bits) @ (1 << np.arange(bits))
+    tables = faiss.vector_to_array(quantiser.centroids).reshape(num_tables, 2**bits, -1)
+    layer = _sub_embedding(CodeTable(codes, (2**bits,) * num_tables, unique=False), list(tables), None).layer
+    return Small(layer, packed.nbytes + tables.nbytes)
 
 
 def low_rank(original: Original, ratio: float) -> Small:
@@ -162,14 +172,31 @@ def unchanged(original: Original, ratio: float) -> Small:
     return Small(nn.Embedding.from_pretrained(torch.from_numpy(original.vectors.copy())), original.vectors.nbytes)
 
 
-METHODS: dict[str, tuple[Callable[[Original, float], Small], tuple[float, ...]]] = {
-    "original": (unchanged, (1,)),
-    "ours": (ours, (8, 12, 16, 30, 60)),
-    "product quantisation (faiss)": (product, (7.4, 16, 34)),
-    "int8, int4 rows": (rounded, (4, 8)),
-    "low rank (SVD)": (low_rank, (8, 16, 30)),
-    "vocabulary trimmed": (trimmed, (8, 16, 30)),
-    "pruned to frequent tokens": (pruned, (8, 16, 30)),
+@dataclass(frozen=True)
+class Method:
+    """A way to make an embedding small.
+
+    Attributes:
+        make: from the original and a ratio of bytes; from a seed too if there is chance in it.
+        ratios: at which it is measured.
+        has_chance: whether two seeds differ before any training.
+        needs_word_pieces: whether it knows that kind of tokenizer alone.
+    """
+
+    make: Callable[..., Small]
+    ratios: tuple[float, ...]
+    has_chance: bool = False
+    needs_word_pieces: bool = False
+
+
+METHODS = {
+    "original": Method(unchanged, (1,)),
+    "ours": Method(ours, (8, 12, 16, 20, 30, 60), has_chance=True),
+    "product quantisation (faiss)": Method(product, (8, 16, 20, 29.9, 60), has_chance=True),
+    "int8, int4 rows": Method(rounded, (4, 8)),
+    "low rank (SVD)": Method(low_rank, (8, 16, 30)),
+    "vocabulary trimmed": Method(trimmed, (8, 16, 30), needs_word_pieces=True),
+    "pruned to frequent tokens": Method(pruned, (8, 16, 30)),
 }
 
 

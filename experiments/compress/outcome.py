@@ -2,6 +2,7 @@
 
 import os
 import platform
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -11,48 +12,63 @@ import torch
 from ksub_ds.common.files import atomic_path, write_json
 
 
-def write_outcome(out: Path, points: list[dict[str, Any]], minutes: float) -> None:
+def write_outcome(out: Path, model: str, points: list[dict[str, Any]]) -> None:
     """Write results.json, table.md and frontier.png.
 
     Args:
         out: folder.
+        model: its name.
         points: measured so far; the first is the original.
-        minutes: of distillation, or 0.
     """
+    for point in points:
+        point["ratio"] = points[0]["bytes"] / point["bytes"]
     results = {
+        "model": model,
         "points": points,
-        "minutes": minutes,
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, no GPU, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }
     write_json(out / "results.json", results)
     with atomic_path(out / "table.md") as temporary:
         temporary.write_text(table(points), encoding="utf-8")
-    _picture(out / "frontier.png", points)
+    _picture(out / "frontier.png", model, points)
+
+
+def mean(seeds: dict[str, dict[str, Any]], measure: str) -> float:
+    """Return the mean of a measure over seeds."""
+    return statistics.fmean(seed[measure] for seed in seeds.values())
+
+
+def _with_spread(seeds: dict[str, dict[str, Any]], measure: str) -> str:
+    """Format the mean over seeds, and where there are several, their standard deviation."""
+    values = [seed[measure] for seed in seeds.values()]
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
 
 
 def table(points: list[dict[str, Any]]) -> str:
     """Format the points as a Markdown table, the smallest embeddings last."""
-    distilled = any("after" in point for point in points)
-    more = " distilled: Spearman | found first |" if distilled else ""
+    minutes = sorted({each for point in points for each in point["after"]}, key=float)
+    more = "".join(f" distilled {each} min | found first |" for each in minutes)
     lines = [
         f"| method | bytes | 1/ | Spearman | of the original's | found first |{more}",
-        "|---|---|---|---|---|---|" + ("---|---|" if distilled else ""),
+        "|---" * (6 + 2 * len(minutes)) + "|",
     ]
-    best = points[0]["before"]["spearman"]
+    best = mean(points[0]["before"], "spearman")
     for point in sorted(points, key=lambda point: -point["bytes"]):
-        before, after = point["before"], point.get("after")
+        before = point["before"]
         line = (
-            f"| {point['method']} | {point['bytes']:,} | {point['ratio']:.1f} | {before['spearman']:.2f} | "
-            f"{100 * before['spearman'] / best:.1f} % | {before['found_first']:.1f} % |"
+            f"| {point['method']} | {point['bytes']:,} | {point['ratio']:.1f} | {_with_spread(before, 'spearman')} | "
+            f"{100 * mean(before, 'spearman') / best:.1f} % | {mean(before, 'found_first'):.1f} % |"
         )
-        if distilled:
-            line += f" {after['spearman']:.2f} | {after['found_first']:.1f} % |" if after else " | |"
+        for each in minutes:
+            after = point["after"].get(each)
+            line += f" {_with_spread(after, 'spearman')} | {mean(after, 'found_first'):.1f} % |" if after else " | |"
         lines.append(line)
     return "\n".join(lines) + "\n"
 
 
-def _picture(path: Path, points: list[dict[str, Any]]) -> None:
+def _picture(path: Path, model: str, points: list[dict[str, Any]]) -> None:
     """Draw the score against the ratio, a line for each method; dashed after distillation."""
     import matplotlib
 
@@ -60,24 +76,28 @@ def _picture(path: Path, points: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5))
-    axes.axhline(points[0]["before"]["spearman"], color="grey", linewidth=1, linestyle=":")
-    axes.annotate("original", (1, points[0]["before"]["spearman"]), xytext=(2, 3), textcoords="offset points")
+    original = mean(points[0]["before"], "spearman")
+    axes.axhline(original, color="grey", linewidth=1, linestyle=":")
+    axes.annotate("original", (1, original), xytext=(2, 3), textcoords="offset points")
+    longest = max((each for point in points for each in point["after"]), key=float, default=None)
     for method in dict.fromkeys(point["method"] for point in points[1:]):
         rows = sorted((point for point in points if point["method"] == method), key=lambda point: point["ratio"])
-        ratios = [row["ratio"] for row in rows]
         wide = 2.5 if method == "ours" else 1.2
-        drawn = axes.plot(ratios, [row["before"]["spearman"] for row in rows], "o-", label=method, linewidth=wide)
-        after = [(row["ratio"], row["after"]["spearman"]) for row in rows if "after" in row]
-        if after:
-            axes.plot(*zip(*after, strict=True), "o--", color=drawn[0].get_color(), markersize=4, linewidth=wide)
+        ratios, scores = [row["ratio"] for row in rows], [mean(row["before"], "spearman") for row in rows]
+        colour = axes.plot(ratios, scores, "o-", label=method, linewidth=wide)[0].get_color()
+        for row in rows:
+            if row["after"]:
+                most = row["after"][max(row["after"], key=float)]
+                scored = [mean(row["before"], "spearman"), mean(most, "spearman")]
+                axes.plot([row["ratio"]] * 2, scored, "^:", color=colour, markersize=6, markevery=[1])
     axes.set_xscale("log")
     ticks = [1, 2, 4, 8, 16, 30, 60]
     axes.set_xticks(ticks, [f"1/{tick}" if tick > 1 else "1" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("bytes of the embedding, codes and all, as a part of the original's")
-    axes.set_ylabel("STS-B dev, Spearman x 100")
+    axes.set_ylabel("STS-B, Spearman x 100")
     axes.set_title(
-        "all-MiniLM-L6-v2 with a small embedding" + (" (dashed: distilled)" if "after" in points[-1] else "")
+        f"{model} with a small embedding" + (f" (triangles: distilled for up to {longest} min)" * bool(longest))
     )
     if len(points) > 1:
         axes.legend(loc="lower left")

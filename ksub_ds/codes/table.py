@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ksub_ds.codes.packing import code_bits, pack, packed_bytes, unpack
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, canonical_safetensors, sha256_bytes
 
 FORMAT = "ksub-codes-1"
 FORMAT_DEDICATED = "ksub-codes-2"  # has the tensor `dedicated` too
-FORMAT_INPUT = "ksub-codes-3"  # codes may repeat; in the smallest type that holds them; `dedicated` may be there
+FORMAT_INPUT = "ksub-codes-3"  # codes may repeat; packed in as few bits as hold them; `dedicated` may be there
 
 
 def table_widths(embedding_dim: int, num_tables: int) -> tuple[int, ...]:
@@ -103,12 +104,17 @@ class CodeTable:
         return sha256_bytes(codes + self.dedicated.astype("<i4").tobytes())
 
     @property
+    def stored_bits(self) -> int:
+        """The bits of a code as it is stored: as few as hold it where codes may repeat, up to 8; else 32."""
+        return 32 if self.unique else code_bits(max(self.table_sizes))
+
+    @property
     def stored_codes(self) -> np.ndarray:
-        """The codes as they are stored, (N, K): uint8 where they may repeat and every table has at most 256 rows."""
-        if self.unique or max(self.table_sizes) > 256:
+        """The codes as they are stored: (N, K) int32, or packed into (N, bytes) uint8 (`packing.py`)."""
+        if self.stored_bits == 32:
             return self.codes
         self.verify()
-        return self.codes.astype(np.uint8)
+        return pack(self.codes, self.stored_bits)
 
     def num_parameters(self, embedding_dim: int) -> int:
         """Count the parameters at width d: sum over k of M_k * d_k, and F * d of the dedicated rows."""
@@ -211,6 +217,8 @@ class CodeTable:
         origin = {key: value for key, value in metadata.items() if key not in ("format", "table_sizes", "sha256")}
         try:
             sizes = [int(size) for size in metadata["table_sizes"].split(",")]
+            if form == FORMAT_INPUT:
+                codes = _as_stored(codes, sizes)
             table = cls(codes, sizes, origin, dedicated, unique=form != FORMAT_INPUT)
             table.verify()
         except (KeyError, TypeError, ValueError) as error:
@@ -225,6 +233,20 @@ class CodeTable:
         dedicated = f", num_dedicated={self.num_dedicated}" if self.num_dedicated else ""
         shared = "" if self.unique else ", unique=False"
         return f"CodeTable(num_tokens={self.num_tokens}, table_sizes={self.table_sizes}{dedicated}{shared})"
+
+
+def _as_stored(codes: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Return the (N, K) codes of a file whose codes may repeat.
+
+    Raises:
+        ValueError: they are not packed as tables of these sizes have them.
+    """
+    bits = code_bits(max(sizes))
+    if bits == 32:
+        return codes
+    if codes.dtype != np.uint8 or codes.shape[1:] != (packed_bytes(len(sizes), bits),):
+        raise ValueError(f"codes of {len(sizes)} tables are not packed in {bits} bits each")
+    return unpack(codes, len(sizes), bits)
 
 
 def _token_ids(ids: object, num_tokens: int) -> np.ndarray:

@@ -1,10 +1,11 @@
 """Tables for embeddings that only the input reads: as many, and as many rows, as a number of bytes or an error allows.
 
-    bytes     M · d numbers of all tables, N x K codes of one byte (four if M > 256), d x d numbers of a rotation
+    bytes     M · d numbers of all tables, K codes a token of log2(M) bits (32 if M > 256), d x d numbers of a rotation
     error     sum of w_n |x_n - e_n|^2 over sum of w_n |x_n - mean|^2
 
 At a given number of bytes two things are chosen by rule. A rotation is kept where it takes at most a tenth of them:
-below, the codes that it displaces are worth more. M is halved from 256 until the tables take at most a quarter.
+below, the codes that it displaces are worth more. M is halved from 256 until the tables take at most a twelfth, about
+where the error is least.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ksub_ds.codes.packing import code_bits, packed_bytes
 from ksub_ds.codes.product_quantisation import product_quantisation
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
@@ -20,7 +22,7 @@ from ksub_ds.convert.fitting import Fit
 
 MOST_ROWS, FEWEST_ROWS = 256, 16
 ROTATION_SHARE = 0.1
-TABLES_SHARE = 0.25
+TABLES_SHARE = 1 / 12
 CLOSE = 0.02  # the search for an error ends when the number of tables is known to so much of itself
 
 
@@ -60,9 +62,9 @@ def form_of_ratio(ratio: float, num_tokens: int, width: int, itemsize: int, tabl
         while rows > FEWEST_ROWS and (rows > num_tokens or rows * row > most):
             rows //= 2
     rotation = width * width * itemsize
-    column = num_tokens * (1 if rows <= MOST_ROWS else 4)
-    rotate = rotation <= min(ROTATION_SHARE * budget, budget - rows * row - column)
-    num_tables = int((budget - rows * row - rotate * rotation) // column)
+    bits = code_bits(rows)
+    rotate = rotation <= min(ROTATION_SHARE * budget, budget - rows * row - num_tokens * packed_bytes(1, bits))
+    num_tables = int((budget - rows * row - rotate * rotation) // num_tokens) * 8 // bits
     if num_tables < 1:
         largest = num_tokens * row / (FEWEST_ROWS * row + num_tokens)
         raise UserError(
@@ -124,7 +126,8 @@ def fit_to_error(
     rows = table_size or min(MOST_ROWS, 2 ** int(math.log2(count)))
 
     def fit(num_tables: int) -> tuple[CodeTable, Fit]:
-        form = InputForm(num_tables, rows, width * width * itemsize <= ROTATION_SHARE * count * num_tables)
+        codes = count * packed_bytes(num_tables, code_bits(rows))
+        form = InputForm(num_tables, rows, width * width * itemsize <= ROTATION_SHARE * codes)
         result = fit_form(vectors, form, weights, seed)
         get_logger().info(f"{num_tables} tables of {rows} rows: error {result[1].error:.4f}")
         return result

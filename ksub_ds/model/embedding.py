@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ksub_ds.codes.packing import unpack
 from ksub_ds.codes.table import CodeTable, table_widths
 from ksub_ds.contraction.code_structure import CodeStructure
 from ksub_ds.contraction.dense_block import DenseBlock
@@ -32,7 +33,8 @@ class SubEmbedding(nn.Module):
     none of is None: R and the ids for F = 0, A without `mixing`. `structure` is derived from codes and ids when first
     needed. Replace these by assigning another tensor or by load_state_dict, not in place.
 
-    Where codes may repeat (`input_only`) there are no logits, and codes of at most 256 rows are uint8.
+    Where codes may repeat (`input_only`) there are no logits, and codes of up to 256 rows are packed, (N, bytes) uint8
+    (codes/packing.py), and a lookup takes its codes out.
     """
 
     codes: Tensor
@@ -47,6 +49,7 @@ class SubEmbedding(nn.Module):
         self.table_sizes = table.table_sizes
         self.widths = table_widths(embedding_dim, table.num_tables)
         self.input_only = not table.unique
+        self.code_bits = table.stored_bits  # 32: not packed
         self.register_buffer("codes", torch.tensor(table.stored_codes))
         self.register_buffer("dedicated", torch.tensor(table.dedicated) if table.num_dedicated else None)
         self.register_buffer("mixing", torch.eye(embedding_dim) if mixing else None)
@@ -83,7 +86,10 @@ class SubEmbedding(nn.Module):
     def code_table(self) -> CodeTable:
         """Return the codes, and which tokens are dedicated, as a `CodeTable`."""
         dedicated = None if self.dedicated is None else self.dedicated.cpu().numpy()
-        return CodeTable(self.codes.cpu().numpy(), self.table_sizes, dedicated=dedicated, unique=not self.input_only)
+        codes = self.codes.cpu().numpy()
+        if self.code_bits < 32:
+            codes = unpack(codes, len(self.tables), self.code_bits)
+        return CodeTable(codes, self.table_sizes, dedicated=dedicated, unique=not self.input_only)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed (...) token ids: (..., d)."""
@@ -101,8 +107,8 @@ class SubEmbedding(nn.Module):
         return embedded
 
     def _compose(self, codes: Tensor) -> Tensor:
-        """Return what the tables give to tokens with codes (..., K): (..., d)."""
-        codes = codes.int()  # from uint8; nothing for int32
+        """Return what the tables give to tokens with codes as they are stored, (..., K or bytes): (..., d)."""
+        codes = self._unpacked(codes)
         if len(self.tables) < MANY_TABLES:
             parts = [F.embedding(codes[..., k], table) for k, table in enumerate(self.tables)]
         else:
@@ -111,6 +117,17 @@ class SubEmbedding(nn.Module):
         if self.mixing is not None:
             embedded = embedded @ self.mixing.t().to(embedded.dtype)  # ZeRO 3 casts parameters, not buffers
         return embedded
+
+    def _unpacked(self, codes: Tensor) -> Tensor:
+        """Turn stored codes, (..., K or bytes), to (..., K) int32."""
+        codes = codes.int()  # nothing for int32
+        if self.code_bits >= 8:
+            return codes
+        starts = torch.arange(0, len(self.tables) * self.code_bits, self.code_bits, device=codes.device)
+        low = starts // 8
+        both = codes[..., low] + 256 * codes[..., (low + 1).clamp(max=codes.shape[-1] - 1)]
+        # Division and remainder export to ONNX, where shifts of signed numbers do not.
+        return both // (2 ** (starts % 8)).int() % 2**self.code_bits
 
     def _look_up_together(self, codes: Tensor) -> Iterator[Tensor]:
         """Yield what runs of tables of one shape give to codes (..., K): (..., width), a few operations for all."""

@@ -206,7 +206,7 @@ def test_dedicated_tokens_follow_the_special_and_the_added_ones():
     assert extend_codes(ordinary, 4).dedicated.tolist() == [0, 1, 19]
 
 
-def test_codes_for_the_input_may_repeat_and_take_a_byte_each(tmp_path):
+def test_codes_for_the_input_may_repeat_and_are_packed(tmp_path):
     table = CodeTable([[0, 1], [1, 0], [0, 1]], (256, 2), dedicated=[2], unique=False)
     table.verify()
     table.save(tmp_path / "codes.safetensors")
@@ -215,6 +215,14 @@ def test_codes_for_the_input_may_repeat_and_take_a_byte_each(tmp_path):
     with safe_open(tmp_path / "codes.safetensors", framework="np") as stream:
         assert stream.get_tensor("codes").dtype == np.uint8
     assert CodeTable([[0]], (257,), unique=False).stored_codes.dtype == np.int32
+    small = CodeTable([[0, 1, 4], [3, 4, 2]], (5, 5, 5), unique=False)
+    assert small.stored_codes.tolist() == [[0b00001000, 0b1], [0b10100011, 0b0]]
+    small.save(tmp_path / "small.safetensors")
+    assert (CodeTable.load(tmp_path / "small.safetensors").codes == small.codes).all()
+    apart = {"format": "ksub-codes-3", "table_sizes": "5,5,5", "sha256": small.sha256}
+    save_file({"codes": small.codes.astype(np.uint8)}, tmp_path / "apart.safetensors", apart)
+    with pytest.raises(UserError, match="codes of 3 tables are not packed in 3 bits each"):
+        CodeTable.load(tmp_path / "apart.safetensors")
     for wrong in (2, -1):
         with pytest.raises(ValueError, match="code out of range"):
             CodeTable([[0, wrong]], (256, 2), unique=False).save(tmp_path / "wrong.safetensors")

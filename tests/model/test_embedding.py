@@ -38,13 +38,15 @@ def test_lookup_is_a_row_of_the_dense_weight(num_tables):
     assert torch.equal(layer(ids.int()), dense[ids])
 
 
-@pytest.mark.parametrize("num_tables", [8, 23])
-def test_codes_for_the_input_are_read_as_any_and_have_no_logits(num_tables):
-    """Tables of one shape are looked up together: the same rows and gradients as one by one."""
+@pytest.mark.parametrize(("num_tables", "most"), [(1, 5), (3, 2), (8, 9), (8, 200), (23, 9), (23, 60), (8, 300)])
+def test_codes_for_the_input_are_read_as_any_and_have_no_logits(num_tables, most):
+    """Packed in 1 to 9 bits; tables of one shape are looked up together: the same rows and gradients as one by one."""
     draw = np.random.default_rng(0)
-    table = CodeTable(draw.integers(0, 5, (300, num_tables)), (5, *[9] * (num_tables - 1)), unique=False)
+    sizes = (min(5, most), *[most] * (num_tables - 1))
+    table = CodeTable(draw.integers(0, sizes, (300, num_tables)), sizes, unique=False)
     layer = layer_of(table, 23)
-    assert layer.codes.dtype == torch.uint8 and not layer.code_table().unique
+    assert layer.codes.dtype == (torch.uint8 if most <= 256 else torch.int32) and not layer.code_table().unique
+    assert (layer.code_table().codes == table.codes).all()
     ids = torch.randint(300, (4, 5))
     one_by_one = [part[table.codes[ids.numpy(), k]] for k, part in enumerate(layer.tables)]
     assert torch.equal(layer(ids), torch.cat(one_by_one, dim=-1))

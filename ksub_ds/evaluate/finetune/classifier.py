@@ -275,7 +275,7 @@ def _kind_of_codes(folder: Path, sizes: list[int]) -> str:
                     for size in sizes:
                         digits.append(ids % size)
                         ids = ids // size
-                    return "positional" if (np.stack(digits, axis=1) == codes).all() else "clustered"
+                    return "positional" if np.array_equal(np.stack(digits, axis=1), codes) else "clustered"
     return "unknown"
 
 
