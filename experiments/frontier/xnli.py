@@ -93,7 +93,13 @@ class FineTunings(Commands):
         self.command(folder / "results.json", *KSUB, "evaluate", "xnli", *source, *tuning, *more)
 
     def choose_rate(self, embedding: str) -> None:
-        """Choose an embedding's learning rate by English validation, after one epoch of its first model."""
+        """Choose an embedding's learning rate, where there is more than one, by English validation.
+
+        It is that of the embedding's first model after one epoch.
+        """
+        if len(self.options.rates) == 1:
+            (self.rates[embedding],) = self.options.rates
+            return
         first = next(model for model in self.models if model.embedding == embedding)
         scores = {}
         for rate in self.options.rates:
