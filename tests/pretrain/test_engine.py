@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,6 @@ def test_monitors_without_their_packages(tmp_path: Path) -> None:
     assert broken.startswith("error: mine.json: wandb: the package wandb cannot be imported with protobuf "), broken
     assert "runtime_version_of_tomorrow" in broken and "pip install --upgrade protobuf wandb; or write" in broken
     assert started(tmp_path, off, site).startswith("error: d: is not a folder")
-    (site / "wandb" / "__init__.py").unlink()
-    (site / "wandb").rmdir()
+    shutil.rmtree(site / "wandb")
     missing = started(tmp_path, on)
     assert missing.startswith("error: mine.json: wandb needs the package wandb: pip install wandb; or write"), missing
