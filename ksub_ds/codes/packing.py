@@ -32,7 +32,14 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, num_tables: int, bits: int) -> np.ndarray:
-    """Return the (N, K) int32 codes that `pack` got."""
+    """Return the (N, K) int32 codes that `pack` got.
+
+    Raises:
+        ValueError: bits are set behind the last code, which `pack` leaves free: these are other numbers.
+    """
+    spare = 8 * packed.shape[1] - num_tables * bits
+    if spare and (packed[:, -1] >> (8 - spare)).any():
+        raise ValueError(f"codes of {num_tables} tables are not packed in {bits} bits each")
     codes = np.empty((len(packed), num_tables), np.int32)
     place = np.arange(bits, dtype=np.uint8)
     for first in range(0, len(packed), BLOCK_ROWS):

@@ -214,6 +214,7 @@ class CodeTable:
                 f"{path}: format is {form!r}, not {FORMAT!r}, {FORMAT_DEDICATED!r} or {FORMAT_INPUT!r}; "
                 "make it again with `ksub codes`"
             )
+        again = "`ksub compress --input-only`" if form == FORMAT_INPUT else "`ksub codes`"
         origin = {key: value for key, value in metadata.items() if key not in ("format", "table_sizes", "sha256")}
         try:
             sizes = [int(size) for size in metadata["table_sizes"].split(",")]
@@ -222,11 +223,11 @@ class CodeTable:
             table = cls(codes, sizes, origin, dedicated, unique=form != FORMAT_INPUT)
             table.verify()
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: {error}; the file is damaged, make it again with `ksub codes`") from error
-        if table.sha256 != metadata.get("sha256"):
             raise UserError(
-                f"{path}: codes do not match their sha256; the file is damaged, make it again with `ksub codes`"
-            )
+                f"{path}: {error}; the file is damaged or of an earlier form, make it again with {again}"
+            ) from error
+        if table.sha256 != metadata.get("sha256"):
+            raise UserError(f"{path}: codes do not match their sha256; the file is damaged, make it again with {again}")
         return table
 
     def __repr__(self) -> str:

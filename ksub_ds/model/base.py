@@ -89,15 +89,25 @@ class SubEmbeddingModel(PreTrainedModel):
         """Load as transformers does, and check the codes.
 
         Raises:
-            ValueError: the stored codes are absent or damaged.
+            ValueError: the stored codes are absent or damaged, or weights are of other sizes than config.json says.
+            RuntimeError: as transformers does.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
+        name = args[0] if args else cls.__name__
+        try:
+            loaded = super().from_pretrained(*args, **kwargs)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"{name}: weights are not of the sizes that config.json says; if an earlier `ksub compress "
+                "--input-only` wrote it, compress the original again"
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         try:
             model.code_table().verify()
         except ValueError as error:
             raise ValueError(
-                f"{args[0] if args else cls.__name__}: no usable codes among the weights ({error})"
+                f"{name}: no usable codes among the weights ({error}); make the model again from its original"
             ) from error
         return loaded
 

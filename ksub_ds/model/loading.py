@@ -150,7 +150,9 @@ def _load(name: str | Path, model_class: Any) -> tuple[PreTrainedModel, set[str]
     try:
         with quiet_transformers():
             model, info = model_class.from_pretrained(str(name), use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except ValueError as error:  # our own check of the codes, say
+        raise UserError(f"{name}: cannot be read ({_first_line(str(error).removeprefix(f'{name}: '))})") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{name}: cannot be read ({_first_line(error)}); weights must be safetensors: pickled ones are not read, "
             "save them anew with save_pretrained() in a place you trust"
@@ -189,5 +191,5 @@ def _some(names: set[str]) -> str:
     return ", ".join(first) + more
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: Exception | str) -> str:
     return str(error).strip().split("\n")[0][:200].rstrip(". ")

@@ -98,6 +98,7 @@ def open_sources(settings: ResolvedSettings) -> ResolvedRun:
     """
     recipe = settings.recipe
     dataset = ShardDataset.open(recipe.data, verify=False)
+    masking_rule(dataset, None if recipe.is_causal else recipe.mlm_probability)  # refuses masks where there are none
     if recipe.tlm_share < 1 and not any(dataset.num_sequences("train", language) for language in dataset.languages):
         only = "; train on its pairs with --tlm-share 1" if dataset.pairs and not recipe.is_causal else ""
         raise UserError(f"--data {recipe.data}: holds no sequences to train on; make shards of more text{only}")
@@ -108,7 +109,6 @@ def open_sources(settings: ResolvedSettings) -> ResolvedRun:
         )
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     dataset.check_tokenizer(tokenizer.fingerprint, str(dataset.tokenizer_folder))
-    masking_rule(dataset, None if recipe.is_causal else recipe.mlm_probability)  # refuses masks where there are none
     if recipe.distill_from is not None and Path(recipe.distill_from).is_dir():
         check_same_tokens("--distill-from", Path(recipe.distill_from), tokenizer, dataset)
     warm_start_sha256 = None

@@ -25,6 +25,12 @@ def test_blocks_are_joined(monkeypatch):
     assert (unpack(pack(codes, 5), 9, 5) == codes).all()
 
 
+def test_codes_of_a_byte_each_are_told_from_packed_ones_of_as_many_bytes():
+    """Four codes of 7 bits take four bytes, as they do unpacked."""
+    with pytest.raises(ValueError, match="not packed in 7 bits"):
+        unpack(np.full((2, 4), 100, np.uint8), 4, 7)
+
+
 @pytest.mark.parametrize(("rows", "bits"), [(1, 1), (2, 1), (3, 2), (256, 8), (257, 32)])
 def test_bits_of_a_table(rows, bits):
     assert code_bits(rows) == bits

@@ -1,6 +1,7 @@
 """Tables that only the input reads: sizes from a target, the compressed folder, and what no such model can do."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -144,6 +145,23 @@ def test_a_compressed_encoder_is_its_dense_export(wish, tmp_path):
     if wish[0] == "--target-error":
         assert report["error"] <= 0.1
     assert type(model.get_input_embeddings()).__name__ == "Embedding"
+
+
+@pytest.mark.parametrize(("num_tables", "rows"), [(8, 17), (4, 128)])
+def test_a_model_of_the_earlier_form_is_to_be_made_again(tmp_path, capsys, num_tables, rows):
+    """A byte a code, in fewer or in as many bytes as packed."""
+    write_model(tmp_path / "plain")
+    size = ["--num-tables", str(num_tables), "--table-size", str(rows)]
+    small = tmp_path / "small"
+    assert main(["compress", str(tmp_path / "plain"), "--input-only", *size, "--out", str(small)]) == 0
+    table, weights = CodeTable.load(small / "codes.safetensors"), load_file(small / "model.safetensors")
+    (name,) = (each for each in weights if each.endswith("codes"))
+    weights[name] = torch.tensor(table.codes).to(torch.uint8)
+    save_file(weights, small / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert main(["export", str(small), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"error: .*(compress the original|make the model) again", told) and "pickle" not in told
 
 
 def test_frequent_tokens_come_closer(tmp_path):

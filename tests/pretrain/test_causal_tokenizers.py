@@ -129,9 +129,10 @@ def test_masks_are_refused_in_one_line(
     made: Made, parallel_text: Path, tiny_text: Path, tmp_path: Path, capsys: Any
 ) -> None:
     words = ["--preset", "tiny", "--plain", "--data", made.shards, "--out", tmp_path / "run", "--max-steps", 2]
-    assert main([*map(str, words)]) == 2
-    (line,) = [each for each in capsys.readouterr().err.splitlines() if "mask token" in each]
-    assert re.search(r"--data .*shards: its tokenizer has no mask token, .* --objective clm", line)
+    for objective in ("mlm", "tlm"):
+        assert main([*map(str, words), "--objective", objective]) == 2
+        (line,) = [each for each in capsys.readouterr().err.splitlines() if "mask token" in each]
+        assert re.search(r"--data .*shards: its tokenizer has no mask token, .* --objective clm", line)
     with pytest.raises(UserError, match=r"--parallel .*: pairs are for masked models, and .* has no mask token"):
         shard_text(ShardText(tiny_text, made.tokenizer, tmp_path / "pairs", parallel=parallel_text, workers=1))
 
