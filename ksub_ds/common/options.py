@@ -118,7 +118,7 @@ def _one_line(box: str) -> str:
 
 
 def _wrong_value(said: str) -> str:
-    """Return tyro's message on a value of the wrong kind as option, value and what it must be; any other as it is."""
+    """Return tyro's message on a wrong or missing value as option, value and what it must be; any other as it is."""
     if choice := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'[.] Expected one of [(](.*)[)]", said):
         value, option, listed = choice.groups()
         *others, last = sorted({*re.findall(r"'(.*?)'", listed)} - {"None"})  # None: the option may be left out
@@ -126,4 +126,6 @@ def _wrong_value(said: str) -> str:
     if number := re.fullmatch(r"Error parsing (--[\w-]+): .*?\b(int|float)\b.*?'(.*)'\]?", said, re.IGNORECASE):
         option, kind, value = number.groups()
         return f"{option} {value}: must be a {'whole ' * (kind.lower() == 'int')}number"
+    if missing := re.match(r"Missing value for argument '(.*?)'", said):
+        return f"{missing[1].upper() if missing[1][0] != '-' else missing[1]}: needs a value"
     return said
