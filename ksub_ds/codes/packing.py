@@ -35,10 +35,13 @@ def unpack(packed: np.ndarray, num_tables: int, bits: int) -> np.ndarray:
     """Return the (N, K) int32 codes that `pack` got.
 
     Raises:
-        ValueError: bits are set behind the last code, which `pack` leaves free: these are other numbers.
+        ValueError: another type or width, or bits are set behind the last code, which `pack` leaves free: these are
+            other numbers.
     """
-    spare = 8 * packed.shape[1] - num_tables * bits
-    if spare and (packed[:, -1] >> (8 - spare)).any():
+    width = packed_bytes(num_tables, bits)
+    spare = 8 * width - num_tables * bits
+    is_packed = packed.dtype == np.uint8 and packed.shape[1:] == (width,)
+    if not is_packed or (spare and (packed[:, -1] >> (8 - spare)).any()):
         raise ValueError(f"codes of {num_tables} tables are not packed in {bits} bits each")
     codes = np.empty((len(packed), num_tables), np.int32)
     place = np.arange(bits, dtype=np.uint8)

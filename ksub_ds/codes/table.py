@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ksub_ds.codes.packing import code_bits, pack, packed_bytes, unpack
+from ksub_ds.codes.packing import code_bits, pack, unpack
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path, canonical_safetensors, sha256_bytes
 
@@ -218,8 +218,8 @@ class CodeTable:
         origin = {key: value for key, value in metadata.items() if key not in ("format", "table_sizes", "sha256")}
         try:
             sizes = [int(size) for size in metadata["table_sizes"].split(",")]
-            if form == FORMAT_INPUT:
-                codes = _as_stored(codes, sizes)
+            if form == FORMAT_INPUT and (bits := code_bits(max(sizes))) < 32:
+                codes = unpack(codes, len(sizes), bits)
             table = cls(codes, sizes, origin, dedicated, unique=form != FORMAT_INPUT)
             table.verify()
         except (KeyError, TypeError, ValueError) as error:
@@ -234,20 +234,6 @@ class CodeTable:
         dedicated = f", num_dedicated={self.num_dedicated}" if self.num_dedicated else ""
         shared = "" if self.unique else ", unique=False"
         return f"CodeTable(num_tokens={self.num_tokens}, table_sizes={self.table_sizes}{dedicated}{shared})"
-
-
-def _as_stored(codes: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """Return the (N, K) codes of a file whose codes may repeat.
-
-    Raises:
-        ValueError: they are not packed as tables of these sizes have them.
-    """
-    bits = code_bits(max(sizes))
-    if bits == 32:
-        return codes
-    if codes.dtype != np.uint8 or codes.shape[1:] != (packed_bytes(len(sizes), bits),):
-        raise ValueError(f"codes of {len(sizes)} tables are not packed in {bits} bits each")
-    return unpack(codes, len(sizes), bits)
 
 
 def _token_ids(ids: object, num_tokens: int) -> np.ndarray:
