@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ksub_ds.common.files import atomic_path, write_json
+from experiments.equal_time.written import write_files
+from ksub_ds.common.files import atomic_path
 
 # Okabe and Ito's colours, which people with any kind of colour vision can distinguish; markers help too.
 STYLES = {"plain": ("#000000", "o"), "positional": ("#D55E00", "s"), "clustered": ("#0072B2", "D")}
@@ -16,12 +17,7 @@ def write_outcome(out: Path, results: dict[str, Any]) -> str:
         out: the folder.
         results: what run.py's `report` puts together.
     """
-    write_json(out / "results.json", results)
-    table = markdown(results)
-    with atomic_path(out / "table.md") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
-    plot(out / "causal.png", results)
-    return table
+    return write_files(out, results, markdown, plot, "causal.png")
 
 
 def scores_at(point: dict[str, Any], steps: int) -> list[dict[str, Any]]:

@@ -18,9 +18,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from outcome import write_outcome
-
 sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from outcome import write_outcome
 
 from experiments.equal_time.experiment import DECAY_SHARE, KSUB, Experiment, Training, option_parser, pool_of, steps_in
 from experiments.equal_time.points import Point, all_points

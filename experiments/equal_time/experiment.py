@@ -105,6 +105,20 @@ class Commands:
         self.lock = threading.Lock()
         out.mkdir(parents=True, exist_ok=True)
 
+    def keep_settings(self, options: argparse.Namespace, keys: Sequence[str]) -> None:
+        """Write the settings that all commands of the folder share, or compare them with those of an earlier start.
+
+        Raises:
+            UserError: they differ.
+        """
+        self.settings = {key: getattr(options, key) for key in keys}
+        path = self.out / "settings.json"
+        before = read_json(path) if path.exists() else self.settings
+        for key, value in self.settings.items():
+            if before.get(key, value) != value:
+                raise UserError(f"--{key.replace('_', '-')} {value}: {path} has {before[key]}; give another --out")
+        write_json(path, self.settings)
+
     def command(self, made: Path, *words: Any) -> None:
         """Run a Python command unless `made` is there, and note its processor seconds.
 
@@ -149,21 +163,7 @@ class Experiment(Commands):
         dataset = ShardDataset.open(options.data, verify=False)
         self.num_tokens = load_tokenizer(dataset.tokenizer_folder).vocab_size
         self.searches: dict[str, Any] = {}
-        self._keep_settings((*SETTINGS, *more_settings))
-
-    def _keep_settings(self, keys: Sequence[str]) -> None:
-        """Write the settings that all runs share, or compare them with those of an earlier start.
-
-        Raises:
-            UserError: they differ.
-        """
-        self.settings = {key: getattr(self.options, key) for key in keys}
-        path = self.out / "settings.json"
-        before = read_json(path) if path.exists() else self.settings
-        for key, value in self.settings.items():
-            if before.get(key, value) != value:
-                raise UserError(f"--{key.replace('_', '-')} {value}: {path} has {before[key]}; give another --out")
-        write_json(path, self.settings)
+        self.keep_settings(options, (*SETTINGS, *more_settings))
 
     # ---- codes, fresh models, prices ----
 

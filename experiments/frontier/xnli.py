@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from outcome import mean_loss
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from outcome import mean_loss
 
 from experiments.equal_time.answers import right_answers
 from experiments.equal_time.experiment import KSUB, Commands, pool_of
@@ -81,6 +82,7 @@ class FineTunings(Commands):
     def __init__(self, options: argparse.Namespace, models: list[Pretrained]):
         super().__init__(options.out)
         self.options, self.models = options, models
+        self.keep_settings(options, ("rates", "epochs", "all_epochs", "all_pairs"))
         self.rates: dict[str, float] = {}
         self.searches: dict[str, dict[str, float]] = {}
 
@@ -127,7 +129,7 @@ class FineTunings(Commands):
         """Write xnli.json and xnli.md of what has been tested so far."""
         settings = {setting: self.compare(setting) for setting in SETTINGS}
         results = {
-            "finetuning": {key: getattr(self.options, key) for key in ("epochs", "all_epochs", "all_pairs")},
+            "finetuning": self.settings,
             "rates": self.rates,
             "searches": self.searches,
             "settings": {setting: found for setting, found in settings.items() if found["models"]},

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.equal_time.answers import right_answers
+from experiments.equal_time.written import write_files
 from experiments.tlm.material import ENGLISH
-from ksub_ds.common.files import atomic_path, write_json
+from ksub_ds.common.files import atomic_path
 from ksub_ds.evaluate.data.metrics import paired_test
 
 NAMES = {"sentences": "sentences", "pairs": "sentences and pairs"}
@@ -26,12 +27,7 @@ def write_outcome(out: Path, settings: dict[str, Any], models: Sequence[dict[str
         hours: of a processor, so far.
     """
     results = summary(settings, models) | {"processor_hours": hours}
-    write_json(out / "results.json", results)
-    table = markdown(results)
-    with atomic_path(out / "table.md") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
-    plot(out / "tlm.png", results)
-    return table
+    return write_files(out, results, markdown, plot, "tlm.png")
 
 
 def summary(settings: dict[str, Any], models: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from outcome import write_outcome
-
 sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from outcome import write_outcome
 
 from experiments.equal_time.experiment import KSUB, Experiment, Training
 from experiments.equal_time.points import Point

@@ -14,6 +14,7 @@ from ksub_ds.evaluate.data.metrics import paired_test
 
 FRONTIER = Path(__file__).resolve().parents[2] / "experiments/frontier"
 LANGUAGES = ("en", "sw")
+SETTINGS = {"rates": [1e-4], "epochs": 2, "all_epochs": 1, "all_pairs": 100}
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_row_counts_once_over_languages_and_the_seeds_that_both_have(xnli, tmp
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 3, size=40)
     models = [xnli.Pretrained(name, seed, tmp_path) for seed in (0, 1) for name in ("plain", "coded")]
-    work = xnli.FineTunings(Namespace(out=tmp_path), models)
+    work = xnli.FineTunings(Namespace(out=tmp_path, **SETTINGS), models)
     right = {}
     for model in models[:3]:  # the coded model of the second seed has not been tested
         chance = 0.9 if model.embedding == "coded" else 0.5
@@ -93,3 +94,9 @@ def test_a_row_counts_once_over_languages_and_the_seeds_that_both_have(xnli, tmp
     assert f"| coded | 0 | {100 * right['coded-seed0']['en'].mean():.1f} |" in table
     assert "over 1 seed, p = " in table
     assert "- words, English test: 52.0" in table
+
+
+def test_fine_tunings_of_other_settings_are_not_mixed(xnli, tmp_path):
+    xnli.FineTunings(Namespace(out=tmp_path, **SETTINGS), [])
+    with pytest.raises(UserError, match=r"--epochs 3: .*settings.json has 2; give another --out"):
+        xnli.FineTunings(Namespace(out=tmp_path, **SETTINGS | {"epochs": 3}), [])
