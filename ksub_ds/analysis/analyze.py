@@ -25,6 +25,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.text.layout import TextLayout
+from ksub_ds.corpus.tokenizers.spelling import spellings
 
 RESULT = "analysis.json"
 FORMAT = "ksub-analysis-1"
@@ -155,8 +156,7 @@ def _followed(words: Sequence[str], vocabulary: list[str], name: str) -> list[tu
     ids = {token: index for index, token in reversed(list(enumerate(vocabulary)))}
     found, absent = [], []
     for word in words:
-        spellings = [f"▁{word}", f"Ġ{word}", word]
-        index = next((ids[spelling] for spelling in spellings if spelling in ids), None)
+        index = next((ids[spelling] for spelling in spellings(word) if spelling in ids), None)
         if index is None:
             absent.append(word)
         else:

@@ -12,10 +12,10 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import sha256_file
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
+from ksub_ds.corpus.tokenizers.location import is_hub_name
 from ksub_ds.evaluate.lm.tokens import CausalTokenizer
 from ksub_ds.model.sequence_length import longest_sequence
 from ksub_ds.pretrain.open_run import is_run, open_run
-from ksub_ds.vectors.model_vectors import is_hub_name
 
 HARMLESS = ("pooler.", "position_ids", "token_type_ids")  # may be missing from a checkpoint: no state comes from them
 
@@ -159,10 +159,9 @@ def _from_huggingface(source: str) -> tuple[Any, str]:
 
 def _is_causal(config: Any) -> bool:
     """Return whether a model predicts the next token, and nothing that is masked."""
-    from transformers.models.auto import modeling_auto
+    from ksub_ds.model.loading import has_causal_form, has_masked_form
 
-    masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
-    return type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and not masked
+    return has_causal_form(config) and not has_masked_form(config)
 
 
 def _load_causal(path: Path) -> RowTokenizer:

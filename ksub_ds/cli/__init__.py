@@ -137,13 +137,24 @@ def _answer(arguments: list[str]) -> int:
     if group and arguments[1:2] in ([], ["-h"], ["--help"]):
         print(f"usage: ksub {arguments[0]} COMMAND [OPTIONS]\n\n{_table(group)}")
         return DONE if arguments[1:] else USER_ERROR
-    names = dict.fromkeys([*COMMANDS, *(name.split()[0] for name in COMMANDS)])
-    near = difflib.get_close_matches(" ".join(arguments[:2]), names, n=1) or difflib.get_close_matches(
-        arguments[0], names, n=1
-    )
-    hint = f"; did you mean `ksub {near[0]}`?" if near else ""
-    print(f"error: no command {' '.join(arguments[:2])!r}{hint} (see ksub --help)", file=sys.stderr)
+    print(f"error: no command {' '.join(arguments[:2])!r}; {_hint(arguments, group)}", file=sys.stderr)
     return USER_ERROR
+
+
+def _hint(arguments: Sequence[str], group: Sequence[str]) -> str:
+    """Name the command that a mistyped one may be; where none is near, what there is.
+
+    Args:
+        arguments: the words behind `ksub`, the first of which is a group's or no command's.
+        group: its commands.
+    """
+    if group:
+        near = difflib.get_close_matches(arguments[1], [name.split()[1] for name in group], n=1)
+        return f"did you mean `ksub {arguments[0]} {near[0]}`?" if near else f"there are {', '.join(group)}"
+    names = dict.fromkeys([*COMMANDS, *(name.split()[0] for name in COMMANDS)])
+    typed = (" ".join(arguments[:2]), arguments[0])
+    near = next(filter(None, (difflib.get_close_matches(words, names, n=1) for words in typed)), [])
+    return f"did you mean `ksub {near[0]}`?" if near else "see ksub --help"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

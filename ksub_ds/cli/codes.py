@@ -1,6 +1,7 @@
 """`ksub codes ...`: make, inspect and extend code files."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -69,12 +70,12 @@ def positional(
     print(report(table, out))
 
 
-def inspect(path: Positional[Path], embedding_dim: int = 512) -> None:
+def inspect(path: Positional[Path], embedding_dim: int | None = None) -> None:
     """Check a code file and print what it holds.
 
     Args:
         path: The code file.
-        embedding_dim: d, the width at which parameters are counted.
+        embedding_dim: d, the width at which parameters are counted. [that of the model whose codes they are, or 512]
 
     Raises:
         UserError: the file is damaged, or d is smaller than the number of tables.
@@ -83,12 +84,14 @@ def inspect(path: Positional[Path], embedding_dim: int = 512) -> None:
     from ksub_ds.codes.table import CodeTable
 
     table = CodeTable.load(path)
-    if embedding_dim < table.num_tables:
-        raise UserError(f"--embedding-dim {embedding_dim}: must be at least the {table.num_tables} tables of {path}")
-    rows = describe(table, embedding_dim)
-    width = max(len(name) for name, _ in rows)
+    recorded = table.metadata.get("embedding_dim", "")
+    width = embedding_dim or (int(recorded) if re.fullmatch("[0-9]{1,6}", recorded) else 512)
+    if width < table.num_tables:
+        raise UserError(f"--embedding-dim {width}: must be at least the {table.num_tables} tables of {path}")
+    rows = describe(table, width)
+    longest = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{longest}}  {value}")
 
 
 def cluster(arguments: Sequence[str]) -> None:
@@ -122,6 +125,7 @@ def neighbours(
     from ksub_ds.codes.inspection import code_neighbours
     from ksub_ds.codes.table import CodeTable
     from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+    from ksub_ds.corpus.tokenizers.spelling import spellings
 
     table, loaded = CodeTable.load(path), load_tokenizer(tokenizer)
     theirs = table.metadata.get("tokenizer_fingerprint", loaded.fingerprint)
@@ -132,7 +136,7 @@ def neighbours(
     tokens = loaded.tokens()
     if token not in tokens:
         alike = difflib.get_close_matches(token, [each for each in tokens if each[:2] == token[:2]], n=3)
-        marked = [each for each in (f"▁{token}", f"Ġ{token}") if each in tokens]
+        marked = [each for each in spellings(token) if each in tokens]
         near = ", ".join(dict.fromkeys([*marked, *alike]))
         raise UserError(f"{token!r} is not a token of {tokenizer}" + (f"; near: {near}" if near else ""))
     own = tokens.index(token)

@@ -42,7 +42,7 @@ def unpack(packed: np.ndarray, num_tables: int, bits: int) -> np.ndarray:
     spare = 8 * width - num_tables * bits
     is_packed = packed.dtype == np.uint8 and packed.shape[1:] == (width,)
     if not is_packed or (spare and (packed[:, -1] >> (8 - spare)).any()):
-        raise ValueError(f"codes of {num_tables} tables are not packed in {bits} bits each")
+        raise ValueError(f"codes of {num_tables} tables are not packed as {bits}-bit numbers")
     codes = np.empty((len(packed), num_tables), np.int32)
     place = np.arange(bits, dtype=np.uint8)
     for first in range(0, len(packed), BLOCK_ROWS):

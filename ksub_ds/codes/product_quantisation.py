@@ -65,7 +65,7 @@ def product_quantisation(
     count, width = vectors.shape
     widths = table_widths(width, num_tables)
     if not 1 <= table_size <= (most := min(count, SAMPLE)):
-        raise ValueError(f"table_size must lie in 1..{most:,}, as many vectors as k-means sees, not {table_size}")
+        raise ValueError(f"tables of {table_size:,} rows: k-means sees {most:,} vectors and makes 1 to as many rows")
     weights = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
     if weights.shape != (count,) or not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
         raise ValueError(f"weights must be {count:,} numbers, finite, not negative, and not all 0")
@@ -88,7 +88,7 @@ def product_quantisation(
         return _means(part, codes[:, k], weights, first_rows[k])
 
     rows = _on_all_cores(assign, range(num_tables))
-    origin = {"algorithm": "product quantisation", "seed": str(seed)}
+    origin = {"algorithm": "product quantisation", "seed": str(seed), "embedding_dim": str(width)}
     return ProductQuantisation(CodeTable(codes, (table_size,) * num_tables, origin, unique=False), rows, rotation)
 
 

@@ -10,7 +10,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.option_help import hanging, page, paragraphs
@@ -67,6 +67,7 @@ def _parse(
     import tyro
 
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _refuse_repeated(declared, words)
     given = {} if default is None else {"default": default}
     said, printed = io.StringIO(), io.StringIO()
     try:
@@ -79,6 +80,19 @@ def _parse(
                 raise
             print_help(declared, prog)
     raise UserError(f"{_one_line(said.getvalue())}; see `{prog} --help`", agreed=True)
+
+
+def _refuse_repeated(declared: Callable[..., object], words: Sequence[str]) -> None:
+    """Refuse an option of several values that stands there twice: argparse would forget those of the first.
+
+    Raises:
+        UserError: one does.
+    """
+    given = [word.partition("=")[0].replace("_", "-") for word in words]
+    for name, hint in get_type_hints(declared).items():
+        option = f"--{name.replace('_', '-')}"
+        if get_origin(hint) is tuple and given.count(option) > 1:
+            raise UserError(f"{option}: is given twice; put all its values behind one {option}", agreed=True)
 
 
 def print_help(declared: Callable[..., object], prog: str) -> NoReturn:

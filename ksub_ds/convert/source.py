@@ -10,19 +10,8 @@ from typing import Any
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.corpus.tokenizers.location import TOKENIZER_FILES
 from ksub_ds.pretrain.open_run import RunCheckpoint, is_run, open_run
-
-# As transformers saves them.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
 from ksub_ds.common.errors import UserError
@@ -24,6 +25,7 @@ TWO_HEADS = {"BertForPreTraining": "BertForMaskedLM"}  # that for next sentences
 OTHER_HEAD = re.compile(r"(?P<family>\w+)For(?!CausalLM)[A-Z]\w+")
 COUNTERS = {"position_ids", "token_type_ids"}  # buffers 0, 1, 2, ... that older versions stored
 ADAPTER = "adapter_config.json"  # of PEFT
+BIDIRECTIONAL = ("xlnet",)  # sees both sides, though transformers counts it among the causal ones
 NAMED = 3  # weights or modules named in a message
 
 
@@ -61,6 +63,16 @@ def open_config(name: str | Path) -> PretrainedConfig:
             "(text) or GPT-2; bare or with a head (one of an unknown kind is left out)"
         )
     return config
+
+
+def has_masked_form(config: PretrainedConfig) -> bool:
+    """Return whether transformers has a masked language model of this configuration."""
+    return type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+
+
+def has_causal_form(config: PretrainedConfig) -> bool:
+    """Return whether transformers has a causal language model of this configuration, one that sees one side only."""
+    return type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in BIDIRECTIONAL
 
 
 def refuse_adapter(given: str, folder: Path) -> None:

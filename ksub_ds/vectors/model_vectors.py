@@ -14,6 +14,7 @@ import numpy as np
 from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import read_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.corpus.tokenizers.location import TOKENIZER_FILES
 from ksub_ds.pretrain.open_run import open_run
 from ksub_ds.vectors.matrix import EMBEDDING_NAMES, TensorFiles, check_matrix
 
@@ -21,12 +22,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MODEL_FILE = re.compile(r"(?P<stem>(?:pytorch_)?model(?:\.\w+)?)(?:-\d{5}-of-(?P<total>\d{5}))?\.safetensors")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt"),
-)
 LAYERS = ("word_embeddings.", "tok_embeddings.", "embed_tokens.", "wte.")  # ours, whose codes and tables they hold
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 Fetch = Callable[[str], Path | None]
 
@@ -143,11 +139,6 @@ def _embedding(fetch: Fetch, name: str, tensor: str | None, others: Sequence[str
 
     files = _weight_files(fetch, name, wanted, others)
     return files.read(files.embedding_name(tensor))
-
-
-def is_hub_name(name: str) -> bool:
-    """Return whether a string may be a model's name on the HuggingFace Hub, such as FacebookAI/xlm-roberta-base."""
-    return bool(_HUB_NAME.fullmatch(name)) and Path(name).suffix not in (".npy", ".safetensors", ".bin", ".pt")
 
 
 def hub_vectors(name: str, tensor: str | None = None) -> tuple[np.ndarray, Path | None]:

@@ -18,9 +18,10 @@ from ksub_ds.common.files import sha256_bytes
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards.dataset import ShardDataset, is_shards
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
+from ksub_ds.corpus.tokenizers.location import is_hub_name
 from ksub_ds.pretrain.open_run import is_run
 from ksub_ds.vectors.matrix import read_matrix
-from ksub_ds.vectors.model_vectors import folder_vectors, hub_vectors, is_hub_name, run_vectors
+from ksub_ds.vectors.model_vectors import folder_vectors, hub_vectors, run_vectors
 
 
 @dataclass(frozen=True)

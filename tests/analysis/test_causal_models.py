@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5Model,
+    XLNetConfig,
+    XLNetModel,
 )
 
 from ksub_ds.analysis.encoders import open_encoder
@@ -97,3 +99,8 @@ def test_what_cannot_be_analysed_is_named(tiny_text: Path, tmp_path: Path) -> No
     )
     with pytest.raises(UserError, match="is a t5 model; give an encoder such as BERT or XLM-R, or a causal model"):
         open_encoder(str(tmp_path / "t5"), "t5")
+    XLNetModel(XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=16)).save_pretrained(
+        tmp_path / "xlnet"
+    )
+    with pytest.raises(UserError, match="is a xlnet model"):  # transformers counts it among the causal ones
+        open_encoder(str(tmp_path / "xlnet"), "xlnet")

@@ -31,6 +31,7 @@ def test_positional_then_inspect(tmp_path, capsys):
         (["codes", "positional", "--num-tokens", "9", "--num-tables", "2", "--out", "."], "cannot be written"),
         (["codes", "inspect", "absent.safetensors"], "no such code file"),
         (["codes", "inspct", "x"], "did you mean `ksub codes inspect`"),
+        (["codes", "zzz"], "no command 'codes zzz'; there are codes positional, "),
         (["pretrian"], "did you mean `ksub pretrain`"),
     ],
 )

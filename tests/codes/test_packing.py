@@ -27,7 +27,7 @@ def test_blocks_are_joined(monkeypatch):
 
 def test_codes_of_a_byte_each_are_told_from_packed_ones_of_as_many_bytes():
     """Four codes of 7 bits take four bytes, as they do unpacked."""
-    with pytest.raises(ValueError, match="not packed in 7 bits"):
+    with pytest.raises(ValueError, match="not packed as 7-bit numbers"):
         unpack(np.full((2, 4), 100, np.uint8), 4, 7)
 
 

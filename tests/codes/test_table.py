@@ -221,7 +221,7 @@ def test_codes_for_the_input_may_repeat_and_are_packed(tmp_path):
     assert (CodeTable.load(tmp_path / "small.safetensors").codes == small.codes).all()
     apart = {"format": "ksub-codes-3", "table_sizes": "5,5,5", "sha256": small.sha256}
     save_file({"codes": small.codes.astype(np.uint8)}, tmp_path / "apart.safetensors", apart)
-    with pytest.raises(UserError, match="codes of 3 tables are not packed in 3 bits each"):
+    with pytest.raises(UserError, match="codes of 3 tables are not packed as 3-bit numbers"):
         CodeTable.load(tmp_path / "apart.safetensors")
     for wrong in (2, -1):
         with pytest.raises(ValueError, match="code out of range"):

@@ -74,6 +74,25 @@ def test_options_of_a_function() -> None:
         call(add, ["--left", "x"], "add")
 
 
+def test_several_values_stand_behind_one_option() -> None:
+    found = []
+
+    def add(some_numbers: tuple[int, ...], start: int = 0) -> None:
+        """Add.
+
+        Args:
+            some_numbers: Numbers.
+            start: One more.
+        """
+        found.append(start + sum(some_numbers))
+
+    call(add, ["--some-numbers", "3", "4", "--start", "1", "--start", "2"], "add")
+    assert found == [9]
+    for again in (["--some-numbers", "4"], ["--some_numbers=4"]):
+        with pytest.raises(UserError, match="--some-numbers: is given twice; put all its values behind one"):
+            call(add, ["--some-numbers", "3", *again], "add")
+
+
 @pytest.mark.parametrize("script", ["shard_cc.py", "shard_text.py", "build_codes.py"])
 def test_scripts_and_ranks(script: str) -> None:
     """Of several ranks, the first one speaks."""

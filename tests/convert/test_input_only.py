@@ -270,6 +270,7 @@ def test_no_decoder_reads_such_a_folder(tmp_path, capsys):
     assert main(["codes", "inspect", str(small / "codes.safetensors")]) == 0
     shown = capsys.readouterr().out
     assert "none: the codes are for the input alone" in shown and "code space" not in shown
+    assert "bytes at d = 24" in shown  # the model's own width, that nobody gave
 
 
 def test_many_tables_are_described_in_few_words():

@@ -20,8 +20,12 @@ SENTENCEPIECE_NAMES = (
 )
 DESCRIPTION = "tokenizer.json"
 _OWN_NAMES = (DESCRIPTION, "tokenizer_config.json", "vocab.json", "vocab.txt")  # any of these is a tokenizer's alone
-_OTHER_NAMES = ("special_tokens_map.json", "added_tokens.json", "config.json", "merges.txt")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_OTHER_NAMES = ("special_tokens_map.json", "added_tokens.json", "merges.txt")
+_MODEL_CONFIG = "config.json"  # of the model, beside its tokenizer; it may say which class that has
+# All that transformers may save of a tokenizer.
+TOKENIZER_FILES = (*SENTENCEPIECE_NAMES, *_OWN_NAMES, *_OTHER_NAMES, "chat_template.jinja")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILE_SUFFIXES = (".model", ".json", ".txt", ".npy", ".safetensors", ".bin", ".pt")
 _FORMS = "a SentencePiece .model file or a HuggingFace tokenizer folder"
 
 
@@ -38,11 +42,11 @@ def locate(given: str | Path) -> Path:
         UserError: there is none, or it is not what its name says.
     """
     path = Path(given)
-    if path.is_file() and path.name in (*_OWN_NAMES, *_OTHER_NAMES):
+    if path.is_file() and path.name in (*_OWN_NAMES, *_OTHER_NAMES, _MODEL_CONFIG):
         path = path.parent
     if not path.exists():
         path = _cached(str(given))
-    for file in [path] if path.is_file() else _present(path, SENTENCEPIECE_NAMES + _OWN_NAMES + _OTHER_NAMES):
+    for file in [path] if path.is_file() else _present(path, (*TOKENIZER_FILES, _MODEL_CONFIG)):
         refuse_stand_in(file)
     return path
 
@@ -57,6 +61,11 @@ def holds_tokenizer(folder: Path) -> bool:
     return bool(_present(folder, SENTENCEPIECE_NAMES + _OWN_NAMES))
 
 
+def is_hub_name(name: str) -> bool:
+    """Return whether a string may be a model's name on the Hugging Face Hub, such as FacebookAI/xlm-roberta-base."""
+    return bool(_HUB_NAME.fullmatch(name)) and not name.endswith(_FILE_SUFFIXES)
+
+
 def _present(folder: Path, names: tuple[str, ...]) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
@@ -67,7 +76,7 @@ def _cached(name: str) -> Path:
     Raises:
         UserError: it is not there.
     """
-    if not _HUB_NAME.fullmatch(name) or name.endswith((".model", ".json", ".txt")):
+    if not is_hub_name(name):
         raise UserError(f"{name}: no such tokenizer; give {_FORMS}")
     from huggingface_hub import constants, snapshot_download
 

@@ -1,7 +1,8 @@
-"""How many UTF-8 bytes of text each token spells, so that losses under different vocabularies can be compared.
+"""What tokens spell: how a vocabulary writes a word, and how many UTF-8 bytes of text a token stands for.
 
-A blank is one byte, also where SentencePiece adds it before the first word of a text, and where it stands for a line
-break. The text is the tokenizer's: after its normaliser, which may have changed a character for another.
+The bytes make losses under different vocabularies comparable. A blank is one byte, also where SentencePiece adds it
+before the first word of a text, and where it stands for a line break. The text is the tokenizer's: after its
+normaliser, which may have changed a character for another.
 """
 
 import functools
@@ -15,7 +16,13 @@ from ksub_ds.corpus.tokenizers.huggingface import HuggingFaceTokenizer
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
 from ksub_ds.corpus.tokenizers.xlmr import SPACE
 
+_BYTE_SPACE = "Ġ"  # how byte-level BPE writes a blank
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def spellings(word: str) -> tuple[str, ...]:
+    """Return how vocabularies may write a word as one token: with SentencePiece's blank, byte-level BPE's, or none."""
+    return f"{SPACE}{word}", f"{_BYTE_SPACE}{word}", word
 
 
 @functools.lru_cache(maxsize=4)  # asked for at each evaluation

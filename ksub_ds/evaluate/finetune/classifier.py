@@ -9,7 +9,7 @@ from typing import Any
 
 from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import sha256_file
-from ksub_ds.corpus.tokenizers.xlmr import MODEL_NAME
+from ksub_ds.corpus.tokenizers.location import holds_tokenizer
 from ksub_ds.evaluate.data.hub import cached_folder, require_on_hub
 from ksub_ds.evaluate.finetune.encoding import PairEncoder, load_encoder
 from ksub_ds.model.sequence_length import longest_sequence
@@ -17,8 +17,6 @@ from ksub_ds.pretrain.open_run import is_run
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
 FRESH_HEADS = ("classifier", "score", "pre_classifier", "classification_head")  # those that no pretraining trains
-BIDIRECTIONAL = ("xlnet",)  # sees both sides, though transformers counts it among the causal ones
-TOKENIZER_FILES = ("tokenizer.json", MODEL_NAME, "vocab.txt", "vocab.json")
 
 
 def load_classifier(path: str, num_labels: int, seed: int, body: str | None = None) -> Any:
@@ -104,6 +102,8 @@ def check_encoder(model: str) -> None:
     """
     from transformers.models.auto import modeling_auto
 
+    from ksub_ds.model.loading import has_causal_form, has_masked_form
+
     find_model(model, "--model")
     config = read_config(model)
     kind, masked = None, has_masked_form(config)
@@ -118,20 +118,6 @@ def check_encoder(model: str) -> None:
             f"--model {model}: is {kind} ({config.model_type}); give an encoder, such as a folder of ksub export or "
             "xlm-roberta-base"
         )
-
-
-def has_masked_form(config: Any) -> bool:
-    """Return whether transformers has a masked language model of this configuration."""
-    from transformers.models.auto import modeling_auto
-
-    return type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
-
-
-def has_causal_form(config: Any) -> bool:
-    """Return whether transformers has a causal language model of this configuration, one that sees one side only."""
-    from transformers.models.auto import modeling_auto
-
-    return type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in BIDIRECTIONAL
 
 
 def _draw_head(model: Any) -> None:
@@ -213,7 +199,7 @@ def tokenizer_source(model: str, given: str | None) -> str:
         UserError: the model's folder holds none, and none is given; or there is none of the name given.
     """
     folder = Path(model)
-    if given is None and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if given is None and folder.is_dir() and not holds_tokenizer(folder):
         raise UserError(f"--model {model}: holds no tokenizer; give --tokenizer FOLDER or a SentencePiece .model")
     if given is not None and not Path(given).exists():
         require_on_hub(f"--tokenizer {given}", given, "model", "tokenizer_config.json")

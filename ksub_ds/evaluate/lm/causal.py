@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.logging import get_logger
-from ksub_ds.evaluate.finetune.classifier import find_model, has_causal_form, has_masked_form, read_config
+from ksub_ds.evaluate.finetune.classifier import find_model, read_config
 from ksub_ds.evaluate.lm.tokens import Window
 
 BLOCK_NUMBERS = {"cpu": 2**24, "cuda": 2**28}  # logits that are there at one time
@@ -37,6 +37,8 @@ def check_causal(model: str) -> Any:
     Raises:
         UserError: not a model, or a masked one, an encoder-decoder, or one without a head for the next token.
     """
+    from ksub_ds.model.loading import has_causal_form, has_masked_form
+
     find_model(model, "--model")
     config = read_config(model)
     kind, causal = None, has_causal_form(config)

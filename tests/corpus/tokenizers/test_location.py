@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.convert.source import copy_tokenizer_files
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 POINTER = (
@@ -73,3 +74,13 @@ def test_what_a_failed_download_leaves(content: str, said: str, tiny_bpe: Path, 
         for given in (folder, folder / name):
             with pytest.raises(UserError, match=f"{name}: {said}"):
                 load_tokenizer(given)
+
+
+def test_all_files_of_a_vocabulary_are_copied(tmp_path: Path) -> None:
+    """GPT-2's two files, and DeBERTa's model, which none of our tokenizers opens."""
+    names = {"vocab.json", "merges.txt", "spm.model"}
+    (tmp_path / "there").mkdir()
+    for name in names | {"config.json", "model.safetensors"}:
+        (tmp_path / name).write_text("x")
+    copy_tokenizer_files(tmp_path, tmp_path / "there")
+    assert {path.name for path in (tmp_path / "there").iterdir()} == names
