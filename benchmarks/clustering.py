@@ -31,8 +31,8 @@ import numpy as np
 import tyro
 
 from ksub_ds.codes.assignment import balanced_assignment
-from ksub_ds.codes.balanced import balanced_kmeans, free_kmeans, one_thread
 from ksub_ds.codes.clustering import clustered_codes
+from ksub_ds.codes.kmeans import balanced_kmeans, free_kmeans, one_thread
 
 N, D, M = 250_002, 768, 128
 SMALL_N = 20_000

@@ -16,8 +16,8 @@ import itertools
 
 import numpy as np
 
-from ksub_ds.codes.balanced import free_kmeans, one_thread, training_sample
 from ksub_ds.codes.blocks import BLOCK_ROWS
+from ksub_ds.codes.kmeans import free_kmeans, one_thread, training_sample
 from ksub_ds.common.logging import Progress
 
 ROUNDS = 4  # updates of the codebook after its first centroids

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ksub_ds.codes.alignment import LARGEST_FIT, match_to_codebook, number_groups, refine
-from ksub_ds.codes.balanced import Clustering, as_matrix, balanced_kmeans, free_kmeans
+from ksub_ds.codes.kmeans import Clustering, as_matrix, balanced_kmeans, free_kmeans
 from ksub_ds.codes.table import CodeTable, reserve_special_tokens
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress, get_logger

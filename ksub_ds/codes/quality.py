@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ksub_ds.codes.alignment import LARGEST_FIT, explained_share, number_groups
-from ksub_ds.codes.balanced import as_matrix, free_kmeans, one_thread
 from ksub_ds.codes.blocks import BLOCK_ROWS
+from ksub_ds.codes.kmeans import as_matrix, free_kmeans, one_thread
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.codes.table import CodeTable
 

@@ -33,13 +33,14 @@ from ksub_ds.common.files import publish_folder
 from ksub_ds.common.mpi import MPIComm
 
 _DROPPED = 0x110000  # not a character
+_IDEOGRAPHS = 0x20000  # the planes from here on hold ideographs, tags and private characters: none of them is changed
 
 
 @functools.cache
 def _table() -> np.ndarray:
     """Return a (0x110000,) uint32 table of what each code point becomes."""
     table = np.arange(0x110000, dtype=np.uint32)
-    for code in range(0x110000):
+    for code in range(_IDEOGRAPHS):
         category = unicodedata.category(chr(code))
         if category == "Nd":
             table[code] = ord("0")

@@ -1,1 +1,1 @@
-"""Labelled data and scores: rows, tasks, metrics, tables and the paper's results."""
+"""Labelled data and scores: rows, tasks, metrics and tests of significance, tables and the paper's results."""

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksub_ds.codes import balanced
-from ksub_ds.codes.balanced import balanced_kmeans, free_kmeans
+from ksub_ds.codes import kmeans
+from ksub_ds.codes.kmeans import balanced_kmeans, free_kmeans
 from ksub_ds.common.errors import UserError
 
 
@@ -116,7 +116,7 @@ def as_gpu_build(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     monkeypatch.setattr(faiss, "pairwise_distance_gpu", pairwise_distance_gpu)
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", index_cpu_to_gpu, raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 4)
-    monkeypatch.setattr(balanced, "GPU_WORK", 600 * 10 * 6)
+    monkeypatch.setattr(kmeans, "GPU_WORK", 600 * 10 * 6)
     return calls
 
 
@@ -124,8 +124,8 @@ def test_distances_on_a_gpu_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = mixture(600, 6, 3)
     expected = balanced_kmeans(vectors, 10)
     calls = as_gpu_build(monkeypatch)
-    monkeypatch.setattr(balanced, "driver_shows_gpu", lambda: True)
-    monkeypatch.setattr(balanced, "GPU_BLOCK_BYTES", 4 * 10 * 250)
+    monkeypatch.setattr(kmeans, "driver_shows_gpu", lambda: True)
+    monkeypatch.setattr(kmeans, "GPU_BLOCK_BYTES", 4 * 10 * 250)
     found = balanced_kmeans(vectors, 10)
     assert calls[:4] == [(0,), (250, 10), (250, 10), (100, 10)], "one GPU of four, and never all rows at once"
     assert (found.labels == expected.labels).all() and found.inertia == pytest.approx(expected.inertia)
@@ -136,13 +136,13 @@ def test_distances_on_a_gpu_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_faiss_gpu_where_no_gpu_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a driver faiss-gpu's own question for GPUs ends the process: it must not be asked."""
-    if balanced.driver_shows_gpu():
+    if kmeans.driver_shows_gpu():
         pytest.skip("this machine has a GPU")
     vectors = mixture(600, 6, 3)
     expected = balanced_kmeans(vectors, 10)
     calls = as_gpu_build(monkeypatch)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: pytest.fail("faiss-gpu would end the process"))
     told: list[str] = []
-    monkeypatch.setattr(balanced.get_logger(), "info", told.append)
+    monkeypatch.setattr(kmeans.get_logger(), "info", told.append)
     assert (balanced_kmeans(vectors, 10).labels == expected.labels).all() and not calls
     assert "FAISS could use a GPU, but none is visible: it computes on the CPU" in told
