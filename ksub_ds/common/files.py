@@ -20,7 +20,7 @@ from typing import Any
 from ksub_ds.common.errors import UserError
 
 TEMPORARY_SUFFIX = ".partial"
-LEFTOVER = re.compile(r"\..+\.[0-9a-f]+\.(partial|old)")  # names that only a killed process leaves
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.(partial|old)")  # names that only a killed process leaves
 
 
 def fsync_path(path: Path) -> None:
@@ -126,9 +126,18 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
                 os.rename(old, folder)
             raise
         fsync_path(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_path(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link and not what it leads to; what cannot be, stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -154,7 +163,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error}); the file is damaged") from error
 
 

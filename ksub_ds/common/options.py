@@ -10,7 +10,8 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.option_help import hanging, page, paragraphs
@@ -67,7 +68,7 @@ def _parse(
     import tyro
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    _refuse_repeated(declared, words)
+    _refuse_lost(declared, words)
     given = {} if default is None else {"default": default}
     said, printed = io.StringIO(), io.StringIO()
     try:
@@ -82,17 +83,24 @@ def _parse(
     raise UserError(f"{_one_line(said.getvalue())}; see `{prog} --help`", agreed=True)
 
 
-def _refuse_repeated(declared: Callable[..., object], words: Sequence[str]) -> None:
-    """Refuse an option of several values that stands there twice: argparse would forget those of the first.
+def _refuse_lost(declared: Callable[..., object], words: Sequence[str]) -> None:
+    """Refuse what argparse would take and lose: an option twice, where both name what is read, and an empty path.
+
+    Numbers and names may be given again, as scripts do to change a default; several values or paths would be left out.
 
     Raises:
-        UserError: one does.
+        UserError: an option stands there twice, or a path is empty, which would mean the folder one is in.
     """
     given = [word.partition("=")[0].replace("_", "-") for word in words]
     for name, hint in get_type_hints(declared).items():
-        option = f"--{name.replace('_', '-')}"
-        if get_origin(hint) is tuple and given.count(option) > 1:
-            raise UserError(f"{option}: is given twice; put all its values behind one {option}", agreed=True)
+        option, several = f"--{name.replace('_', '-')}", get_origin(hint) is tuple
+        is_path = Path in (hint, *get_args(hint))
+        if given.count(option) > 1 and (several or is_path):
+            remedy = f"put all its values behind one {option}" if several else "it takes one"
+            raise UserError(f"{option}: is given twice; {remedy}", agreed=True)
+        behind = [word for before, word in zip(given, words[1:], strict=False) if before == option]
+        if is_path and ("" in behind or f"{option}=" in words):
+            raise UserError(f"{option}: is empty; give a path (a variable that is not set?)", agreed=True)
 
 
 def print_help(declared: Callable[..., object], prog: str) -> NoReturn:

@@ -70,14 +70,15 @@ def log_frequency(dataset: ShardDataset, alpha: float) -> np.ndarray:
     """
     tokenizer = dataset.manifest["tokenizer"]
     num_tokens, special_ids = tokenizer["vocab_size"], tuple(tokenizer["special_ids"])
-    every = [dataset.rows("train", language) for language in dataset.languages or dataset.pairs]
-    share = np.array([len(rows) for rows in every]) ** alpha
+    names = dataset.languages or dataset.pairs
+    sizes = [dataset.num_sequences("train", name) for name in names]
+    share = np.array(sizes) ** alpha
     drawn = np.zeros(num_tokens)
-    for rows, weight in zip(every, share / share.sum(), strict=True):
-        sample = rows[:: max(1, -(-len(rows) // SAMPLE_ROWS))]
+    for name, size, weight in zip(names, sizes, share / share.sum(), strict=True):
+        sample = dataset.gather("train", np.arange(0, size, max(1, -(-size // SAMPLE_ROWS))), name)
         counts = token_frequency([sample], num_tokens, special_ids)
         drawn += weight * counts / max(1, counts.sum())
-    half = 0.5 / sum(rows.size for rows in every)
+    half = 0.5 / (sum(sizes) * dataset.sequence_length)
     return np.log((drawn + half) / (drawn + half).max())
 
 

@@ -93,6 +93,20 @@ def test_several_values_stand_behind_one_option() -> None:
             call(add, ["--some-numbers", "3", *again], "add")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "a", "--data", "b"], "--data: is given twice; it takes one"),
+        (["--data", ""], "--data: is empty; give a path"),
+        (["--data="], "--data: is empty; give a path"),
+    ],
+)
+def test_a_path_is_neither_lost_nor_empty(arguments: list[str], message: str) -> None:
+    """An empty one would be the folder that the command runs in."""
+    with pytest.raises(UserError, match=message):
+        parse(Recipe, [*MINIMAL[:2], "--out", "o", *arguments], "ksub pretrain")
+
+
 @pytest.mark.parametrize("script", ["shard_cc.py", "shard_text.py", "build_codes.py"])
 def test_scripts_and_ranks(script: str) -> None:
     """Of several ranks, the first one speaks."""

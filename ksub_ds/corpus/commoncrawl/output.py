@@ -14,7 +14,15 @@ from ksub_ds.corpus.commoncrawl.page_selection import Selection, content_hash
 from ksub_ds.corpus.commoncrawl.report import FORMAT, QUARANTINE, REPORT, build_report, left_out, write_quarantine
 from ksub_ds.corpus.commoncrawl.stages import Result, fingerprint
 from ksub_ds.corpus.shards.dataset import MANIFEST
-from ksub_ds.corpus.shards.folder import build_manifest, claim_folder, is_whole, parts, remove_leftovers, save_tokenizer
+from ksub_ds.corpus.shards.folder import (
+    build_manifest,
+    check_replaced,
+    claim_folder,
+    is_whole,
+    parts,
+    remove_leftovers,
+    save_tokenizer,
+)
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
 
 TEXT_INDEX = "index.json"
@@ -88,6 +96,8 @@ class CrawlFolder:
         Raises:
             UserError: the folder holds damaged shards, shards of other text or with other settings.
         """
+        read = [*self._settings.input, *([self._text] if self._text else [])]
+        check_replaced(self._out, self._settings.languages, ("tokenizer", "work"), read)
         remove_leftovers(self._out)
         for path in parts(self._out):
             try:

@@ -120,7 +120,7 @@ class Inflated(Compressed):
         if offset != self._start or not self._window:
             assert offset == self._start + len(self._window), "the content is read once, from its start to its end"
             try:
-                self._start, self._window = offset, self._content.read(_PIECE)
+                self._start, self._window = offset, self._content.read1(_PIECE)
             except (DamagedFileError, MemoryError) as error:
                 self._damaged = True
                 raise Damaged(str(error) or "needs too much memory") from None

@@ -7,13 +7,13 @@ OUT/manifest.json   written last, when every language is there
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import LEFTOVER, atomic_folder, read_json, sha256_file, write_json
+from ksub_ds.common.files import LEFTOVER, atomic_folder, read_json, remove_path, sha256_file, write_json
 from ksub_ds.common.languages import LANGUAGE_PAIR
 from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import get_logger
@@ -60,7 +60,41 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders of a killed run."""
     for path in folder.iterdir():
         if LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove_path(path)
+
+
+def check_replaced(out: Path, names: Collection[str], more: Collection[str], read: Iterable[Path]) -> None:
+    """Check that what a run replaces in a shards folder was made by such a run, and is not what it reads.
+
+    Args:
+        out: the shards folder.
+        names: languages and pairs that may be made.
+        more: other folders that may be made in it.
+        read: files and folders that the run reads, or writes besides.
+
+    Raises:
+        UserError: a folder was not, or is.
+    """
+    settings = out / "settings.json"
+    ours = settings.is_file()
+    if ours and not _is_settings(read_json(settings)):
+        raise UserError(f"--out {out}: {settings.name} is no file of shards; choose another folder")
+    for name in (*names, *more):
+        path = out / name
+        made = ours if name in more else (path / "part.json").is_file()
+        if path.is_symlink():
+            raise UserError(f"--out {out}: {path} is a link and would be replaced; let {out} itself lead elsewhere")
+        if path.exists() and not made and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(
+                f"--out {out}: would replace {path}, which no run of this program made; choose another folder"
+            )
+        for each in read:
+            if each.resolve().is_relative_to(path.resolve()):
+                raise UserError(f"--out {out}: would replace {path}, where {each} lies; choose another folder")
+
+
+def _is_settings(value: Any) -> bool:
+    return isinstance(value, dict) and {"format", "sequence_length", "tokenizer"} <= value.keys()
 
 
 def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> None:
@@ -89,8 +123,10 @@ def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> No
                 f"{path}: {changed} is {before}, this run has {now}; choose another --out, or remove this one"
             )
         if changed is not None:
-            for made in [*(part.parent for part in parts(folder)), folder / "tokenizer"]:
-                shutil.rmtree(made, ignore_errors=True)
+            for part in parts(folder):
+                shutil.rmtree(part.parent, ignore_errors=True)
+            if existing.get("tokenizer") != tokenizer_facts:
+                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     elif parts(folder):
         raise UserError(f"{folder}: holds shards but no settings.json; choose another --out, or remove this one")
     write_json(path, wanted)

@@ -77,7 +77,7 @@ def _compressed_copies(files: list[TextFile], parse_name: ParseName) -> dict[Tex
     plain_of = {}
     for forms in _groups(files, parse_name, with_form=True):
         plainest, *others = sorted(forms, key=lambda file: (_compression(file, parse_name) != "", file.name))
-        for other in others:
+        for other in (file for file in others if _compression(file, parse_name)):
             difference = _difference(plainest, other)
             if difference:
                 raise UserError(

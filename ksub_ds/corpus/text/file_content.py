@@ -139,7 +139,9 @@ class FileContent:
         words = f"byte {raw[at]:02X} is not UTF-8"
         near = raw[max(0, at - 20) : at + 20]
         high = sum(byte > 0x7F for byte in raw[:HEAD])
-        if 4 * high < len(raw[:HEAD]) and (latin := _windows_1252(near)):
+        if self.table:
+            words += "; write it anew from its source, with strings in UTF-8"
+        elif 4 * high < len(raw[:HEAD]) and (latin := _windows_1252(near)):
             words += f'; as Latin-1 (Windows-1252) it reads "{shown(latin)}"; if so: {self.iconv("WINDOWS-1252")}'
         else:
             words += f"; find its encoding, then: {self.iconv('ENCODING')}"
@@ -171,7 +173,7 @@ class FileContent:
     def pieces(self) -> Iterator[bytes]:
         """Yield all bytes in pieces."""
         try:
-            while piece := self._stream.read(PIECE):
+            while piece := self._stream.read1(PIECE):  # read() would lose what came before damage
                 self._inflated += len(piece)
                 yield piece
                 if self._is_bomb():

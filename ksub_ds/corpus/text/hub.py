@@ -93,7 +93,9 @@ class DatasetSource:
             if files:
                 return datasets.load_dataset_builder("arrow", data_files={"train": files})
             return datasets.load_dataset_builder(self._path, self._config, revision=self._revision)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # the library raises many kinds: StopIteration for an empty file, yaml's of a README
             raise UserError(f"--datasets {self.name}: cannot be opened ({one_line(error)})") from error
 
     def _saved(self) -> list[str]:
@@ -104,7 +106,7 @@ class DatasetSource:
         Raises:
             UserError: a configuration is given, or the folder is damaged.
         """
-        folder = Path(self._path)
+        folder = Path(self._path).resolve()  # as `datasets` names files
         if not is_saved(folder):
             return []
         if self._config:
@@ -119,19 +121,23 @@ class DatasetSource:
         Raises:
             UserError: two files that it reads hold the same text.
         """
-        folder, splits = Path(self._path), self._builder.config.data_files
+        folder, splits = Path(self._path).resolve(), self._builder.config.data_files
         if not folder.is_dir() or not splits or self._config:
             return
-        split_of = {Path(path): str(split) for split, paths in splits.items() for path in paths}
-        train = [TextFile(path, printable(path.name)) for path, split in split_of.items() if split == "train"]
+        split_of = {Path(path).resolve(): str(split) for split, paths in splits.items() for path in paths}
+
+        def name_of(path: Path) -> str:
+            return printable(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+        train = [TextFile(path, name_of(path)) for path, split in split_of.items() if split == "train"]
         twice = Skipped()
         if len(without_copies(train, twice)) < len(train):
             raise UserError(f"--datasets {self.name}: holds text twice: {', '.join(twice.lines())}; remove one of them")
         for path in text_files_below(folder, folder, Skipped()):
-            name = printable(path.relative_to(folder))
-            if path in split_of:
-                if split_of[path] != "train":
-                    skipped.add("other_split", f"{name}: {split_of[path]}")
+            name, split = name_of(path), split_of.get(path.resolve())
+            if split is not None:
+                if split != "train":
+                    skipped.add("other_split", f"{name}: {split}")
             elif is_saved(folder):
                 skipped.add("other_split", name)
             else:
@@ -152,8 +158,8 @@ class DatasetSource:
     def _stream(self) -> Any:
         try:
             return self._builder.as_streaming_dataset(split="train")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"--datasets {self.name}: has no train split ({one_line(error)})") from error
+        except Exception as error:  # as above
+            raise UserError(f"--datasets {self.name}: its train split cannot be read ({one_line(error)})") from error
 
     @functools.cached_property
     def digest(self) -> str:

@@ -25,6 +25,7 @@ from ksub_ds.common.option_help import Section
 from ksub_ds.corpus.shards.dataset import MANIFEST, SPLITS, read_manifest
 from ksub_ds.corpus.shards.folder import (
     build_manifest,
+    check_replaced,
     claim_folder,
     has_rows,
     is_whole,
@@ -117,6 +118,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
         )
     make_folder(settings.out)
     with locked(settings.out):
+        check_replaced(settings.out, text, ("tokenizer",), _local_sources(settings))
         remove_leftovers(settings.out)
         claim_folder(settings.out, settings.sequence_length, tokenizer)
         save_tokenizer(settings.out, tokenizer)
@@ -174,6 +176,12 @@ def _check(settings: ShardText) -> None:
     for folder in (settings.input, settings.parallel):
         if folder is not None and settings.out.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--out {settings.out}: lies in the input folder; write the shards somewhere else")
+
+
+def _local_sources(settings: ShardText) -> list[Path]:
+    """Return the files and folders of this machine that are read."""
+    given = (settings.input, settings.parallel, *map(Path, settings.datasets))
+    return [path for path in given if path is not None and path.exists()]
 
 
 def _kept_languages(settings: ShardText) -> set[str]:

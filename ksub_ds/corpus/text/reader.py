@@ -25,7 +25,8 @@ from ksub_ds.corpus.text.text_files import TextFile
 Item = TypeVar("Item")
 
 LONGEST_DOCUMENT = 10_000_000  # characters
-# A .txt with this much and no blank line is told of: perhaps each of its lines is a document.
+# A .txt with this much and no blank line is told of: perhaps each of its lines is a document. So is one whose lines
+# end in CR alone, of any size.
 SUSPECT_LINES, SUSPECT_BYTES = 20, 50_000
 
 
@@ -139,7 +140,7 @@ class DocumentReader(SourceReader[str]):
             yield from self._paragraph(document, size, file)
             document, size = [], 0
         documents, largest = documents + bool(size), max(largest, size)
-        if documents == 1 and largest >= SUSPECT_BYTES:
+        if documents == 1:
             self._hint(file, largest)
         yield from self._paragraph(document, size, file)
 
@@ -155,8 +156,8 @@ class DocumentReader(SourceReader[str]):
 
     def _hint(self, file: FileContent, size: int) -> None:
         """Say once that a large text is one document, where its lines suggest that it is many."""
-        carriage_returns = b"\r" in file.head and b"\n" not in file.head
-        if self._hinted or not (carriage_returns or file.line >= SUSPECT_LINES):
+        carriage_returns = file.head.count(b"\r") > 1 and b"\n" not in file.head
+        if self._hinted or not (carriage_returns or (size >= SUSPECT_BYTES and file.line >= SUSPECT_LINES)):
             return
         self._hinted = True
         if carriage_returns:

@@ -59,8 +59,14 @@ def table_rows(raw: IO[bytes], path: Path, file: FileContent, columns: Columns) 
         return
     raw.seek(0)
     rows = _parquet_rows(raw, file, columns) if table == "parquet" else _arrow_rows(raw, path, file, columns)
+    size, characters = os.fstat(raw.fileno()).st_size, 0
     try:
-        yield from rows
+        for row in rows:
+            yield row
+            characters += _characters(row)
+            if is_bomb(characters, size):  # a dictionary's texts may be repeated for a few bytes each
+                file.add("inflates_too_much", f"to more than {characters:,} characters")
+                return
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, struct.error) as error:
         # OSError: a torn page; ValueError: two fields of one name; OverflowError: a date beyond Python's
         file.add("damaged_parquet" if table == "parquet" else "damaged_arrow", one_line(error))
@@ -76,7 +82,7 @@ def _parquet_rows(raw: IO[bytes], file: FileContent, columns: Columns) -> Iterat
             file.add("inflates_too_much", f"row group {index}")
             return
     for batch in table.iter_batches(ROWS, columns=wanted):
-        yield from _rows(batch, file)
+        yield from _rows(_as_bytes(batch), file)
 
 
 def _arrow_rows(raw: IO[bytes], path: Path, file: FileContent, columns: Columns) -> Iterator[Row]:
@@ -93,17 +99,12 @@ def _arrow_rows(raw: IO[bytes], path: Path, file: FileContent, columns: Columns)
             file.add("inflates_too_much", "a batch of rows")
             return
         mapped.seek(start)
-        characters = 0
         options = pyarrow.ipc.IpcReadOptions(included_fields=[schema.names.index(name) for name in wanted])
         for batch in pyarrow.ipc.open_stream(mapped, options=options):
+            batch = _as_bytes(batch)
             batch.validate(full=True)  # the offsets of a damaged file point anywhere
             for at in range(0, batch.num_rows, ROWS):
-                for row in _rows(batch.slice(at, ROWS), file):
-                    yield row
-                    characters += _characters(row)
-                if _is_bomb(characters, raw):  # a dictionary's texts may be repeated for a few bytes each
-                    file.add("inflates_too_much", f"to more than {characters:,} characters")
-                    return
+                yield from _rows(batch.slice(at, ROWS), file)
             raw.seek(mapped.tell())
 
 
@@ -134,10 +135,33 @@ def holds_text(kind: pyarrow.DataType) -> bool:
     return any(getattr(pyarrow.types, f"is_{name}")(kind) for name in names)
 
 
+def _as_bytes(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Return a batch with bytes in place of strings, so that one that is not UTF-8 costs its row and no other."""
+    columns = [column.view(_bytes_of(column.type)) for column in batch.columns]
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _bytes_of(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """Return a column's type with bytes in place of strings, in the fields of structs and in dictionaries too."""
+    types = pyarrow.types
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_bytes_of(field.type)) for field in kind])
+    if types.is_dictionary(kind):
+        return pyarrow.dictionary(kind.index_type, _bytes_of(kind.value_type), kind.ordered)
+    plain = {"string": pyarrow.binary, "large_string": pyarrow.large_binary, "string_view": pyarrow.binary_view}
+    return next((make() for name, make in plain.items() if getattr(types, f"is_{name}")(kind)), kind)
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decoded(each) for key, each in value.items()}
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def _rows(batch: pyarrow.RecordBatch, file: FileContent) -> Iterator[Row]:
     for row in batch.to_pylist():
         try:
-            yield {name: value.decode() if isinstance(value, bytes) else value for name, value in row.items()}
+            yield _decoded(row)
         except UnicodeDecodeError as error:
             file.not_utf8(error.object)
 

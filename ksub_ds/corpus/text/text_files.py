@@ -141,11 +141,11 @@ def link_target(path: Path) -> str | None:
         return printable(path.readlink())
     if not path.is_file() or not 0 < path.stat().st_size <= _LONGEST_LINK:
         return None
-    target = os.fsdecode(path.read_bytes()).strip()
     try:
+        target = os.fsdecode(path.read_bytes()).strip()
         named = "/" in target and "//" not in target and target.isprintable()
         return target if named and (path.parent / target).exists() else None
-    except OSError:  # too long for a path
+    except OSError:  # unreadable, or too long for a path
         return None
 
 

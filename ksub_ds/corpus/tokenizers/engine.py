@@ -24,7 +24,7 @@ CHARACTERS_AT_ONCE = 1 << 18  # `tokenizers` needs some hundred times that in me
 CHECKED_TEXTS = 400
 _UNKNOWN = "<unk>"  # splintr-rs finds a Unigram model's unknown token by this name, not by its id
 _LESS_THAN, _NO_CHARACTER = "\U0010fffe", "\U0010ffff"  # code points that are no characters: see `_name_unknown`
-_BETWEEN_WORDS = re.compile(r"\w[ \n]\w")
+_BETWEEN_WORDS = {" ": re.compile(r"\w \w"), "\n": re.compile(r"\w\n\w"), " \n": re.compile(r"\w[ \n]\w")}
 
 # For the check at opening: words of many scripts, and what tokenizers tend to disagree about.
 SAMPLE_WORDS = """
@@ -216,17 +216,19 @@ class BulkEncoder:
     def __init__(self, describe: Callable[[], dict[str, Any]], name: str):
         self._describe, self._name = describe, name
         self._engine: Engine | None = None
+        self._separators = ""
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         """Return the token ids of each text, int32, without special tokens around it."""
         if self._engine is None:
             self._engine = open_engine(self._describe, self._name)
+            self._separators = separators(self._engine)
         parts: list[list[np.ndarray]] = []
         waiting: list[tuple[int, str]] = []  # the number of a text, and a piece of it
         size = 0
         for number, text in enumerate(texts):
             parts.append([])
-            for piece in cut(text):
+            for piece in cut(text, self._separators):
                 waiting.append((number, piece))
                 size += len(piece)
                 if size >= CHARACTERS_AT_ONCE:
@@ -241,17 +243,36 @@ class BulkEncoder:
             parts[number].append(ids)
 
 
-def cut(text: str) -> Iterator[str]:
+def separators(engine: Engine) -> str:
+    """Return those of blank and newline before which a text can be cut without a change of ids.
+
+    Tokenizers that write a blank before every text they are given (Llama's) would write one at each cut.
+    """
+    half = len(SAMPLE_WORDS) // 2
+    left, right = " ".join(SAMPLE_WORDS[:half]), " ".join(SAMPLE_WORDS[half:])
+
+    def harmless(separator: str) -> bool:
+        whole, *parts = engine.encode([left + separator + right, left, separator + right])
+        return np.array_equal(whole, np.concatenate(parts))
+
+    return "".join(filter(harmless, " \n"))
+
+
+def cut(text: str, separators: str) -> Iterator[str]:
     """Cut a text into pieces of CHARACTERS_AT_ONCE or a little more, where it changes no id.
 
-    That is before a single blank or newline between two words. Text without any stays whole.
+    That is before a single separator between two words. Text without any stays whole.
+
+    Args:
+        text: any.
+        separators: of blank and newline.
 
     Yields:
         The pieces, in order; together they are the text.
     """
     begin = 0
-    while len(text) - begin > 2 * CHARACTERS_AT_ONCE:
-        found = _BETWEEN_WORDS.search(text, begin + CHARACTERS_AT_ONCE)
+    while separators and len(text) - begin > 2 * CHARACTERS_AT_ONCE:
+        found = _BETWEEN_WORDS[separators].search(text, begin + CHARACTERS_AT_ONCE)
         if found is None:
             break
         yield text[begin : found.start() + 1]

@@ -127,14 +127,17 @@ def _same_as_description(model: Path, description: Path, declaration: Declaratio
         plain = XlmrTokenizer(model.read_bytes(), str(model), nfc)
     except UserError:
         return None  # of another kind
-    if not plain.same_vocabulary(content):
-        return None
-    if not declaration.is_generic:  # transformers makes such a tokenizer from its vocabulary alone
-        return plain
-    for saved_with_nfc in (False, True):
-        tokenizer = XlmrTokenizer(model.read_bytes(), str(model), saved_with_nfc)
-        if tokenizer.same_segmentation(content):
-            return plain if nfc else tokenizer
+    try:
+        if not plain.same_vocabulary(content):
+            return None
+        if not declaration.is_generic:  # transformers makes such a tokenizer from its vocabulary alone
+            return plain
+        for saved_with_nfc in (False, True):
+            tokenizer = XlmrTokenizer(model.read_bytes(), str(model), saved_with_nfc)
+            if tokenizer.same_segmentation(content):
+                return plain if nfc else tokenizer
+    except (AttributeError, IndexError, KeyError, TypeError):
+        pass  # no tokenizer.json at all: whoever opens it next says so
     return None
 
 

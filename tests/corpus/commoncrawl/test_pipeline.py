@@ -271,6 +271,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(wet_folder: Path, tiny_tokeniz
     obstacle = tmp_path / "3" / "out" / "work" / "select" / "000001.documents"
     obstacle.mkdir(parents=True)
     shutil.copytree(tmp_path / "1" / "out" / "tokenizer", tmp_path / "3" / "out" / "tokenizer")  # saves some seconds
+    shutil.copy(tmp_path / "1" / "out" / "settings.json", tmp_path / "3" / "out")  # makes it a folder of ours
     failed = start(2, "3")
     assert failed.returncode == 2
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error")]
@@ -439,6 +440,24 @@ def test_mistakes_are_named(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Pa
     ]:
         with pytest.raises(UserError, match=fault):
             run(**({"folder": wet_folder, "tokenizer": tiny_tokenizer, "out": tmp_path / "o"} | changes))
+
+
+def test_nothing_is_replaced_that_no_run_made(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"languages": ("en", "el", "tr"), "keep_work": True}
+    for name in ("work", "el", "tokenizer"):
+        (tmp_path / name / name).mkdir(parents=True)
+        (tmp_path / name / name / "notes.txt").write_text("mine")
+        with pytest.raises(UserError, match=f"would replace .*{name}, which no run of this program made"):
+            run(wet_folder, tiny_tokenizer, tmp_path / name, **options)
+        assert (tmp_path / name / name / "notes.txt").read_text() == "mine"
+    out = tmp_path / "out"
+    for inside in ("work/text", "el"):
+        with pytest.raises(UserError, match=f"would replace .*, where .*{inside} lies"):
+            run(wet_folder, tiny_tokenizer, out, text_out=out / inside, **options)
+    run(wet_folder, tiny_tokenizer, out, **options)
+    shutil.copy(next(wet_folder.rglob("*.gz")), out / "work" / "more.warc.wet.gz")
+    with pytest.raises(UserError, match=r"would replace .*work, where .*more\.warc\.wet\.gz lies"):
+        run(out / "work" / "more.warc.wet.gz", tiny_tokenizer, out, **options)
 
 
 def test_a_dry_run_estimates_and_writes_nothing(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:

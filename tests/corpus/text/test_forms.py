@@ -31,6 +31,7 @@ from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 from ksub_ds.corpus.text.reader import DocumentReader
 from ksub_ds.corpus.text.skipped import Skipped
 from ksub_ds.corpus.text.sources import TextFile
+from ksub_ds.corpus.text.tables import table_rows
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -215,6 +216,43 @@ def test_good_lines_around_bad_ones_are_read(tmp_path: Path) -> None:
     for start, bad in ((b"\xff\xfe", "not_utf8"), (b"[INFO]\n", "bad_json"), (b'[{"text": 1}]\n', "no_text_key")):
         texts, skipped = read(tmp_path / "a.jsonl", start + GOOD.encode() * 2)
         assert texts == ["a small river"] * (1 if bad == "not_utf8" else 2) and skipped.counts == {bad: 1}
+
+
+@pytest.mark.parametrize("name", ["en.parquet", "en.arrow"])
+def test_a_string_that_is_not_utf8_costs_its_row_alone(tmp_path: Path, name: str) -> None:
+    texts = [f"row {number} of the river".encode() for number in range(60)]
+    texts[20] = b"caf\xe9 at the river"
+    strings = pa.array(texts, type=pa.binary()).view(pa.string())
+    sides = pa.StructArray.from_arrays([strings], names=["en"])
+    table = pa.table({"n": range(60), "text": strings, "translation": sides})
+    if name.endswith("parquet"):
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(tmp_path / name, table.schema) as stream:
+            stream.write_table(table)
+    skipped = Skipped()
+    source = TextFile(tmp_path / name, name)
+    assert len(list(DocumentReader([source], skipped))) == 59
+    assert skipped.counts == {"not_utf8": 1} and "iconv" not in skipped.examples["not_utf8"]
+    with open(source.path, "rb") as raw:
+        file = file_content.FileContent(raw, source.path, name, skipped)
+        pairs = list(table_rows(raw, source.path, file, lambda schema: ["translation"]))
+    assert len(pairs) == 59 and pairs[0] == {"translation": {"en": "row 0 of the river"}}
+
+
+def test_all_that_comes_before_damage_is_read(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    texts = [" ".join(map(str, draw.integers(0, 10**6, 30))) for _ in range(2000)]
+    for name, content in (
+        ("lines.jsonl.gz", as_lines(texts)),
+        ("array.json.gz", json.dumps([{"text": text} for text in texts])),
+    ):
+        packed = gzip.compress(content.encode())
+        (tmp_path / name).write_bytes(packed[: len(packed) * 9 // 10])
+        skipped = Skipped()
+        found = list(DocumentReader([TextFile(tmp_path / name, name)], skipped))
+        assert 1700 < len(found) < 2000 and found == texts[: len(found)], name
+        assert "damaged_gzip" in skipped.counts
 
 
 def test_a_long_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,42 @@ def test_mistakes_are_one_line(tmp_path: Path, tiny_tokenizer: Path) -> None:
         shard_text(ShardText(None, tiny_tokenizer, tmp_path / "out", datasets=("x",), datasets_language="../x"))
 
 
+def test_a_folder_is_the_same_by_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` names its files by whole paths."""
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / "d").mkdir(exist_ok=True)
+        (tmp_path / "d" / name).write_text('{"text": "a river"}\n', encoding="utf-8")
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    monkeypatch.chdir(tmp_path)
+    for path in ("d", "./d", "link", str(tmp_path / "d")):
+        skipped = Skipped()
+        DatasetSource(path, "en", skipped=skipped)
+        assert skipped.counts == {"other_split": 1}, path
+
+
+def test_files_of_one_name_in_several_folders_are_no_copies(tmp_path: Path) -> None:
+    """Spark writes them so. Nor is a.txt a compressed form of a.TXT."""
+    for year in (2020, 2021):
+        write_parquet(tmp_path / f"hive/year={year}/part-0.parquet", [f"the river of {year}"])
+    texts = list(DatasetSource(str(tmp_path / "hive"), "en").texts())
+    assert sorted(texts) == ["the river of 2020", "the river of 2021"]
+    (tmp_path / "en").mkdir()
+    for name in ("a.txt", "a.TXT"):
+        (tmp_path / "en" / name).write_text(f"a river in {name}", encoding="utf-8")
+    assert len(read(tmp_path)[0]) == 2
+
+
+def test_what_datasets_raises_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/x.jsonl").touch()
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card/README.md").write_text("---\na: [\n---\n")
+    (tmp_path / "card/x.jsonl").write_text('{"text": "x"}\n')
+    for name in ("empty", "card"):
+        with pytest.raises(UserError, match=f"--datasets .*{name}: (cannot be opened|its train split)"):
+            DatasetSource(str(tmp_path / name), "en")
+
+
 def test_a_folder_is_not_read_twice_or_in_part_silently(tmp_path: Path) -> None:
     rows = b"".join(b'{"text": "row %d of the river"}\n' % number for number in range(30))
     folder = tmp_path / "mixed"

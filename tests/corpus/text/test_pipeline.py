@@ -425,6 +425,52 @@ def test_a_parquet_bomb_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert skipped.counts["inflates_too_much"] == 1
 
 
+def test_a_few_bytes_of_parquet_that_repeat_a_long_text_are_a_bomb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary is counted once in the sizes that parquet gives."""
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, pyarrow.int32()), ["a river " * 10_000])
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "en.parquet")
+    monkeypatch.setattr(compression, "INFLATION_FREE", 1_000_000)
+    skipped = Skipped()
+    read = list(DocumentReader(find_text(tmp_path, ("en",))["en"].sources, skipped))
+    assert 10 < len(read) < 1000 and skipped.counts == {"inflates_too_much": 1}
+
+
+def test_nothing_is_replaced_that_no_run_made(tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    text = next(tiny_text.glob("en*")).read_bytes()
+
+    def folder(name: str, *files: str) -> Path:
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(text)
+        return tmp_path / name
+
+    def refused(words: str, **changes: Any) -> None:
+        given = {"input": tiny_text, "tokenizer": tiny_tokenizer, "sequence_length": 64, "workers": 1} | changes
+        with pytest.raises(UserError, match=words):
+            shard_text(ShardText(**given))
+
+    data = folder("data", "en/en.jsonl")
+    refused("would replace .*data/en, which no run of this program made", input=data / "en", out=data)
+    refused("would replace .*data/en, which no", input=None, datasets=(str(data / "en"),), out=data)
+    refused("would replace .*thesis/el, which no", out=folder("thesis", "el/chapter.tex"))
+    refused("would replace .*words/tokenizer, which no", out=folder("words", "tokenizer/a.json"))
+    (folder("program", "a.jsonl") / "settings.json").write_text("[]")
+    refused("program: settings.json is no file of shards", out=tmp_path / "program")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "en").symlink_to(folder("big", "a.jsonl"))
+    refused("links/en is a link and would be replaced", out=tmp_path / "links")
+    assert all(path.read_bytes() == text for path in data.rglob("*.jsonl")) and (tmp_path / "thesis/el").is_dir()
+    out = tmp_path / "out"
+    shard_text(ShardText(tiny_text, tiny_tokenizer, out, sequence_length=64, workers=1))
+    (out / "en" / "en.jsonl").write_bytes(text)
+    refused("would replace .*out/en, where .*out/en lies", input=out / "en", out=out)
+
+
 def test_a_full_disk_is_one_line(tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     command = f"trap '' XFSZ; ulimit -f 20; exec {sys.executable} preprocessing/shard_text.py --workers 1"
     options = f" --input {tiny_text} --tokenizer {tiny_tokenizer} --out {tmp_path / 'out'} --sequence-length 64"

@@ -128,11 +128,33 @@ def test_texts_are_cut_where_it_changes_no_id(tiny_tokenizer: Path, tiny_bpe: Pa
         whole = [ids.tolist() for ids in tokenizer.encode_batch([text, "", text])]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "CHARACTERS_AT_ONCE", 15)
-            assert "".join(cut(text)) == text
+            assert "".join(cut(text, " \n")) == text
             assert [ids.tolist() for ids in tokenizer.encode_batch([text, "", text])] == whole
 
 
 def test_long_texts_are_cut_and_endless_words_are_not(make_documents: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "CHARACTERS_AT_ONCE", 150)
     text = "\n".join(make_documents("en", 30, seed=3))
-    assert len(list(cut(text))) > 20 and list(cut("x" * 1000)) == ["x" * 1000]
+    assert len(list(cut(text, " \n"))) > 20 and list(cut("x" * 1000, " \n")) == ["x" * 1000]
+    assert list(cut(text, "")) == [text]
+
+
+def test_texts_stay_whole_where_a_blank_is_written_before_each(
+    tiny_tokenizer: Path, tiny_bpe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 2's normaliser writes one before every text that it is given, and would before every piece."""
+    for path in (tiny_tokenizer, tiny_bpe):
+        tokenizer: Any = load_tokenizer(path)
+        tokenizer.encode_batch(["a"])
+        assert tokenizer._encoder._separators == " \n"
+    letters = {"<unk>": 0, "▁": 1, **{letter: 2 + number for number, letter in enumerate("eivr\n")}}
+    model = {"type": "BPE", "vocab": letters, "merges": [], "unk_token": "<unk>", "fuse_unk": True}
+    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    steps = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, blanks]}
+    parts = {"normalizer": steps, "pre_tokenizer": None, "post_processor": None, "decoder": None}
+    description = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], **parts, "model": model}
+    text = "river river\nriver " * 20
+    expected = TokenizersEngine(description).encode([text])[0].tolist()
+    monkeypatch.setattr(engine, "CHARACTERS_AT_ONCE", 50)
+    encoder = engine.BulkEncoder(lambda: json.loads(json.dumps(description)), "llama")
+    assert encoder.encode_batch([text])[0].tolist() == expected
