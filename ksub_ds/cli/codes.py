@@ -41,11 +41,12 @@ def positional(
     Raises:
         UserError: options that contradict each other, or numbers that give no codes.
     """
-    from ksub_ds.codes.positional import positional_codes
+    from ksub_ds.codes.positional import MOST_CODES, positional_codes
     from ksub_ds.vectors.build import report
     from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
 
     choice = DedicatedChoice(dedicated_rows, data, dedicated_tokens, dedicated_by_loss)
+    choice.check_data_is_read()
     special_ids: tuple[int, ...] = ()
     fingerprint = {}
     if tokenizer is not None:
@@ -60,6 +61,11 @@ def positional(
         raise UserError("give --num-tokens N or --tokenizer PATH")
     elif reserve_special_tokens:
         raise UserError("--reserve-special-tokens: give --tokenizer PATH too, it names the special tokens")
+    if num_tokens < 1 or num_tables < 1 or num_tokens * num_tables > MOST_CODES:
+        raise UserError(
+            f"--num-tokens {num_tokens:,} --num-tables {num_tables:,}: both must be at least 1, and their product at "
+            f"most {MOST_CODES:,}"
+        )
     try:
         table = positional_codes(num_tokens, num_tables, special_ids, table_size)
     except ValueError as error:

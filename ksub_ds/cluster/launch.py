@@ -28,6 +28,7 @@ from ksub_ds.cluster.hostfile import chosen_hosts, is_this_machine, read_hostfil
 from ksub_ds.cluster.launch_spec import (
     LAUNCH_ID,
     PLAIN_WORD,
+    SECRET,
     LaunchSpec,
     travelling_environment,
     write_environment_file,
@@ -51,6 +52,7 @@ TAKES_VALUE = (
 )
 TAKES_NONE = ("--no_ssh", "--no_ssh_check", "--force_multi", "--bind_cores_to_rank", "--save_pid", "-q", "--quiet")
 SHORT = {"-H": "--hostfile", "-i": "--include", "-e": "--exclude"}
+EXPORTED = ("PYTHON", "MLFLOW", "MV2", "UCX", "NCCL")  # beginnings of the variables that it exports by itself
 # Ours.
 OURS = {
     "--max-restarts": "restart after a failure, from the last good checkpoint, at most N times [0]",
@@ -184,7 +186,9 @@ class Launch:
             launchers.check_plain_paths()
         if options.min_hosts is not None and not 1 <= options.min_hosts <= max(1, len(self.hosts)):
             raise UserError(f"--min-hosts {options.min_hosts}: the hostfile has {len(self.hosts)} hosts")
-        self.out = Path(options.of_trainer("--out") or ".")
+        if not options.of_trainer("--out"):
+            raise UserError("--out: name the run folder")
+        self.out = Path(options.of_trainer("--out"))
         self.logs = self._log_folder()
         self.ssh_port = options.deepspeed.get("--ssh_port")
         self.id = uuid.uuid4().hex
@@ -192,8 +196,6 @@ class Launch:
 
     def _log_folder(self) -> Path | None:
         """Return RUN/logs, if RUN is a run folder or can become one."""
-        if not self.options.of_trainer("--out"):
-            return None
         with contextlib.suppress(OSError):
             there = {entry.name for entry in self.out.iterdir()} if self.out.exists() else set()
             if "recipe.json" in there or there <= {".lock", "STOP", "logs"}:
@@ -284,9 +286,9 @@ class Launch:
         with path.open("a", encoding="utf-8") as stream:
             stream.write(f"{LAUNCH_ID}={self.id}\n")
         environment["DS_ENV_FILE"] = str(path)
-        # DeepSpeed exports what begins with PYTHON; only plain words survive its shell line.
-        for name in [name for name in environment if name.startswith("PYTHON")]:
-            if not PLAIN_WORD.fullmatch(environment[name]):
+        # DeepSpeed's shell line, which every user of a host can read: only plain words survive it.
+        for name in [name for name in environment if name.startswith(EXPORTED)]:
+            if SECRET.search(name) or not PLAIN_WORD.fullmatch(environment[name]):
                 del environment[name]
         keep_alive = " ".join([*remote.NO_QUESTIONS, *remote.KEEP_ALIVE])
         environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {keep_alive}".strip()

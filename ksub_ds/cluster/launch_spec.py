@@ -14,8 +14,9 @@ from pathlib import Path
 LAUNCH_ID = "KSUB_LAUNCH_ID"  # in the environment of every process of a launch, and of no other
 # Variables that programs on other hosts need too, for `launch/pretrain.sh` and `launch/evaluate.sh` alike.
 TRAVELS = re.compile(
-    r"HF_|OMP_|MKL_|TORCH_|TOKENIZERS_|KSUB_|WANDB_|DS_|NCCL_|GLOO_"
-    r"|(CUDA_HOME|LD_LIBRARY_PATH|PYTHONPATH|XDG_CACHE_HOME)$"
+    r"HF_|OMP_|MKL_|TORCH_|TORCHINDUCTOR_|PYTORCH_|TRITON_|TRANSFORMERS_|TOKENIZERS_|KSUB_|WANDB_|DS_"
+    r"|NCCL_|GLOO_|FI_|UCX_"
+    r"|(CC|CXX|CUDA_DEVICE_MAX_CONNECTIONS|CUDA_HOME|LD_LIBRARY_PATH|PYTHONPATH|XDG_CACHE_HOME)$"
 )
 SECRET = re.compile(r"TOKEN(?!IZERS|_PATH$)|KEY|SECRET|PASSWORD", re.IGNORECASE)
 PLAIN_WORD = re.compile(r"[\w@%+=:,./-]*")

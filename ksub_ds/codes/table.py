@@ -25,6 +25,7 @@ from ksub_ds.common.files import atomic_path, canonical_safetensors, sha256_byte
 FORMAT = "ksub-codes-1"
 FORMAT_DEDICATED = "ksub-codes-2"  # has the tensor `dedicated` too
 FORMAT_INPUT = "ksub-codes-3"  # codes may repeat; packed in as few bits as hold them; `dedicated` may be there
+FORMATS = (FORMAT, FORMAT_DEDICATED, FORMAT_INPUT)
 
 
 def table_widths(embedding_dim: int, num_tables: int) -> tuple[int, ...]:
@@ -209,7 +210,7 @@ class CodeTable:
             raise UserError(f"{path}: no such code file; make one with `ksub codes positional`") from error
         except (SafetensorError, OSError, TypeError) as error:  # TypeError: numpy has no bfloat16
             raise UserError(f"{path}: not a readable code file ({error}); make it again with `ksub codes`") from error
-        if form not in (FORMAT, FORMAT_DEDICATED, FORMAT_INPUT):
+        if form not in FORMATS:
             raise UserError(
                 f"{path}: format is {form!r}, not {FORMAT!r}, {FORMAT_DEDICATED!r} or {FORMAT_INPUT!r}; "
                 "make it again with `ksub codes`"

@@ -78,7 +78,7 @@ def init_distributed() -> RankInfo:
 
     Raises:
         UserError: the environment names ranks but no address to meet at (MASTER_ADDR), its port is taken, or a host
-            has more ranks than GPUs.
+            has more ranks than GPUs, or none where others have some.
         RuntimeError: not all ranks came in time; the missing ones are named.
     """
     global _watchdog, _had_peers
@@ -199,7 +199,7 @@ def rendezvous(info: RankInfo, patience: float, timeout: timedelta, variables: d
         The running watchdog.
 
     Raises:
-        UserError: the port is taken, or two ranks have the same GPU.
+        UserError: the port is taken, two ranks have the same GPU, or only some have one.
         RuntimeError: not all ranks came in time; the missing ones are named.
     """
     import torch.distributed as dist
@@ -245,9 +245,9 @@ def rendezvous(info: RankInfo, patience: float, timeout: timedelta, variables: d
             told = True
         time.sleep(0.02)
     places = [place.decode() for place in store.multi_get(keys)]
-    if shared := shared_gpu(places):
+    if problem := wrong_gpus(places):
         _leave_together(store, f"ksub/{attempt}/refused", info)
-        raise UserError(shared, agreed=True)
+        raise UserError(problem, agreed=True)
     hosts = [place.split()[0] for place in places]
     silence = env_integer("KSUB_SILENCE_SECONDS", SILENCE_SECONDS)
     connect = connector(address, port, f"ksub/{attempt}", timedelta(seconds=silence))
@@ -269,13 +269,16 @@ def _gpu_id() -> str:
     return str(torch.cuda.get_device_properties(device()).uuid)
 
 
-def shared_gpu(places: list[str]) -> str | None:
-    """Return what is wrong where two ranks have the same GPU; None where all have their own, or compute on CPUs.
+def wrong_gpus(places: list[str]) -> str | None:
+    """Return what is wrong where two ranks have the same GPU, or only some have one; None where all have, or none.
 
     Args:
         places: of each rank, its host and the id of its GPU, if it has one.
     """
     with_gpu = [place for place in places if len(place.split()) == 2]
+    if 0 < len(with_gpu) < len(places):  # they would wait for each other, in nccl and in gloo
+        without = ", ".join(dict.fromkeys(place.strip() for place in places if place not in with_gpu))
+        return f"no GPU on {without}, but on other hosts: check nvidia-smi there, or export DS_ACCELERATOR=cpu for all"
     twice = next((place for place in with_gpu if with_gpu.count(place) > 1), None)
     if twice is None:
         return None

@@ -1,4 +1,4 @@
-"""`UserError`, the one exception that means "the user can fix this"."""
+"""`UserError`, the one exception that means "the user can fix this", and `RunFailed`, which means "try it again"."""
 
 RESUME = "run the same command again to resume"
 
@@ -16,6 +16,13 @@ class UserError(ValueError):
     def __init__(self, message: str, agreed: bool = False):
         super().__init__(message)
         self.agreed = agreed
+
+
+class RunFailed(RuntimeError):
+    """Work that ended by no mistake of the user's: a process killed, lost or out of memory.
+
+    The message is one line. Commands print it as `failed: ...` and exit with code 70: the same command may succeed.
+    """
 
 
 def one_line(error: BaseException, longest: int = 200) -> str:

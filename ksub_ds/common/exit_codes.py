@@ -17,7 +17,7 @@ import select
 import sys
 from collections.abc import Callable
 
-from ksub_ds.common.errors import RESUME, UserError
+from ksub_ds.common.errors import RESUME, RunFailed, UserError
 from ksub_ds.common.rank_env import is_main
 
 DONE, USER_ERROR, FAILED, REQUEUE, INTERRUPTED, BROKEN_PIPE = 0, 2, 70, 75, 130, 141
@@ -33,7 +33,7 @@ def run_main(main: Callable[[], int | None], resumes: bool = True) -> int:
 
     Args:
         main: returns its exit code; None means 0.
-        resumes: whether the same command resumes after Ctrl-C; the line then says so.
+        resumes: whether the same command resumes after Ctrl-C or a failure; the line then says so.
 
     Returns:
         The exit code, for `sys.exit`.
@@ -59,6 +59,9 @@ def _one_line_errors(main: Callable[[], int | None], resumes: bool) -> int:
         if not error.agreed or _prints_for_all():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except RunFailed as error:
+        print(f"failed: {error}" + (f"; {RESUME}" if resumes else ""), file=sys.stderr, flush=True)
+        return FAILED
     except KeyboardInterrupt:
         print(f"interrupted; {RESUME}" if resumes else "interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED

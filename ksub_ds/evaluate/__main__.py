@@ -7,8 +7,8 @@ From settings to results.json: registry.py makes a plan for each model (benchmar
 lm language_model.py does), a plan has a queue of jobs (queue/queue.py), a worker does them (queue/worker.py), and
 whoever sees the last one done writes the results.
 
-Exit codes: 0 all is done; 2 the user's mistake, one line on stderr; 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP (a closed
-terminal or ssh): the leased jobs are given back, and the same command resumes.
+Exit codes: 0 all is done; 2 the user's mistake, one line on stderr; 70 a rank of a job failed; 130 Ctrl-C, 143 SIGTERM,
+129 SIGHUP (a closed terminal or ssh): the leased jobs are given back, and the same command resumes.
 """
 
 import signal

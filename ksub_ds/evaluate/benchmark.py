@@ -17,7 +17,7 @@ from ksub_ds.evaluate import result_tables
 from ksub_ds.evaluate.data.rows import Columns, Rows, Source
 from ksub_ds.evaluate.finetune.classifier import check_fit, describe, load_trained, open_encoder
 from ksub_ds.evaluate.finetune.encoding import Encoded, encode
-from ksub_ds.evaluate.finetune.loop import FineTuning
+from ksub_ds.evaluate.finetune.loop import FineTuning, Validate
 from ksub_ds.evaluate.finetune.ranks import RankTask, train_on_ranks
 from ksub_ds.evaluate.finetune.train_classifier import ClassifierTraining, forget_state, train_classifier
 from ksub_ds.evaluate.queue.queue import Job, Queue
@@ -266,7 +266,7 @@ class BenchmarkPlan(Plan, Generic[Settings]):
         job: FineTuneJob,
         num_labels: int,
         train: Encoded,
-        validate: Callable[[Any], dict[str, Any]],
+        validate: Validate,
         regression: bool = False,
     ) -> ClassifierTraining:
         """Return what a job trains, from the pretrained model; its own is left in WORK/model.
@@ -275,7 +275,7 @@ class BenchmarkPlan(Plan, Generic[Settings]):
             job: the fine-tuning.
             num_labels: outputs.
             train: the rows.
-            validate: model -> scores of an epoch, with "score".
+            validate: (model, check) -> scores of an epoch, with "score"; it calls check every few batches.
             regression: one output that is a number.
         """
         return ClassifierTraining(

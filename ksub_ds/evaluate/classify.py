@@ -104,9 +104,9 @@ class ClassifyPlan(BenchmarkPlan[ClassifySettings]):
         training = self.classifier_training(job, len(self.classes), train, self._validate)
         return dataclasses.replace(training, classes=self.classes)
 
-    def _validate(self, model: Any) -> dict[str, Any]:
+    def _validate(self, model: Any, check: Callable[[], None]) -> dict[str, Any]:
         encoded = self.encoded(PART, "validation")
-        scores = _score(predict(model, encoded, self.precision).argmax(axis=1), encoded)
+        scores = _score(predict(model, encoded, self.precision, check).argmax(axis=1), encoded)
         return {"score": scores["accuracy"], **scores}
 
     # ---------------------------------------------------------------- results

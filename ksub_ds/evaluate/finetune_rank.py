@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import USER_ERROR
 from ksub_ds.common.files import read_json, write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate.finetune.ranks import RESULT, RankTask
@@ -26,6 +27,8 @@ def _exit_with(parent: int) -> None:
 
 def main(path: Path, parent: int) -> int:
     """Do this rank's part of the task and return the exit code; rank 0 writes result.json beside the task.
+
+    Does not return when it fails otherwise than by the user's mistake: the watchdog ends all ranks.
 
     Args:
         path: the task, as JSON.
@@ -47,7 +50,12 @@ def main(path: Path, parent: int) -> int:
         return 0
     except UserError as error:
         print(f"error: rank {distributed.rank()}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return USER_ERROR
+    except Exception as error:
+        watchdog = distributed.watchdog()
+        if watchdog is None:
+            raise
+        return watchdog.end_by(error)
     finally:
         distributed.shutdown()
 

@@ -242,7 +242,11 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
         parts, body = self._parts(task), self._body(task)
         about, train = GLUE_TASKS[task], self.encoded(task, "train")
         training = self.classifier_training(
-            job, about.num_labels, train, lambda model: self._validate(model, task, parts), about.regression
+            job,
+            about.num_labels,
+            train,
+            lambda model, check: self._validate(model, task, parts, check),
+            about.regression,
         )
         return dataclasses.replace(
             training,
@@ -268,12 +272,12 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
         best: str = _best_cell([self._cell(job) for job in self.cells["mnli"]])["cell"]
         return best
 
-    def _validate(self, model: Any, task: str, parts: list[str]) -> dict[str, Any]:
+    def _validate(self, model: Any, task: str, parts: list[str], check: Callable[[], None]) -> dict[str, Any]:
         """Return the task's scores on its (first) validation set; `mismatched` accuracy beside MNLI's."""
         scores: dict[str, Any] = {}
         for part in parts:
             encoded = self.encoded(task, part)
-            logits = predict(model, encoded, self.precision)
+            logits = predict(model, encoded, self.precision, check)
             if part == "mismatched" and scores:
                 classes = logits.argmax(axis=1)
                 scores["mismatched"] = float((classes == encoded.labels).mean())

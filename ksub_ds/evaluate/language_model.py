@@ -283,13 +283,19 @@ class LanguageModelPlan(Plan):
         """Write results.json, documents.json and table.md.
 
         Raises:
-            UserError: no language has a readable document.
+            UserError: no language has a readable document with a token.
         """
         self._scorer = None
         stored = {language: self.queue.result(language) for language in self._text}
-        scores = {language: _summary(result) for language, result in stored.items() if sum(result["num_bytes"])}
+        scores = {
+            language: _summary(result)
+            for language, result in stored.items()
+            if sum(result["num_bytes"]) and result["tokens"]  # some tokenizers drop characters
+        }
         if not scores:
-            raise UserError(f"--data {self.settings.data}: no readable document in any language (see the counts above)")
+            raise UserError(
+                f"--data {self.settings.data}: no readable document with a token in any language (see the counts above)"
+            )
         results = {
             "task": self.kind,
             "setting": self.kind,

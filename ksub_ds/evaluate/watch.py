@@ -5,7 +5,9 @@
 
 The run is only read: a checkpoint's files are linked (or copied) to OUT before anything else, so that the run may
 prune it meanwhile, and count only when all have the size and sha256 of their manifest; a half-written one is waited
-for. OUT/curve.jsonl gets one line a checkpoint; OUT/xnli/global_step{N} holds the evaluation behind it.
+for. OUT/curve.jsonl gets one line a checkpoint; OUT/xnli/global_step{N} holds the evaluation behind it. A run that went
+back and trained a step anew (`ksub pretrain --extend` under wsd) has it scored anew: a line holds the sha256 of its
+checkpoint's manifest.
 """
 
 import math
@@ -17,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, read_json, write_json
+from ksub_ds.common.files import atomic_folder, read_json, sha256_file, write_json
 from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import MetricsWriter, get_logger, read_lines
 from ksub_ds.evaluate.data.rows import Source
+from ksub_ds.evaluate.finetune.classifier import fingerprint
+from ksub_ds.evaluate.queue.queue import Queue
 from ksub_ds.evaluate.queue.worker import run_worker
 from ksub_ds.evaluate.registry import make_plans
 from ksub_ds.evaluate.settings import XnliSettings, positive_rate
@@ -55,8 +59,12 @@ class Curve:
         if not held:
             os.close(self._lock)
             raise UserError(f"--out {out}: another `ksub evaluate watch` is at work there")
-        path = out / "curve.jsonl"
-        self._writer = MetricsWriter(path, resume_step=2**62)  # drops a last line that a kill cut short
+        self._open(before_step=2**62)
+
+    def _open(self, before_step: int) -> None:
+        """Read the lines of the steps before this one, and drop the others, with a last one that a kill cut short."""
+        path = self._out / "curve.jsonl"
+        self._writer = MetricsWriter(path, resume_step=before_step - 1)
         self.lines = read_lines(path)
 
     def __enter__(self) -> "Curve":
@@ -86,6 +94,16 @@ class Curve:
     def steps(self) -> set[int]:
         """The steps that are scored."""
         return {line["step"] for line in self.lines}
+
+    def manifest_of(self, step: int) -> str | None:
+        """Return the sha256 of the manifest of the checkpoint that was scored; None where the line has none."""
+        return next((line.get("manifest") for line in self.lines if line["step"] == step), None)
+
+    def drop_from(self, step: int) -> None:
+        """Drop the lines of this step and those after it: the run went back and trained them anew."""
+        self._writer.close()
+        self._open(before_step=step)
+        get_logger().info(f"step {step:,} is another one than was scored: the run has trained it anew")
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line; a kill can cut short only this one."""
@@ -211,18 +229,37 @@ def _score_new(settings: WatchSettings, run: Any, curve: Curve) -> list[str]:
 
     waiting = []
     for path in reversed(checkpoint.checkpoints(run.folder.checkpoints)):
-        if checkpoint.step_of(path) in curve.steps:
+        step = checkpoint.step_of(path)
+        if step in curve.steps and not _trained_anew(path, curve.manifest_of(step)):
             continue
         copy = _take(path, settings.out / "checkpoint")
         if copy is None:
             if path.exists():  # else the run has pruned it
                 waiting.append(path.name)
             continue
+        if step in curve.steps:
+            curve.drop_from(step)
         try:
-            curve.append(_score(settings, run, copy))
+            line = _score(settings, run, copy)
+            curve.append(line | {"manifest": sha256_file(copy / checkpoint.MANIFEST)})
         finally:
             shutil.rmtree(settings.out / "checkpoint", ignore_errors=True)
     return waiting
+
+
+def _trained_anew(path: Path, scored: str | None) -> bool:
+    """Return whether a checkpoint is not the one that was scored; False where that cannot be known.
+
+    Args:
+        path: its folder.
+        scored: sha256 of the manifest of the one that was; None in lines of an earlier version.
+    """
+    from ksub_ds.pretrain import checkpoint
+
+    try:
+        return scored is not None and sha256_file(path / checkpoint.MANIFEST) != scored
+    except OSError:  # pruned meanwhile, or damaged
+        return False
 
 
 def _take(path: Path, into: Path) -> Path | None:
@@ -282,6 +319,9 @@ def _held_out_scores(settings: WatchSettings, run: Any, model: Any) -> dict[str,
 
 def _xnli(settings: WatchSettings, model: Path, out: Path) -> dict[str, Any]:
     assert settings.data is not None
+    now = fingerprint(str(model))
+    if Queue.recorded(out).get("model", now) != now:  # of a checkpoint that was trained anew
+        shutil.rmtree(out)
     plans = make_plans(
         XnliSettings(
             model=(str(model),),

@@ -99,17 +99,17 @@ class XnliPlan(BenchmarkPlan[XnliSettings]):
         first, *others = [self.encoded(language, "train") for language in self.found["train"]]
         return self.classifier_training(job, len(NLI_LABELS), first.joined(others), self._validate)
 
-    def _validate(self, model: Any) -> dict[str, Any]:
+    def _validate(self, model: Any, check: Callable[[], None]) -> dict[str, Any]:
         """Return the accuracy on validation; `score` is its mean over the languages selected on."""
         scores = {}
         for language, (predictions, labels) in self._predict(
-            model, self.found["validation"], "validation", what="validation"
+            model, self.found["validation"], "validation", check, "validation"
         ).items():
             scores[language] = float((predictions == labels).mean())
         return {"score": float(np.mean(list(scores.values()))), "validation": scores}
 
     def _predict(
-        self, model: Any, languages: list[str], split: str, check: Callable[[], None] = lambda: None, what: str = ""
+        self, model: Any, languages: list[str], split: str, check: Callable[[], None], what: str
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return language -> (predicted classes, labels) of the rows with a label, all languages in one pass."""
         first, *others = [self.encoded(language, split) for language in languages]

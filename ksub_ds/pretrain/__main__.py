@@ -24,20 +24,22 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import RESUME, UserError
 from ksub_ds.common.exit_codes import INTERRUPTED, USER_ERROR
 from ksub_ds.common.watchdog import Failure, Watchdog
 
+if TYPE_CHECKING:
+    from ksub_ds.pretrain.recipe import Recipe
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and return the exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # we report a lost peer, without C++ frames
     try:
-        from ksub_ds.pretrain.recipe import parse_recipe
-
-        recipe = parse_recipe(arguments)
+        recipe = _parse(sys.argv[1:] if arguments is None else arguments)
         from ksub_ds.pretrain.run import run  # seconds of imports that --help does without
 
         return run(recipe)
@@ -50,6 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if "torch" in sys.modules:
             distributed.shutdown()
+
+
+def _parse(words: Sequence[str]) -> "Recipe":
+    """Parse the command line; with --extend on rank 0, which may be the only one that sees the run folder.
+
+    Raises:
+        UserError: on every rank: what is wrong with the arguments.
+    """
+    from ksub_ds.pretrain.recipe import extends_a_run, parse_recipe
+
+    if not extends_a_run(words) or distributed.world_size() == 1:
+        return parse_recipe(words)
+    distributed.init_distributed()
+    return distributed.broadcast_object(distributed.on_main(lambda: parse_recipe(words)))
 
 
 def end_early(reason: str, exit_code: int, agreed: bool = False) -> int:

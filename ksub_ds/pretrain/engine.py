@@ -318,6 +318,10 @@ def set_learning_rate(engine: "DeepSpeedEngine", lr: float) -> None:
         group["lr"] = lr
 
 
+class LossScaleExhausted(ArithmeticError):
+    """In fp16 the gradient is not finite, even at the smallest loss scale; every rank raises it at the same step."""
+
+
 class GuardedUpdate:
     """Updates the weights of an engine unless the loss or the gradient is not finite: the device itself decides.
 
@@ -355,6 +359,9 @@ class GuardedUpdate:
 
         Returns:
             The norm of the gradient before clipping, a float64 tensor; in fp16 infinite when DeepSpeed skipped it.
+
+        Raises:
+            LossScaleExhausted: DeepSpeed cannot halve its loss scale once more.
         """
         import torch
 
@@ -367,7 +374,12 @@ class GuardedUpdate:
             factor = 1.0 / ((norm.float() + 1e-6) / self._clipping).clamp(min=1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         set_learning_rate(self._engine, rate)
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" in str(error):  # DeepSpeed has no type of its own for it
+                raise LossScaleExhausted from error
+            raise
         if self._fp16:
             return to_device([float(self._engine.get_global_grad_norm())]).squeeze(0)
         return norm

@@ -22,7 +22,7 @@ from ksub_ds.corpus.batches import HeldOutBatches
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
 from ksub_ds.pretrain import checkpoint
 from ksub_ds.pretrain.checkpoint import CheckpointWriter, TrainerState
-from ksub_ds.pretrain.engine import GuardedUpdate, loss_factor, loss_scale
+from ksub_ds.pretrain.engine import GuardedUpdate, LossScaleExhausted, loss_factor, loss_scale
 from ksub_ds.pretrain.heldout_eval import accuracy_key, evaluate
 from ksub_ds.pretrain.metrics import TrainingMetrics
 from ksub_ds.pretrain.preemption import StopRequest
@@ -176,6 +176,9 @@ def train_step(training: Training, batches: StepBatches, step: int) -> StepInFli
         training: all that the loop works on.
         batches: this rank's micro-batches.
         step: number of the step, from 1.
+
+    Raises:
+        UserError: on every rank: in fp16 no loss scale is small enough for the gradient.
     """
     import torch
 
@@ -192,7 +195,10 @@ def train_step(training: Training, batches: StepBatches, step: int) -> StepInFli
 
     distributed.mark_progress(f"the update of step {step}")
     rate = training.recipe.plan().rate(step)
-    norm = training.update.launch(loss=sums[0], squared_norm=sums[-1], rate=rate)
+    try:
+        norm = training.update.launch(loss=sums[0], squared_norm=sums[-1], rate=rate)
+    except LossScaleExhausted:
+        _refuse(training, step, "the gradient, at fp16's smallest loss scale,")
     report = distributed.NumbersToRead(torch.cat([sums[:-1], norm.unsqueeze(0), sizes]))
     return StepInFlight(step, report, loss, rate, batches.seconds_waited)
 

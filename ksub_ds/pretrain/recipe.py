@@ -21,7 +21,6 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.common.option_help import Section
 from ksub_ds.common.options import parse
-from ksub_ds.common.rank_env import rank
 from ksub_ds.pretrain.schedule import Schedule, TrainingPlan
 
 Arg = tyro.conf.arg
@@ -265,6 +264,11 @@ def _resolve_objective(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, objective=objective)
 
 
+def extends_a_run(words: Sequence[str]) -> bool:
+    """Return whether a command line asks for --extend, and so has its defaults in a run folder."""
+    return "--extend" in words and "--help" not in words and "-h" not in words
+
+
 def parse_recipe(arguments: Sequence[str] | None) -> Recipe:
     """Parse the command line of `ksub pretrain`; with --extend, the defaults are the settings of the run in --out.
 
@@ -276,16 +280,14 @@ def parse_recipe(arguments: Sequence[str] | None) -> Recipe:
         SystemExit: --help was given, and is printed.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if "--extend" not in words or "--help" in words or "-h" in words:
+    if not extends_a_run(words):
         return parse(Recipe, words, "ksub pretrain")
     run = _run_to_extend(words)
     kept = _kept_copies(run)
-    open_settings = {"max_steps": None, "max_hours": None, "micro_batch_size": None, "compile": None}
+    open_settings = {"max_steps": None, "max_hours": None, "micro_batch_size": None}
     recipe = parse(Recipe, words, "ksub pretrain", dataclasses.replace(run, **open_settings, **kept))
     if recipe.max_steps is None:
-        raise UserError(
-            f"--extend: give --max-steps, the last step to go on to; the run has {run.max_steps}", agreed=True
-        )
+        raise UserError(f"--extend: give --max-steps, the last step to go on to; the run has {run.max_steps}")
     _check_sources(recipe, run)
     if recipe.schedule != "wsd" and recipe.decay_steps == run.decay_steps:
         return dataclasses.replace(recipe, decay_steps=None)
@@ -301,13 +303,11 @@ def _run_to_extend(words: list[str]) -> Recipe:
     values = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--out"]
     values += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
     if not values or not values[-1]:
-        raise UserError("--extend: name with --out the run folder to go on in", agreed=True)
+        raise UserError("--extend: name with --out the run folder to go on in")
     path = Path(values[-1]) / "recipe.json"
-    if path.is_file():
-        return dataclasses.replace(read_recipe(path)[0], out=Path(values[-1]))
-    if rank() > 0:  # only rank 0 must see the run folder, and gives its settings to all
-        return Recipe("tiny", Path("unknown"), Path(values[-1]), plain=True)
-    raise UserError(f"--extend: {path} is not there; leave --extend out to start a run", agreed=True)
+    if not path.is_file():
+        raise UserError(f"--extend: {path} is not there; leave --extend out to start a run")
+    return dataclasses.replace(read_recipe(path)[0], out=Path(values[-1]))
 
 
 def _kept_copies(run: Recipe) -> dict[str, Any]:
@@ -328,10 +328,9 @@ def _check_sources(recipe: Recipe, run: Recipe) -> None:
     """
     for key in ("data", "codes", "warm_start"):
         path = getattr(recipe, key)
-        if rank() == 0 and path is not None and path == getattr(run, key) and not path.exists():
+        if path is not None and path == getattr(run, key) and not path.exists():
             raise UserError(
-                f"{_flag(key)} {path} (from {run.out / 'recipe.json'}): is not there from here; give {_flag(key)} PATH",
-                agreed=True,
+                f"{_flag(key)} {path} (from {run.out / 'recipe.json'}): is not there from here; give {_flag(key)} PATH"
             )
 
 

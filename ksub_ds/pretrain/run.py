@@ -35,8 +35,6 @@ def run(recipe: Recipe) -> int:
     """
     if distributed.world_size() > 1:  # first, so that all ranks report one rank's mistake
         distributed.init_distributed()
-    if recipe.extend:  # rank 0 may be the only one that sees the run's own settings
-        recipe = distributed.broadcast_object(recipe)
     folder = RunFolder(recipe.out)
     before = distributed.broadcast_object(distributed.on_main(folder.micro_batch_size))
     settings = distributed.raise_on_all_ranks(lambda: resolve_settings(recipe, before))

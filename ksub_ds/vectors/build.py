@@ -142,7 +142,9 @@ def _dedicated_choice(settings: ClusterVectors) -> DedicatedChoice:
     data = settings.data
     if settings.dedicated_rows is not None and data is None and settings.dedicated_by_loss is None:
         data = Path(settings.embeddings) if is_shards(settings.embeddings) else None
-    return DedicatedChoice(settings.dedicated_rows, data, settings.dedicated_tokens, settings.dedicated_by_loss)
+    choice = DedicatedChoice(settings.dedicated_rows, data, settings.dedicated_tokens, settings.dedicated_by_loss)
+    choice.check_data_is_read()
+    return choice
 
 
 def _table_sizes(settings: ClusterVectors) -> tuple[int, ...]:

@@ -80,6 +80,15 @@ class DedicatedChoice:
         if self.rows is not None and self.data is None and self.by_loss is None:
             raise UserError(f"{rows} {self.rows}: give --data SHARDS too, where tokens are counted")
 
+    def check_data_is_read(self) -> None:
+        """Refuse --data of a command that has no other use for it, where no tokens are counted.
+
+        Raises:
+            UserError: nothing would read it.
+        """
+        if self.data is not None and self.rows is None:
+            raise UserError(f"--data {self.data}: is read with {self.prefix}rows F only; leave it out")
+
     @property
     def is_empty(self) -> bool:
         """Whether no token is chosen."""
@@ -101,6 +110,7 @@ def dedicate_code_file(settings: DedicateCodes) -> CodeTable:
     choice = DedicatedChoice(settings.rows, settings.data, settings.tokens, settings.by_loss, prefix="--")
     if choice.is_empty:
         raise UserError("give --rows F with --data SHARDS or --by-loss RUN, or --tokens FILE")
+    choice.check_data_is_read()
     table = dedicate(CodeTable.load(settings.codes), choice)
     table.save(settings.out)
     return table

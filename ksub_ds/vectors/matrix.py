@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ksub_ds.codes.table import FORMATS
 from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import refuse_stand_in
 from ksub_ds.common.logging import get_logger
@@ -30,6 +31,11 @@ EMBEDDING_NAMES = (
 class TensorFiles:
     """Tensors by name from safetensors files.
 
+    Attributes:
+        files: their paths.
+        hold_codes: whether one of them is a code file.
+        shapes: of the tensors, by name.
+
     Raises:
         UserError: a file is missing, truncated or not safetensors.
     """
@@ -38,6 +44,7 @@ class TensorFiles:
         from safetensors import SafetensorError, safe_open
 
         self.files = list(files)
+        self.hold_codes = False
         self._home: dict[str, Any] = {}
         for path in self.files:
             try:
@@ -47,6 +54,7 @@ class TensorFiles:
             except (SafetensorError, OSError) as error:
                 refuse_stand_in(path)
                 raise UserError(f"{path}: not a readable safetensors file ({error}); fetch or save it anew") from error
+            self.hold_codes |= (stream.metadata() or {}).get("format") in FORMATS
             self._home.update(dict.fromkeys(stream.keys(), stream))
         self.shapes = {name: tuple(home.get_slice(name).get_shape()) for name, home in self._home.items()}
 
@@ -109,6 +117,8 @@ def read_matrix(path: Path, tensor: str | None = None) -> np.ndarray:
     """
     if path.suffix == ".safetensors":
         files = TensorFiles([path])
+        if files.hold_codes:
+            raise UserError(f"{path}: is a code file, which holds no vectors; give a model folder, or a matrix")
         return check_matrix(files.read(files.embedding_name(tensor)), str(path))
     if tensor is not None:
         raise UserError(f"--tensor {tensor}: {path} is no .safetensors file, only those name their tensors")

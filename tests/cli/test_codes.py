@@ -27,7 +27,18 @@ def test_positional_then_inspect(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["codes", "positional", "--num-tables", "3", "--out", "x"], "give --num-tokens N or --tokenizer PATH"),
-        (["codes", "positional", "--num-tokens", "0", "--num-tables", "3", "--out", "x"], "at least 1"),
+        (
+            ["codes", "positional", "--num-tokens", "0", "--num-tables", "3", "--out", "x"],
+            "--num-tokens 0 --num-tables 3:",
+        ),
+        (
+            ["codes", "positional", "--num-tokens", "9", "--num-tables", "3", "--out", "x", "--data", "nowhere"],
+            "--data nowhere: is read with --dedicated-rows F only; leave it out",
+        ),
+        (
+            ["codes", "dedicate", "c.safetensors", "--tokens", "ids.txt", "--data", "nowhere", "--out", "x"],
+            "--data nowhere: is read with --rows F only; leave it out",
+        ),
         (["codes", "positional", "--num-tokens", "9", "--num-tables", "2", "--out", "."], "cannot be written"),
         (["codes", "inspect", "absent.safetensors"], "no such code file"),
         (["codes", "inspct", "x"], "did you mean `ksub codes inspect`"),

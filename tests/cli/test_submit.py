@@ -1,5 +1,6 @@
 """`ksub submit`: the sbatch line, its wrong values and those of the job, and the scripts that it names."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -30,6 +31,25 @@ def test_what_would_be_submitted(capsys: pytest.CaptureFixture[str]) -> None:
     assert found == ["sbatch", "--array=0-15", str(LAUNCH / "evaluate.sbatch"), *XNLI]
     behind = ["--input", "wet", "--tokenizer", "spm.model", "--out", "shards"]
     assert line(capsys, "--job", "shard_cc", "--", *behind)[2:] == behind
+
+
+@pytest.mark.parametrize("job", ["pretrain", "shard_cc"])
+def test_tasks_get_the_cores_that_the_job_was_given(job: str, tmp_path: Path) -> None:
+    """srun does not inherit sbatch's --cpus-per-task."""
+    programs = {"scontrol": f"echo 'JobId=1 Command={LAUNCH}/{job}.sbatch'", "srun": "echo cores=$SRUN_CPUS_PER_TASK"}
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    job_variables = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "node1"}
+    for given in ({"SLURM_CPUS_PER_TASK": "7"}, {}):
+        done = subprocess.run(
+            ["bash", LAUNCH / f"{job}.sbatch", "--out", "run"],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"} | job_variables | given,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert f"cores={given.get('SLURM_CPUS_PER_TASK', '')}\n" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

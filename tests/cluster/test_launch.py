@@ -13,7 +13,7 @@ import pytest
 from ksub_ds.cluster import host_check, hostfile, launchers, remote
 from ksub_ds.cluster.attempt import AttemptOutcome, RankStatus, classify_exit
 from ksub_ds.cluster.cleanup import processes_of_launch
-from ksub_ds.cluster.launch import split_arguments
+from ksub_ds.cluster.launch import Launch, split_arguments
 from ksub_ds.cluster.launch_spec import LAUNCH_ID, LaunchSpec, travelling_environment, write_environment_file
 from ksub_ds.common.errors import UserError
 
@@ -29,14 +29,46 @@ def test_environment_travels_without_secrets(tmp_path: Path, monkeypatch: pytest
     for name in list(os.environ):
         monkeypatch.delenv(name)
     values = {"HF_HOME": "/a b", "OMP_NUM_THREADS": "2", "PYTHONPATH": "/lib", "TOKENIZERS_PARALLELISM": "no"}
-    others = {"HF_TOKEN": "hf_x", "HF_TOKEN_2": "hf_y", "WANDB_API_KEY": "k", "KSUB_PASSWORD": "p", "EDITOR": "vi"}
+    values |= {"PYTORCH_ALLOC_CONF": "a:b", "UCX_TLS": "tcp ib", "CXX": "g++ -O1", "FI_PROVIDER": "a;b"}
+    others = {
+        "HF_TOKEN": "hf_x",
+        "HF_TOKEN_2": "hf_y",
+        "WANDB_API_KEY": "k",
+        "KSUB_PASSWORD": "p",
+        "EDITOR": "vi",
+        "CXXFLAGS": "x",
+    }
     for name, value in (values | others | {"HOME": str(tmp_path / "home"), LAUNCH_ID: "outer"}).items():
         monkeypatch.setenv(name, value)
     assert travelling_environment() == values
     (tmp_path / ".deepspeed_env").write_text("# mine\nNCCL_DEBUG=INFO\n\nOMP_NUM_THREADS=4\n")
     write_environment_file(tmp_path / "written", tmp_path)
     lines = (tmp_path / "written").read_text().splitlines()
-    assert lines == ["OMP_NUM_THREADS=4", "PYTHONPATH=/lib", "TOKENIZERS_PARALLELISM=no", "NCCL_DEBUG=INFO"]
+    shared = ["PYTHONPATH=/lib", "PYTORCH_ALLOC_CONF=a:b", "TOKENIZERS_PARALLELISM=no"]
+    assert lines == ["OMP_NUM_THREADS=4", *shared, "NCCL_DEBUG=INFO"]
+
+
+def test_deepspeeds_shell_line_gets_neither_secrets_nor_syntax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    plain = {"NCCL_DEBUG": "INFO", "UCX_TLS": "tcp,sm", "PYTHONPATH": "/lib"}
+    unfit = {"NCCL_SOCKET_IFNAME": "a;b", "MLFLOW_RUN": "my run", "MV2_X": "$(x)", "PYTHONWARNINGS": "a b"}
+    secret = {"MLFLOW_TRACKING_TOKEN": "word", "MLFLOW_TRACKING_PASSWORD": "word"}
+    for name, value in (plain | unfit | secret).items():
+        monkeypatch.setenv(name, value)
+    environment = Launch(split_arguments(["-H", "hosts", "--out", "run"]))._environment(tmp_path / "written")
+    assert {name: environment.get(name) for name in plain} == plain
+    assert not environment.keys() & (unfit | secret).keys()
+
+
+@pytest.mark.parametrize("words", [[], ["--out"], ["--out="]])
+def test_a_launch_without_a_run_folder_touches_nothing(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current folder may hold a failure.json or a STOP of its own."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--out: name the run folder"):
+        Launch(split_arguments(["--preset", "tiny", *words]))
 
 
 def test_the_trainers_last_value_counts() -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import RunFailed, UserError
 from ksub_ds.common.exit_codes import BROKEN_PIPE, INTERRUPTED, exit_code_of_signal, run_main
 
 
@@ -23,6 +23,7 @@ def raising(error: BaseException):
         (lambda: None, 0, ""),
         (lambda: 75, 75, ""),
         (raising(UserError("--out: is missing")), 2, "error: --out: is missing\n"),
+        (raising(RunFailed("a rank")), 70, "failed: a rank; run the same command again to resume\n"),
         (raising(KeyboardInterrupt()), 130, "interrupted; run the same command again to resume\n"),
     ],
 )

@@ -489,7 +489,7 @@ def fine_tuning(accelerator: FakeAccelerator, precision: str) -> Record:
             each.mkdir()
         scores = []
 
-        def validate(trained: Any) -> dict[str, Any]:
+        def validate(trained: Any, _: Any) -> dict[str, Any]:
             scores.append(predict(trained, data, precision))
             return {"score": 0.0}
 

@@ -1,5 +1,6 @@
 """`ksub evaluate lm` from files to tables: numbers against a plain loop, resumption, several models, refusals."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -196,6 +197,26 @@ def test_a_language_without_text_is_named_and_left_out(llama: Path, tmp_path: Pa
     assert main(command(llama, data, tmp_path / "out")) == 0
     assert results(tmp_path / "out")["missing"] == ["tr"] and list(results(tmp_path / "out")["languages"]) == ["en"]
     assert "no readable document in tr" in capsys.readouterr().out
+
+
+def test_a_language_whose_documents_give_no_token_is_named_and_left_out(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XLM-R's tokenizer gives a document of zero-width spaces bytes, but no token to predict."""
+    data, encode = tmp_path / "text", language_model.CausalTokenizer.encode
+    data.mkdir()
+    (data / "en.txt").write_text("the small old house\n\nthe river sings\n")
+    (data / "tr.txt").write_text("\u200b\u200b\n", encoding="utf-8")
+
+    def without(self: Any, texts: list[str]) -> Any:
+        return [
+            dataclasses.replace(each, ids=each.ids[:1]) if "\u200b" in text else each
+            for each, text in zip(encode(self, texts), texts, strict=True)
+        ]
+
+    monkeypatch.setattr(language_model.CausalTokenizer, "encode", without)
+    assert main(command(llama, data, tmp_path / "out")) == 0
+    assert results(tmp_path / "out")["missing"] == ["tr"] and list(results(tmp_path / "out")["languages"]) == ["en"]
 
 
 def test_what_is_wrong_is_one_line(llama: Path, tiny_model: Path, tiny_text: Path, tmp_path: Path, capsys: Any) -> None:

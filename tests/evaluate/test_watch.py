@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ksub_ds.cli import main
+from ksub_ds.common.files import sha256_file
 from ksub_ds.evaluate import watch as module
 from ksub_ds.evaluate.watch import Curve
 
@@ -58,6 +60,38 @@ def test_every_checkpoint_once_and_the_run_untouched(run: Path, tiny_xnli: Path,
     assert set(lines[1]["xnli"]["accuracy"]) == {"en", "fr", "sw"}
     assert call(run, out, *few) == 0 and steps(out) == [1, 2]
     assert contents(run) == before and not (out / "checkpoint").exists()
+
+
+def test_steps_that_were_trained_anew_are_scored_anew(run: Path, tiny_xnli: Path, tmp_path: Path) -> None:
+    """As after --extend under wsd, which goes back; lines of earlier versions, which name no manifest, stay."""
+    few = ("--data", tiny_xnli, "--max-train-examples", 16, "--max-test-examples", 9, "--eval-sequences", 2)
+    out = tmp_path / "curve"
+
+    def losses() -> list[tuple[int, float]]:
+        lines = (json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines())
+        return [(line["step"], line["loss"]) for line in lines]
+
+    def train_anew(step: int) -> None:
+        path = run / "checkpoints" / f"global_step{step}"
+        weights = load_file(path / "model.safetensors")
+        save_file({name: 2 * value for name, value in weights.items()}, path / "model.safetensors")
+        manifest = json.loads((path / "manifest.json").read_text())
+        size, digest = (path / "model.safetensors").stat().st_size, sha256_file(path / "model.safetensors")
+        manifest["files"]["model.safetensors"] = {"size": size, "sha256": digest}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+    assert call(run, out, *few) == 0
+    (one, first), (two, second) = losses()
+    train_anew(2)
+    assert call(run, out, *few) == 0
+    assert losses()[0] == (one, first) and losses()[1][0] == two and losses()[1][1] != second
+    train_anew(1)
+    shutil.rmtree(run / "checkpoints" / "global_step2")
+    assert call(run, out, *few) == 0
+    ((step, loss),) = losses()  # what came after it was of the old way
+    assert step == one and loss != first
+    (out / "curve.jsonl").write_text(json.dumps({"step": 1, "loss": 5.0, "masked_accuracy": 0.5}) + "\n")
+    assert call(run, out, *few) == 0 and losses() == [(1, 5.0)]
 
 
 def test_a_half_written_checkpoint_is_waited_for(run: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from ksub_ds import positional_codes
 from ksub_ds.cli import main
+from ksub_ds.common.exit_codes import FAILED
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.evaluate.data.tasks import LANGUAGES
 from ksub_ds.model.presets import fresh_model, preset_config
@@ -235,6 +236,27 @@ def test_ranks_share_a_fine_tuning(tiny_model: Path, tiny_xnli: Path, tmp_path: 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert one["test"] == two["test"]
     assert [found["finetuning"]["0"]["ranks"] for found in (one, two)] == [1, 2]
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_rank_is_named_and_may_be_tried_again(tiny_model: Path, tiny_xnli: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--languages", "en", "--epochs", 1000, "--save-every-steps", 1, "--ranks-per-job", 2]
+    command = [sys.executable, "-m", "ksub_ds.evaluate", *arguments(tiny_model, tiny_xnli, out, *words)[1:]]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as worker:
+        deadline = time.monotonic() + 200
+        while not list((out / "work").glob("*/best.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+        (rank_1,) = [each for each in children if "\0RANK=1\0" in Path(f"/proc/{each}/environ").read_text()]
+        os.kill(int(rank_1), signal.SIGKILL)
+        _, errors = worker.communicate(timeout=60)
+    assert worker.returncode == FAILED, errors
+    *others, last = errors.splitlines()
+    assert last.startswith(
+        "failed: finetune-seed0: its 2 ranks ended with exit codes 70, -9; their messages stand above"
+    )
+    assert any(line.startswith("failed: rank 1 on ") for line in others) and "Traceback" not in errors
 
 
 @pytest.mark.timeout(240)

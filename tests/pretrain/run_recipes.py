@@ -6,6 +6,7 @@ LIST.json holds [{"arguments": [...]}, ...], each with any of
 
     "nan_on": [rank, call]      the loss of this forward pass of training is a NaN, and so is its gradient
     "gradient_nan_on"           the same, but only the gradient
+    "scale_exhausted_on"        DeepSpeed cannot halve fp16's loss scale any more in the update of this step
     "lag": 1                    steps in flight, as on a GPU
     "stop_at": step             there is a STOP file when this step is launched
     "reads": true               RUN/reads.json gets what the updates of each step have read on the host
@@ -83,6 +84,8 @@ def train_as(entry: dict) -> None:
         reads: list[list[str]] = []
         if "reads" in entry:
             watch_update(training.update, reads)
+        if "scale_exhausted_on" in entry:
+            exhaust_scale_on(entry["scale_exhausted_on"], training.engine)
         try:
             return TRAIN(training, state, entry.get("lag"))
         except UserError:
@@ -111,6 +114,18 @@ def watch_update(update, reads: list) -> None:
         return call
 
     update.squared_gradient_norm, update.launch = watched(norm), watched(launch)
+
+
+def exhaust_scale_on(step: int, engine) -> None:
+    """Have the update of this step fail as DeepSpeed's fp16 optimizers do: on a CPU there is no fp16."""
+    own_step = engine.step
+
+    def step_engine():
+        if engine.global_steps == step - 1:
+            raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+        own_step()
+
+    engine.step = step_engine
 
 
 def stop_at(step: int) -> None:

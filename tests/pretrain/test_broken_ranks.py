@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ksub_ds.common.distributed import shared_gpu
+from ksub_ds.common.distributed import wrong_gpus
 from ksub_ds.common.exit_codes import FAILED, USER_ERROR
 
 from .runs import HERE, Bench, environment
@@ -125,10 +125,12 @@ def test_two_ranks_with_one_gpu(tmp_path: Path) -> None:
 
 
 def test_which_gpus_are_shared() -> None:
-    assert shared_gpu(["a GPU-1", "a GPU-2", "b GPU-3"]) is None
-    assert shared_gpu(["a", "a", "b"]) is None, "CPUs"
-    assert shared_gpu(["a 0", "b 0"]) is None, "of different hosts"
-    message = shared_gpu(["b GPU-9", "a GPU-1", "a GPU-2", "a GPU-1"])
+    assert wrong_gpus(["a GPU-1", "a GPU-2", "b GPU-3"]) is None
+    assert wrong_gpus(["a", "a", "b"]) is None, "CPUs"
+    assert wrong_gpus(["a 0", "b 0"]) is None, "of different hosts"
+    message = wrong_gpus(["a GPU-1", "b ", "a GPU-2", "b ", "c "])
+    assert message is not None and message.startswith("no GPU on b, c, but on other hosts: check nvidia-smi there, or")
+    message = wrong_gpus(["b GPU-9", "a GPU-1", "a GPU-2", "a GPU-1"])
     assert message is not None and message.startswith(
         "a has 3 ranks (1, 2, 3) and 2 GPUs for them; start 2 ranks there"
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ksub_ds.common.distributed import free_port
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.exit_codes import FAILED, USER_ERROR
 from ksub_ds.common.files import read_json
@@ -273,6 +274,29 @@ def test_a_failure_before_the_run_goes_on_is_recorded_once(finished: RunFolder) 
         finished.record_early_failure(failed)
     assert read_json(finished.failure)["reason"] == "the data's disk is gone"
     assert len(finished.log.read_text().splitlines()) == 1
+
+
+def test_every_rank_ends_at_a_mistake_that_rank_0_sees(tmp_path: Path) -> None:
+    """Rank 1, on another host, may not see the run folder; it must not wait for a rank that has gone."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "ksub_ds.pretrain", *longer(tmp_path / "none", "--max-steps", 5)]
+    ranks = [
+        subprocess.Popen(
+            command, env=environment() | place | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [USER_ERROR, USER_ERROR], errors
+    assert errors[0].splitlines()[-1].endswith("recipe.json is not there; leave --extend out to start a run")
+    assert "error" not in errors[1]
+
+
+def test_what_is_not_given_stays_as_the_run_has_it(finished: RunFolder) -> None:
+    for compiled in (False, True):
+        finished.recipe.write_text(json.dumps(read_json(finished.recipe) | {"compile": compiled}))
+        assert parse_recipe(longer(finished.path, "--max-steps", 200)).compile is compiled
+        assert parse_recipe(longer(finished.path, "--max-steps", 200, "--no-compile")).compile is False
 
 
 def test_there_must_be_a_run_to_extend(tmp_path: Path) -> None:

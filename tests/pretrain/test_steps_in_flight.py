@@ -33,6 +33,7 @@ def runs(bench: Bench) -> dict[str, Outcome]:
     entries |= {f"stop-{lag}": entry(bench, f"stop-{lag}", lag=lag, stop_at=4) for lag in (0, 1)}
     for stage in STAGES:
         entries[f"bad-{stage}"] = refused(bench, f"bad-{stage}", "gradient_nan_on", 0, 2 * BAD, deepspeed=stage)
+    entries["exhausted"] = entry(bench, "exhausted", scale_exhausted_on=BAD)
     return dict(zip(entries, bench.run_all(1, list(entries.values())), strict=True))
 
 
@@ -90,6 +91,14 @@ def check_refusal(bench: Bench, outcome: Outcome, name: str, what: str) -> None:
 def test_no_nan_reaches_the_weights(bench: Bench, runs: dict[str, Outcome], stage: str) -> None:
     """Of a gradient whose loss is finite; the step after it is launched already, and its numbers are good."""
     check_refusal(bench, runs[f"bad-{stage}"], f"bad-{stage}", "the gradient is not finite")
+
+
+def test_a_loss_scale_that_cannot_be_halved_ends_the_run_in_one_line(bench: Bench, runs: dict[str, Outcome]) -> None:
+    (line,) = runs["exhausted"]
+    assert str(line).startswith(
+        f"step {BAD}: the gradient, at fp16's smallest loss scale, is not finite; stopped before"
+    )
+    assert "Try a lower --peak-lr" in str(line)
 
 
 @pytest.mark.parametrize("stage", STAGES)

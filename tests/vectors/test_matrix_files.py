@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ksub_ds import positional_codes
 from ksub_ds.common.errors import UserError
 from ksub_ds.vectors.matrix import read_matrix
 from ksub_ds.vectors.sources import load_vectors
@@ -45,6 +46,12 @@ def test_two_tensors_of_unknown_names_are_not_guessed_at(tmp_path):
     save_file({"a": VECTORS.astype("f4"), "b": VECTORS.astype("f4")}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="no input embedding among its 2 tensors"):
         read_matrix(tmp_path / "x.safetensors")
+
+
+def test_a_code_file_is_not_a_matrix(tmp_path):
+    positional_codes(40, 3).save(tmp_path / "codes.safetensors")
+    with pytest.raises(UserError, match=r"codes.safetensors: is a code file, which holds no vectors; give a model"):
+        load_vectors(tmp_path / "codes.safetensors")
 
 
 class Bomb:

@@ -8,6 +8,7 @@ The epoch that scores best on validation is kept.
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECK_STEPS = 20  # from one look at the losses to the next: a GPU does not pause for them in between
+NEWS_SECONDS = 1.0  # how often rank 0 is heard of while it validates
+
+Validate = Callable[[Any, Callable[[], None]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def finetune(
     model: Any,
     train: Encoded,
     settings: FineTuning,
-    validate: Callable[[Any], dict[str, Any]],
+    validate: Validate,
     work: Path,
     identity: str,
     check: Callable[[], None] = lambda: None,
@@ -76,7 +80,8 @@ def finetune(
         model: on its device; its initial weights are those of a fresh start.
         train: the rows to train on.
         settings: how to train.
-        validate: model -> scores of an epoch; "score" is what the best one is chosen by.
+        validate: (model, check) -> scores of an epoch; "score" is what the best one is chosen by. It calls check every
+            few batches.
         work: folder for the state between two tries.
         identity: what the state must belong to (model and data).
         check: called every few steps; may raise to give up.
@@ -88,16 +93,36 @@ def finetune(
     run = _Run(model, train, settings, work, identity, several_ranks)
     position = run.position
     with Progress(run.total_steps, "steps", f"fine-tuning {work.name}", done=position.step) as progress:
-        while position.step < run.total_steps:
+        while len(position.epochs) < settings.epochs:
             run.train_epoch(progress, check)
-            scores = validate(model) if run.writes else {}
-            scores = distributed.broadcast_object(scores) if several_ranks else scores
+            scores = validate_on_main(validate, model) if several_ranks else validate(model, check)
             run.end_epoch(scores)
             check()
             run.keep_epoch()
     if run.writes:
         state.load_best(work, model)
     return Outcome(position.epochs, _best(position.epochs) + 1)
+
+
+def validate_on_main(validate: Validate, model: Any) -> dict[str, Any]:
+    """Have rank 0 validate, and return its scores on every rank; all ranks call this.
+
+    The others hear from it every second: a collective that takes minutes counts as a rank that hangs.
+    """
+    heard = time.monotonic()
+
+    def send_news() -> None:
+        nonlocal heard
+        if time.monotonic() - heard > NEWS_SECONDS:
+            distributed.broadcast_object(None)
+            heard = time.monotonic()
+
+    distributed.mark_progress("validation")
+    if distributed.is_main():
+        return distributed.broadcast_object(validate(model, send_news))
+    while (scores := distributed.broadcast_object(None)) is None:
+        pass
+    return scores
 
 
 class _Run:
@@ -120,20 +145,21 @@ class _Run:
         self._unread: list[Tensor] = []  # this rank's share of the losses since the last look
 
     def train_epoch(self, progress: Progress, check: Callable[[], None]) -> None:
-        """Do the updates that are left of the current epoch.
+        """Do the updates that are left of the current epoch; at its end it is saved before it is validated.
 
         Raises:
             UserError: the loss is not finite.
         """
         position, settings = self.position, self.settings
-        epoch, first = divmod(position.step, self.steps_an_epoch)
+        epoch = len(position.epochs)
+        first = position.step - epoch * self.steps_an_epoch
         self.model.train()
         for rows in training_batches(self.train.lengths(), settings.batch_size, settings.seed, epoch)[first:]:
             self._unread.append(self.update(rows))
             position.step += 1
             done = position.step % self.steps_an_epoch or self.steps_an_epoch
-            save = position.step % settings.save_every_steps == 0 and done != self.steps_an_epoch
-            if position.step % CHECK_STEPS == 0 or save or done == self.steps_an_epoch:
+            save = position.step % settings.save_every_steps == 0 or done == self.steps_an_epoch
+            if position.step % CHECK_STEPS == 0 or save:
                 self.read_losses()
             if position.step % CHECK_STEPS == 0:
                 check()

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ksub_ds.common import distributed
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import RunFailed, UserError
+from ksub_ds.common.exit_codes import USER_ERROR
 from ksub_ds.common.files import read_json, write_json
 from ksub_ds.common.rank_env import has_gpu, local_rank
 
 RESULT = "result.json"
+REPORT_SECONDS = 5.0  # after a rank has ended, for the watchdogs of the others to say why
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def train_on_ranks(task: RankTask, work: Path, ranks: int, check: Callable[[], N
         The result of rank 0, that of `train_classifier`.
 
     Raises:
-        UserError: a rank failed.
+        UserError: a rank met a mistake of the user's.
+        RunFailed: a rank failed otherwise.
     """
     folder = work / "ranks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,19 +78,29 @@ def train_on_ranks(task: RankTask, work: Path, ranks: int, check: Callable[[], N
             processes.append(subprocess.Popen(command, env=environment))
         while any(process.poll() is None for process in processes):
             if any(process.poll() not in (None, 0) for process in processes):
+                _wait_for_all(processes)
                 break
             check()
             time.sleep(1)
     finally:
+        own_codes = [process.poll() for process in processes]
         for process in processes:
             process.terminate()
         for process in processes:
             process.wait()
     if not result.exists():
         codes = ", ".join(str(process.returncode) for process in processes)
-        raise UserError(f"{task.job}: its {ranks} ranks ended with exit codes {codes}; their messages stand above")
+        error = UserError if USER_ERROR in own_codes else RunFailed
+        raise error(f"{task.job}: its {ranks} ranks ended with exit codes {codes}; their messages stand above")
     outcome: dict[str, Any] = read_json(result)
     return outcome
+
+
+def _wait_for_all(processes: list["subprocess.Popen[bytes]"]) -> None:
+    """Wait until all have ended, but not for long: those that are left hang."""
+    deadline = time.monotonic() + REPORT_SECONDS
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def place_on_machine(rank: int, ranks: int) -> int:

@@ -10,7 +10,7 @@ from ksub_ds.common import distributed
 from ksub_ds.common.files import atomic_folder
 from ksub_ds.evaluate.finetune.classifier import load_classifier
 from ksub_ds.evaluate.finetune.encoding import Encoded, PairEncoder
-from ksub_ds.evaluate.finetune.loop import FineTuning, finetune
+from ksub_ds.evaluate.finetune.loop import FineTuning, Validate, finetune
 from ksub_ds.model.sequence_length import limit_tokenizer
 from ksub_ds.pretrain.builders import set_attention
 
@@ -24,7 +24,7 @@ class ClassifierTraining:
         body: folder of a fine-tuned model that gives the weights below the head instead; None = `model`.
         num_labels: outputs.
         train: the rows.
-        validate: model -> scores of an epoch, with "score".
+        validate: (model, check) -> scores of an epoch, with "score"; it calls check every few batches.
         work: folder for state and model.
         identity: model, data and settings in one string.
         encoder: the tokenizer, saved beside the model.
@@ -38,7 +38,7 @@ class ClassifierTraining:
     body: str | None
     num_labels: int
     train: Encoded
-    validate: Callable[[Any], dict[str, Any]]
+    validate: Validate
     work: Path
     identity: str
     encoder: PairEncoder

@@ -252,7 +252,7 @@ class StatusSettings:
     """Show the queue of an evaluation: every job that is not done, and who holds it."""
 
     out: Positional[Path]
-    """The --out folder of `ksub evaluate xnli` or `glue` (or of several models)."""
+    """The --out folder of `ksub evaluate xnli`, `glue`, `classify` or `lm` (or of several models)."""
 
 
 def status(settings: StatusSettings) -> str:
@@ -263,7 +263,10 @@ def status(settings: StatusSettings) -> str:
     """
     found = sorted(settings.out.glob("**/queue/plan.json"))
     if not found:
-        raise UserError(f"{settings.out}: holds no evaluation; give the --out folder of `ksub evaluate xnli` or `glue`")
+        raise UserError(
+            f"{settings.out}: holds no evaluation; give the --out folder of `ksub evaluate xnli`, `glue`, `classify` "
+            "or `lm`"
+        )
     return "\n\n".join(_describe(Queue.read(path.parent.parent)) for path in found)
 
 

@@ -1,5 +1,8 @@
 """Fine-tuning: continues to the last bit, keeps the best epoch, takes any encoder, refuses what is no model."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ksub_ds.common.distributed import free_port
 from ksub_ds.common.errors import UserError
 from ksub_ds.evaluate.data.rows import Source
 from ksub_ds.evaluate.data.tasks import XNLI_COLUMNS
@@ -23,8 +27,8 @@ def encoded(model: Path, data: Path, split: str, language: str = "en") -> Encode
 
 
 def accuracy(data: Encoded) -> Any:
-    def validate(model: Any) -> dict[str, Any]:
-        return {"score": float((predict(model, data).argmax(axis=1) == data.labels).mean())}
+    def validate(model: Any, check: Any) -> dict[str, Any]:
+        return {"score": float((predict(model, data, check=check).argmax(axis=1) == data.labels).mean())}
 
     return validate
 
@@ -39,8 +43,8 @@ def test_a_continued_run_has_the_same_bits(tiny_model: Path, tiny_xnli: Path, tm
         model.config.hidden_dropout_prob = 0.1
         calls = 0
 
-        def validate(scored: Any) -> dict[str, Any]:
-            return accuracy(validation)(scored)
+        def validate(scored: Any, _: Any) -> dict[str, Any]:
+            return accuracy(validation)(scored, lambda: None)
 
         def check() -> None:
             nonlocal calls
@@ -62,6 +66,65 @@ def test_a_continued_run_has_the_same_bits(tiny_model: Path, tiny_xnli: Path, tm
         assert torch.equal(value, model.state_dict()[name]), name
 
 
+def test_a_validation_that_is_cut_short_is_all_that_is_done_again(
+    tiny_model: Path, tiny_xnli: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, update, steps = encoded(tiny_model, tiny_xnli, "train"), loop._Run.update, []
+    monkeypatch.setattr(loop._Run, "update", lambda run, rows: steps.append(1) or update(run, rows))
+
+    def attempt(work: str, cut: bool) -> Any:
+        def validate(_: Any, check: Any) -> dict[str, Any]:
+            check()
+            return {"score": 0.5}
+
+        def check() -> None:
+            if cut and len(steps) == 8:  # the second epoch's
+                raise LeaseLost(work)
+
+        model = load_classifier(str(tiny_model), 3, 0)
+        return finetune(model, train, FineTuning(2, 32, 1e-3, seed=0), validate, tmp_path / work, "x", check)
+
+    (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
+    whole = attempt("whole", cut=False)
+    steps.clear()
+    with pytest.raises(LeaseLost):
+        attempt("parts", cut=True)
+    assert attempt("parts", cut=False) == whole and len(steps) == 8
+
+
+SLOW_VALIDATION = """
+import time
+from ksub_ds.common import distributed
+from ksub_ds.evaluate.finetune.loop import validate_on_main
+
+def validate(model, check):
+    for _ in range(30):
+        time.sleep(0.2)
+        check()
+    return {"score": 0.5}
+
+distributed.init_distributed()
+distributed.watchdog().timeout = 3
+assert validate_on_main(validate, None) == {"score": 0.5}
+distributed.shutdown()
+"""
+
+
+def test_ranks_that_wait_for_a_long_validation_do_not_count_as_hanging() -> None:
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW_VALIDATION],
+            env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
 def test_state_of_something_else_is_not_continued(tiny_model: Path, tiny_xnli: Path, tmp_path: Path) -> None:
     train = encoded(tiny_model, tiny_xnli, "train")
     outcomes = []
@@ -70,7 +133,7 @@ def test_state_of_something_else_is_not_continued(tiny_model: Path, tiny_xnli: P
         settings = FineTuning(1, 32, 1e-3, seed=0)
         seen: list[int] = []
 
-        def validate(_: Any, seen: list[int] = seen) -> dict[str, Any]:
+        def validate(_: Any, __: Any, seen: list[int] = seen) -> dict[str, Any]:
             seen.append(1)
             return {"score": 0.0}
 
@@ -83,7 +146,7 @@ def test_best_epoch_is_kept(tiny_model: Path, tiny_xnli: Path, tmp_path: Path) -
     train, scores = encoded(tiny_model, tiny_xnli, "train"), [0.2, 0.7, 0.7]
     kept: list[dict[str, Any]] = []
 
-    def validate(model: Any) -> dict[str, Any]:
+    def validate(model: Any, _: Any) -> dict[str, Any]:
         kept.append({name: value.clone() for name, value in model.state_dict().items()})
         return {"score": scores[len(kept) - 1]}
 
@@ -115,7 +178,7 @@ def test_how_often_it_is_saved_does_not_matter(
     def attempt(save_every: int, check: Any, work: Path) -> dict[str, Any]:
         model = load_classifier(str(tiny_model), 3, 0)
         settings = FineTuning(1, 4, 1e-3, seed=0, save_every_steps=save_every)
-        finetune(model, train, settings, lambda _: {"score": 0.0}, work, "x", check)
+        finetune(model, train, settings, lambda *_: {"score": 0.0}, work, "x", check)
         return model.state_dict()
 
     whole = attempt(500, lambda: None, tmp_path / "whole")
@@ -138,10 +201,10 @@ def test_how_often_the_losses_are_read_does_not_matter(
         monkeypatch.setattr(loop, "CHECK_STEPS", every)
         model = load_classifier(str(tiny_model), 3, 0)
         settings = FineTuning(2, 4, 1e-3, seed=0)
-        outcomes.append(finetune(model, train, settings, lambda _: {"score": 0.0}, tmp_path / str(every), "x"))
+        outcomes.append(finetune(model, train, settings, lambda *_: {"score": 0.0}, tmp_path / str(every), "x"))
 
         with monkeypatch.context() as patch:
             patch.setattr(loop._Run, "update", lambda run, rows: update(run, rows) / (run.position.step != 3))
             with pytest.raises(UserError, match="not finite at step 4; try a lower"):
-                finetune(model, train, settings, lambda _: {"score": 0.0}, tmp_path / f"{every} broken", "x")
+                finetune(model, train, settings, lambda *_: {"score": 0.0}, tmp_path / f"{every} broken", "x")
     assert outcomes[0] == outcomes[1]
