@@ -145,6 +145,8 @@ def test_teachers_that_will_not_do(tmp_path):
     with pytest.raises(UserError, match="decoder is not tied"):
         Teacher(tmp_path / "untied", positional_codes(120, 3))
     plain().save_pretrained(tmp_path / "small")
+    plain().bfloat16().save_pretrained(tmp_path / "bf16")
+    assert Teacher(tmp_path / "bf16", positional_codes(120, 3)).weight.dtype == torch.float32
     with pytest.raises(UserError, match="has 130 tokens, the codes 200"):
         Teacher(tmp_path / "small", positional_codes(200, 3))
     assert replace_embeddings(plain(), positional_codes(130, 2)).training is False
