@@ -69,6 +69,8 @@ def train(trip: Trip, name: str, codes: str, options: tuple[str, ...]) -> Row:
     which = ["--plain"] if file is None else ["--codes", str(trip.data / "codes" / file)]
     kept = trip.out / "runs" / name.replace(", ", " ").replace(" ", "_")
     kept.mkdir(parents=True, exist_ok=True)
+    for each in KEPT:  # of an earlier try
+        (kept / each).unlink(missing_ok=True)
     batch = ("--global-batch-size", "4") if trip.rehearsal else ()
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"

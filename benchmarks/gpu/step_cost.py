@@ -4,6 +4,7 @@ The weights are float32 and the products bf16, by autocast, as in `ksub pretrain
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from loss import clustered
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from trip import Row, Trip, Variants
 
 from ksub_ds.corpus import masking
@@ -20,6 +21,7 @@ from ksub_ds.pretrain.builders import set_dropout
 
 MICRO_BATCHES = (64, 128, 256)
 MASKED = 0.15
+STEP = "the profiled step"
 HOST_WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "_local_scalar_dense", "aten::nonzero")
 
 
@@ -101,7 +103,7 @@ def profile_variants(trip: Trip) -> Variants:
 
 
 def profiled(trip: Trip, sequences: int, how: str, shown: int = 25) -> Row:
-    """Kernels by their time, and every event in which the host waits for the device."""
+    """Kernels by their time, and every event of the step in which the host waits for the device."""
     step = forward_and_backward(trip, model_of(trip, how, dropout=0.1), batch(trip, sequences))
     for _ in range(3):
         step()
@@ -109,16 +111,17 @@ def profiled(trip: Trip, sequences: int, how: str, shown: int = 25) -> Row:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (trip.device == "cuda")
     with profile(activities=activities) as events:
         start = time.perf_counter()
-        step()
+        with record_function(STEP):
+            step()
         trip.synchronize()
         wall = 1e3 * (time.perf_counter() - start)
     averages = events.key_averages()
     on_device = DeviceType.CUDA if trip.device == "cuda" else DeviceType.CPU  # operators repeat their kernels' times
     attribute = "self_device_time_total" if trip.device == "cuda" else "self_cpu_time_total"
-    timed = [event for event in averages if event.device_type == on_device]
+    timed = [event for event in averages if event.device_type == on_device and event.key != STEP]
     by_time = sorted(timed, key=lambda event: -getattr(event, attribute))
     busy = sum(getattr(event, attribute) for event in timed) / 1e3
-    waits = {event.key: event.count for event in averages if any(name in event.key for name in HOST_WAITS)}
+    waits = waits_of_step(events)
     kernels = {event.key[:90]: [event.count, round(getattr(event, attribute) / 1e3, 3)] for event in by_time[:shown]}
     return {
         "wall_ms": round(wall, 2),
@@ -127,3 +130,14 @@ def profiled(trip: Trip, sequences: int, how: str, shown: int = 25) -> Row:
         "host_waits": waits,
         "count_and_ms": kernels,
     }
+
+
+def waits_of_step(events: profile) -> Counter[str]:
+    """Return the waits that begin while the host is in the step; the profile itself ends with one."""
+    all_events = events.events()
+    step = next(event for event in all_events if event.name == STEP and event.device_type == DeviceType.CPU).time_range
+    return Counter(
+        event.name
+        for event in all_events
+        if any(name in event.name for name in HOST_WAITS) and step.start <= event.time_range.start <= step.end
+    )

@@ -24,6 +24,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, write_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.common.output_folder import check_output_folder
 from ksub_ds.corpus.text.layout import TextLayout
 from ksub_ds.corpus.tokenizers.spelling import spellings
 
@@ -146,9 +147,7 @@ def _check(settings: Analyze) -> None:
         value = getattr(settings, key)
         if value < least:
             raise UserError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
-    out = settings.out
-    if out.exists() and not (out / RESULT).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is not an analysis and not empty; choose another folder")
+    check_output_folder(settings.out, "an analysis", lambda folder: (folder / RESULT).is_file())
 
 
 def _followed(words: Sequence[str], vocabulary: list[str], name: str) -> list[tuple[str, int]]:

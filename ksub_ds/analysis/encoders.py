@@ -139,7 +139,9 @@ def _from_huggingface(source: str) -> tuple[Any, str]:
         raise UserError(f"{source}: no such folder")
     try:
         with quiet_transformers():
-            model, told = AutoModel.from_pretrained(source, output_loading_info=True, use_safetensors=True)
+            model, told = AutoModel.from_pretrained(
+                source, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            )
     except Exception as error:  # the library raises many kinds for a damaged or absent model
         reason = one_line(error)
         what = "transformers cannot open this model" if folder.is_dir() else "no such folder, and no model to be had"

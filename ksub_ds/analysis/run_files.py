@@ -40,7 +40,8 @@ class RunFiles:
         metrics: lines of metrics.jsonl, by step; loss and step are finite numbers in each.
         evaluations: lines of evaluation.jsonl, by step.
         failure: what stands in failure.json, if the last start ended before its time.
-        parameters: {"embedding", "embedding_plain", "total", "total_plain", "hidden_size"}.
+        parameters: {"embedding", "embedding_plain", "total", "total_plain", "hidden_size", "ends"}; the first two of
+            one end, the input's; "ends" is 2 where the decoder has tables of its own.
     """
 
     path: Path
@@ -122,6 +123,7 @@ def _parameters(run: OpenRun) -> dict[str, int]:
         "total": total,
         "total_plain": total + ends * (plain - ours),
         "hidden_size": config.hidden_size,
+        "ends": ends,
     }
 
 

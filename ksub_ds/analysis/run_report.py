@@ -175,7 +175,12 @@ def parameters(run: RunFiles) -> str:
     header = ["", "plain embedding", f"this run, K&nbsp;=&nbsp;{run.table.num_tables}"]
     whole = 1 - counted["total"] / counted["total_plain"]
     words = f"The whole model is {number(whole, 1, percent=True)} smaller than with a plain embedding, at width d = "
-    words += f"{number(counted['hidden_size'])}. Input embedding and decoder are one and the same."
+    words += f"{number(counted['hidden_size'])}. "
+    words += (
+        "Input embedding and decoder are one and the same."
+        if counted["ends"] == 1
+        else "The decoder has tables of its own, as many as the input embedding, which is counted here."
+    )
     return section("Parameters (Table 1 of this run)", table(header, rows), paragraph(words, "soft"))
 
 

@@ -221,13 +221,15 @@ def _error_and_cosine(layer: "SubEmbedding", vectors: np.ndarray, weights: np.nd
     """
     import torch
 
+    from ksub_ds.model.embedding import SubEmbedding
+
     mean = ((weights / weights.sum()) @ vectors).astype(np.float32)
     lost = spread = cosines = 0.0
     for first in range(0, len(vectors), TOKENS_AT_ONCE):
         old, counted = vectors[first : first + TOKENS_AT_ONCE], weights[first : first + TOKENS_AT_ONCE]
         ids = torch.arange(first, first + len(old), device=layer.codes.device)
         with torch.no_grad():
-            new = layer(ids).float().cpu().numpy()
+            new = SubEmbedding.forward(layer, ids).float().cpu().numpy()  # Gemma 3's own forward scales
         lost += float(counted @ np.square(old - new).sum(axis=1))
         spread += float(counted @ np.square(old - mean).sum(axis=1))
         norms = np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1)

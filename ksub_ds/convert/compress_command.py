@@ -14,6 +14,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, write_json
 from ksub_ds.common.logging import get_logger
+from ksub_ds.common.output_folder import check_output_folder
 from ksub_ds.convert.compress import compress_with_report
 from ksub_ds.convert.fitting import Fit, Mixing
 from ksub_ds.convert.input_only import MOST_ROWS, InputForm, fit_form, fit_to_error, form_of_ratio
@@ -89,9 +90,7 @@ def compress_model(settings: CompressModel) -> Path:
     from ksub_ds.model.replacement import embedding_matrix
 
     out, log = settings.out, get_logger()
-    replaces = (out / "compression.json").exists()
-    if out.exists() and not replaces and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is not a compressed model and not empty; choose another folder")
+    replaces = check_output_folder(out, "a compressed model", lambda folder: (folder / "compression.json").is_file())
     _check(settings)
     _check_distillation(settings)
     choice = DedicatedChoice(settings.dedicated_rows, settings.data, settings.dedicated_tokens)

@@ -9,6 +9,7 @@ temporary folder, loaded back by transformers' Auto class, and both must give th
 one of our models (of `ksub compress`, or an earlier export) can stand for RUN.
 """
 
+import copy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,8 @@ from typing import Any, Literal
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder
 from ksub_ds.common.logging import get_logger
-from ksub_ds.convert.model_card import write_model_card
+from ksub_ds.common.output_folder import check_output_folder
+from ksub_ds.convert.model_card import is_export, write_model_card
 from ksub_ds.convert.onnx import write_onnx
 from ksub_ds.convert.remote_code import write_remote_code
 from ksub_ds.convert.sentence_encoder import copy_sentence_files
@@ -63,11 +65,10 @@ def export_run(
         UserError: not a run folder, no (such) whole checkpoint, a folder in the way, or the reloaded model differs.
     """
     out = Path(out)
-    if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is not an export and not empty; choose another folder")
-    source = open_source(run, step)
     if out.exists() and Path(run).resolve() == out.resolve():
         raise UserError(f"--out {out}: is the model itself; choose another folder")
+    check_output_folder(out, "an export", is_export)
+    source = open_source(run, step)
     if onnx and head_of(type(source.model).__name__) == "ForCausalLM":
         raise UserError("--onnx: is for encoders; a causal model's graph would need its cache as inputs and outputs")
     try:
@@ -88,17 +89,23 @@ def _write(source: ExportSource, folder: Path, form: Form, licence: str | None) 
     Raises:
         UserError: the difference is too large, or the model has no plain form.
     """
-    saved = _plain(source) if form == "dense" else source.model
+    model = saved = source.model
+    if form == "dense":
+        if model.dtype.itemsize < 4:  # its N x d matrix is rounded anew: the forms are compared before that
+            model = copy.deepcopy(model).float()
+        saved = _plain(model, source.tokenizer)
     saved.save_pretrained(folder)
     if source.tokenizer is not None:
         source.tokenizer.save(folder)
     elif source.folder is not None:
         copy_tokenizer_files(source.folder, folder)
     limit_tokenizer(folder, saved.config)
-    difference = compare_with_reload(source.model, folder, source.tokenizer)
+    difference = compare_with_reload(model, folder, source.tokenizer)
     tolerance = DENSE_TOLERANCE if form == "dense" else TOLERANCE
     if not difference <= tolerance:
         raise UserError(f"{source.name}: the exported model differs from it by {difference:g}; not published")
+    if saved.dtype != source.model.dtype:
+        saved.to(source.model.dtype).save_pretrained(folder)
     if form == "remote-code":
         write_remote_code(folder, source.model)
     if source.folder is not None:
@@ -118,11 +125,12 @@ def _check_long_text(folder: Path, name: str) -> None:
 
     if not (folder / "tokenizer_config.json").is_file():
         return
-    longest = longest_sequence(AutoConfig.from_pretrained(folder))
+    longest = longest_sequence(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     text = "a " * min(longest or 0, LONGEST_TRIED) + "a b c"
     try:
-        row = AutoTokenizer.from_pretrained(folder)(text, truncation=True, return_tensors="pt")
-        model = auto_class(folder).from_pretrained(folder).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        row = tokenizer(text, truncation=True, return_tensors="pt")
+        model = auto_class(folder).from_pretrained(folder, trust_remote_code=False).eval()
         results = list(tensors_of(model(**as_choices(head_of(type(model).__name__), row))).values())
         if (folder / "modules.json").is_file() and find_spec("sentence_transformers"):
             from sentence_transformers import SentenceTransformer
@@ -134,7 +142,7 @@ def _check_long_text(folder: Path, name: str) -> None:
         raise UserError(f"{name}: the export gives numbers that are not finite for a long text")
 
 
-def _plain(source: ExportSource) -> Any:
+def _plain(model: Any, tokenizer: Any) -> Any:
     """Return the plain model: XLM-R's class if the tokenizer is SentencePiece in XLM-R's layout, else the family's.
 
     Raises:
@@ -144,11 +152,11 @@ def _plain(source: ExportSource) -> Any:
     from ksub_ds.model.replacement import CLASSES, to_plain
 
     plain_class = None
-    if isinstance(source.tokenizer, XlmrTokenizer):
-        candidates = (plain for plain, ours in CLASSES.items() if ours is type(source.model))
+    if isinstance(tokenizer, XlmrTokenizer):
+        candidates = (plain for plain, ours in CLASSES.items() if ours is type(model))
         plain_class = next((each for each in candidates if each.__name__.startswith("XLMRoberta")), None)
     try:
-        return to_plain(source.model, plain_class)
+        return to_plain(model, plain_class)
     except ValueError as error:
         raise UserError(f"--dense: {error}") from error
 
@@ -167,7 +175,7 @@ def compare_with_reload(model: Any, saved: Path, tokenizer: Any) -> float:
     import torch
 
     head = head_of(type(model).__name__)
-    copy = auto_class(saved).from_pretrained(saved).eval()
+    reloaded = auto_class(saved).from_pretrained(saved, trust_remote_code=False).eval()
     num_tokens = model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     input_ids_BT = torch.randint(num_tokens, (2, 16), generator=generator)
@@ -180,7 +188,7 @@ def compare_with_reload(model: Any, saved: Path, tokenizer: Any) -> float:
     differences = []
     with torch.no_grad():
         for arguments in ({}, {"labels": labels_BT}) if head in ("ForMaskedLM", "ForCausalLM") else ({},):
-            ours, theirs = (tensors_of(each(**rows, **arguments)) for each in (model, copy))
+            ours, theirs = (tensors_of(each(**rows, **arguments)) for each in (model, reloaded))
             differences += [(each - theirs[name]).abs().max().item() for name, each in ours.items()]
     # max() passes over a NaN that is not first; a NaN must not look like agreement
     return max(differences) if all(value == value for value in differences) else float("nan")

@@ -21,6 +21,8 @@ CITATION = """    @misc{k-sub-embedding,
       note   = {Under review as a conference paper at ICLR 2022}
     }"""
 
+TAGS = ["tags:", "- sub-embedding", "- ksub_ds"]
+FRONT = 4_000  # characters in which they stand
 TASKS = {  # as the Hub names them
     "ForMaskedLM": "fill-mask",
     "ForCausalLM": "text-generation",
@@ -56,12 +58,21 @@ def write_model_card(folder: Path, source: ExportSource, form: str, licence: str
         temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
+def is_export(folder: Path) -> bool:
+    """Return whether a folder has our model card, so that `ksub export` made it."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    with open(card, encoding="utf-8", errors="replace") as stream:
+        return "\n".join(TAGS) in stream.read(FRONT)
+
+
 def _front_matter(source: ExportSource, licence: str | None, languages: list[str], sentences: bool) -> str:
     lines = ["---", f"library_name: {'sentence-transformers' if sentences else 'transformers'}"]
     task = "sentence-similarity" if sentences else TASKS.get(head_of(type(source.model).__name__))
     if task:
         lines.append(f"pipeline_tag: {task}")
-    lines += ["tags:", "- sub-embedding", "- ksub_ds"]
+    lines += TAGS
     known = [language for language in languages if language in LANGUAGES]
     if known:
         lines += ["language:", *(f"- {language}" for language in known)]

@@ -64,7 +64,9 @@ def _load(folder: Path) -> Any:
             return self.model(input_ids, attention_mask=attention_mask)[: len(self.names)]
 
     # Eager attention: its masks are plain arithmetic, which the exporter follows for any length.
-    model = auto_class(folder).from_pretrained(folder, attn_implementation="eager").eval()
+    # In float32: onnxruntime has no kernels for most operations in bf16 on a CPU.
+    settings = {"attn_implementation": "eager", "dtype": torch.float32, "trust_remote_code": False}
+    model = auto_class(folder).from_pretrained(folder, **settings).eval()
     model.config.use_cache = False
     return Outputs(model)
 

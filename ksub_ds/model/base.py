@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ksub_ds.codes.extension import extend_codes
 from ksub_ds.codes.table import CodeTable
@@ -39,9 +40,9 @@ def with_table(config: Any, table: CodeTable | None) -> tuple[Any, CodeTable]:
         if is_input_only(config) == table.unique:
             config.embedding_input_only = not table.unique
         return config, table
-    if config.table_sizes is None or torch.get_default_device().type != "meta":
+    if config.table_sizes is None or not (torch.get_default_device().type == "meta" or is_deepspeed_zero3_enabled()):
         raise ValueError("a new model needs a code table: pass table=positional_codes(...) or a loaded CodeTable")
-    # transformers builds on the meta device, where only shapes count, and then reads the codes from the file.
+    # transformers builds on the meta device, where only shapes count, or cut by ZeRO 3, and then reads the codes.
     codes = np.zeros((config.vocab_size, len(config.table_sizes)), np.int32)
     own = range(config.num_dedicated)
     return config, CodeTable(codes, config.table_sizes, dedicated=own, unique=not is_input_only(config))

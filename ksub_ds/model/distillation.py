@@ -57,7 +57,7 @@ class Teacher:
     """
 
     def __init__(self, name: str | Path, table: CodeTable, device: Any = "cpu"):
-        model: Any = open_model(name)
+        model: Any = open_model(name).float()  # a distribution of bf16 logits is not its own
         if not type(model).__name__.endswith("ForMaskedLM"):
             raise UserError(f"--distill-from {name}: is a {type(model).__name__}, which predicts no masked tokens")
         if model.config.vocab_size < table.num_tokens:

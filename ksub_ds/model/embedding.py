@@ -13,6 +13,7 @@ from ksub_ds.codes.packing import unpack
 from ksub_ds.codes.table import CodeTable, table_widths
 from ksub_ds.contraction.code_structure import CodeStructure
 from ksub_ds.contraction.dense_block import DenseBlock
+from ksub_ds.contraction.precision import exact_products, without_autocast
 
 NO_DECODER = "tokens share codes in an input-only embedding, so none can be predicted; compress without --input-only"
 MANY_TABLES = 8  # from here on, tables of one shape are looked up together
@@ -115,7 +116,9 @@ class SubEmbedding(nn.Module):
             parts = list(self._look_up_together(codes))
         embedded = torch.cat(parts, dim=-1)
         if self.mixing is not None:
-            embedded = embedded @ self.mixing.t().to(embedded.dtype)  # ZeRO 3 casts parameters, not buffers
+            # Not rounded by autocast, which leaves a lookup as it is; ZeRO 3 casts parameters, not buffers.
+            with without_autocast(embedded.device):
+                embedded = embedded @ self.mixing.t().to(embedded.dtype)
         return embedded
 
     def _unpacked(self, codes: Tensor) -> Tensor:
@@ -152,8 +155,11 @@ class SubEmbedding(nn.Module):
         return self._compose(F.embedding(self.dedicated, self.codes)).float() + self.dedicated_rows.float()
 
     def to_tables(self, hidden: Tensor) -> Tensor:
-        """Turn (..., d) decoder inputs to the columns of the tables: h · (A c) = (A^T h) · c."""
-        return hidden if self.mixing is None else hidden @ self.mixing.to(hidden.dtype)
+        """Turn (..., d) decoder inputs to the columns of the tables: h · (A c) = (A^T h) · c, in float32 at least."""
+        if self.mixing is None:
+            return hidden
+        dtype = torch.promote_types(hidden.dtype, torch.float32)  # rounded again, log Z would not be the exact one
+        return hidden.to(dtype) @ self.mixing.to(dtype)
 
     def logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute all N logits, (..., N), as sums of table scores; for a few rows, since N is wide.
@@ -163,7 +169,7 @@ class SubEmbedding(nn.Module):
         """
         if self.input_only:
             raise ValueError(NO_DECODER)
-        parts = self.to_tables(hidden).split(self.widths, dim=-1)
+        parts = self.to_tables(hidden).to(hidden.dtype).split(self.widths, dim=-1)
         scores = [part @ table.t() for part, table in zip(parts, self.tables, strict=True)]
         total = scores[0].index_select(-1, self.codes[:, 0])  # ONNX gathers by int32 here, but not by [...]
         for k, score in enumerate(scores[1:], start=1):
@@ -191,7 +197,7 @@ class SubEmbedding(nn.Module):
             raise ValueError(f"k must lie in 1..{self.num_embeddings}, not {k}")
         structure, found = self.structure, []
         bias = None if bias is None else bias.float()
-        with torch.autocast(hidden.device.type, enabled=False):
+        with exact_products(hidden.device):
             hidden = hidden.float()
             if structure.num_shared:
                 of_shared = bias if bias is None or structure.shared is None else bias[structure.shared]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import MaskedLMOutput
 
+from ksub_ds.contraction.precision import exact_products
 from ksub_ds.model.base import TokenPredictor
 from ksub_ds.model.embedding import SubEmbedding
 from ksub_ds.model.softmax import factorized_cross_entropy, log_partition
@@ -120,7 +121,8 @@ class SubMaskedLM(TokenPredictor):
         embedding, bias = self.get_input_embeddings(), self.decoder_bias
         loss = factorized_cross_entropy(decoder_input, embedding, targets, bias, reduction=reduction)
         if soft_targets is not None and weight:
-            delta = _distillation_delta(decoder_input, embedding, targets, bias, soft_targets)
+            with exact_products(decoder_input.device):  # as exact as log Z, or it falls below 0
+                delta = _distillation_delta(decoder_input.float(), embedding, targets, bias, soft_targets)
             loss = loss + weight * (delta / (targets != -100).sum() if reduction == "mean" else delta)
         return loss
 
@@ -197,7 +199,7 @@ def _chosen_positions(
 def _distillation_delta(
     hidden: Tensor, layer: SubEmbedding, labels: Tensor, bias: Tensor | None, soft_targets: Any
 ) -> Tensor:
-    """Return the KL to the teacher minus the cross-entropy of the labels, summed over rows: log Z cancels."""
+    """Return the KL to the teacher minus the cross-entropy of the labels, summed over float32 rows: log Z cancels."""
     parts = layer.to_tables(hidden).split(layer.widths, dim=-1)
     delta = -soft_targets.entropy
     counts = labels != -100  # the others only fill up, and have no teacher's probabilities either
@@ -208,14 +210,14 @@ def _distillation_delta(
         [*layer.table_sizes, layer.structure.num_dedicated], dim=1
     )
     for k, (part, table) in enumerate(zip(parts, layer.tables, strict=True)):
-        scores = part.float() @ table.float().t()  # as exact as log Z: rounded ones make a divergence below 0
+        scores = part @ table.float().t()
         of_label = scores.gather(1, label_codes[:, k : k + 1]).squeeze(1)
         delta = delta + torch.where(counts, of_label, 0.0).sum() - (scores * marginals[k]).sum()
     if own_rows is not None:
         places = -1 - layer.structure.places[labels]
         is_own = (counts & (places >= 0)).unsqueeze(1)
         of_label = torch.where(is_own, F.embedding(places.clamp(min=0), own_rows).float(), 0.0)
-        delta = delta + (hidden.float() * (of_label - dedicated_probs @ own_rows.float())).sum()
+        delta = delta + (hidden * (of_label - dedicated_probs @ own_rows.float())).sum()
     if bias is not None:
         of_label = torch.where(counts, bias[labels].float(), 0.0)
         delta = delta + of_label.sum() - (bias.float() * soft_targets.totals).sum()

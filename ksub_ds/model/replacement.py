@@ -85,7 +85,7 @@ def replace_embeddings(model: PreTrainedModel, table: CodeTable, mixing: bool = 
         with torch.no_grad():
             new.decoder_bias.copy_(_output_bias(model)[: table.num_tokens])
     _copy_generation_config(model, new)
-    return new.to(dtype=model.dtype, device=model.device).train(model.training)
+    return _as_loaded(new, model)
 
 
 def to_plain(model: SubEmbeddingModel, plain_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
@@ -125,7 +125,7 @@ def to_plain(model: SubEmbeddingModel, plain_class: type[PreTrainedModel] | None
         with torch.no_grad():
             decoder.bias.copy_(model.decoder_bias)
     _copy_generation_config(model, plain)
-    return plain.to(dtype=model.dtype, device=model.device).train(model.training)
+    return _as_loaded(plain, model)
 
 
 def embedding_matrix(model: PreTrainedModel) -> Tensor:
@@ -184,6 +184,18 @@ def _fields(config: Any, target: Any) -> dict[str, Any]:
     if "decoder_bias" not in target.__dataclass_fields__:
         drop.add("decoder_bias")
     return {key: value for key, value in copy.deepcopy(config).to_dict().items() if key not in drop}
+
+
+def _as_loaded(new: PreTrainedModel, like: PreTrainedModel) -> Any:
+    """Give a new model the mode, device and type of another.
+
+    What no file stores, such as rotary frequencies, stays float32, as when transformers loads a model: rounded
+    frequencies give wrong angles at late positions.
+    """
+    for value in new.state_dict(keep_vars=True).values():
+        if value.is_floating_point():
+            value.data = value.data.to(like.dtype)
+    return new.to(device=like.device).train(like.training)
 
 
 def _copy_generation_config(source: PreTrainedModel, target: PreTrainedModel) -> None:

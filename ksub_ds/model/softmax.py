@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from ksub_ds.contraction.code_structure import CodeStructure
 from ksub_ds.contraction.dense_block import DenseBlock, share_of
 from ksub_ds.contraction.fused import SMALLEST_SUM, FusedSoftmax, FusedWeights
+from ksub_ds.contraction.precision import exact_products
 from ksub_ds.model.embedding import SubEmbedding
 
 BLOCK_NUMBERS = {"cpu": 2**21, "cuda": 2**28}  # numbers of the widest level or table held per block
@@ -87,7 +88,7 @@ def factorized_cross_entropy(
             hidden_BD, labels = hidden_BD[kept], labels[kept]
         if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_tokens):
             raise ValueError(f"labels must be {ignore_index} or token ids in [0, {num_tokens})")
-    with torch.autocast(hidden.device.type, enabled=False):  # sums are float32 whatever the rest of the model is
+    with exact_products(hidden.device):  # sums are float32 whatever the rest of the model is
         if labels.device.type in READ_BY_HOST and layer.structure.is_plain and layer.mixing is None and len(labels):
             return _plain_cross_entropy(hidden_BD, layer.tables[0], labels, bias, reduction)
         dense_rows = _dense_rows(layer)
@@ -114,7 +115,7 @@ def _plain_cross_entropy(hidden: Tensor, table: Tensor, labels: Tensor, bias: Te
 @torch.no_grad()
 def log_partition(hidden: Tensor, layer: SubEmbedding, bias: Tensor | None = None) -> Tensor:
     """Compute log Z of every row: (B, d) decoder inputs -> (B,) float64. No gradient."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with exact_products(hidden.device):
         run = _LossRun(layer, tuple(layer.tables), bias, _dense_rows(layer), len(hidden), False, False)
         blocks = (each.split(run.rows_per_block) for each in (layer.to_tables(hidden), hidden))
         return torch.cat([run.log_partition(rows, dense) for rows, dense in zip(*blocks, strict=True)])

@@ -205,6 +205,19 @@ def test_a_model_that_has_diverged_is_refused(capsys, sub_model, tiny_text, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_code_that_lies_with_a_model_is_never_run(capsys, tiny_text, tmp_path, monkeypatch):
+    """Nor is anybody asked whether to."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    classes = {"AutoConfig": "code.C", "AutoModel": "code.M"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "foo", "auto_map": classes}))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: (tmp_path / "asked").touch() or "y")
+    assert main(["analyze", str(folder), "--data", str(tiny_text), "--out", str(tmp_path / "out")]) == 2
+    assert "transformers cannot open this model" in capsys.readouterr().err
+    assert not (tmp_path / "asked").exists() and not (tmp_path / "ran").exists()
+
+
 def test_mistakes_are_one_line(capsys, sub_model, plain_model, broken_model, tiny_text, tiny_tokenizer, tmp_path):
     def told(*arguments):
         assert main(["analyze", *map(str, arguments)]) == 2

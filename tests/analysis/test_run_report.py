@@ -6,11 +6,13 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ksub_ds.analysis import run_report
 from ksub_ds.analysis.run_report import write_report
 from ksub_ds.codes.positional import positional_codes
 from ksub_ds.codes.table import CodeTable
@@ -210,6 +212,14 @@ def test_parameters_are_those_of_the_model(page):
     assert rows["parameters"] == [[total - tables + 3000 * 128], [total]]
     assert rows["embedding parameters"] == [[3000 * 128], [tables]]
     assert rows["saved"][1] == [1 - tables / (3000 * 128)]
+
+
+def test_a_decoder_with_tables_of_its_own_is_told():
+    counted = {"embedding": 90, "embedding_plain": 960, "total": 1000, "total_plain": 2740, "hidden_size": 32}
+    table = positional_codes(30, 3)
+    for ends, words in ((1, "Input embedding and decoder are one and the same"), (2, "has tables of its own")):
+        run = SimpleNamespace(parameters=counted | {"ends": ends}, table=table)
+        assert words in run_report.parameters(run)
 
 
 def test_scores_are_those_of_the_results(page):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.long
 
@@ -86,6 +87,38 @@ def test_a_run_is_summarised_by_its_own_files(modules, tmp_path):
     (tmp_path / "evaluation.jsonl").write_text(json.dumps(score) + "\n")
     row = real_runs.outcome(tmp_path)
     assert row["held_out"] == [[2, 2.0, 7.0]] and row["held_out_by_language"] == {"en": 6.5}
+
+
+def test_a_run_keeps_nothing_of_an_earlier_try(modules, tmp_path, monkeypatch):
+    real_runs, trip = modules("real_runs"), modules("trip")
+    kept = tmp_path / "runs" / "run_plain"
+    kept.mkdir(parents=True)
+    score = {"step": 1, "loss": 7.0, "languages": {"en": {"loss": 6.5}}}
+    (kept / "evaluation.jsonl").write_text(json.dumps(score) + "\n")
+
+    def run(command, **_):
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir()
+        lines = [{"step": step, "loss": 9.0, "step_seconds": 1.0} for step in (1, 2, 3)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(real_runs.subprocess, "run", run)
+    setting = trip.Trip(tmp_path, True, "cpu", math.inf, tmp_path / "no data")
+    assert "held_out" not in real_runs.train(setting, "run plain", "plain", ())
+
+
+def test_the_wait_at_the_end_of_a_profile_is_none_of_the_step(modules, tmp_path, monkeypatch):
+    step_cost, trip = modules("step_cost"), modules("trip")
+    setting = trip.Trip(tmp_path, True, "cpu", math.inf)
+    step = lambda: torch.ones(3).nonzero()  # noqa: E731
+    monkeypatch.setattr(step_cost, "model_of", lambda *_, **__: None)
+    monkeypatch.setattr(step_cost, "batch", lambda *_: {})
+    monkeypatch.setattr(step_cost, "forward_and_backward", lambda *_: step)
+    monkeypatch.setattr(trip.Trip, "synchronize", lambda _: step())
+    row = step_cost.profiled(setting, 2, "eager")
+    assert row["waits"] == 1 and row["host_waits"] == {"aten::nonzero": 1}
+    assert step_cost.STEP not in row["count_and_ms"]
 
 
 def test_the_kept_derived_times_are_those_of_the_model(modules):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ksub_ds import CodeTable, clustered_codes, compress, plain_codes, positional_codes, replace_embeddings
 from ksub_ds.cli import main
@@ -165,6 +165,20 @@ def test_the_report_counts_and_calls_back():
     assert report.total_parameters == (model.num_parameters(), small.num_parameters()) == report.loss
     assert json.loads(json.dumps(report.to_json()))["num_tokens"] == 200
     assert "4,800 -> 144 and 576 fixed numbers (the linear matrix)" in report.lines()[0]
+
+
+def test_the_error_of_gemma_is_that_of_its_vectors_unscaled():
+    """Its own lookup multiplies by the root of the width; the matrix that was fitted is not so."""
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    fields |= {"head_dim": 8, "intermediate_size": 48, "vocab_size": 200, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **fields))
+    small, report = compress_with_report(model, positional_codes(200, 3))
+    old, new = embedding_matrix(model), small.get_input_embeddings().dense_weight().detach()
+    wanted = (old - new).square().sum() / (old - old.mean(dim=0)).square().sum()
+    assert report.error == pytest.approx(wanted.item(), rel=1e-4) and report.error < 1
+    cosine = torch.cosine_similarity(old, new, dim=1).mean().item()
+    assert report.cosine == pytest.approx(cosine, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])

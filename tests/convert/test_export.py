@@ -92,11 +92,17 @@ def test_roberta_path_from_text_to_a_filled_mask(bench: Bench, one_rank: dict[st
 
 def test_refusals(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("mine")
+    foreign = tmp_path / "foreign"  # a model, but no export
+    foreign.mkdir()
+    (foreign / "config.json").write_text("{}")
+    (foreign / "README.md").write_text("---\ntags:\n- mine\n---\n")
     for run, out, step, message in (
         (bench.data, tmp_path / "a", None, "no recipe.json"),
         (bench.folder / "reference", tmp_path, None, "not an export and not empty"),
+        (bench.folder / "reference", foreign, None, "not an export and not empty"),
+        (bench.folder / "reference", Path(), None, "is or holds the current folder"),
         (bench.folder / "reference", tmp_path / "a", 7, "there are checkpoints of step 20, 15, 10, 5"),
     ):
         with pytest.raises(UserError, match=message):
             export_run(run, out, step)
-    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "a").exists() and len(list(foreign.iterdir())) == 2

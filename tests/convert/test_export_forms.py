@@ -1,5 +1,6 @@
 """Warm start, distillation and what others can open: one tiny run from a compressed model, exported in every form."""
 
+import importlib.util
 import json
 import os
 import re
@@ -114,6 +115,32 @@ def test_onnx(
     run = taught if network == "roberta" else bench.folder / network
     export_run(run, tmp_path / "model", form=form, onnx=True)  # compares, and raises when they differ
     assert (tmp_path / "model" / "model.onnx").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("form", ["ksub", "dense"])
+def test_a_model_in_bf16(tiny_tokenizer: Path, tmp_path: Path, form: str) -> None:
+    """Compared, and made ONNX, in float32; written in the type it has."""
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    from ksub_ds import KSubRobertaConfig, KSubRobertaForMaskedLM, positional_codes
+    from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    config = KSubRobertaConfig.tiny(vocab_size=tokenizer.vocab_size, pad_token_id=1, embedding_mixing=True)
+    torch.manual_seed(0)
+    model = KSubRobertaForMaskedLM(config, positional_codes(tokenizer.vocab_size, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+        model.get_input_embeddings().mixing.copy_(torch.linalg.qr(torch.randn(128, 128))[0])
+    model.bfloat16().save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    onnx = all(importlib.util.find_spec(package) for package in NEEDS)
+    export_run(tmp_path / "model", tmp_path / "out", form=form, onnx=onnx)
+    written = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert written.dtype == torch.bfloat16
+    assert (tmp_path / "out" / "model.onnx").exists() == onnx
 
 
 def test_a_classifier_becomes_onnx(tiny_tokenizer: Path, tmp_path: Path) -> None:

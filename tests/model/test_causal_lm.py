@@ -217,6 +217,25 @@ def test_more_tokens_and_other_codes(family):
     assert fewer.generation_config.to_dict() == model.generation_config.to_dict()
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "gpt2" not in family])
+def test_in_bf16_the_rotary_frequencies_stay_float32(family, tmp_path):
+    """As transformers loads a model: rounded, they give wrong angles at late positions."""
+    plain_model(family).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    wanted = frequencies(loaded)
+    ours = replace_embeddings(loaded, TABLE, mixing=True)
+    assert {each.dtype for each in wanted.values()} == {torch.float32} and ours.dtype == torch.bfloat16
+    for each in (ours, to_plain(ours)):
+        found = frequencies(each)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+        stored = [value for value in each.state_dict().values() if value.is_floating_point()]
+        assert {value.dtype for value in stored} == {torch.bfloat16}
+
+
+def frequencies(model):
+    return {name: value for name, value in model.named_buffers() if "inv_freq" in name}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_row_a_token_is_the_plain_model(family):
     plain = plain_model(family)

@@ -9,7 +9,7 @@ from ksub_ds import CodeTable, compress, plain_codes, positional_codes, replace_
 from ksub_ds.common.errors import UserError
 from ksub_ds.corpus.masking import masked_positions
 from ksub_ds.model import distillation
-from ksub_ds.model.distillation import Teacher
+from ksub_ds.model.distillation import SoftTargets, Teacher
 
 SIZE = {"vocab_size": 130, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -122,6 +122,21 @@ def test_in_bf16_the_divergence_is_as_exact_as_the_loss(buffers, tmp_path):
     torch.testing.assert_close(loss.double(), (theirs.exp() * (theirs - ours)).sum(), rtol=1e-4, atol=1e-3)
 
 
+def test_under_autocast_a_model_diverges_from_itself_by_nothing():
+    """`--precision bf16` is autocast around the whole forward pass, the loss included."""
+    student = compress(plain(), positional_codes(130, 3))
+    layer, bias = student.get_input_embeddings(), student.decoder_bias
+    hidden, labels = torch.randn(40, 24), torch.randint(130, (40,))
+    logits = layer.logits(hidden, bias).detach().double()
+    probs, log_probs = logits.softmax(1), logits.log_softmax(1)
+    marginals = [torch.zeros(40, 6).double().index_add_(1, codes, probs) for codes in layer.codes.T]
+    soft = SoftTargets(torch.cat(marginals, dim=1).float(), probs.sum(0).float(), -(probs * log_probs).sum().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert abs(student._loss(hidden, labels, "mean", soft, 1.0)) < 1e-4
+        rounded = student._loss(hidden.bfloat16(), labels, "mean", soft, 1.0)
+    torch.testing.assert_close(rounded, student._loss(hidden.bfloat16().float(), labels, "mean", soft, 1.0))
+
+
 def test_teachers_that_will_not_do(tmp_path):
     plain(head=AutoModel).save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match="is a BertModel, which predicts no masked tokens"):
@@ -130,6 +145,8 @@ def test_teachers_that_will_not_do(tmp_path):
     with pytest.raises(UserError, match="decoder is not tied"):
         Teacher(tmp_path / "untied", positional_codes(120, 3))
     plain().save_pretrained(tmp_path / "small")
+    plain().bfloat16().save_pretrained(tmp_path / "bf16")
+    assert Teacher(tmp_path / "bf16", positional_codes(120, 3)).weight.dtype == torch.float32
     with pytest.raises(UserError, match="has 130 tokens, the codes 200"):
         Teacher(tmp_path / "small", positional_codes(200, 3))
     assert replace_embeddings(plain(), positional_codes(130, 2)).training is False

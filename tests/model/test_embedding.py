@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ksub_ds import CodeTable, SubEmbedding, factorized_cross_entropy, plain_codes, positional_codes
 from ksub_ds.contraction import beam_search
+from ksub_ds.model.softmax import log_partition
 
 
 def layer_of(table, dim=20, seed=0):
@@ -219,6 +220,33 @@ def test_a_mixing_matrix_is_part_of_the_embedding_everywhere(num_tables):
     torch.testing.assert_close(ours, theirs)
     inputs = [hidden, *layer.parameters()]
     torch.testing.assert_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mixing_matrix_leaves_the_sum_exact_for_rounded_rows(dtype):
+    """log Z is that of the rows as they are; probabilities of all tokens add up to 1."""
+    layer = SubEmbedding(positional_codes(200, 3), 20, mixing=True)
+    layer.reset_parameters(std=1.0)
+    layer.mixing.copy_(torch.randn(20, 20, generator=torch.Generator().manual_seed(0)) / 4)
+    layer.to(dtype)
+    hidden = torch.randn(6, 20, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = copy.deepcopy(layer).double()
+    wanted = (hidden.double() @ exact.dense_weight().T).logsumexp(dim=1)
+    torch.testing.assert_close(log_partition(hidden, layer), wanted, rtol=1e-6, atol=1e-6)
+    logits, _ = layer.predict_topk(hidden, 200)
+    torch.testing.assert_close(logits.double().logsumexp(dim=1), wanted, rtol=1e-6, atol=1e-6)
+    assert layer.logits(hidden).dtype == dtype
+
+
+def test_autocast_rounds_no_vector_of_the_input():
+    """Each layer of a Llama adds to it: in bf16 the whole stream of residuals would stay so."""
+    layer = SubEmbedding(positional_codes(200, 3), 20, mixing=True)
+    layer.mixing.copy_(torch.randn(20, 20) / 4)
+    ids = torch.arange(200)
+    with torch.autocast("cpu", torch.bfloat16):
+        embedded = layer(ids)
+    assert embedded.dtype == torch.float32 and torch.equal(embedded, layer(ids))
+    assert layer.to("meta")(ids.to("meta")).shape == (200, 20)
 
 
 def dedicated_layer(table, ids, dim=20, **keywords):

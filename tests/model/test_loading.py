@@ -191,3 +191,24 @@ def test_above_the_folder_of_a_model(tmp_path: Path) -> None:
     save("BertModel", tmp_path / "above" / "0_Transformer")
     with pytest.raises(UserError, match=r"above: holds no config\.json; give .*above/0_Transformer"):
         open_config(tmp_path / "above")
+
+
+def test_where_zero_3_takes_the_place_of_the_meta_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under its DeepSpeed integration, transformers builds models without the meta device."""
+    from ksub_ds.model import base
+
+    config = transformers.LlamaConfig(**SIZE, pad_token_id=0)
+    small = compress(transformers.LlamaForCausalLM(config), positional_codes(120, 3))
+    small.save_pretrained(tmp_path)
+    whole = transformers.PreTrainedModel.get_init_context
+
+    def without_meta(*arguments: Any, **keywords: Any) -> list[Any]:
+        return [each for each in whole(*arguments, **keywords) if not isinstance(each, torch.device)]
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "get_init_context", without_meta)
+    with pytest.raises(ValueError, match="a new model needs a code table"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    monkeypatch.setattr(base, "is_deepspeed_zero3_enabled", lambda: True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.code_table().sha256 == small.code_table().sha256
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in loaded.state_dict().items())

@@ -158,7 +158,12 @@ def _load(path: str, num_labels: int | None, option: str = "") -> tuple[Any, boo
     with quiet_transformers():
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **settings
+                path,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **settings,
             )
         except Exception as error:  # the library raises many kinds
             reason = one_line(error)
