@@ -71,7 +71,7 @@ def test_other_wrong_launcher_options(tmp_path: Path) -> None:
         (["--hostfile", EXAMPLE, "--master_port", "port"], "--master_port port: is not a port"),
         (["--hostfile", EXAMPLE, "--force_multi", "--launcher", "rsh"], "choose one of pdsh, ssh, openmpi"),
     ):
-        done = call(SCRIPT, *options, cwd=tmp_path)
+        done = call(SCRIPT, "--out", "run", *options, cwd=tmp_path)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1) and message in done.stderr
 
 
@@ -105,7 +105,8 @@ def test_options_are_divided_and_never_reparsed(tmp_path: Path) -> None:
 def test_outer_ranks_are_cleared(tmp_path: Path) -> None:
     """As DeepSpeed's launcher starts it: rank 0 starts the run afresh, the others end."""
     outer = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    _, found, _ = passed(tmp_path, "--local_rank=0", "--hostfile", EXAMPLE, CUDA_VISIBLE_DEVICES="0,1", **outer)
+    options = ("--local_rank=0", "--hostfile", EXAMPLE, "--out", "run")
+    _, found, _ = passed(tmp_path, *options, CUDA_VISIBLE_DEVICES="0,1", **outer)
     assert not ({*outer, "CUDA_VISIBLE_DEVICES"} & found.keys())
     second = environment() | outer | {"RANK": "1", "LOCAL_RANK": "1"}
     command = [sys.executable, str(SCRIPT), "--local_rank=1", "--hostfile", "no such file"]
