@@ -91,7 +91,8 @@ def inspect(path: Positional[Path], embedding_dim: int | None = None) -> None:
 
     table = CodeTable.load(path)
     recorded = table.metadata.get("embedding_dim", "")
-    width = embedding_dim or (int(recorded) if re.fullmatch("[0-9]{1,6}", recorded) else 512)
+    width = int(recorded) if re.fullmatch("[0-9]{1,6}", recorded) else 512
+    width = width if embedding_dim is None else embedding_dim
     if width < table.num_tables:
         raise UserError(f"--embedding-dim {width}: must be at least the {table.num_tables} tables of {path}")
     rows = describe(table, width)

@@ -277,8 +277,8 @@ def wrong_gpus(places: list[str]) -> str | None:
     """
     with_gpu = [place for place in places if len(place.split()) == 2]
     if 0 < len(with_gpu) < len(places):  # they would wait for each other, in nccl and in gloo
-        without = ", ".join(dict.fromkeys(place.strip() for place in places if place not in with_gpu))
-        return f"no GPU on {without}, but on other hosts: check nvidia-smi there, or export DS_ACCELERATOR=cpu for all"
+        hosts = ", ".join(dict.fromkeys(place.strip() for place in places if place not in with_gpu))
+        return f"ranks without a GPU on {hosts}, others have one: check nvidia-smi there, or export DS_ACCELERATOR=cpu"
     twice = next((place for place in with_gpu if with_gpu.count(place) > 1), None)
     if twice is None:
         return None

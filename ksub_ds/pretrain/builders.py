@@ -175,7 +175,7 @@ def compile_where_possible(run: ResolvedRun, engine: "DeepSpeedEngine", first: S
         RuntimeError: the micro-batch does not fit into the memory.
     """
     if not run.recipe.compile:
-        return "--no-compile" if distributed.has_gpu() else "--compile is not given"
+        return "--no-compile, or a run that began so" if distributed.has_gpu() else "--compile is not given"
     if zero_stage(engine.config) == 3:
         return "ZeRO 3 gathers weights in the midst of the forward pass"
     from ksub_ds.model.compilation import compile_encoder, rehearse, run_eager

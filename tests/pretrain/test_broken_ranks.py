@@ -129,7 +129,7 @@ def test_which_gpus_are_shared() -> None:
     assert wrong_gpus(["a", "a", "b"]) is None, "CPUs"
     assert wrong_gpus(["a 0", "b 0"]) is None, "of different hosts"
     message = wrong_gpus(["a GPU-1", "b ", "a GPU-2", "b ", "c "])
-    assert message is not None and message.startswith("no GPU on b, c, but on other hosts: check nvidia-smi there, or")
+    assert message is not None and message.startswith("ranks without a GPU on b, c, others have one: check")
     message = wrong_gpus(["b GPU-9", "a GPU-1", "a GPU-2", "a GPU-1"])
     assert message is not None and message.startswith(
         "a has 3 ranks (1, 2, 3) and 2 GPUs for them; start 2 ranks there"

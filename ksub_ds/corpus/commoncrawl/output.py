@@ -96,7 +96,8 @@ class CrawlFolder:
         Raises:
             UserError: the folder holds damaged shards, shards of other text or with other settings.
         """
-        read = [*self._settings.input, *([self._text] if self._text else [])]
+        read = [*self._settings.input, *([self._settings.cache] if self._settings.snapshot else [])]
+        read += [self._text] if self._text else []
         check_replaced(self._out, self._settings.languages, ("tokenizer", "work"), read)
         remove_leftovers(self._out)
         for path in parts(self._out):

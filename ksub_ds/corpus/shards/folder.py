@@ -6,6 +6,7 @@ OUT/manifest.json   written last, when every language is there
 """
 
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards.dataset import FORMAT_VERSION, dataset_fingerprint
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
+
+SHARD = re.compile(r"(train|validation)-\d{5}\.arrow")
 
 
 def make_folder(folder: Path, option: str = "--out") -> None:
@@ -81,8 +84,8 @@ def check_replaced(out: Path, names: Collection[str], more: Collection[str], rea
         raise UserError(f"--out {out}: {settings.name} is no file of shards; choose another folder")
     for name in (*names, *more):
         path = out / name
-        made = ours if name in more else (path / "part.json").is_file()
-        if path.is_symlink():
+        made = ours if name in more else (path / "part.json").is_file() or (ours and _holds_shards_only(path))
+        if path.is_symlink() and not made:
             raise UserError(f"--out {out}: {path} is a link and would be replaced; let {out} itself lead elsewhere")
         if path.exists() and not made and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(
@@ -91,6 +94,11 @@ def check_replaced(out: Path, names: Collection[str], more: Collection[str], rea
         for each in read:
             if each.resolve().is_relative_to(path.resolve()):
                 raise UserError(f"--out {out}: would replace {path}, where {each} lies; choose another folder")
+
+
+def _holds_shards_only(folder: Path) -> bool:
+    """Return whether a folder without part.json is what is left of a language: half removed, or half copied."""
+    return folder.is_dir() and all(SHARD.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _is_settings(value: Any) -> bool:

@@ -180,7 +180,7 @@ def _check(settings: ShardText) -> None:
 
 def _local_sources(settings: ShardText) -> list[Path]:
     """Return the files and folders of this machine that are read."""
-    given = (settings.input, settings.parallel, *map(Path, settings.datasets))
+    given = (settings.input, settings.parallel, *(Path(name.partition(":")[0]) for name in settings.datasets))
     return [path for path in given if path is not None and path.exists()]
 
 

@@ -471,6 +471,17 @@ def test_nothing_is_replaced_that_no_run_made(tiny_text: Path, tiny_tokenizer: P
     refused("would replace .*out/en, where .*out/en lies", input=out / "en", out=out)
 
 
+def test_what_is_left_of_a_language_is_made_again_and_a_link_to_a_whole_one_stays(
+    tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    settings = ShardText(tiny_text, tiny_tokenizer, tmp_path / "out", sequence_length=64, workers=1)
+    whole = shard_text(settings)
+    (settings.out / "en" / "part.json").unlink()  # half removed, or half copied
+    shutil.move(settings.out / "el", tmp_path / "elsewhere")
+    (settings.out / "el").symlink_to(tmp_path / "elsewhere")
+    assert shard_text(settings) == whole and (settings.out / "el").is_symlink()
+
+
 def test_a_full_disk_is_one_line(tiny_text: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     command = f"trap '' XFSZ; ulimit -f 20; exec {sys.executable} preprocessing/shard_text.py --workers 1"
     options = f" --input {tiny_text} --tokenizer {tiny_tokenizer} --out {tmp_path / 'out'} --sequence-length 64"
