@@ -211,7 +211,10 @@ class CrawlRun:
             for path in parts(self._out):
                 if path.parent.name not in languages:
                     get_logger().info(f"{path.parent}: shards of an earlier request, removed: no page of this one")
-                    shutil.rmtree(path.parent)
+                    if path.parent.is_symlink():  # to another disk
+                        path.parent.unlink()
+                    else:
+                        shutil.rmtree(path.parent)  # an error ends the run: the manifest would name them
 
         self._comm.on_main(remove_others)
         get_logger().info(f"packing {len(languages)} languages")

@@ -7,7 +7,6 @@ OUT/manifest.json   written last, when every language is there
 
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,9 +131,9 @@ def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> No
             )
         if changed is not None:
             for part in parts(folder):
-                shutil.rmtree(part.parent, ignore_errors=True)
+                remove_path(part.parent)
             if existing.get("tokenizer") != tokenizer_facts:
-                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+                remove_path(folder / "tokenizer")
     elif parts(folder):
         raise UserError(f"{folder}: holds shards but no settings.json; choose another --out, or remove this one")
     write_json(path, wanted)
