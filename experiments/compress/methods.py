@@ -93,15 +93,8 @@ def _sub_embedding(table: CodeTable, rows: list[np.ndarray], mixing: np.ndarray 
 def product(original: Original, ratio: float, seed: int) -> Small:
     """FAISS's product quantiser: of the forms that fit, the one with the most bits for a token, packed as it packs."""
     count, width = original.vectors.shape
-    budget = count * width * 4 / ratio
-    forms = [
-        (number * bits, bits, number)
-        for bits in range(4, 9)
-        for number in range(1, width + 1)
-        if width % number == 0 and -(-number * bits // 8) * count + 2**bits * width * 4 <= budget
-    ]
-    _, bits, num_tables = max(forms)
-    quantiser = faiss.ProductQuantizer(width, num_tables, bits)
+    quantiser = _product_form(count, width, original.vectors.nbytes / ratio)
+    num_tables, bits = quantiser.M, quantiser.nbits
     quantiser.cp.seed = 1234 + seed  # its own default is 1234
     quantiser.train(original.vectors)
     packed = quantiser.compute_codes(original.vectors)
@@ -110,6 +103,54 @@ def product(original: Original, ratio: float, seed: int) -> Small:
     tables = faiss.vector_to_array(quantiser.centroids).reshape(num_tables, 2**bits, -1)
     layer = _sub_embedding(CodeTable(codes, (2**bits,) * num_tables, unique=False), list(tables), None).layer
     return Small(layer, packed.nbytes + tables.nbytes)
+
+
+def _product_form(count: int, width: int, budget: float) -> faiss.ProductQuantizer:
+    """Return a product quantiser of the form with the most bits for a token that fits into a number of bytes."""
+    forms = [
+        (number * bits, bits, number)
+        for bits in range(4, 9)
+        for number in range(1, width + 1)
+        if width % number == 0 and -(-number * bits // 8) * count + 2**bits * width * 4 <= budget
+    ]
+    _, bits, number = max(forms)
+    return faiss.ProductQuantizer(width, number, bits)
+
+
+def rotated_product(original: Original, ratio: float, seed: int) -> Small:
+    """FAISS's optimised product quantiser (OPQ): a rotation, learned with the codes, stands before the tables."""
+    count, width = original.vectors.shape
+    rotation = 4 * width * width
+    quantiser = _product_form(count, width, original.vectors.nbytes / ratio - rotation)
+    quantiser.cp.seed = 1234 + seed
+    optimised = faiss.OPQMatrix(width, quantiser.M)
+    optimised.pq = quantiser
+    optimised.train(original.vectors)
+    rotated = optimised.apply(original.vectors)
+    packed = quantiser.compute_codes(rotated)
+    restored = optimised.reverse_transform(quantiser.decode(packed))
+    return _frozen(restored, packed.nbytes + 4 * quantiser.centroids.size() + rotation)
+
+
+def residual(original: Original, ratio: float, seed: int) -> Small:
+    """FAISS's residual quantiser: each table has rows of full width for what those before leave; the most bits fit."""
+    count, width = original.vectors.shape
+    budget = original.vectors.nbytes / ratio
+    forms = []
+    for bits in range(4, 9):
+        number = int((budget - count) / (4 * 2**bits * width + count * bits / 8))
+        forms.append((number * bits, bits, number))
+    _, bits, number = max(forms)
+    quantiser = faiss.ResidualQuantizer(width, number, bits)
+    quantiser.cp.seed = 1234 + seed
+    quantiser.train(original.vectors)
+    packed = quantiser.compute_codes(original.vectors)
+    return _frozen(quantiser.decode(packed), packed.nbytes + 4 * number * 2**bits * width)
+
+
+def _frozen(vectors: np.ndarray, stored: int) -> Small:
+    """Return an embedding of restored vectors that `stored` bytes describe."""
+    return Small(nn.Embedding.from_pretrained(torch.from_numpy(vectors.astype(np.float32)), freeze=True), stored)
 
 
 def low_rank(original: Original, ratio: float) -> Small:
@@ -135,8 +176,7 @@ def rounded(original: Original, ratio: float) -> Small:
         tried = np.clip(np.round(vectors / scale), -most - 1, most) * scale
         error = np.square(vectors - tried).sum(axis=1)
         best, least = np.where((error < least)[:, None], tried, best), np.minimum(error, least)
-    layer = nn.Embedding.from_pretrained(torch.from_numpy(best.astype(np.float32)), freeze=True)
-    return Small(layer, vectors.size * bits // 8 + 4 * len(vectors))
+    return _frozen(best, vectors.size * bits // 8 + 4 * len(vectors))
 
 
 def pruned(original: Original, ratio: float) -> Small:
@@ -193,6 +233,8 @@ METHODS = {
     "original": Method(unchanged, (1,)),
     "ours": Method(ours, (8, 12, 16, 20, 30, 60), has_chance=True),
     "product quantisation (faiss)": Method(product, (8, 16, 20, 29.9, 60), has_chance=True),
+    "optimised product quantisation (faiss)": Method(rotated_product, (8, 16, 30), has_chance=True),
+    "residual quantisation (faiss)": Method(residual, (30, 60), has_chance=True),
     "int8, int4 rows": Method(rounded, (4, 8)),
     "low rank (SVD)": Method(low_rank, (8, 16, 30)),
     "vocabulary trimmed": Method(trimmed, (8, 16, 30), needs_word_pieces=True),

@@ -39,11 +39,11 @@ def mean(seeds: dict[str, dict[str, Any]], measure: str) -> float:
     return statistics.fmean(seed[measure] for seed in seeds.values())
 
 
-def _with_spread(seeds: dict[str, dict[str, Any]], measure: str) -> str:
+def _with_spread(seeds: dict[str, dict[str, Any]], measure: str, digits: int = 2) -> str:
     """Format the mean over seeds, and where there are several, their standard deviation."""
     values = [seed[measure] for seed in seeds.values()]
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def table(points: list[dict[str, Any]]) -> str:
@@ -51,15 +51,16 @@ def table(points: list[dict[str, Any]]) -> str:
     minutes = sorted({each for point in points for each in point["after"]}, key=float)
     more = "".join(f" distilled {each} min | found first |" for each in minutes)
     lines = [
-        f"| method | bytes | 1/ | Spearman | of the original's | found first |{more}",
-        "|---" * (6 + 2 * len(minutes)) + "|",
+        f"| method | bytes | 1/ | Spearman | of the original's | found first | cosine |{more}",
+        "|---" * (7 + 2 * len(minutes)) + "|",
     ]
     best = mean(points[0]["before"], "spearman")
     for point in sorted(points, key=lambda point: -point["bytes"]):
         before = point["before"]
         line = (
             f"| {point['method']} | {point['bytes']:,} | {point['ratio']:.1f} | {_with_spread(before, 'spearman')} | "
-            f"{100 * mean(before, 'spearman') / best:.1f} % | {mean(before, 'found_first'):.1f} % |"
+            f"{100 * mean(before, 'spearman') / best:.1f} % | {mean(before, 'found_first'):.1f} % | "
+            f"{_with_spread(before, 'cosine', 4)} |"
         )
         for each in minutes:
             after = point["after"].get(each)

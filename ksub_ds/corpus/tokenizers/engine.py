@@ -8,6 +8,7 @@ work and one line of the log says so. The ids are the same either way.
 Text never becomes a special token: the descriptions given to an engine name none of them (see `HIDDEN`).
 """
 
+import functools
 import importlib
 import json
 import random
@@ -73,7 +74,7 @@ class TokenizersEngine:
     def __init__(self, description: dict[str, Any]):
         from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_str(_json(description))
+        self._tokenizer = Tokenizer.from_buffer(description_json(description))
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Return the token ids of each text, int32."""
@@ -97,7 +98,7 @@ class SplintrEngine:
         self._caches_words = description["model"]["type"] != "Unigram"  # a bounded number of them, of any length
         if not self._caches_words:
             description = _name_unknown(description)
-        self._tokenizer = splintr.from_json_bytes(_json(description).encode())
+        self._tokenizer = splintr.from_json_bytes(description_json(description))
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Return the token ids of each text, int32."""
@@ -137,11 +138,25 @@ def _without_model(description: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer
 
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
-    return Tokenizer.from_str(_json({**description, "added_tokens": [], "model": model}))
+    return Tokenizer.from_buffer(description_json({**description, "added_tokens": [], "model": model}))
 
 
-def _json(description: dict[str, Any]) -> str:
-    return json.dumps(description, ensure_ascii=False)
+def description_json(description: dict[str, Any]) -> bytes:
+    """Write the description of a tokenizer as transformers writes a tokenizer.json.
+
+    Python's json takes most of its time for the scores of a Unigram model; most of its 250,000 pieces share theirs.
+    """
+    model = description["model"]
+    unigram = model["type"] == "Unigram"
+    rest = {**description, "model": {**model, "vocab": []}} if unigram else description
+    text = json.dumps(rest, ensure_ascii=False, indent=2)
+    if not unigram:
+        return text.encode()
+    quote, number = json.encoder.encode_basestring, functools.cache(repr)
+    pair = "      [\n        %s,\n        %s\n      ]"
+    pairs = ",\n".join([pair % (quote(piece), number(score)) for piece, score in model["vocab"]])
+    before, after = text.encode().split(b'"vocab": []')
+    return b'%b"vocab": [\n%b\n    ]%b' % (before, pairs.encode(), after)
 
 
 def check_texts() -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.corpus.tokenizers.engine import HIDDEN, BulkEncoder
+from ksub_ds.corpus.tokenizers.engine import HIDDEN, BulkEncoder, description_json
 
 SPACE = "▁"  # SentencePiece's mark for the start of a word
 MODEL_NAME = "sentencepiece.bpe.model"
@@ -27,7 +27,6 @@ SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}  # and MASK, the 
 MASK = "<mask>"
 GENERIC_CLASS = "PreTrainedTokenizerFast"  # does what tokenizer.json says; other classes of transformers do not
 _NFC = {"type": "NFC"}
-_JSON = json.JSONEncoder(indent=2, ensure_ascii=False)
 _CONFIG = {
     "add_prefix_space": True,
     "backend": "tokenizers",
@@ -138,8 +137,8 @@ class XlmrTokenizer:
         """
         folder.mkdir(parents=True, exist_ok=True)
         config = {**_CONFIG, "tokenizer_class": GENERIC_CLASS} if self._nfc else _CONFIG
-        (folder / "tokenizer.json").write_text(_indented(self._tokenizer_json()), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(_JSON.encode(config) + "\n", encoding="utf-8")
+        (folder / "tokenizer.json").write_bytes(description_json(self._tokenizer_json()))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / MODEL_NAME).write_bytes(self._model)
 
     def same_vocabulary(self, tokenizer_json: dict[str, Any]) -> bool:
@@ -211,14 +210,6 @@ def put_nfc_first(tokenizer: Any) -> None:
 def _template(*parts: str) -> list[dict[str, Any]]:
     """Return the steps of a post-processor: "A" and "B" are the texts, all others special tokens."""
     return [{"Sequence" if part in "AB" else "SpecialToken": {"id": part, "type_id": 0}} for part in parts]
-
-
-def _indented(description: dict[str, Any]) -> str:
-    """Return a tokenizer.json, indented, as transformers writes it; Python's json takes a second for so many pieces."""
-    model = description["model"]
-    pieces = [f"      [\n        {_JSON.encode(piece)},\n        {score}\n      ]" for piece, score in model["vocab"]]
-    text = _JSON.encode({**description, "model": {**model, "vocab": []}})
-    return text.replace('"vocab": []', '"vocab": [\n' + ",\n".join(pieces) + "\n    ]")
 
 
 def parse_model(model: bytes, name: str) -> tuple[list[str], np.ndarray, Any]:
