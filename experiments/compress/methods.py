@@ -105,8 +105,8 @@ def product(original: Original, ratio: float, seed: int) -> Small:
     return Small(layer, packed.nbytes + tables.nbytes)
 
 
-def _product_form(count: int, width: int, budget: float) -> faiss.ProductQuantizer:
-    """Return a product quantiser of the form with the most bits for a token that fits into a number of bytes."""
+def _product_form(count: int, width: int, budget: float) -> Any:
+    """Return a ProductQuantizer of the form with the most bits for a token that fits into a number of bytes."""
     forms = [
         (number * bits, bits, number)
         for bits in range(4, 9)
@@ -141,7 +141,7 @@ def residual(original: Original, ratio: float, seed: int) -> Small:
         number = int((budget - count) / (4 * 2**bits * width + count * bits / 8))
         forms.append((number * bits, bits, number))
     _, bits, number = max(forms)
-    quantiser = faiss.ResidualQuantizer(width, number, bits)
+    quantiser: Any = faiss.ResidualQuantizer(width, number, bits)
     quantiser.cp.seed = 1234 + seed
     quantiser.train(original.vectors)
     packed = quantiser.compute_codes(original.vectors)
