@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.convert.fitting import Fit, Mixing, fit_tables
+from ksub_ds.convert.fitting import Fit, Mixing, fit_tables, weights_of_shared
 from ksub_ds.convert.sentence_encoder import encoder_folder
 
 TOKENS_AT_ONCE = 16_384  # compared at a time: N x d numbers may be a gigabyte
@@ -123,7 +123,7 @@ def compress_with_report(
     mixing: Mixing = "linear",
     weights: np.ndarray | None = None,
     loss: "Callable[[PreTrainedModel], float] | None" = None,
-    fit: Fit | None = None,
+    fits: list[Fit] | None = None,
 ) -> "tuple[SubEmbeddingModel, CompressionReport]":
     """Compress a model and measure what that did.
 
@@ -133,7 +133,7 @@ def compress_with_report(
         mixing: the matrix beside the tables.
         weights: of the tokens.
         loss: measured on the model before and after, for example its masked-token loss on some text.
-        fit: tables that are fitted already, of a model with one matrix. [fitted here]
+        fits: of the tables, where they are fitted already: one a matrix. [fitted here]
 
     Returns:
         The compressed model, and the report.
@@ -150,8 +150,7 @@ def compress_with_report(
     own = decoder_matrix(model)
     old = [each.float().cpu().numpy() for each in (embedding_matrix(model), own) if each is not None]
     old = [vectors[: table.num_tokens] for vectors in old]
-    fits = [fit] if fit is not None else []
-    fits += [fit_tables(each, table, mixing, _weights_of_shared(table, weights)) for each in old[len(fits) :]]
+    fits = fits or [fit_tables(each, table, mixing, weights_of_shared(table, weights)) for each in old]
     small = replace_embeddings(model, table, mixing=fits[0].mixing is not None)
     layers = (
         [small.get_input_embeddings()] if own is None else [small.get_input_embeddings(), small.decoder_embedding()]
@@ -181,15 +180,6 @@ def compress_with_report(
         weights is not None,
     )
     return small, report
-
-
-def _weights_of_shared(table: CodeTable, weights: np.ndarray | None) -> np.ndarray | None:
-    """Return the weights with 0 for the dedicated tokens: their own rows take whatever the tables leave."""
-    if not table.num_dedicated:
-        return weights
-    shared = np.ones(table.num_tokens) if weights is None else np.array(weights, dtype=np.float64)
-    shared[table.dedicated] = 0
-    return shared if shared.any() else weights  # tokens that are all dedicated still want a common part
 
 
 def _fill(layer: "SubEmbedding", table: CodeTable, fit: Fit, vectors: np.ndarray) -> None:

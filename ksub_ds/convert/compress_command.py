@@ -20,6 +20,7 @@ from ksub_ds.convert.fitting import Fit, Mixing
 from ksub_ds.convert.input_only import MOST_ROWS, InputForm, fit_form, fit_to_error, form_of_ratio
 from ksub_ds.convert.sentence_encoder import copy_sentence_files, encoder_folder, sentence_folder
 from ksub_ds.convert.source import head_of
+from ksub_ds.convert.target_rows import dedicate_to_error, dedicate_to_ratio
 from ksub_ds.convert.token_counts import check_shards, count_tokens
 from ksub_ds.model.sequence_length import limit_tokenizer
 from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
@@ -41,10 +42,11 @@ class CompressModel:
     """For models that predict no tokens (sentence encoders, classifiers): many tables, and codes that need not be
     unique, by product quantisation; far less is lost. No decoder can use such tables."""
     target_ratio: float | None = None
-    """With --input-only: the embedding takes at most 1/RATIO of its bytes, codes counted. [16]"""
+    """The embedding takes at most 1/RATIO of its bytes, codes counted: by the number of tables with --input-only [16],
+    else by how many tokens keep a row of their own, those that the tables serve worst."""
     target_error: float | None = None
-    """With --input-only, in place of a ratio: about as few tables as lose at most this share (0.1) of the variance,
-    where tokens count as by --counts."""
+    """In place of a ratio: about as few tables, or rows, as lose at most this share (0.1) of the variance, where tokens
+    count as by --counts."""
     counts: Path | None = None
     """Shards folder, or text in any form that shard_text.py reads: a token counts by the root of its frequency there.
     [the text of --distill; else all tokens alike]"""
@@ -118,10 +120,12 @@ def compress_model(settings: CompressModel) -> Path:
             weights = np.sqrt(count_tokens(counts, tokenizer, len(vectors), flag, encoder) + 1.0)
         if settings.input_only:
             table, fit = _input_tables(settings, model, vectors, weights)
-            small, report = compress_with_report(model, table, "orthogonal", weights, fit=fit)
+            small, report = compress_with_report(model, table, "orthogonal", weights, fits=[fit])
         else:
-            table = dedicate(_codes(settings, vectors.float().cpu().numpy()), choice)
-            small, report = compress_with_report(model, table, settings.mixing, weights, loss)
+            matrix = vectors.float().cpu().numpy()
+            table = dedicate(_codes(settings, matrix), choice)
+            table, fits = _to_target(settings, table, model, matrix, weights, vectors.element_size())
+            small, report = compress_with_report(model, table, settings.mixing, weights, loss, fits)
     except UserError:
         raise
     except ValueError as error:
@@ -171,9 +175,11 @@ def _check(settings: CompressModel) -> None:
         raise UserError(
             f"--target-error {settings.target_error:g}: is a share of the variance, between 0 and 1 (10 % is 0.1)"
         )
-    wishes = [name for name in ("target_ratio", "target_error", "num_tables") if getattr(settings, name) is not None]
-    options = [f"--{name.replace('_', '-')}" for name in wishes]
     if settings.input_only:
+        wishes = [
+            name for name in ("target_ratio", "target_error", "num_tables") if getattr(settings, name) is not None
+        ]
+        options = [f"--{name.replace('_', '-')}" for name in wishes]
         others = {
             "--codes": settings.codes is not None,
             "--dedicated-rows": settings.dedicated_rows is not None,
@@ -186,8 +192,13 @@ def _check(settings: CompressModel) -> None:
             raise UserError(f"--input-only: makes its own codes and tables, for no decoder; leave {given[0]} out")
         if len(options) > 1:
             raise UserError(f"{' and '.join(options)}: each says how many tables there are; give one of them")
-    elif settings.target_ratio is not None or settings.target_error is not None:
-        raise UserError(f"{options[0]}: is for --input-only; else the sizes are --num-tables and --table-size")
+        return
+    wishes = [
+        name for name in ("target_ratio", "target_error", "dedicated_rows") if getattr(settings, name) is not None
+    ]
+    if len(wishes) > 1:
+        options = [f"--{name.replace('_', '-')}" for name in wishes]
+        raise UserError(f"{' and '.join(options)}: each says how many tokens keep their rows; give one of them")
 
 
 def _check_distillation(settings: CompressModel) -> None:
@@ -246,6 +257,32 @@ def _input_tables(
         found = fit_form(matrix, form, counted, settings.seed)
     found[0].metadata["vectors"] = f"input embeddings of model {Path(settings.model).name}"
     return found
+
+
+def _to_target(
+    settings: CompressModel,
+    table: CodeTable,
+    model: Any,
+    vectors: np.ndarray,
+    weights: np.ndarray | None,
+    itemsize: int,
+) -> tuple[CodeTable, list[Fit] | None]:
+    """Dedicate tokens until --target-ratio or --target-error is met; return the codes, and the tables fitted so far.
+
+    Raises:
+        UserError: the tables alone take more than --target-ratio allows.
+        ValueError: as `fit_tables`.
+    """
+    from ksub_ds.model.replacement import decoder_matrix
+
+    if settings.target_ratio is None and settings.target_error is None:
+        return table, None
+    own = decoder_matrix(model)
+    matrices = [vectors] if own is None else [vectors, own[: len(vectors)].float().cpu().numpy()]
+    if settings.target_error is not None:
+        return dedicate_to_error(table, matrices, settings.target_error, settings.mixing, weights)
+    assert settings.target_ratio is not None
+    return dedicate_to_ratio(table, matrices, settings.target_ratio, itemsize, settings.mixing, weights)
 
 
 def _tokenizer(name: str) -> Any:

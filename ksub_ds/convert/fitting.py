@@ -85,6 +85,15 @@ def fit_tables(
     return best
 
 
+def weights_of_shared(table: CodeTable, weights: np.ndarray | None) -> np.ndarray | None:
+    """Return the weights with 0 for the dedicated tokens: their own rows take whatever the tables leave."""
+    if not table.num_dedicated:
+        return weights
+    shared = np.ones(table.num_tokens) if weights is None else np.array(weights, dtype=np.float64)
+    shared[table.dedicated] = 0
+    return shared if shared.any() else weights  # tokens that are all dedicated still want a common part
+
+
 class _Sums:
     """Z^T W X and Z^T W Z of one problem, in float64, and what follows from them."""
 

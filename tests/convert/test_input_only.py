@@ -227,7 +227,7 @@ def test_what_has_no_input_only_form_is_one_line(tmp_path, capsys):
     Path(tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     assert "pickled ones are not read" in refused(capsys, tmp_path / "pickled", "--input-only", *out)
     for options, message in (
-        (["--target-ratio", "5"], "--target-ratio: is for --input-only"),
+        (["--target-ratio", "5", "--target-error", "0.1"], "each says how many tokens keep their rows"),
         (["--input-only", "--target-ratio", "1"], "--target-ratio 1.0: must be greater than 1"),
         (["--input-only", "--target-ratio", "5", "--target-error", "0.1"], "each says how many tables there are"),
         (["--input-only", "--target-error", "10"], "--target-error 10: is a share of the variance, between 0 and 1"),

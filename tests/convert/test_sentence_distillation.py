@@ -72,7 +72,7 @@ def encoders(tiny_bpe: Path, tmp_path_factory: pytest.TempPathFactory):
     teacher = library.SentenceTransformer(str(folder), device="cpu")
     model = teacher[0].auto_model
     found = product_quantisation(model.get_input_embeddings().weight.detach().numpy(), 2, 4)
-    small = compress_with_report(model, found.table, fit=Fit(found.rows, None, 0.0))[0]
+    small = compress_with_report(model, found.table, fits=[Fit(found.rows, None, 0.0)])[0]
     student = copy.deepcopy(teacher)
     student[0].auto_model.set_input_embeddings(small.get_input_embeddings())
     return teacher, student
