@@ -396,8 +396,8 @@ class FusedSoftmax:
         )  # fmt: skip
         return losses, labels, minus_ones
 
-    def score_grads(self) -> Tensor:
-        """Return the gradients of the summed losses by the scores, (R, sum of M_k)."""
+    def make_score_grads(self) -> Tensor:
+        """Make the gradients of the summed losses by the scores, (R, sum of M_k), in place of `score_probs`."""
         box, widest = self.box, tile(max(self.box.table_sizes))
         rows = max(1, min(16, 4096 // widest))
         box.run(
@@ -409,7 +409,7 @@ class FusedSoftmax:
         return self.score_probs
 
     def weigh_(self, log_partition: Tensor, share: Tensor) -> None:
-        """Make the gradients those of a softmax over more tokens, of whose Z these have a share. Before any is taken.
+        """Make the gradients those of a softmax over more tokens, of whose Z these have a share; call it before others.
 
         Args:
             log_partition: (R,) log Z over all of them.

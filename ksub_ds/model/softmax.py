@@ -24,6 +24,7 @@ host would wait for it: there ignored rows stay and count as zero. The one excep
 in torch, which asks which rows it must sum again.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ksub_ds.contraction.code_structure import CodeStructure
-from ksub_ds.contraction.dense_block import DenseBlock, share_of
+from ksub_ds.contraction.dense_block import DenseBlock, DenseSoftmax, share_of
 from ksub_ds.contraction.fused import SMALLEST_SUM, FusedSoftmax, FusedWeights
 from ksub_ds.contraction.precision import exact_products
 from ksub_ds.model.embedding import SubEmbedding
@@ -156,12 +157,14 @@ class _SummedLoss(torch.autograd.Function):
             for each in (hidden, dense_hidden)
         )
         for start in range(0, len(labels), run.rows_per_block):
-            block = slice(start, start + run.rows_per_block)
-            of_block = [
-                None if each is None else each[block] for each in (hidden, dense_hidden, grad_hidden, grad_dense_hidden)
-            ]
-            losses = run.losses(labels[block], ignore_index, *of_block)
-            block_losses.append(losses.sum())
+            rows = slice(start, start + run.rows_per_block)
+            hidden_rows, dense_hidden_rows, grad_rows, grad_dense_rows = (
+                None if each is None else each[rows] for each in (hidden, dense_hidden, grad_hidden, grad_dense_hidden)
+            )
+            block = run.block(labels[rows], ignore_index, hidden_rows, dense_hidden_rows)
+            block_losses.append(block.losses.sum())
+            if with_gradients:
+                run.add_gradients_(block, hidden_rows, dense_hidden_rows, grad_rows, grad_dense_rows)
         if with_gradients:
             others = (None,) * 4  # of labels, ignore_index, layer, with_gradients
             found = (
@@ -196,6 +199,36 @@ def _zeros_like(tables: tuple[Tensor, ...]) -> list[Tensor]:
 def _rows_per_block(device: torch.device, num_rows: int, numbers_per_row: int) -> int:
     numbers = BLOCK_NUMBERS.get(device.type, BLOCK_NUMBERS["cpu"])
     return max(1, min(num_rows, max(FEWEST_ROWS, numbers // numbers_per_row)))
+
+
+class _DenseRows(NamedTuple):
+    """A block of R rows in the dense block.
+
+    Attributes:
+        softmax: over its tokens.
+        labels: (R,) places among them; negative where the label is another token.
+        share: (R,) of these tokens in Z; 0 in rows that do not count.
+        others: (R,) of the shared tokens, also 0 there; None where there are none.
+    """
+
+    softmax: DenseSoftmax
+    labels: Tensor
+    share: Tensor
+    others: Tensor | None
+
+
+class _Block(NamedTuple):
+    """A block of R rows.
+
+    Attributes:
+        losses: (R,) float64.
+        shared: its part over the shared tokens, a `_TrieBlock` or `_FusedBlock`; None without them.
+        dense: its part in the dense block; None without one.
+    """
+
+    losses: Tensor
+    shared: "_TrieBlock | _FusedBlock | None"
+    dense: _DenseRows | None
 
 
 class _LossRun:
@@ -251,50 +284,56 @@ class _LossRun:
         parts += [] if self.dense is None else [self.dense.softmax(dense_hidden).log_partition]
         return reduce(torch.logaddexp, parts)
 
-    def losses(
-        self,
-        labels: Tensor,
-        ignore_index: int,
-        hidden: Tensor | None,
-        dense_hidden: Tensor | None,
-        grad_hidden: Tensor | None,
-        grad_dense_hidden: Tensor | None,
-    ) -> Tensor:
-        """Compute the losses of R rows, (R,) float64, and, where wanted, their gradients."""
+    def block(self, labels: Tensor, ignore_index: int, hidden: Tensor | None, dense_hidden: Tensor | None) -> "_Block":
+        """Compute the losses of R rows, and what their gradients take.
+
+        Args:
+            labels: (R,) token ids.
+            ignore_index: the label of rows that do not count.
+            hidden: (R, d) for the shared tokens, as the tables' columns; None without them.
+            dense_hidden: (R, d) for those of the dense block; None without one.
+        """
         if self.dense is None or dense_hidden is None:
-            return self._shared_losses(labels, ignore_index, None, hidden, grad_hidden)[0]
+            alone = self._shared_block(labels, ignore_index, hidden)
+            return _Block(alone.losses, alone, None)
         counted = labels != ignore_index
         own_labels = torch.where(counted, labels, -1)
         if self.dense_ids is not None:
             places = self.structure.places[torch.where(counted, labels, 0)]
             own_labels = torch.where(counted, -1 - places, -1)
         own = self.dense.softmax(dense_hidden, own_labels)
-        losses, share, others = own.log_partition, counted, None
+        losses, shared, share, others = own.log_partition, None, counted, None
         if self.dense_ids is not None:
             shared_labels = torch.where(counted, places.clamp(min=-1), IGNORED)
-            losses, log_shared = self._shared_losses(shared_labels, IGNORED, own.log_partition, hidden, grad_hidden)
+            shared = self._shared_block(shared_labels, IGNORED, hidden, own.log_partition)
+            losses, log_shared = shared.losses, shared.log_partition
             share, others = (
                 torch.where(counted, share_of(*parts), 0.0)
                 for parts in ((own.log_partition, log_shared), (log_shared, own.log_partition))
             )
-        if grad_dense_hidden is not None:
-            self.dense.add_gradients_(dense_hidden, own_labels, own, share, others, grad_dense_hidden)
-        return torch.where(counted, losses - own.label_logits, 0.0)
+        losses = torch.where(counted, losses - own.label_logits, 0.0)
+        return _Block(losses, shared, _DenseRows(own, own_labels, share, others))
 
-    def _shared_losses(
-        self,
-        labels: Tensor,
-        ignore_index: int,
-        others: Tensor | None,
-        hidden: Tensor | None,
-        grad_hidden: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the losses of the shared tokens' part and its log Z, both (R,); and add its gradients where wanted."""
+    def _shared_block(
+        self, labels: Tensor, ignore_index: int, hidden: Tensor | None, others: Tensor | None = None
+    ) -> "_TrieBlock | _FusedBlock":
         assert self.shared is not None and hidden is not None, "there are shared tokens"
-        losses, score_grads, log_shared = self.shared.losses_and_score_grads(hidden, labels, ignore_index, others)
-        if grad_hidden is not None:
-            self.shared.add_gradients_(hidden, score_grads, grad_hidden)
-        return losses, log_shared
+        return self.shared.block(hidden, labels, ignore_index, others)
+
+    def add_gradients_(
+        self,
+        block: "_Block",
+        hidden: Tensor | None,
+        dense_hidden: Tensor | None,
+        grad_hidden: Tensor | None,
+        grad_dense_hidden: Tensor | None,
+    ) -> None:
+        """Add a block to the gradients that are summed over blocks, and write those of its hidden rows, (R, d) each."""
+        if block.shared is not None and self.shared is not None and hidden is not None and grad_hidden is not None:
+            self.shared.add_gradients_(block.shared, hidden, grad_hidden)
+        if block.dense is not None and self.dense is not None and dense_hidden is not None:
+            softmax, labels, share, others = block.dense
+            self.dense.add_gradients_(dense_hidden, labels, softmax, share, others, grad_dense_hidden)
 
     def bias_gradient(self) -> Tensor | None:
         """Return the gradient of the bias, (N,): probability of each token minus the labels, summed over rows."""
@@ -328,10 +367,8 @@ class _BlockedLoss:
         """Compute log Z over the shared tokens of R rows, (R,) float64."""
         raise NotImplementedError
 
-    def losses_and_score_grads(
-        self, hidden: Tensor, labels: Tensor, ignore_index: int, others: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Compute the losses of R rows and, when wanted, their gradients by the scores.
+    def block(self, hidden: Tensor, labels: Tensor, ignore_index: int, others: Tensor | None = None) -> Any:
+        """Compute the losses of R rows, and what `add_gradients_` takes.
 
         Args:
             hidden: (R, d), as the tables' columns.
@@ -341,16 +378,20 @@ class _BlockedLoss:
             others: (R,) log Z of the tokens that stand beside, float64, or None.
 
         Returns:
-            (R,) float64 losses; K (R, M_k) gradients, or none; (R,) log Z over the shared tokens alone.
+            A `_TrieBlock` or `_FusedBlock`.
         """
+        raise NotImplementedError
+
+    def add_gradients_(self, block: Any, hidden: Tensor, grad_hidden: Tensor) -> None:
+        """Add a block to the gradients of tables and bias, and write that of its hidden rows, (R, d)."""
         raise NotImplementedError
 
     def bias_gradient(self) -> Tensor | None:
         """Return the gradient of the bias, (N,): probability of each token minus the labels, summed over rows."""
         raise NotImplementedError
 
-    def add_gradients_(self, hidden: Tensor, score_grads: list[Tensor], grad_hidden: Tensor) -> None:
-        """Add this block to the tables' gradients and write the gradient of its hidden rows, (R, d)."""
+    def _add_score_grads_(self, score_grads: Sequence[Tensor], hidden: Tensor, grad_hidden: Tensor) -> None:
+        """Carry the gradients by the scores, K matrices (R, M_k), on to the tables and the hidden rows."""
         parts = hidden.detach().float().split(self.widths, dim=1)
         grad_parts = grad_hidden.split(self.widths, dim=1)
         for k, score_grad in enumerate(score_grads):
@@ -361,6 +402,26 @@ class _BlockedLoss:
 def _loss_form(structure: CodeStructure) -> "type[_TrieLoss | _FusedLoss]":
     """Return the form of the loss over the shared tokens that their codes and device have."""
     return _TrieLoss if structure.fused is None else _FusedLoss
+
+
+class _FusedBlock(NamedTuple):
+    """The shared tokens in a block of R rows.
+
+    Attributes:
+        losses: (R,) float64.
+        log_partition: (R,) log Z over the shared tokens, float64.
+        softmax: with its workspaces.
+        labels: (R,) any token where the row does not count.
+        minus_ones: (R,) what each adds to the gradient of its bias.
+        others_share: (R,) probability of the tokens that stand beside; None without them.
+    """
+
+    losses: Tensor
+    log_partition: Tensor
+    softmax: FusedSoftmax
+    labels: Tensor
+    minus_ones: Tensor
+    others_share: Tensor | None
 
 
 class _FusedLoss(_BlockedLoss):
@@ -398,31 +459,33 @@ class _FusedLoss(_BlockedLoss):
         """Do as _BlockedLoss.log_partition."""
         return FusedSoftmax(self.contraction, self.weights, self.scores(hidden)).log_partition
 
-    def losses_and_score_grads(
-        self, hidden: Tensor, labels: Tensor, ignore_index: int, others: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Do as _BlockedLoss.losses_and_score_grads."""
+    def block(self, hidden: Tensor, labels: Tensor, ignore_index: int, others: Tensor | None = None) -> "_FusedBlock":
+        """Do as _BlockedLoss.block."""
         softmax = FusedSoftmax(
             self.contraction, self.weights, self.scores(hidden), labels, ignore_index, self.with_gradients
         )
         losses, counted_labels, minus_ones = softmax.label_losses()
-        log_shared = softmax.log_partition
+        log_shared, others_share = softmax.log_partition, None
         if others is not None:
             total = torch.logaddexp(log_shared, others)
             losses = losses + (total - log_shared)
+            others_share = share_of(others, log_shared)
             if self.with_gradients:
                 softmax.weigh_(total, share_of(log_shared, others))
-        if not self.with_gradients:
-            return losses, [], log_shared
+        return _FusedBlock(losses, log_shared, softmax, counted_labels, minus_ones, others_share)
+
+    def add_gradients_(self, block: "_FusedBlock", hidden: Tensor, grad_hidden: Tensor) -> None:
+        """Do as _BlockedLoss.add_gradients_."""
+        softmax, labels, minus_ones = block.softmax, block.labels, block.minus_ones
         if self.with_bias_gradient:
-            gradient = softmax.bias_gradient().index_add_(0, counted_labels, minus_ones)
+            gradient = softmax.bias_gradient().index_add_(0, labels, minus_ones)
             self.grad_bias = gradient if self.grad_bias is None else self.grad_bias + gradient
-        score_grads = softmax.score_grads()
-        if others is not None:  # minus the sum of all other probabilities, which stands at the label, has theirs too
-            columns = (self.contraction.codes[counted_labels] + self.contraction.offsets).long()
-            minus_others = minus_ones * share_of(others, log_shared).float()
+        score_grads = softmax.make_score_grads()
+        if block.others_share is not None:  # minus the sum of all other probabilities, theirs too, stands at the label
+            columns = (self.contraction.codes[labels] + self.contraction.offsets).long()
+            minus_others = minus_ones * block.others_share.float()
             score_grads.scatter_add_(1, columns, minus_others.unsqueeze(1).expand(columns.shape))
-        return losses, list(score_grads.split(self.contraction.table_sizes, dim=1)), log_shared
+        self._add_score_grads_(score_grads.split(self.contraction.table_sizes, dim=1), hidden, grad_hidden)
 
     def bias_gradient(self) -> Tensor | None:
         """Do as _BlockedLoss.bias_gradient."""
@@ -435,8 +498,8 @@ class _BlockSoftmax(NamedTuple):
     Attributes:
         log_partition: (R,) log Z, float64.
         code_probs: K matrices (R, M_k), the probability of every code of every table.
-        last_factor: (R, M_K) e_K, and
-        leaf_grads: (R, leaves) derivative of log Z by W of the leaves: together they give the gradient of the bias.
+        last_factor: (R, M_K) e_K.
+        leaf_grads: (R, leaves) derivative of log Z by W of the leaves; with e_K it gives the gradient of the bias.
         fallback_token_probs: (N,) sums of the tokens' probabilities over the rows that underflowed.
     """
 
@@ -445,6 +508,28 @@ class _BlockSoftmax(NamedTuple):
     last_factor: Tensor | None
     leaf_grads: Tensor | None
     fallback_token_probs: list[Tensor]
+
+
+class _TrieBlock(NamedTuple):
+    """The shared tokens in a block of R rows.
+
+    Attributes:
+        losses: (R,) float64.
+        log_partition: (R,) log Z over the shared tokens, float64.
+        softmax: over them.
+        labels: (R,) any token where `here` is false.
+        label_codes: (R, K) their codes.
+        here: (R,) whether the row counts and its label is a shared token; None: all.
+        others_share: (R,) probability of the tokens that stand beside; None without them.
+    """
+
+    losses: Tensor
+    log_partition: Tensor
+    softmax: _BlockSoftmax
+    labels: Tensor
+    label_codes: Tensor
+    here: Tensor | None
+    others_share: Tensor | None
 
 
 class _TrieLoss(_BlockedLoss):
@@ -473,10 +558,8 @@ class _TrieLoss(_BlockedLoss):
         """Do as _BlockedLoss.log_partition."""
         return self.softmax(self.scores(hidden), None).log_partition
 
-    def losses_and_score_grads(
-        self, hidden: Tensor, labels: Tensor, ignore_index: int, others: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Do as _BlockedLoss.losses_and_score_grads."""
+    def block(self, hidden: Tensor, labels: Tensor, ignore_index: int, others: Tensor | None = None) -> "_TrieBlock":
+        """Do as _BlockedLoss.block."""
         counted = here = None  # all rows, on the CPU
         if labels.device.type not in READ_BY_HOST:
             counted = here = labels != ignore_index
@@ -485,19 +568,23 @@ class _TrieLoss(_BlockedLoss):
         if here is not None:
             labels = torch.where(here, labels, 0)
         scores, label_codes = self.scores(hidden), self.codes[labels].long()
-        block = self.softmax(scores, counted, others)
+        softmax = self.softmax(scores, counted, others)
         label_logits = self.gather_label_logits(scores, labels, label_codes)
         if here is not None and others is not None:
             label_logits = torch.where(here, label_logits, 0.0)
-        total = block.log_partition if others is None else torch.logaddexp(block.log_partition, others)
+        total = softmax.log_partition if others is None else torch.logaddexp(softmax.log_partition, others)
         losses = total - label_logits
         if counted is not None:
             losses = torch.where(counted, losses, 0.0)
-        if self.with_gradients:
-            self.add_bias_gradient_(block, labels, here)
-            others_share = None if others is None else share_of(others, block.log_partition)
-            to_score_grads_(block.code_probs, label_codes, here, others_share)
-        return losses, block.code_probs, block.log_partition
+        others_share = None if others is None else share_of(others, softmax.log_partition)
+        return _TrieBlock(losses, softmax.log_partition, softmax, labels, label_codes, here, others_share)
+
+    def add_gradients_(self, block: "_TrieBlock", hidden: Tensor, grad_hidden: Tensor) -> None:
+        """Do as _BlockedLoss.add_gradients_."""
+        self._add_bias_gradient_(block)
+        code_probs = block.softmax.code_probs
+        to_score_grads_(code_probs, block.label_codes, block.here, block.others_share)
+        self._add_score_grads_(code_probs, hidden, grad_hidden)
 
     def scores(self, hidden: Tensor) -> list[Tensor]:
         """Compute the table scores s_k of R rows: K matrices (R, M_k)."""
@@ -556,15 +643,16 @@ class _TrieLoss(_BlockedLoss):
             logits = logits + score.gather(1, label_codes[:, k : k + 1]).squeeze(1)
         return logits if self.bias is None else logits + self.bias[labels]
 
-    def add_bias_gradient_(self, block: _BlockSoftmax, labels: Tensor, counted: Tensor | None) -> None:
-        """Add this block's probabilities of the tokens to the gradient of the bias, where that is wanted."""
-        if self.fallback_grad_bias is None or block.last_factor is None or block.leaf_grads is None:
+    def _add_bias_gradient_(self, block: "_TrieBlock") -> None:
+        """Add a block's probabilities of the tokens to the gradient of the bias, where that is wanted."""
+        softmax = block.softmax
+        if self.fallback_grad_bias is None or softmax.last_factor is None or softmax.leaf_grads is None:
             return
-        self.leaves.add_gradient_(block.last_factor, block.leaf_grads)
-        for token_probs in block.fallback_token_probs:
+        self.leaves.add_gradient_(softmax.last_factor, softmax.leaf_grads)
+        for token_probs in softmax.fallback_token_probs:
             self.fallback_grad_bias += token_probs
-        minus_ones = block.leaf_grads.new_full(labels.shape, -1.0) if counted is None else -counted.float()
-        self.seen_labels.append((labels, minus_ones))
+        counts = softmax.leaf_grads.new_full(block.labels.shape, 1.0) if block.here is None else block.here.float()
+        self.seen_labels.append((block.labels, -counts))
 
     def bias_gradient(self) -> Tensor | None:
         """Do as _BlockedLoss.bias_gradient."""

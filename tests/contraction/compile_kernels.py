@@ -67,7 +67,7 @@ def compile_all(with_bias, specials, size=128, num_tables=3, rows=4915, tokens=2
     scores, labels = torch.zeros(rows, box.width, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
     softmax = FusedSoftmax(box, FusedWeights(box, bias), scores, labels, with_gradients=True)
     softmax.label_losses()
-    softmax.score_grads()
+    softmax.make_score_grads()
     if with_bias:
         softmax.bias_gradient()
 
