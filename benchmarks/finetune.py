@@ -22,7 +22,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from ksub_ds import positional_codes
 from ksub_ds.common import distributed
-from ksub_ds.evaluate.data.rows import Rows, Source
+from ksub_ds.evaluate.data.rows import Rows, RowSource
 from ksub_ds.evaluate.data.tasks import LANGUAGES, XNLI_COLUMNS
 from ksub_ds.evaluate.finetune.encoding import Encoded, encode, load_encoder
 from ksub_ds.evaluate.finetune.loop import FineTuning, finetune
@@ -175,7 +175,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         encoder.save(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    source = Source(options.data)
+    source = RowSource(options.data)
     train = source.read("en", "train", XNLI_COLUMNS, options.rows)
     with tempfile.TemporaryDirectory() as cache:
         encoded = encode(train, encoder, MAX_LENGTH, Path(cache))

@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from ksub_ds.evaluate.data.rows import Rows, Source
+from ksub_ds.evaluate.data.rows import Rows, RowSource
 from ksub_ds.evaluate.data.tasks import XNLI_COLUMNS
 
 WORD = re.compile(r"\w+")
@@ -37,7 +37,7 @@ def overlap(rows: Rows) -> np.ndarray:
 
 def logistic_regression(data: str) -> dict[str, Any]:
     """Train both baselines on English train; return their accuracy on English test."""
-    train, test = (Source(data).read("en", split, XNLI_COLUMNS) for split in ("train", "test"))
+    train, test = (RowSource(data).read("en", split, XNLI_COLUMNS) for split in ("train", "test"))
     words = CountVectorizer()
     words_train, words_test = words.fit_transform(train.second), words.transform(test.second)
     features_train, features_test = overlap(train), overlap(test)

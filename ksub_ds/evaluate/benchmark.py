@@ -14,7 +14,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_bytes, write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.evaluate import result_tables
-from ksub_ds.evaluate.data.rows import Columns, Rows, Source
+from ksub_ds.evaluate.data.rows import Columns, Rows, RowSource
 from ksub_ds.evaluate.finetune.classifier import check_fit, describe, load_trained, open_encoder
 from ksub_ds.evaluate.finetune.encoding import Encoded, encode
 from ksub_ds.evaluate.finetune.loop import FineTuning, Validate
@@ -70,7 +70,7 @@ class BenchmarkPlan(Plan, Generic[Settings]):
         assert settings.epochs is not None and settings.precision is not None, "settings.checked() fills them in"
         self.settings, self.model, self.folder = settings, model, folder
         self.epochs, self.precision = settings.epochs, settings.precision
-        self.source = Source(settings.data)
+        self.source = RowSource(settings.data)
         self.encoder = open_encoder(model, settings.tokenizer)
         check_fit(model, self.encoder, settings.max_length)
         splits = self.find_splits()

@@ -22,7 +22,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, read_json, sha256_file, write_json
 from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import MetricsWriter, get_logger, read_lines
-from ksub_ds.evaluate.data.rows import Source
+from ksub_ds.evaluate.data.rows import RowSource
 from ksub_ds.evaluate.finetune.classifier import fingerprint
 from ksub_ds.evaluate.queue.queue import Queue
 from ksub_ds.evaluate.queue.worker import run_worker
@@ -213,7 +213,7 @@ def _check(settings: WatchSettings) -> None:
     if not 0 <= settings.patience_seconds < math.inf:
         raise UserError(f"--patience-seconds {settings.patience_seconds}: must be a number from 0 on")
     if settings.data is not None:
-        Source(settings.data)
+        RowSource(settings.data)
 
 
 def _scored_by(settings: WatchSettings) -> dict[str, Any]:

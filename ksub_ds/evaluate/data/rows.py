@@ -189,7 +189,7 @@ class Rows:
         return digest.hexdigest()
 
 
-class Source:
+class RowSource:
     """Where the splits of a task's parts lie: a folder, or a data set of the hub.
 
     Args:

@@ -34,8 +34,8 @@ def test_correlations_against_the_formulas() -> None:
 
     scores = metrics.regression(predictions, labels)
     assert scores["pearson"] == pytest.approx(pearson(predictions, labels))
-    ranks = [np.argsort(np.argsort(values)).astype(float) for values in (predictions, labels)]
-    assert scores["spearman"] == pytest.approx(pearson(*ranks))
+    positions = [np.argsort(np.argsort(values)).astype(float) for values in (predictions, labels)]
+    assert scores["spearman"] == pytest.approx(pearson(*positions))
 
 
 def test_degenerate_predictions_are_zero_and_said_so() -> None:

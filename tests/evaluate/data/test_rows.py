@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.evaluate.data.rows import Columns, Source
+from ksub_ds.evaluate.data.rows import Columns, RowSource
 from ksub_ds.evaluate.data.tasks import GLUE_TASKS, NLI_LABELS, XNLI_COLUMNS
 
 GOOD = {"premise": "a bird sings", "hypothesis": "it is loud", "label": 1}
 
 
-def source(tmp_path: Path, lines: list[Any], name: str = "test.jsonl") -> Source:
+def source(tmp_path: Path, lines: list[Any], name: str = "test.jsonl") -> RowSource:
     path = tmp_path / "en" / name
     path.parent.mkdir(exist_ok=True)
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode("utf-8", "surrogateescape"))
-    return Source(str(tmp_path))
+    return RowSource(str(tmp_path))
 
 
 def test_label_order_is_that_of_the_published_data(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_the_class_names_of_a_parquet_file_count(tmp_path: Path) -> None:
         datasets.Dataset.from_dict(columns, datasets.Features(features | label)).to_parquet(path)
 
     def labels(columns: Columns = XNLI_COLUMNS) -> list[float]:
-        return Source(str(tmp_path)).read("en", "test", columns).labels
+        return RowSource(str(tmp_path)).read("en", "test", columns).labels
 
     save(["contradiction", "Entailment", "neutral"])
     assert labels() == [2, 0, 1]
@@ -76,7 +76,7 @@ def test_the_class_names_of_a_parquet_file_count(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"label 0 is 'no' by the file's own class names.*--label-map 'no=CLASS'"):
         labels()
     assert labels(XNLI_COLUMNS.mapped(("no=contradiction", "maybe=neutral", "yes=entailment"))) == [2, 1, 0]
-    assert Source(str(tmp_path)).classes("en", "test", "label") == ("no", "maybe", "yes")
+    assert RowSource(str(tmp_path)).classes("en", "test", "label") == ("no", "maybe", "yes")
 
 
 def test_unlabelled_rows_are_counted_or_kept(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_empty_damaged_and_absent_files(tmp_path: Path) -> None:
         whole.read("en", "validation", XNLI_COLUMNS)
     for name in ("no/such/folder", "./folder", "one-word"):
         with pytest.raises(UserError, match="is not a folder, nor a data set's name"):
-            Source(name)
+            RowSource(name)
 
 
 def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,13 +169,13 @@ def test_limits_parquet_and_regression(tmp_path: Path) -> None:
     rows = [{"sentence1": "a", "sentence2": f"b{i}", "label": i / 2, "idx": i} for i in range(6)]
     (tmp_path / "stsb").mkdir()
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "stsb" / "train.parquet")
-    read = Source(str(tmp_path)).read("stsb", "train", GLUE_TASKS["stsb"].columns, limit=4)
+    read = RowSource(str(tmp_path)).read("stsb", "train", GLUE_TASKS["stsb"].columns, limit=4)
     assert read.labels == [0.0, 0.5, 1.0, 1.5] and read.second == ["b0", "b1", "b2", "b3"]
     single = Columns("sentence", None, ("no", "yes"))
     path = tmp_path / "cola" / "train.jsonl"
     path.parent.mkdir()
     path.write_text('\ufeff{"sentence": "\\ud800 half", "label": 1}\n\n')
-    assert Source(str(tmp_path)).read("cola", "train", single).first == ["? half"]
+    assert RowSource(str(tmp_path)).read("cola", "train", single).first == ["? half"]
 
 
 def test_parquet_bombs_and_bad_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,16 +187,16 @@ def test_parquet_bombs_and_bad_text(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     long = {"premise": "a" * 50_000, "hypothesis": "b", "label": 0}
     parquet.write_table(pyarrow.Table.from_pylist([long] * 100), path)  # one string in the file, a hundred in memory
     assert path.stat().st_size < 10_000
-    assert len(Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)) == 100
+    assert len(RowSource(str(tmp_path)).read("en", "test", XNLI_COLUMNS)) == 100
     with monkeypatch.context() as patch:
         patch.setattr("ksub_ds.common.compression.INFLATION_FREE", 100_000)
         with pytest.raises(UserError, match="inflates to more than"):
-            Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)
+            RowSource(str(tmp_path)).read("en", "test", XNLI_COLUMNS)
     monkeypatch.setattr("ksub_ds.evaluate.data.row_files.LONGEST_LINE", 1_000)
     with pytest.raises(UserError, match="line 1: premise has 50,000 characters"):
-        Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS, limit=1)
+        RowSource(str(tmp_path)).read("en", "test", XNLI_COLUMNS, limit=1)
     text = pyarrow.array([b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
     columns = {"premise": text, "hypothesis": ["b"], "label": [0]}
     parquet.write_table(pyarrow.table(columns), path)
     with pytest.raises(UserError, match="is not UTF-8"):
-        Source(str(tmp_path)).read("en", "test", XNLI_COLUMNS)
+        RowSource(str(tmp_path)).read("en", "test", XNLI_COLUMNS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.evaluate.data.rows import Source
+from ksub_ds.evaluate.data.rows import RowSource
 from ksub_ds.evaluate.data.tasks import XNLI_COLUMNS
 from ksub_ds.evaluate.finetune.classifier import check_encoder, check_fit, describe, load_classifier, open_encoder
 from ksub_ds.evaluate.finetune.encoding import encode, load_encoder
@@ -31,7 +31,7 @@ def test_any_encoder_is_accepted(tiny_tokenizer: Path, tiny_xnli: Path, tmp_path
         check_fit(str(folder), encoder, 64)
     about = describe(str(folder))
     assert (about["kind"], about["architecture"]) == ("plain", "xlm-roberta")
-    data = encode(Source(str(tiny_xnli)).read("en", "test", XNLI_COLUMNS), encoder, 32)
+    data = encode(RowSource(str(tiny_xnli)).read("en", "test", XNLI_COLUMNS), encoder, 32)
     assert predict(load_classifier(str(folder), 3, 0), data).shape == (60, 3)
 
 

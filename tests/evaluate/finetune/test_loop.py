@@ -12,7 +12,7 @@ import torch
 
 from ksub_ds.common.distributed import free_port
 from ksub_ds.common.errors import UserError
-from ksub_ds.evaluate.data.rows import Source
+from ksub_ds.evaluate.data.rows import RowSource
 from ksub_ds.evaluate.data.tasks import XNLI_COLUMNS
 from ksub_ds.evaluate.finetune import loop
 from ksub_ds.evaluate.finetune.classifier import load_classifier
@@ -23,7 +23,7 @@ from ksub_ds.evaluate.queue.leases import LeaseLost
 
 
 def encoded(model: Path, data: Path, split: str, language: str = "en") -> Encoded:
-    return encode(Source(str(data)).read(language, split, XNLI_COLUMNS), load_encoder(str(model)), 32)
+    return encode(RowSource(str(data)).read(language, split, XNLI_COLUMNS), load_encoder(str(model)), 32)
 
 
 def accuracy(data: Encoded) -> Any:

@@ -74,7 +74,7 @@ def test_bad_rows_are_told_before_training(
     assert "fr/test.jsonl: no row has a label" in capsys.readouterr().err and not trained
 
 
-def test_a_mended_test_set_keeps_the_trained_model(
+def test_a_changed_test_set_keeps_the_trained_model(
     tiny_model: Path,
     data: Path,
     tmp_path: Path,
