@@ -37,7 +37,7 @@ help:
 	@echo 'make test-chaos    20 kills at random moments; the weights must be those of a run left alone'
 	@echo 'make lint     ruff check, ruff format --check, mypy'
 	@echo 'make format   let ruff rewrite the files'
-	@echo 'make bench    every measurement in benchmarks/'
+	@echo 'make bench    of benchmarks/: loss, step, batches, clustering, langid, corpus, finetune and engine'
 	@echo 'make docs     the API pages, from the docstrings, in build/docs'
 	@echo 'make install  .venv only (the others do it when needed) [TORCH_INDEX=url  PYTHON=python3.12]'
 	@echo 'make clean    remove caches and demo/; .venv stays'

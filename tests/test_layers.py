@@ -23,7 +23,6 @@ HOMES = {
     "faiss": ("ksub_ds.codes",),
     "datasets": ("ksub_ds.corpus", "ksub_ds.evaluate"),
     "matplotlib": ("ksub_ds.analysis",),
-    "plotly": ("ksub_ds.analysis",),
 }
 MOST_MODULES = 17  # in one folder, __init__.py apart
 RECIPE_OWNS = re.compile(r"batch|^lr$|learning_rate|optimizer|scheduler|fp16|bf16|amp|autocast|clipping|dtype")
