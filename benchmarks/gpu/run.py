@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def results_file(trip: Any) -> Path:
-    """Return where results go: those of a rehearsal are no measurements, and never among them."""
+    """Return where results go: a rehearsal's are not measurements, and never among them."""
     return trip.out / ("rehearsal.json" if trip.rehearsal else "results.json")
 
 
@@ -98,7 +98,7 @@ def measure(trip: Any, parts: list[str]) -> dict[str, dict[str, Any]]:
     path = results_file(trip)
     results: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
     if not isinstance(results, dict):
-        raise UserError(f"{path}: is no file of this program; move it away")
+        raise UserError(f"{path}: is not a file of this program; move it away")
     for part in parts:
         print(f"== {part}", flush=True)
         rows = results[part] = {}

@@ -166,7 +166,13 @@ def _followed(words: Sequence[str], vocabulary: list[str], name: str) -> list[tu
 
 
 def as_json(measurements: Sequence[Any], settings: Analyze, figures: list[str]) -> dict[str, Any]:
-    """Return everything that was measured, as JSON values."""
+    """Return everything that was measured, as JSON values.
+
+    Args:
+        measurements: one of each model.
+        settings: what was asked for.
+        figures: names of the files that were drawn.
+    """
     import torch
     import transformers
 

@@ -74,11 +74,11 @@ class CausalRowTokenizer:
         self.vocab_size, self.fingerprint = self._tokenizer.vocab_size, self._tokenizer.fingerprint
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """As RowTokenizer."""
+        """Do as RowTokenizer.encode_batch."""
         return self._tokenizer.encode_batch(texts)
 
     def tokens(self) -> list[str]:
-        """As RowTokenizer."""
+        """Do as RowTokenizer.tokens."""
         return self._tokenizer.tokens()
 
 

@@ -22,7 +22,13 @@ def text(value: Any) -> str:
 
 
 def number(value: float | int | None, digits: int = 0, percent: bool = False) -> str:
-    """Return a number as HTML: exact for programs, rounded for people; `–` for None and for what is not finite."""
+    """Return a number as HTML: exact for programs, rounded for people.
+
+    Args:
+        value: the number; `–` is shown for None and for what is not finite.
+        digits: shown after the point.
+        percent: show a share of 1 in percent.
+    """
     if value is None or not math.isfinite(value):
         return NOTHING
     shown = f"{100 * value:.{digits}f} %" if percent else f"{value:,.{digits}f}"
@@ -30,7 +36,14 @@ def number(value: float | int | None, digits: int = 0, percent: bool = False) ->
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", words: int = 1) -> str:
-    """Return a table of HTML cells; the first `words` columns are words, the others numbers aligned right."""
+    """Return a table of HTML.
+
+    Args:
+        header: cells of the first row, as HTML.
+        rows: of as many cells each, as HTML.
+        caption: plain text above the table. [none]
+        words: how many columns, from the left, hold words; the others hold numbers, aligned right.
+    """
     kinds = ["w" if index < words else "n" for index in range(len(header))]
     head = "".join(f'<th class="{kind}" scope="col">{cell}</th>' for kind, cell in zip(kinds, header, strict=True))
     body = "".join(

@@ -131,7 +131,13 @@ def _encode(texts: list[str], tokenizer: RowTokenizer, left: int, sequence_lengt
 
 
 def batches(sample: TextSample, tokenizer: RowTokenizer, batch_size: int) -> list[Batch]:
-    """Return all rows as batches, those of similar length together."""
+    """Return all rows as batches, those of similar length together.
+
+    Args:
+        sample: the rows.
+        tokenizer: by which they were made; pads them.
+        batch_size: rows of a batch; the last one may have fewer.
+    """
     order = sorted(range(len(sample.rows)), key=lambda index: (len(sample.rows[index]), index))
     made = []
     for start in range(0, len(order), batch_size):

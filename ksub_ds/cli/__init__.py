@@ -37,7 +37,13 @@ def options(summary: str, target: str) -> Command:
 
 
 def words(summary: str, target: str, *before: str) -> Command:
-    """Register a command whose function takes the words of the command line, with `before` in front of them."""
+    """Register a command whose function takes the words of the command line.
+
+    Args:
+        summary: a line for `ksub --help`.
+        target: "module:function" under ksub_ds.
+        before: words put before those of the command line.
+    """
     return Command(summary, target, before)
 
 

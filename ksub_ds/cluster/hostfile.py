@@ -66,7 +66,12 @@ def _where_to_put(login: re.Match[str]) -> str:
 
 
 def chosen_hosts(hosts: dict[str, int], include: str, exclude: str) -> dict[str, int]:
-    """Return the hosts that DeepSpeed's --include or --exclude (`node1@node2:0,1`) leave.
+    """Return the hosts that DeepSpeed's --include or --exclude leave, with their slots.
+
+    Args:
+        hosts: slots of each host of the hostfile.
+        include: "node1@node2:0,1"; empty for all hosts.
+        exclude: the same form; a host with slots named stays. Empty for none.
 
     Raises:
         UserError: a host is not in the file, or no host is left.

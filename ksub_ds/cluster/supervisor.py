@@ -99,7 +99,13 @@ class TaggedOutput:
 
 
 class WorkerSupervisor:
-    """Reports that the worker is alive, and ends it when its launch is gone."""
+    """Reports that the worker is alive, and ends it when its launch is gone.
+
+    Args:
+        worker: the process of the rank.
+        output: lines to the launcher.
+        parent: id of the process that started this one.
+    """
 
     def __init__(self, worker: "subprocess.Popen[bytes]", output: TaggedOutput, parent: int):
         self._worker, self._output, self._parent = worker, output, parent

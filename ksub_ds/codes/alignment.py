@@ -56,7 +56,17 @@ def match_to_codebook(
 
 
 def distinct_rows(vectors: np.ndarray, groups: np.ndarray, codebook: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Assign the items of each group to distinct rows at the least weighted squared distance (Hungarian algorithm)."""
+    """Assign the items of each group to distinct rows at the least weighted squared distance (Hungarian algorithm).
+
+    Args:
+        vectors: (n, D).
+        groups: (n,) group of each item; none may have more items than there are rows.
+        codebook: (R, D).
+        weights: (n,) of each item's squared distance.
+
+    Returns:
+        (n,) rows in [0, R), distinct within a group.
+    """
     from scipy.optimize import linear_sum_assignment
 
     order = np.argsort(groups, kind="stable")
@@ -164,7 +174,12 @@ def fit_tables(vectors: np.ndarray, codes: np.ndarray, table_sizes: tuple[int, .
 
 
 def explained_share(vectors: np.ndarray, codes: np.ndarray, table_sizes: tuple[int, ...]) -> float:
-    """Return the share of the variance of (N, D) vectors that K full-width tables, summed, explain under the codes.
+    """Return the share of the vectors' variance that K full-width tables, summed, explain under the codes.
+
+    Args:
+        vectors: (N, D).
+        codes: (N, K).
+        table_sizes: M_1 ... M_K.
 
     Raises:
         ValueError: more than 8,192 rows in all tables together.

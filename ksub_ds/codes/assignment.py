@@ -178,7 +178,14 @@ class DenseDual(SmoothedDual):
 
 
 class SparseDual(SmoothedDual):
-    """Every point may go to the clusters within `reach` of its cheapest one; `share` is flat, point after point."""
+    """Every point may go to the clusters within `reach` of its cheapest one; `share` is flat, point after point.
+
+    Args:
+        costs: (N, M) float32.
+        prices: (M,) that are added to the costs.
+        reach: how much more than a point's least cost + price still is near.
+        threads: does not change the result.
+    """
 
     def __init__(self, costs: np.ndarray, prices: np.ndarray, reach: float, threads: int):
         count, self.clusters = costs.shape
@@ -228,6 +235,12 @@ class ResidualGraph:
     negative cycles.
 
     N mod M clusters get one point more, whichever is cheapest: the pool takes one point from each of those.
+
+    Args:
+        costs: (N, M) float32.
+        prices: (M,) close to optimal ones; each point begins at its cheapest cluster under them.
+        tie: costs that differ by no more count as equal.
+        threads: does not change the result.
     """
 
     def __init__(self, costs: np.ndarray, prices: np.ndarray, tie: float, threads: int):

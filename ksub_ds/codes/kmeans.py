@@ -123,6 +123,12 @@ def free_kmeans(vectors: np.ndarray, num_clusters: int, seed: int, iterations: i
     """Run FAISS's k-means, whose cluster sizes are free: the paper's naive k-means.
 
     It trains on at most 256 vectors per cluster.
+
+    Args:
+        vectors: (N, D) float32.
+        num_clusters: M.
+        seed: of FAISS's draws.
+        iterations: rounds of k-means.
     """
     import faiss
 
@@ -151,7 +157,13 @@ def free_kmeans(vectors: np.ndarray, num_clusters: int, seed: int, iterations: i
 
 
 def gpu_resources(num_points: int, num_clusters: int, width: int) -> Any:
-    """Return what FAISS needs for a GPU; None where it has none, or the problem is not worth its start."""
+    """Return what FAISS needs for a GPU; None where it has none, or the problem is not worth its start.
+
+    Args:
+        num_points: N.
+        num_clusters: M.
+        width: D.
+    """
     import faiss
 
     if not hasattr(faiss, "StandardGpuResources") or num_points * num_clusters * width < GPU_WORK:

@@ -34,6 +34,11 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 def unpack(packed: np.ndarray, num_tables: int, bits: int) -> np.ndarray:
     """Return the (N, K) int32 codes that `pack` got.
 
+    Args:
+        packed: (N, packed_bytes) uint8.
+        num_tables: K.
+        bits: of each code, at most 8.
+
     Raises:
         ValueError: another type or width, or bits are set behind the last code, which `pack` leaves free: these are
             other numbers.

@@ -51,7 +51,7 @@ class CodeTable:
         unique: no two tokens may share a whole code, which every decoder needs.
 
     Raises:
-        ValueError: shapes or types that do not fit, or ids that are none. `verify` checks the codes' range and
+        ValueError: shapes or types that do not fit, or ids that are not tokens. `verify` checks the codes' range and
             uniqueness.
     """
 
@@ -241,7 +241,7 @@ def _token_ids(ids: object, num_tokens: int) -> np.ndarray:
     """Return the ids of dedicated tokens as an int32 array that cannot be written.
 
     Raises:
-        ValueError: they are no list of distinct ids in rising order, in [0, N).
+        ValueError: they are not a list of distinct ids in rising order, in [0, N).
     """
     given = np.asarray(ids)
     if given.ndim != 1 or not (np.issubdtype(given.dtype, np.integer) or not given.size):

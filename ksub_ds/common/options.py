@@ -48,6 +48,11 @@ def _spelt_out(kind: Any, arguments: Sequence[str]) -> list[str]:
 def call(function: Callable[..., object], arguments: Sequence[str], prog: str) -> None:
     """Call a function whose parameters are the options.
 
+    Args:
+        function: the command.
+        arguments: words of the command line.
+        prog: name of the command, for --help and messages.
+
     Raises:
         UserError: the arguments are wrong, or the function raised it.
         SystemExit: --help was given, and is printed.

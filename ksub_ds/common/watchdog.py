@@ -421,7 +421,14 @@ def _exit(code: int) -> NoReturn:
 
 
 def connector(host: str, port: int, prefix: str, timeout: timedelta) -> "Callable[[], Store]":
-    """Return a function that opens new connections to the TCPStore at host:port, under a prefix of our own."""
+    """Return a function that opens new connections to the TCPStore at host:port.
+
+    Args:
+        host: where the store runs.
+        port: of the store.
+        prefix: put before our keys, so that they are ours alone.
+        timeout: longest wait for an answer of the store.
+    """
     from torch.distributed import PrefixStore, TCPStore
 
     return lambda: PrefixStore(prefix, TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False))

@@ -1,8 +1,8 @@
 """One self-contained modelling file: our classes for users who have transformers and torch but not ksub_ds.
 
 transformers runs a file that lies with the weights when `trust_remote_code=True` is given. This one is put together
-from the project's own sources: from the wanted classes on, every definition they use, and theirs, in order. So there
-is no second copy of the code to keep.
+from the project's own sources: from the wanted classes on, every definition they use, and theirs, in order. So no
+second copy of the code has to be kept.
 """
 
 import ast

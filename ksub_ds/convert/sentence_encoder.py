@@ -66,7 +66,7 @@ def _checked_path(source: Path, path: Any) -> str:
     """Return a path of modules.json in its plain form.
 
     Raises:
-        UserError: it is no relative path inside the folder.
+        UserError: it is not a relative path inside the folder.
     """
     if isinstance(path, str) and "\0" not in path and "\\" not in path and not PureWindowsPath(path).anchor:
         parts = PurePosixPath(path).parts
@@ -79,7 +79,7 @@ def encoder_folder(name: str | Path) -> Path | str:
     """Return where the encoder of a sentence encoder lies; any other folder or name is returned as it is.
 
     Raises:
-        UserError: modules.json is not usable, or its first module is no encoder.
+        UserError: modules.json is not usable, or its first module is not an encoder.
     """
     folder = sentence_folder(name)
     modules = [] if folder is None else read_modules(folder)

@@ -296,7 +296,12 @@ class TrainingBatches:
         self.rule = masking_rule(dataset, mlm_probability)
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
-        """Return rows [start, stop) of the global batch of optimizer step `step` (from 0).
+        """Return rows [start, stop) of the global batch of one optimizer step.
+
+        Args:
+            step: from 0.
+            start: first row, of the global batch.
+            stop: the row after the last one.
 
         Returns:
             input_ids and labels, (stop - start, T) int64; attention_mask too when a row has padding; position_ids where

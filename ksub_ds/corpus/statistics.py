@@ -119,6 +119,9 @@ def corpus_statistics(folder: str | Path, group: str = "languages") -> list[Lang
     Args:
         folder: of the shards.
         group: "languages", or "pairs".
+
+    Raises:
+        UserError: the folder holds no shards, or its manifest is damaged.
     """
     rows = []
     for language, entry in sorted(read_manifest(Path(folder)).get(group, {}).items()):
@@ -133,7 +136,11 @@ def corpus_statistics(folder: str | Path, group: str = "languages") -> list[Lang
 
 
 def corpus_table(folder: str | Path) -> str:
-    """Return the numbers of a shards folder as text, beside those of the paper's Table 7."""
+    """Return the numbers of a shards folder as text, beside those of the paper's Table 7.
+
+    Raises:
+        UserError: the folder holds no shards, or its manifest is damaged.
+    """
     rows = corpus_statistics(folder)
     head = f"{'language':<10}{'documents':>12}{'sequences':>12}{'held out':>10}"
     lines = [

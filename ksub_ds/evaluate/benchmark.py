@@ -87,7 +87,7 @@ class BenchmarkPlan(Plan, Generic[Settings]):
             "model": self.about["fingerprint"],
             "tokenizer": self.encoder.fingerprint,
         }
-        # what a fine-tuning depends on: a mended test set leaves the trained models as they are
+        # what a fine-tuning depends on: a test set that changes leaves the trained models as they are
         self.identity = sha256_bytes(repr(identity | {"data": self._joint_fingerprint(trained_on)}).encode())
         self._first_tests: dict[str, str] = {}
         self.queue = self._join(identity, {_file_name(*each): self.prints[each][:16] for each in trained_on})
@@ -121,11 +121,11 @@ class BenchmarkPlan(Plan, Generic[Settings]):
         if recorded.get("checked") != files:
             self.check_rows()
         queue = Queue.join(self.folder, self.make_jobs(), identity, notes)
-        mended = [name for name, value in tests.items() if self._first_tests[name] != value]
-        if mended:
+        changed = [name for name, value in tests.items() if self._first_tests[name] != value]
+        if changed:
             get_logger().info(
-                f"{self.folder}: {', '.join(mended)}: another file than at first; it is scored with the models trained "
-                "before"
+                f"{self.folder}: {', '.join(changed)}: another file than at first; it is scored with the models "
+                "trained before"
             )
         return queue
 
@@ -153,7 +153,7 @@ class BenchmarkPlan(Plan, Generic[Settings]):
         return sha256_bytes("\n".join(lines).encode())
 
     def test_suffix(self, *tests: tuple[str, str]) -> str:
-        """Return what the name of a job on test sets ends in: nothing, unless a file was mended since the first."""
+        """Return what the name of a job on test sets ends in: nothing, unless a file has changed since the first."""
         now = {_file_name(*each): self.prints[each] for each in tests}
         if all(self._first_tests[name] == value for name, value in now.items()):
             return ""
@@ -209,7 +209,16 @@ class BenchmarkPlan(Plan, Generic[Settings]):
         """Return all jobs, those that others wait for first."""
 
     def read(self, part: str, split: str, limit: int | None) -> Rows:
-        """Read the first `limit` rows of a split of a language or task; those of a test set may be unlabelled."""
+        """Read rows of a split; those of a test set may be unlabelled.
+
+        Args:
+            part: language or task.
+            split: of its rows.
+            limit: the first so many; None for all.
+
+        Raises:
+            UserError: as `RowSource.read`.
+        """
         return self.source.read(part, split, self.columns(part), limit, unlabelled=is_test(split))
 
     @abc.abstractmethod

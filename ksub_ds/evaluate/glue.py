@@ -214,7 +214,16 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
         return GLUE_TASKS["mnli" if part == "ax" else part].columns.mapped(self.settings.label_map)
 
     def read(self, part: str, split: str, limit: int | None) -> Rows:
-        """Read the first `limit` rows of a split of a task. MNLI's development sets are "matched" and "mismatched"."""
+        """Read rows of a split of a task.
+
+        Args:
+            part: the task.
+            split: of its rows; MNLI's development sets are "matched" and "mismatched".
+            limit: the first so many; None for all.
+
+        Raises:
+            UserError: as `RowSource.read`.
+        """
         if split not in ("matched", "mismatched"):
             whole = (part, split) == ("mnli", "validation")  # two sets, of which each has so many rows
             return super().read(part, split, None if whole else limit)
@@ -333,7 +342,13 @@ class GluePlan(BenchmarkPlan[GlueSettings]):
 
 
 def score(task: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Return the scores of a task from a model's outputs, (n, outputs), and the labels, (n,)."""
+    """Return the scores of a task from a model's outputs.
+
+    Args:
+        task: of GLUE.
+        logits: (n, outputs).
+        labels: (n,).
+    """
     if GLUE_TASKS[task].regression:
         return metrics.regression(logits[:, 0].astype(np.float64), labels)
     return metrics.classification(logits.argmax(axis=1), labels.astype(np.int64), GLUE_TASKS[task].metrics)

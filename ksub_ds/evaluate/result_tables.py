@@ -28,7 +28,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def render(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], form: Format) -> str:
-    """Render one table; the title is a heading, a comment line or a caption."""
+    """Render one table.
+
+    Args:
+        title: becomes a heading, a comment line or a caption.
+        header: cells of the first row.
+        rows: of as many cells each.
+        form: in which it is written.
+    """
     if form == "csv":
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
@@ -155,7 +162,13 @@ def glue_table(results: Sequence[dict[str, Any]], form: Format) -> str:
 
 
 def glue_cell(result: dict[str, Any], task: str, what: str) -> str:
-    """Return a task's numbers, two where the paper does not say which it means (MRPC and QQP: accuracy / F1)."""
+    """Return a task's numbers, two where the paper does not say which it means (MRPC and QQP: accuracy / F1).
+
+    Args:
+        result: of a `ksub evaluate glue`.
+        task: of GLUE.
+        what: "best" or "median", over the seeds.
+    """
     scores = result["test"].get(task)
     if scores is None:
         return NOTHING

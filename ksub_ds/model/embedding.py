@@ -75,7 +75,7 @@ class SubEmbedding(nn.Module):
             nn.init.zeros_(self.dedicated_rows)
 
     def set_dedicated(self, table: CodeTable) -> None:
-        """Make the dedicated tokens those of another table; who had a row keeps it, new ones are zero."""
+        """Make the dedicated tokens those of another table; tokens that had a row keep it, new rows are zero."""
         rows = self.tables[0].detach().new_zeros(table.num_dedicated, self.embedding_dim)
         if self.dedicated is not None and self.dedicated_rows is not None:
             _, new, old = np.intersect1d(table.dedicated, self.dedicated.cpu().numpy(), return_indices=True)

@@ -56,7 +56,13 @@ class KSubRobertaEmbeddings(RobertaEmbeddings):
 
 
 class KSubRobertaModel(KSubRobertaPreTrainedModel, RobertaModel):
-    """The bare encoder: (batch, length) ids -> (batch, length, d) states."""
+    """The bare encoder: (batch, length) ids -> (batch, length, d) states.
+
+    Args:
+        config: `config.vocab_size` must be the table's number of tokens.
+        table: the codes; None only when transformers loads a saved folder.
+        add_pooling_layer: as in transformers: whether the first state is pooled to an output too.
+    """
 
     def __init__(self, config: KSubRobertaConfig, table: CodeTable | None = None, add_pooling_layer: bool = True):
         config, table = with_table(config, table)

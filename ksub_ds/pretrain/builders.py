@@ -111,7 +111,13 @@ def set_attention(model: Any, name: str | None) -> None:
 
 
 def start_bias(model: Any, dataset: ShardDataset, alpha: float) -> None:
-    """Set the decoder's bias to the tokens' log frequency; with small weights the model begins as a unigram model."""
+    """Set the decoder's bias to the tokens' log frequency; with small weights the model begins as a unigram model.
+
+    Args:
+        model: whose `decoder_bias`, (N,), is set.
+        dataset: opened shards.
+        alpha: exponent of language smoothing.
+    """
     import torch
 
     with torch.no_grad():
@@ -285,7 +291,13 @@ def parameter_table(model: Any, table: CodeTable) -> list[str]:
 
 
 def decoded_row(first: StepBatches, tokenizer: Tokenizer, length: int = 48) -> list[str]:
-    """Return the beginning of the first training row as lines of text, as it is and as a mask shows it."""
+    """Return the beginning of the first training row as lines of text, as it is and as a mask shows it.
+
+    Args:
+        first: batches of the first step.
+        tokenizer: of the shards.
+        length: tokens that are shown.
+    """
     masked = first.micro_batches[0]["input_ids"][0, :length]
     labels = first.micro_batches[0]["labels"][0, :length]
     original = [int(label) if label >= 0 else int(token) for token, label in zip(masked, labels, strict=True)]

@@ -196,6 +196,11 @@ def load(engine: "DeepSpeedEngine", path: Path, state: TrainerState) -> None:
 
     Every rank calls this; rank 0 reads the files and broadcasts them.
 
+    Args:
+        engine: of the same model; changed.
+        path: folder of the checkpoint.
+        state: of the trainer, read from it.
+
     Raises:
         UserError: a parameter is missing or has another shape (a checkpoint of another model).
     """

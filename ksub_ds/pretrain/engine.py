@@ -250,7 +250,15 @@ def _offloads(mechanics: dict[str, Any]) -> bool:
 
 
 def build_optimizer(model: Any, peak_lr: float, betas: tuple[float, float], epsilon: float, weight_decay: float) -> Any:
-    """Build torch's AdamW; weight decay on matrices and tables only, not on biases and LayerNorm (one-dimensional)."""
+    """Build torch's AdamW over the parameters that are trained.
+
+    Args:
+        model: whose parameters.
+        peak_lr: learning rate until the schedule sets another.
+        betas: beta_1, beta_2.
+        epsilon: of AdamW.
+        weight_decay: on matrices and tables only, not on biases and LayerNorm (one-dimensional).
+    """
     import torch
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -263,6 +271,11 @@ def build_optimizer(model: Any, peak_lr: float, betas: tuple[float, float], epsi
 
 def start_engine(model: Any, optimizer: Any, config: dict[str, Any]) -> "DeepSpeedEngine":
     """Call `deepspeed.initialize` without its output. Every rank must hold the same model.
+
+    Args:
+        model: with its weights.
+        optimizer: of its parameters.
+        config: DeepSpeed's, as `compose_config` gives it.
 
     Raises:
         UserError: DeepSpeed refuses the configuration.

@@ -95,8 +95,8 @@ class StepReport(NamedTuple):
 
     Attributes:
         loss: nats, over the predicted tokens: the masked ones, or of a causal model all.
-        correct: those of the last micro-batches that were most probable, on steps that are logged in full, and
-        counted: how many there were.
+        correct: in the last micro-batches, predicted tokens that were most probable; on steps that are logged in full.
+        counted: predicted tokens of those micro-batches.
         stops: ranks that want to stop.
         problems: ranks that could not write a file.
         gradient_norm: before clipping; in fp16 infinite where DeepSpeed passed over the update.
@@ -308,6 +308,11 @@ def evaluation_is_missing(recipe: Recipe, folder: RunFolder, step: int) -> bool:
     """Return whether a due evaluation is not in evaluation.jsonl. A collective.
 
     So it is at step 0, and where a run was ended between a save and its evaluation.
+
+    Args:
+        recipe: of the run.
+        folder: of the run.
+        step: the last one that is done.
     """
     due = _evaluation_is_due(recipe, step)
     return distributed.broadcast_object(due and all(line["step"] != step for line in read_lines(folder.evaluation)))

@@ -59,6 +59,13 @@ class BatchPrefetcher:
     The global batch of a step is cut into micro-batches m = 0, 1, ...; rank r of W takes m = r, r + W, ... So
     micro-batch m holds the same rows whatever the number of ranks, and one rank that accumulates twice does what two
     ranks do once.
+
+    Args:
+        batches: of the run.
+        micro_batch_size: rows of a micro-batch.
+        accumulation: micro-batches of a rank and step.
+        rank: r.
+        world_size: W.
     """
 
     def __init__(self, batches: TrainingBatches, micro_batch_size: int, accumulation: int, rank: int, world_size: int):
@@ -165,7 +172,7 @@ def _check_ids(batch: Batch, vocab_size: int) -> None:
     """Check on the host what a GPU would answer with an error that ends the process.
 
     Raises:
-        UserError: an id that is no token.
+        UserError: an id that is not a token's.
     """
     for ids in (batch["input_ids"], batch["labels"][batch["labels"] != IGNORE]):
         wrong = ids[(ids < 0) | (ids >= vocab_size)]

@@ -171,7 +171,7 @@ def choose_tokens(
     if data is None:
         assert choice.by_loss is not None
         if not is_run(choice.by_loss):
-            raise UserError(f"{choice.prefix}by-loss {choice.by_loss}: is no run; give --data SHARDS with a model")
+            raise UserError(f"{choice.prefix}by-loss {choice.by_loss}: is not a run; give --data SHARDS with a model")
         data = open_run(choice.by_loss).recipe.data
     dataset = ShardDataset.open(data, verify=False)
     theirs = dataset.manifest["tokenizer"]
@@ -209,7 +209,7 @@ def read_list(path: Path, option: str, entries: str) -> str:
     try:
         if path.stat().st_size > LARGEST_FILE:
             size = path.stat().st_size
-            raise UserError(f"{option} {path}: {size:,} bytes is no list of {entries}; give one per line")
+            raise UserError(f"{option} {path}: {size:,} bytes are too many for a list of {entries}; give one per line")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be read ({error.strerror})") from error
@@ -238,7 +238,9 @@ def read_token_ids(path: Path, num_tokens: int, option: str) -> np.ndarray:
         if not word:
             continue
         if not (word.isascii() and word.isdigit() and len(word) < 10):
-            raise UserError(f"{option}: {path}:{number}: {word[:40]!r} is no token id; give one per line, # comments")
+            raise UserError(
+                f"{option}: {path}:{number}: {word[:40]!r} is not a token id; give one per line, # comments"
+            )
         token = int(word)
         if token >= num_tokens:
             raise UserError(f"{option}: {path}:{number}: token {token} is not in 0..{num_tokens - 1}")

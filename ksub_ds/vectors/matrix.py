@@ -121,7 +121,7 @@ def read_matrix(path: Path, tensor: str | None = None) -> np.ndarray:
             raise UserError(f"{path}: is a code file, which holds no vectors; give a model folder, or a matrix")
         return check_matrix(files.read(files.embedding_name(tensor)), str(path))
     if tensor is not None:
-        raise UserError(f"--tensor {tensor}: {path} is no .safetensors file, only those name their tensors")
+        raise UserError(f"--tensor {tensor}: {path} is not a .safetensors file, and only those name their tensors")
     if path.suffix != ".npy":
         pickled = path.suffix in (".bin", ".pt", ".pth", ".pkl")
         why = "pickled files are not read" if pickled else "not a file of vectors"

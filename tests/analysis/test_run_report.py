@@ -286,7 +286,7 @@ def test_one_file_and_nothing_of_a_user_is_markup(page, report):
 
 
 def test_a_run_that_has_only_begun(tmp_path):
-    """No step yet; then a few, the last line torn, a loss that is no number, and a failure told."""
+    """No step yet; then a few, the last line torn, a loss that is not a number, and a failure told."""
     run = make_run(tmp_path / "run", last_step=0)
     write_report(run, tmp_path / "empty.html")
     assert "No step has been recorded yet" in (tmp_path / "empty.html").read_text()

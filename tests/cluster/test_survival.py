@@ -143,7 +143,7 @@ def test_a_full_disk(cluster: Cluster) -> None:
 
 
 def test_nan_on_one_rank(cluster: Cluster, tmp_path: Path) -> None:
-    """One rank of two computes a loss that is no number: both end, no update is made, one line names the rank."""
+    """One rank of two computes a loss that is not a number: both end, no update is made, one line names the rank."""
     broken = Path(__file__).parent / "nan_on_one_rank"
     run = cluster.launch(
         cluster.hostfile(1, 2),

@@ -95,7 +95,7 @@ def test_loss_and_bits_per_byte_are_those_of_the_dense_model(made: Made, tiny_te
         assert (found["count"], found["bytes"]) == (count, num_bytes)
         assert found["loss"] == pytest.approx(nats / count, rel=1e-5)
         assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
-        assert "unknown_tokens" not in found  # the end of a document is none, though GPT-2 calls it so
+        assert "unknown_tokens" not in found  # the end of a document is not one, though GPT-2 calls it so
 
 
 def test_all_exports_write_the_same_and_are_scored(made: Made, tiny_text: Path, tmp_path: Path) -> None:

@@ -65,12 +65,12 @@ def test_a_list_has_comments_and_empty_lines(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("1\nthe\n", ":2: 'the' is no token id"),
-        ("-1\n", ":1: '-1' is no token id"),
+        ("1\nthe\n", ":2: 'the' is not a token id"),
+        ("-1\n", ":1: '-1' is not a token id"),
         ("1\n\n100\n", r":3: token 100 is not in 0\.\.99"),
         ("5\n7\n5\n", ":3: token 5 stands in line 1 already"),
         ("# nothing\n", "holds no token id"),
-        ("٣\n", "is no token id"),
+        ("٣\n", "is not a token id"),
         (None, "cannot be read"),
     ],
 )
@@ -162,7 +162,7 @@ def test_more_are_added_and_a_grown_vocabulary_keeps_them(folder, capsys):
         (["--rows", "3", "--data", "absent"], "absent: is not a folder"),
         (["--rows", "3", "--tokens", "x"], "--tokens x: names the tokens; leave --rows"),
         (["--by-loss", "x"], "--by-loss x: give --rows F too"),
-        (["--by-loss", "x", "--rows", "3"], "--by-loss x: is no run; give --data SHARDS"),
+        (["--by-loss", "x", "--rows", "3"], "--by-loss x: is not a run; give --data SHARDS"),
         (["--by-loss", "x", "--rows", "3", "--data", "SHARDS"], "x"),
         (["--rows", "3", "--data", "SHARDS", "OTHER"], "made with another tokenizer"),
     ],

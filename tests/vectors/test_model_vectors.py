@@ -203,7 +203,7 @@ def test_an_encoder_comes_before_its_decoder_and_others_are_asked_for_by_name(tm
         with pytest.raises(UserError, match=r"--tensor absent: .* has no such tensor; it has model.decoder.embed"):
             load_vectors(source, tensor="absent")
     np.save(tmp_path / "v.npy", np.zeros((3, 2)))
-    with pytest.raises(UserError, match=r"--tensor x: .*v.npy is no .safetensors file"):
+    with pytest.raises(UserError, match=r"--tensor x: .*v.npy is not a .safetensors file"):
         load_vectors(tmp_path / "v.npy", tensor="x")
 
 

@@ -104,7 +104,13 @@ class HashFile:
 
 
 def hash_files(paths: Sequence[Path], paragraphs: Sequence[int], block: int = BLOCK) -> list[HashFile]:
-    """Return the files in their order, with the numbers of their blocks."""
+    """Return the files in their order, with the numbers of their blocks.
+
+    Args:
+        paths: of the files.
+        paragraphs: number of paragraphs of each.
+        block: paragraphs of a block.
+    """
     files, first = [], 0
     for path, count in zip(paths, paragraphs, strict=True):
         files.append(HashFile(path, count, first))
@@ -140,7 +146,16 @@ def keep_mask(hashes: np.ndarray, mode: Mode) -> np.ndarray:
 
 
 def paragraph_mask(block: np.ndarray, bits: np.ndarray, mode: Mode) -> np.ndarray:
-    """Return which paragraphs of a block are kept, (n,) bool, from the bits of its distinct hashes, (entries,) bool."""
+    """Return which paragraphs of a block are kept.
+
+    Args:
+        block: (n,) hashes of its paragraphs.
+        bits: (entries,) bool of its distinct hashes, sorted: which of them stay.
+        mode: "keep-first" keeps the first paragraph of each, "drop-all" those that occur once.
+
+    Returns:
+        (n,) bool.
+    """
     _, first, inverse, counts = np.unique(block, return_index=True, return_inverse=True, return_counts=True)
     if mode == "drop-all":
         return (bits & (counts == 1))[inverse]

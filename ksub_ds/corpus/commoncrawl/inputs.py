@@ -198,5 +198,5 @@ def _read_listing(path: Path) -> list[str]:
             raise ValueError(f"it unpacks to more than {LARGEST_LISTING >> 20} MB")
     except (OSError, EOFError, zlib.error, ValueError) as error:
         path.unlink(missing_ok=True)
-        raise UserError(f"{path}: was no list of paths in gzip ({error}) and is removed; run again") from error
+        raise UserError(f"{path}: was not a gzipped list of paths ({error}) and is removed; run again") from error
     return [line.strip() for line in text.split("\n")]

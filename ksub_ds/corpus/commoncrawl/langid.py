@@ -239,7 +239,7 @@ class FastTextIdentifier:
         threshold: least confidence of a language.
 
     Raises:
-        UserError: fastText is not installed, the model is missing or damaged, or its labels are no languages.
+        UserError: fastText is not installed, the model is missing or damaged, or its labels are not languages.
     """
 
     def __init__(self, model: Path, threshold: float):
@@ -251,7 +251,7 @@ class FastTextIdentifier:
             raise UserError(f"--langid-model {model}: no such file; take lid.176.bin or lid.176.ftz from fasttext.cc")
         try:
             self._model = fasttext.load_model(str(model))
-            # A threshold that is no probability: 0 leaves out labels of a hierarchical softmax.
+            # A threshold below every probability: 0 leaves out labels of a hierarchical softmax.
             labels = self._model.predict("a", k=-1, threshold=-1.0)[0]
         except (ValueError, RuntimeError, MemoryError) as error:
             raise UserError(f"--langid-model {model}: is not a fastText model ({error})") from error

@@ -34,7 +34,15 @@ Counts = dict[str, dict[str, list[int]]]
 
 
 def count(counts: Counts, stage: str, language: str, size_in: int, size_out: int | None) -> None:
-    """Add a document to a stage's counts; `size_out` is None when the stage drops it. Sizes are UTF-8 bytes."""
+    """Add a document to a stage's counts.
+
+    Args:
+        counts: of all stages; changed.
+        stage: that the document has passed.
+        language: of the document.
+        size_in: UTF-8 bytes before the stage.
+        size_out: UTF-8 bytes after it; None when the stage drops the document.
+    """
     row = counts.setdefault(stage, {}).setdefault(language, [0, 0, 0, 0])
     row[0] += 1
     row[1] += size_in
@@ -48,7 +56,7 @@ class Evidence:
     """What a file holds besides pages, to say why it has none, or not all.
 
     Attributes:
-        types: number of its records that are no pages, by WARC-Type.
+        types: number of its records that are not pages, by WARC-Type.
         first_fault: the reason of the first fault.
         damaged: number of its parts that are not read.
         first_damage: the reason of the first of them.
@@ -235,7 +243,13 @@ def keep_paragraphs(page: Page, mask: bytes | None) -> Document | None:
 
 
 def select_batch(batch: list[Document], selection: Selection, counts: Counts) -> list[Document]:
-    """Return the documents of a batch that are kept, with language, bucket and perplexity filled in."""
+    """Return the documents of a batch that are kept, with language, bucket and perplexity filled in.
+
+    Args:
+        batch: documents, with the paragraphs that stay.
+        selection: what decides.
+        counts: of all stages; changed.
+    """
     chosen = []
     answers = selection.identifier.identify([document.text for document in batch]) if batch else []
     for document, (language, score) in zip(batch, answers, strict=True):

@@ -78,7 +78,7 @@ class CrawlRun:
         else:
             get_logger().info(f"{self._out}: is finished, nothing to do")
         if self._settings.strict and (missing := left_out(report, self._settings.languages)):
-            raise UserError(f"--strict: {summary(missing)}; mend the input, or run again without --strict")
+            raise UserError(f"--strict: {summary(missing)}; fix the input, or run again without --strict")
         if not self._settings.keep_work:
             self._comm.on_main(lambda: shutil.rmtree(self._work, ignore_errors=True))
         return report
@@ -292,7 +292,14 @@ def find_files(settings: ShardCC, segments: str) -> tuple[list[WetFile], list[st
 
 
 def load_selection(settings: ShardCC) -> Selection:
-    """Load the models that decide which pages stay."""
+    """Load the models that decide which pages stay.
+
+    Args:
+        settings: of the command.
+
+    Raises:
+        UserError: an option or a model cannot be used, or a package is missing.
+    """
     identifier = load_identifier(settings.langid, settings.langid_model, settings.langid_threshold)
     buckets = load_buckets(settings.lm_models)
     languages = tuple(sorted(set(settings.languages)))

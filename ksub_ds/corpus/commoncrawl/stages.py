@@ -29,7 +29,13 @@ def fingerprint(value: Any) -> str:
 
 
 class UnitFiles(Sequence[Path]):
-    """The files of one kind that a stage writes, one for each unit: WORK/<stage>/<unit>.<suffix>."""
+    """The files of one kind that a stage writes, one for each unit: WORK/<stage>/<unit>.<suffix>.
+
+    Args:
+        folder: WORK/<stage>.
+        suffix: of the files, without its dot.
+        count: number of units.
+    """
 
     def __init__(self, folder: Path, suffix: str, count: int):
         self._folder, self._suffix, self._count = folder, suffix, count

@@ -87,7 +87,13 @@ class _Held:
 
 
 def is_packed(out: Path, language: str, key: StageKey) -> bool:
-    """Return whether a language's shards are there, whole, and of this key."""
+    """Return whether a language's shards are there, whole, and of this key.
+
+    Args:
+        out: the shards folder.
+        language: its code.
+        key: what the shards must have been made with.
+    """
     path = out / language / "part.json"
     if not path.is_file():
         return False

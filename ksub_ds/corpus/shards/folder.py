@@ -80,7 +80,7 @@ def check_replaced(out: Path, names: Collection[str], more: Collection[str], rea
     settings = out / "settings.json"
     ours = settings.is_file()
     if ours and not _is_settings(read_json(settings)):
-        raise UserError(f"--out {out}: {settings.name} is no file of shards; choose another folder")
+        raise UserError(f"--out {out}: {settings.name} is not a settings file of shards; choose another folder")
     for name in (*names, *more):
         path = out / name
         made = ours if name in more else (path / "part.json").is_file() or (ours and _holds_shards_only(path))
@@ -106,6 +106,11 @@ def _is_settings(value: Any) -> bool:
 
 def claim_folder(folder: Path, sequence_length: int, tokenizer: Tokenizer) -> None:
     """Write settings.json, or check that an earlier run wrote the same; one that made no row does not bind this one.
+
+    Args:
+        folder: of the shards.
+        sequence_length: T.
+        tokenizer: that makes the rows.
 
     Raises:
         UserError: the folder holds shards of another sequence length or tokenizer.

@@ -12,7 +12,7 @@ shorter; it ends in `<pad>` after its `</s>`, or in more `</s>` where the tokeni
     pair:    <s> sentence </s> </s> translation </s>
     row:     pair pair ... pair <pad> <pad>
 
-Pairs, for translation language modelling (Lample & Conneau 2019, section 3.3), stay whole: half a pair is no
+Pairs, for translation language modelling (Lample & Conneau 2019, section 3.3), stay whole: half a pair is not a
 translation. Their form is RoBERTa's of two sentences.
 """
 
@@ -146,7 +146,13 @@ class PairPacker:
 
 
 def frame_pair(first: np.ndarray, second: np.ndarray, packing: Packing) -> np.ndarray:
-    """Return a pair of sentences with its special tokens, as `PairPacker` takes it."""
+    """Return a pair of sentences with its special tokens, as `PairPacker` takes it.
+
+    Args:
+        first: (n,) int32 ids of the sentence.
+        second: (m,) int32 ids of its translation.
+        packing: the form of a row.
+    """
     bos, eos = (np.array([token], dtype=np.int32) for token in (packing.bos_id, packing.eos_id))
     return np.concatenate([bos, first, eos, eos, second, eos])
 

@@ -44,7 +44,13 @@ class LanguageWriter:
         self.counts = {split: {"documents": 0, "tokens": 0, "bytes": 0, "sequences": 0} for split in SPLITS}
 
     def add(self, split: str, documents: list[np.ndarray], num_bytes: int) -> None:
-        """Add documents (int32 ids, none empty) to a split; `num_bytes` is the size of their text."""
+        """Add documents to a split.
+
+        Args:
+            split: "train" or "validation".
+            documents: int32 ids of each, none empty.
+            num_bytes: size of their text in UTF-8.
+        """
         self._writers[split].write(self._packers[split].add(documents))
         count = self.counts[split]
         count["documents"] += len(documents)
@@ -72,7 +78,14 @@ def split_of(raw: bytes, fraction: float) -> str:
 
 
 class ShardWriter:
-    """Writes the rows of one language and split into numbered files of bounded size."""
+    """Writes the rows of one language and split into numbered files of bounded size.
+
+    Args:
+        folder: where the files go.
+        language: its code, or the name of the pair.
+        split: "train" or "validation".
+        sequence_length: T.
+    """
 
     def __init__(self, folder: Path, language: str, split: str, sequence_length: int):
         self._folder, self._language, self._split = folder, language, split

@@ -127,7 +127,7 @@ def _difference(one: TextFile, two: TextFile) -> str:
                     return f"{printable(file.path.name)} is damaged ({error})"
             if pieces[0] != pieces[1]:
                 return "their contents differ"
-            # A bomb is no reason to compare for ever: taken for equal, and its reader will say bomb.
+            # A bomb is not compared to its end: it is taken for equal, and its reader will say that it is a bomb.
             if not pieces[0] or is_bomb(position, min(one.size, two.size)):
                 break
     return ""

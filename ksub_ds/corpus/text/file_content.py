@@ -187,7 +187,7 @@ class FileContent:
 
 
 class _FromUtf16(io.RawIOBase):
-    """UTF-16 with a byte-order mark as UTF-8 without one; half characters become bytes that are no UTF-8."""
+    """UTF-16 with a byte-order mark as UTF-8 without one; half characters become bytes that are not UTF-8."""
 
     def __init__(self, stream: io.BufferedReader):
         self._stream = stream

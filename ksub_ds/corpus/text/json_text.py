@@ -31,7 +31,7 @@ def json_texts(file: FileContent, layout: TextLayout) -> Iterator[str]:
 
 
 def json_values(file: FileContent) -> Iterator[Any]:
-    """Return an iterator over the values of a JSON file; what is none is counted.
+    """Return an iterator over the values of a JSON file; what is not a value is counted.
 
     Args:
         file: JSON, one way or another.

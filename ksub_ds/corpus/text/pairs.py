@@ -72,7 +72,7 @@ def find_pairs(
     Args:
         folder: of the files.
         splits: as of `find_text`.
-        others: where entries of the folder that are no parallel text are counted.
+        others: where entries of the folder that are not parallel text are counted.
 
     Returns:
         The text by pair of languages, sorted.

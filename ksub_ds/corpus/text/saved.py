@@ -4,7 +4,7 @@
     FOLDER/dataset_dict.json  train/state.json  test/state.json     a DatasetDict
 
 state.json names the files. What map() and filter() leave beside them (cache-*.arrow) holds the same rows again, or
-other ones, and is no part of the data set.
+other ones, and is not part of the data set.
 """
 
 import json

@@ -187,7 +187,7 @@ def text_below(entries: list[Path], folder: Path, splits: tuple[str, ...] | None
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split that the words of a path name, below the input folder; the language's code is no such word."""
+    """Return the split that the words of a path name, below the input folder; the language's code is none of them."""
     name = parse_text_name(path.name)
     words = [*path.parts[:-1], name.stem if name else path.name]
     words[0] = words[0].lstrip(string.ascii_letters)

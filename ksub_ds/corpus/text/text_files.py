@@ -129,7 +129,7 @@ class TextFile:
 
 
 def link_target(path: Path) -> str | None:
-    """Return where a link leads, in its own words; None for what is no link.
+    """Return where a link leads, in its own words; None for what is not a link.
 
     A small file that holds nothing but the path of another file is a link too: so git, zip and copies to Windows leave
     them.
@@ -207,7 +207,7 @@ class FolderWalk:
         self._root, self._skipped = root, skipped
 
     def files(self, top: Path) -> Iterator[Path]:
-        """Yield whatever lies below a folder and is no folder, in a fixed order.
+        """Yield whatever lies below a folder and is not a folder, in a fixed order.
 
         Args:
             top: the folder.

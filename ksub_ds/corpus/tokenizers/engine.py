@@ -24,7 +24,7 @@ HIDDEN = "\0special {}"  # how special tokens are renamed: no text is cut into a
 CHARACTERS_AT_ONCE = 1 << 18  # `tokenizers` needs some hundred times that in memory
 CHECKED_TEXTS = 400
 _UNKNOWN = "<unk>"  # splintr-rs finds a Unigram model's unknown token by this name, not by its id
-_LESS_THAN, _NO_CHARACTER = "\U0010fffe", "\U0010ffff"  # code points that are no characters: see `_name_unknown`
+_LESS_THAN, _NO_CHARACTER = "\U0010fffe", "\U0010ffff"  # not characters: see `_name_unknown`
 _BETWEEN_WORDS = {" ": re.compile(r"\w \w"), "\n": re.compile(r"\w\n\w"), " \n": re.compile(r"\w[ \n]\w")}
 
 # For the check at opening: words of many scripts, and what tokenizers tend to disagree about.
@@ -210,7 +210,7 @@ def open_engine(describe: Callable[[], dict[str, Any]], name: str) -> Engine:
         reason = f"gives other ids for {wrong} of {len(texts)} texts"
     except ImportError:
         reason = "is not installed (pip install 'splintr-rs>=0.22,<0.23')"
-    except BaseException as error:  # the library raises several kinds; a panic of its Rust is no Exception
+    except BaseException as error:  # the library raises several kinds; a Rust panic is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = f"does not support it ({' '.join(str(error).split())[:100]})"

@@ -26,7 +26,7 @@ class HuggingFaceTokenizer:
     """Any fast HuggingFace tokenizer by folder, for example roberta-base's byte-level BPE.
 
     One without a mask token makes shards for causal models only. It need not have a padding token; one that is another
-    special token too is none, and without a start token the end token begins a row, as in GPT-2.
+    special token too does not count as one. Without a start token the end token begins a row, as in GPT-2.
 
     Args:
         folder: of the tokenizer.
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer:
         for text in [*SAMPLE_WORDS, *_SAMPLE_TEXTS, " ".join(SAMPLE_WORDS)]:
             ids = self._decoder.encode(text, add_special_tokens=False).ids
             found = [None if index == self.unk_id else self._decoder.id_to_token(index) for index in ids]
-            # What the family does to text before SentencePiece (ALBERT's lower case) is no difference.
+            # What the family does to text before SentencePiece (ALBERT's lower case) does not count as one.
             expected = _pieces(reference, text if normalizer is None else normalizer.normalize_str(text))
             if found != expected and not _equally_good(reference, found, expected):
                 shown = ["?" if piece is None else piece for piece in found][:8]

@@ -92,6 +92,11 @@ def hub_version(name: str) -> str:
 def hub_class_names(name: str, part: str, column: str) -> tuple[str, ...] | None:
     """Return the class names of a column's numbers; None where the data set names none.
 
+    Args:
+        name: of the data set.
+        part: its configuration.
+        column: that holds the labels.
+
     Raises:
         UserError: `datasets` cannot load it.
     """
@@ -107,6 +112,11 @@ def hub_class_names(name: str, part: str, column: str) -> tuple[str, ...] | None
 
 def hub_rows(name: str, part: str, split: str) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a split, numbered from 1 and not checked.
+
+    Args:
+        name: of the data set.
+        part: its configuration.
+        split: of the rows.
 
     Yields:
         (number, row).

@@ -111,7 +111,7 @@ class Columns:
         named = any(_is_number(name) for name in self.labels)  # then a number is a name
         if isinstance(value, str) and (named or not _is_number(text)):
             shown = text[:40]
-            raise ValueError(f"label {shown!r} is not one of {self.described()}; mend it, or map it: --label-map")
+            raise ValueError(f"label {shown!r} is not one of {self.described()}; fix it, or map it: --label-map")
         if isinstance(value, bool) or (not isinstance(value, str) and not abs(value) < LARGEST_LABEL):
             raise ValueError(f"label {repr(value)[:20]} is not a number")
         if named or not _is_number(text) or not 0 <= int(text) < len(self.labels):
@@ -120,10 +120,10 @@ class Columns:
 
 
 def _real_number(text: str) -> float:
-    """Read the label of a regression; -1 stands for none.
+    """Read the label of a regression; -1 stands for a missing one.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a number, or too large.
     """
     try:
         number = float(text)
@@ -135,7 +135,7 @@ def _real_number(text: str) -> float:
 
 
 def spelling(value: Any) -> str | None:
-    """Return how a label is written: 1 and 1.0 as "1"; "" for null and NaN; None for what is no label at all."""
+    """Return how a label is written: 1 and 1.0 as "1"; "" for null and NaN; None for what cannot be a label."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -237,6 +237,11 @@ class RowSource:
 
     def classes(self, part: str, split: str, column: str) -> tuple[str, ...]:
         """Return the names of all classes in a split: as the file itself lists them, else sorted.
+
+        Args:
+            part: language, task, or part of a data set.
+            split: of the rows.
+            column: that holds the labels.
 
         Raises:
             UserError: as `read`; a column that is absent, or whose values are not classes.
@@ -374,7 +379,7 @@ def _text(where: Path | str, number: int, column: str, text: Any) -> str:
     """Return the text of a column.
 
     Raises:
-        UserError: it is no text, or far too long.
+        UserError: it is not text, or far too long.
     """
     if isinstance(text, bytes):  # of a Parquet file
         try:

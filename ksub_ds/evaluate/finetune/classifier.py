@@ -214,6 +214,11 @@ def tokenizer_source(model: str, given: str | None) -> str:
 def check_fit(model: str, encoder: PairEncoder, max_length: int) -> None:
     """Refuse a tokenizer with more tokens than the model, and rows longer than its positions.
 
+    Args:
+        model: folder or name on the hub.
+        encoder: its tokenizer's.
+        max_length: most tokens of a row, special ones included.
+
     Raises:
         UserError: either is too large; both numbers are named.
     """

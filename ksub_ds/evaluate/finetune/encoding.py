@@ -108,7 +108,13 @@ class PairEncoder(Protocol):
     fingerprint: str
 
     def encode(self, first: list[str], second: list[str] | None, max_length: int) -> list[EncodedRow]:
-        """Return each row in at most `max_length` tokens."""
+        """Return each row as token ids.
+
+        Args:
+            first: sentence of each row.
+            second: the other sentence of each row; None for single ones.
+            max_length: most tokens of a row, special ones included; longer rows are cut.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -139,7 +145,7 @@ class XlmrPairs:
         self.fingerprint = tokenizer.fingerprint
 
     def encode(self, first: list[str], second: list[str] | None, max_length: int) -> list[EncodedRow]:
-        """As PairEncoder."""
+        """Do as PairEncoder.encode."""
         begin, end = self._tokenizer.bos_id, self._tokenizer.eos_id
         firsts = [ids.tolist() for ids in self._tokenizer.encode_batch(first)]
         if second is None:
@@ -153,12 +159,18 @@ class XlmrPairs:
         return encoded
 
     def save(self, folder: Path) -> None:
-        """As PairEncoder."""
+        """Do as PairEncoder.save."""
         self._tokenizer.save(folder)
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """Return how many tokens of each sentence stay when both must fit into `room`, as in tokenizers' LongestFirst."""
+    """Return how many tokens of each sentence stay, as in tokenizers' LongestFirst.
+
+    Args:
+        first: tokens of the one sentence.
+        second: tokens of the other.
+        room: most tokens of both together.
+    """
     short, long = min(first, second), max(first, second)
     kept_long = min(long, max(short, room - short))
     if short + kept_long > room:
@@ -202,14 +214,14 @@ class HuggingFacePairs:
         self.fingerprint = hashlib.sha256(f"{names}\0{definition}".encode()).hexdigest()
 
     def encode(self, first: list[str], second: list[str] | None, max_length: int) -> list[EncodedRow]:
-        """As PairEncoder."""
+        """Do as PairEncoder.encode."""
         made = self._tokenizer(first, second, truncation=True, max_length=max_length, return_attention_mask=False)
         types = made["token_type_ids"] if "token_type_ids" in made else [[]] * len(first)
         cut = [bool(each.overflowing) for each in made.encodings]
         return [EncodedRow(*row) for row in zip(made["input_ids"], types, cut, strict=True)]
 
     def save(self, folder: Path) -> None:
-        """As PairEncoder."""
+        """Do as PairEncoder.save."""
         self._tokenizer.save_pretrained(folder)
 
 

@@ -29,7 +29,17 @@ class Position:
 
 
 def save_state(work: Path, train_step: TrainStep, position: Position, stamp: str) -> None:
-    """Write WORK/state.safetensors."""
+    """Write WORK/state.safetensors.
+
+    Args:
+        work: folder of this fine-tuning.
+        train_step: module and optimizer.
+        position: how far it is.
+        stamp: names model, data and settings; `load_state` takes a state of the same stamp only.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     from safetensors.torch import save_file
 
     tensors = {}
@@ -46,6 +56,11 @@ def load_state(work: Path, train_step: TrainStep, stamp: str) -> Position:
     """Load a saved state into module and optimizer and return its position.
 
     A state of other data or settings, or a damaged one, is ignored: the fine-tuning begins anew.
+
+    Args:
+        work: folder of this fine-tuning.
+        train_step: module and optimizer; changed.
+        stamp: as in `save_state`.
     """
     import torch
     from safetensors import SafetensorError, safe_open

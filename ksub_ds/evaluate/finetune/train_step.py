@@ -13,7 +13,13 @@ BETAS, EPSILON = (0.9, 0.98), 1e-6  # as in pretraining; the paper's Table 6 nam
 
 
 def make_classifier_module(model: Any, regression: bool, precision: str) -> Any:
-    """Wrap a model as a module that maps a batch to (summed loss, logits): cross entropy, or squares for regression."""
+    """Wrap a model as a module that maps a batch to (summed loss, logits).
+
+    Args:
+        model: sequence classifier of transformers.
+        regression: squares of one output, in place of cross entropy.
+        precision: of the forward pass, "fp32" or "bf16".
+    """
     import torch
     from torch.nn import functional
 
@@ -51,7 +57,14 @@ class TrainStep(Protocol):
 
 
 class SingleProcessStep:
-    """A TrainStep in this process alone."""
+    """A TrainStep in this process alone.
+
+    Args:
+        module: of `make_classifier_module`.
+        learning_rate: before the first `apply`, which sets it anew.
+        weight_decay: of AdamW, on matrices and tables only.
+        clipping: largest norm of a gradient; 0 for none.
+    """
 
     def __init__(self, module: Any, learning_rate: float, weight_decay: float, clipping: float):
         self.module, self._clipping = module, clipping
@@ -76,7 +89,15 @@ class SingleProcessStep:
 
 
 class DeepSpeedStep:
-    """A TrainStep on all ranks of this process group: DeepSpeed adds up the gradients."""
+    """A TrainStep on all ranks of this process group: DeepSpeed adds up the gradients.
+
+    Args:
+        module: of `make_classifier_module`.
+        learning_rate: before the first `apply`, which sets it anew.
+        weight_decay: of AdamW, on matrices and tables only.
+        clipping: largest norm of a gradient; 0 for none.
+        batch_size: rows of all ranks together; a multiple of their number.
+    """
 
     def __init__(self, module: Any, learning_rate: float, weight_decay: float, clipping: float, batch_size: int):
         world_size = distributed.world_size()

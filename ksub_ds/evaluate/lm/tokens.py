@@ -2,7 +2,7 @@
 
 A document begins with the tokenizer's start token where it has one, else with its end token, which stands between
 documents in training (GPT-2, Qwen): then its first token is predicted too. With neither, the first token is not
-predicted, and its bytes do not count. No end token is predicted: it is no text.
+predicted, and its bytes do not count. No end token is predicted: it is not text.
 
 What a tokenizer drops (blanks, signs that its normaliser rewrites, characters it does not know) costs a model nothing,
 though its bytes count: such documents are counted.

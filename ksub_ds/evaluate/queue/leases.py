@@ -122,7 +122,14 @@ class Holder:
 
 
 class Lease:
-    """The right to one name, kept alive by a thread until it is released."""
+    """The right to one name, kept alive by a thread until it is released.
+
+    Args:
+        folder: that holds all leases.
+        name: that is held.
+        number: how many times the name was taken, this time included.
+        descriptor: of the open, locked file; -1 where there is no lock.
+    """
 
     def __init__(self, folder: "LeaseFolder", name: str, number: int, descriptor: int):
         self.name, self.number, self.path = name, number, folder.path / f"{name}.{number}"

@@ -67,6 +67,12 @@ class Queue:
     ) -> Self:
         """Begin a queue, or join the one in the folder.
 
+        Args:
+            folder: shared by all workers.
+            jobs: all jobs, those that are needed before those that need them.
+            identity: what this evaluation is, as JSON values.
+            notes: kept beside it; these may change. [none]
+
         Raises:
             UserError: other settings are in the folder (each changed key is named), or it cannot be written.
         """

@@ -180,7 +180,7 @@ def test_a_file_that_changed_in_between_comes_whole(server: Server, tmp_path: Pa
     assert is_right(server, tmp_path, fetch(server, tmp_path, "0:1"))
 
 
-def test_what_waiting_does_not_mend_is_told_at_once(server: Server, tmp_path: Path) -> None:
+def test_what_waiting_does_not_fix_is_told_at_once(server: Server, tmp_path: Path) -> None:
     del server.files[wet_path(1)]
     with pytest.raises(UserError, match=r"status 404 .*check --snapshot"):
         fetch(server, tmp_path)

@@ -379,7 +379,7 @@ def test_a_warc_or_wat_by_mistake_is_named(wet_folder: Path, tiny_tokenizer: Pat
     shutil.copy(wet_folder / "segments/0/CC-0.warc.wet.gz", folder / "c.WARC.WET.GZ")
     (folder / "d.warc.wet.gz").write_bytes(b"<html>")
     options = {"languages": ("en", "el", "tr", "sw")}
-    with pytest.raises(UserError, match=r"--strict: a\.warc\.gz: 13 records.* sw; mend the input"):
+    with pytest.raises(UserError, match=r"--strict: a\.warc\.gz: 13 records.* sw; fix the input"):
         run(folder, tiny_tokenizer, tmp_path / "out", strict=True, **options)
     assert not (tmp_path / "out" / "manifest.json").exists()
     report = run(folder, tiny_tokenizer, tmp_path / "out", **options)

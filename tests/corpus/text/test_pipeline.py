@@ -460,7 +460,7 @@ def test_nothing_is_replaced_that_no_run_made(tiny_text: Path, tiny_tokenizer: P
     refused("would replace .*thesis/el, which no", out=folder("thesis", "el/chapter.tex"))
     refused("would replace .*words/tokenizer, which no", out=folder("words", "tokenizer/a.json"))
     (folder("program", "a.jsonl") / "settings.json").write_text("[]")
-    refused("program: settings.json is no file of shards", out=tmp_path / "program")
+    refused("program: settings.json is not a settings file of shards", out=tmp_path / "program")
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "en").symlink_to(folder("big", "a.jsonl"))
     refused("links/en is a link and would be replaced", out=tmp_path / "links")

@@ -57,8 +57,8 @@ def test_an_engine_with_other_ids_is_not_used(path: Path, warnings: list[str], m
     assert len(warnings) == 1 and "gives other ids for" in warnings[0]
 
 
-def test_a_panic_of_the_engine_is_no_end(path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyO3's PanicException is no Exception; an interrupt is none either, and passes."""
+def test_a_panic_of_the_engine_ends_nothing(path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyO3's PanicException is not an Exception; neither is an interrupt, which passes."""
     panic = type("PanicException", (BaseException,), {})
     expected = ids_of(path, SplintrEngine)
 

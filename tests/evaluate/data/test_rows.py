@@ -47,7 +47,7 @@ def test_a_label_map_is_the_whole_truth_about_numbers(tmp_path: Path) -> None:
     assert source(tmp_path, rows).read("en", "test", other).labels == [2, 0, 0, 1, 1, 2, 0]
     with pytest.raises(UserError, match=r"line 1: label 2 is not in --label-map"):
         source(tmp_path, [GOOD | {"label": 2}]).read("en", "test", other)
-    named = Columns("premise", "hypothesis", ("1", "2", "3"))  # a number that is a name is no position
+    named = Columns("premise", "hypothesis", ("1", "2", "3"))  # a number that is a name is not a position
     assert [named.label(label) for label in (1, "2", 3.0)] == [0, 1, 2]
     with pytest.raises(ValueError, match="label 0 is not one of"):
         named.label(0)

@@ -1,4 +1,4 @@
-"""Fine-tuning: continues to the last bit, keeps the best epoch, takes any encoder, refuses what is no model."""
+"""Fine-tuning: continues to the last bit, keeps the best epoch, takes any encoder, refuses what is not a model."""
 
 import os
 import subprocess
