@@ -84,8 +84,7 @@ def analyze(settings: Analyze) -> Path:
     """
     _check(settings)
     from ksub_ds.analysis.encoders import open_encoder
-    from ksub_ds.analysis.explorer import write_explorer
-    from ksub_ds.analysis.figures import save_figures
+    from ksub_ds.analysis.figures import save_figures, write_explorer
     from ksub_ds.analysis.measure import measure
     from ksub_ds.analysis.sample import sample_text
 

@@ -1,9 +1,13 @@
-"""The paper's Figures 2 to 10 as PDF, SVG and PNG, from measurements.
+"""What an analysis draws: the paper's Figures 2 to 10 as PDF, SVG and PNG, and explore.html with the same clouds.
 
 Colours are safe for colour-blind readers: Okabe and Ito's for lines and markers, viridis for the last code. Points of
 a cloud are pixels inside the vector files, so that a PDF of 30,000 points stays small; axes and text are vectors.
+
+explore.html is one file that makes no request, whose clouds can be rotated, zoomed and pointed at. The drawing is a
+hundred lines of script in templates/explore.html; `write_explorer` puts the numbers into it.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +40,12 @@ CODE_COLOURS = "viridis"
 PLAIN_COLOUR = "#7a7a7a"
 COLUMNS = 3
 FOLLOWED_STYLE: dict[str, Any] = {"s": 38, "edgecolors": "white", "linewidths": 0.7, "zorder": 10, "depthshade": False}
+EXPLORER_TEMPLATE = Path(__file__).parent / "templates" / "explore.html"
+SCALE = 1000  # coordinates are whole thousandths of the cloud's radius: finer than a pixel, and short to write
 
 
 def save_figures(measurements: Sequence[Measurement], folder: Path) -> list[str]:
-    """Draw everything into `folder` and return the names without suffix."""
+    """Draw Figures 2 to 10 into `folder` and return the names without suffix."""
     names = ["embeddings", "similarity"]
     with matplotlib.rc_context(STYLE):
         _save(embeddings_figure(measurements), folder / names[0])
@@ -178,3 +184,58 @@ def _ratio(cloud: Cloud) -> str:
 
 def _cycle(values: Sequence[str]) -> list[str]:
     return [*values] * 8
+
+
+def write_explorer(measurements: Sequence[Measurement], path: Path) -> None:
+    """Write explore.html of some models."""
+    template = EXPLORER_TEMPLATE.read_text(encoding="utf-8")
+    with atomic_path(path) as temporary:
+        page = template.replace("/*DATA*/", script_json([_explorer_model(each) for each in measurements]))
+        temporary.write_text(page, encoding="utf-8")
+
+
+def script_json(value: Any) -> str:
+    """Return JSON that is safe inside <script>: no word of a user can close the element or open a comment."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"})
+
+
+def _explorer_model(each: Measurement) -> dict[str, Any]:
+    """Return one model: its words and last codes, numbered anew, and its clouds, the embedding first."""
+    clouds = [each.embedding, *(layer.cloud for layer in each.layers)]
+    ids, places = np.unique(np.concatenate([cloud.tokens for cloud in clouds]), return_inverse=True)
+    borders = np.cumsum([len(cloud.tokens) for cloud in clouds])[:-1]
+    vocabulary = each.encoder.tokenizer.tokens()
+    codes = each.encoder.last_codes
+    names = ["embedding matrix", "layer 0 (embedding)"] + [f"layer {index}" for index in range(1, len(each.layers))]
+    followed = [None, *(layer.followed for layer in each.layers)]
+    return {
+        "name": each.encoder.name,
+        "words": [vocabulary[index] if index < len(vocabulary) else f"#{index}" for index in ids.tolist()],
+        "codes": None if codes is None else codes[ids].tolist(),
+        "most": None if codes is None else max(1, int(codes.max())),
+        "clouds": [
+            _explorer_cloud(name, cloud, own.tolist(), marks, each.followed)
+            for name, cloud, own, marks in zip(names, clouds, np.split(places, borders), followed, strict=True)
+        ],
+    }
+
+
+def _explorer_cloud(
+    name: str, cloud: Cloud, own: list[int], marks: np.ndarray | None, followed: list[tuple[str, int]]
+) -> dict[str, Any]:
+    # the centre and radius of the bulk: one far vector must not shrink all others to a dot
+    middle = np.quantile(cloud.points, [0.005, 0.995], axis=0).mean(axis=0)
+    radius = float(np.quantile(np.linalg.norm(cloud.points - middle, axis=1), 0.995)) or 1.0
+
+    def scaled(points: np.ndarray) -> list[int]:
+        return np.rint((points - middle) / radius * SCALE).astype(int).ravel().tolist()
+
+    marked = zip(followed, [] if marks is None else marks, strict=False)
+    return {
+        "name": name,
+        "r3": cloud.axes.explained(3),
+        "tokens": own,
+        "xyz": scaled(cloud.points),
+        "followed": [[word, scaled(place) if np.isfinite(place).all() else None] for (word, _), place in marked],
+    }

@@ -17,8 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from ksub_ds.analysis import measure as measure_module
 from ksub_ds.analysis.analyze import names_of
 from ksub_ds.analysis.encoders import open_encoder
-from ksub_ds.analysis.explorer import script_json
-from ksub_ds.analysis.figures import STYLE
+from ksub_ds.analysis.figures import STYLE, script_json
 from ksub_ds.analysis.sample import sample_text
 from ksub_ds.cli import main
 from ksub_ds.codes.positional import positional_codes
