@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ksub_ds import factorized_cross_entropy, plain_codes, positional_codes
-from ksub_ds.contraction import dense_block, split_products
-from ksub_ds.contraction.split_products import multiply
+from ksub_ds.contraction import dense_block
+from ksub_ds.contraction.dense_block import multiply
 from ksub_ds.model import softmax
 from ksub_ds.model.softmax import log_partition
 
@@ -339,8 +339,7 @@ def test_every_product_of_a_dense_block_on_a_device_is_of_bf16_parts(as_on_a_dev
         factors.append((left.shape[-1], right.shape[-1]))
         return multiply(left, right)
 
-    for module in (dense_block, split_products):
-        monkeypatch.setattr(module, "multiply", counted)
+    monkeypatch.setattr(dense_block, "multiply", counted)
     case = Case(plain_codes(70), rows=5, dim=24)
     case.ours()
     assert factors == [(6 * 24, 70), *[(70, 24)] * 3, *[(5, 24)] * 3]

@@ -1,4 +1,4 @@
-"""Products by bf16 parts: how close they are, also where tensor cores cut off."""
+"""Products of a dense block by bf16 parts: how close they are, also where tensor cores cut off."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ksub_ds.contraction import split_products
-from ksub_ds.contraction.split_products import multiply, pairs, product, split
+from ksub_ds.contraction import dense_block
+from ksub_ds.contraction.dense_block import multiply, pairs, product, split
 
 
 def test_small_products_come_first_and_all_that_matter_are_there():
@@ -26,7 +26,7 @@ def test_products_are_within_their_bound(rows, terms, columns, exponent, seed, p
     left = torch.randn(rows, terms, generator=generator) * 2.0**exponent
     right = torch.randn(terms, columns, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(split_products, "LONGEST_SUM", longest)
+        patch.setattr(dense_block, "LONGEST_SUM", longest)
         found = product(split(left, parts), split(right, parts))
     assert found.dtype == torch.float32
     error = (found.double() - left.double() @ right.double()).abs()
@@ -53,14 +53,14 @@ def test_long_sums_of_one_sign_are_not_cut_off(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     left, right = torch.rand(3, 20_000, generator=generator), torch.rand(20_000, 2, generator=generator)
     exact = left.double() @ right.double()
-    monkeypatch.setattr(split_products, "multiply", tensor_core)
+    monkeypatch.setattr(dense_block, "multiply", tensor_core)
 
     def error():
         found = product(split(left), split(right))
         return ((found.double() - exact).abs() / exact).max().item()
 
     assert error() < 5e-6
-    monkeypatch.setattr(split_products, "LONGEST_SUM", 10**6)
+    monkeypatch.setattr(dense_block, "LONGEST_SUM", 10**6)
     assert error() > 1e-5  # as it would be without pieces
 
 
