@@ -8,8 +8,7 @@ from typing import Any
 from ksub_ds.analysis.page import facts, number, paragraph, section, table, text
 from ksub_ds.analysis.run_files import finite
 from ksub_ds.common.files import read_json
-from ksub_ds.evaluate.data import paper_results
-from ksub_ds.evaluate.data.tasks import GLUE_TASKS, LANGUAGES
+from ksub_ds.evaluate.data.tasks import GLUE_TASKS, LANGUAGES, PAPER_XNLI, paper_glue_row
 
 FIGURE_WORDS = {
     "embeddings": "The embedding in its first three principal axes (as Figure 2)",
@@ -66,7 +65,7 @@ def _classify(results: list[dict[str, Any]]) -> str:
 def _xnli(setting: str, results: list[dict[str, Any]]) -> str:
     """Return languages as rows, models as columns: it fits a phone."""
     kinds = list(dict.fromkeys(str(_model(result).get("kind")) for result in results))
-    paper = {kind: row for kind in kinds if (row := paper_results.XNLI.get(setting, {}).get(kind)) is not None}
+    paper = {kind: row for kind in kinds if (row := PAPER_XNLI.get(setting, {}).get(kind)) is not None}
     others = sorted({language for result in results for language in result["test"]} - set(LANGUAGES))
     header = ["language", *(_name(result) for result in results), *(f"paper, {text(kind)}" for kind in paper)]
     rows = []
@@ -102,7 +101,7 @@ def _glue(results: list[dict[str, Any]]) -> str:
     papers = []
     for result in results:
         header += [f"{_name(result)}, best", f"{_name(result)}, median"]
-        found = paper_results.glue_row(str(_model(result).get("kind", "")), _model(result).get("num_tables"))
+        found = paper_glue_row(str(_model(result).get("kind", "")), _model(result).get("num_tables"))
         if found is not None and found not in papers:
             papers.append(found)
     header += [f"paper, {text(name)}" for name, _ in papers]

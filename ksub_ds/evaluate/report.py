@@ -15,9 +15,15 @@ import numpy as np
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.evaluate import result_tables
-from ksub_ds.evaluate.data import paper_results
 from ksub_ds.evaluate.data.metrics import exchange_test, paired_test
-from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, GLUE_TASKS, LANGUAGES, TRANSLATE_TRAIN_ALL
+from ksub_ds.evaluate.data.tasks import (
+    CROSS_LINGUAL,
+    GLUE_TASKS,
+    LANGUAGES,
+    PAPER_XNLI,
+    TRANSLATE_TRAIN_ALL,
+    paper_glue_row,
+)
 from ksub_ds.evaluate.result_tables import Format, short_name, signed
 from ksub_ds.pretrain.open_run import is_run
 
@@ -115,7 +121,7 @@ def _makes_a_table(result: Any) -> bool:
             return bool(result_tables.classify_table([result], "markdown"))
         if result["task"] == "lm":
             return bool(result_tables.lm_table([result], "markdown"))
-        return result["setting"] in paper_results.XNLI and bool(result_tables.xnli_table([result], "markdown"))
+        return result["setting"] in PAPER_XNLI and bool(result_tables.xnli_table([result], "markdown"))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return False
 
@@ -136,7 +142,7 @@ def _against_paper(group: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for result in group:
         kind = result["model"].get("kind")
-        theirs = paper_results.XNLI[result["setting"]].get(kind)
+        theirs = PAPER_XNLI[result["setting"]].get(kind)
         if theirs is None:
             continue
         whole = set(result["test"]) == set(LANGUAGES)  # an average over fewer languages compares with nothing
@@ -207,7 +213,7 @@ def _paired(ours: dict[str, Any], theirs: dict[str, Any], languages: list[str]) 
 def _glue_differences(group: list[dict[str, Any]], baseline: dict[str, Any] | None) -> list[list[str]]:
     rows = []
     for result in group:
-        paper = paper_results.glue_row(result["model"].get("kind", ""), result["model"].get("num_tables"))
+        paper = paper_glue_row(result["model"].get("kind", ""), result["model"].get("num_tables"))
         if paper is not None:
             name, theirs = paper
             cells = [_gap(result, task, theirs[task] / 100) for task in GLUE_TASKS]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ksub_ds.common.files import atomic_path
-from ksub_ds.evaluate.data import paper_results
-from ksub_ds.evaluate.data.tasks import GLUE_TASKS, LANGUAGES
+from ksub_ds.evaluate.data.tasks import GLUE_TASKS, LANGUAGES, PAPER_XNLI, paper_glue_row
 
 Format = Literal["markdown", "csv", "latex"]
 NOTHING = "–"
@@ -102,7 +101,7 @@ def xnli_table(results: Sequence[dict[str, Any]], form: Format) -> str:
         rows.append(["  95 % interval", *_intervals(result), f"{percent(low)}-{percent(high)}"])
     kinds = list(dict.fromkeys(result["model"].get("kind") for result in results))
     for kind in kinds or ["plain"]:
-        row = paper_results.XNLI[setting].get(str(kind))
+        row = PAPER_XNLI[setting].get(str(kind))
         if row is not None:
             rows.append([f"paper, {kind}", *(f"{row[name]:.1f}" for name in (*LANGUAGES, "average"))])
     return render(f"XNLI, {setting} (Table 4)", header, rows, form) + ("" if form != "markdown" else _notes(results))
@@ -154,7 +153,7 @@ def glue_table(results: Sequence[dict[str, Any]], form: Format) -> str:
             rows.append([f"{short_name(result, results)}, {what}", *cells])
     told = set()
     for result in results:
-        paper = paper_results.glue_row(result["model"].get("kind", ""), result["model"].get("num_tables"))
+        paper = paper_glue_row(result["model"].get("kind", ""), result["model"].get("num_tables"))
         if paper and paper[0] not in told:
             told.add(paper[0])
             rows.append([f"paper, {paper[0]}", *(f"{paper[1][task]:.1f}" for task in GLUE_TASKS)])
