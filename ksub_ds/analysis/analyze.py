@@ -22,9 +22,8 @@ from tyro.conf import Positional
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, read_json, write_json
+from ksub_ds.common.files import atomic_folder, check_output_folder, read_json, write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.common.output_folder import check_output_folder
 from ksub_ds.corpus.text.layout import TextLayout
 from ksub_ds.corpus.tokenizers.spelling import spellings
 

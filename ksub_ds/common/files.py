@@ -2,7 +2,8 @@
 
 Every file that must be whole is written through here (logs and metrics are appended): a temporary
 name in the same folder, fsync, rename, fsync of the folder. A kill at any moment leaves the old file
-or the new one.
+or the new one. What may stand in the place of a folder that a command makes is asked before the long work
+(`check_output_folder`).
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,32 @@ def remove_path(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def check_output_folder(out: Path, kind: str, is_one: Callable[[Path], bool]) -> bool:
+    """Check that a command may make a folder, or replace one of its own.
+
+    Args:
+        out: the folder, of --out.
+        kind: what the command makes, as in "an export".
+        is_one: whether a folder that is not empty is what the command made earlier.
+
+    Returns:
+        Whether something is replaced.
+
+    Raises:
+        UserError: another folder or file is there, a git repository, or the current folder or one above it.
+    """
+    here = Path.cwd()
+    if out.name in ("", "..") or out.resolve() in (here, *here.parents):
+        raise UserError(f"--out {out}: is or holds the current folder; name one that can be made")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not out.is_dir() or not is_one(out):
+        raise UserError(f"--out {out}: is not {kind} and not empty; choose another folder")
+    if (out / ".git").exists():
+        raise UserError(f"--out {out}: is a git repository, which would be lost; choose another folder")
+    return True
 
 
 def write_json(path: str | Path, value: Any) -> None:

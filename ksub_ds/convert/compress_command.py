@@ -12,9 +12,8 @@ import tyro
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, write_json
+from ksub_ds.common.files import atomic_folder, check_output_folder, write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.common.output_folder import check_output_folder
 from ksub_ds.convert.compress import compress_with_report
 from ksub_ds.convert.fitting import Fit, Mixing
 from ksub_ds.convert.input_only import MOST_ROWS, InputForm, fit_form, fit_to_error, form_of_ratio

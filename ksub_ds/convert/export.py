@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder
+from ksub_ds.common.files import atomic_folder, check_output_folder
 from ksub_ds.common.logging import get_logger
-from ksub_ds.common.output_folder import check_output_folder
 from ksub_ds.convert.model_card import is_export, write_model_card
 from ksub_ds.convert.onnx import write_onnx
 from ksub_ds.convert.remote_code import write_remote_code

@@ -1,4 +1,4 @@
-"""A file is whole or absent, whatever stops the writer."""
+"""A file is whole or absent, whatever stops the writer; a folder replaces what its command made, and nothing else."""
 
 import errno
 import os
@@ -11,7 +11,15 @@ import pytest
 
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_folder, atomic_path, read_json, sha256_bytes, sha256_file, write_json
+from ksub_ds.common.files import (
+    atomic_folder,
+    atomic_path,
+    check_output_folder,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+)
 
 
 def test_the_file_appears_only_when_the_block_ends(tmp_path):
@@ -147,3 +155,33 @@ def test_a_disk_that_refuses_is_for_the_user_to_fix():
         distributed.on_main(lambda: refuse(errno.ENOSPC))
     with pytest.raises(ConnectionResetError):  # not the disk
         distributed.on_main(lambda: refuse(errno.ECONNRESET))
+
+
+def may_replace(out):
+    return check_output_folder(out, "an export", lambda folder: (folder / "mark").is_file())
+
+
+def test_what_a_folder_may_replace(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "mark").touch()
+    assert [may_replace(tmp_path / name) for name in ("absent", "empty", "ours")] == [False, False, True]
+
+
+def test_what_a_folder_may_not_replace(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").touch()
+    for name in ("file", "foreign"):
+        with pytest.raises(UserError, match=f"--out .*{name}: is not an export and not empty; choose another folder"):
+            may_replace(tmp_path / name)
+    (tmp_path / "foreign" / "mark").touch()
+    (tmp_path / "foreign" / ".git").mkdir()
+    with pytest.raises(UserError, match="is a git repository, which would be lost"):
+        may_replace(tmp_path / "foreign")
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    for out in (".", "..", tmp_path, tmp_path / "a", "/", "b/.."):
+        with pytest.raises(UserError, match="is or holds the current folder"):
+            may_replace(type(tmp_path)(out))
+    assert may_replace(type(tmp_path)("b")) is False
