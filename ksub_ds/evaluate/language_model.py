@@ -28,9 +28,8 @@ from ksub_ds.corpus.text.layout import TextLayout
 from ksub_ds.corpus.text.skipped import LeftOut, Skipped
 from ksub_ds.corpus.text.sources import LanguageText, find_text
 from ksub_ds.evaluate import result_tables
-from ksub_ds.evaluate.finetune.batching import scoring_batches
 from ksub_ds.evaluate.finetune.classifier import describe, tokenizer_source
-from ksub_ds.evaluate.finetune.scoring import TOKENS_ON_CPU, TOKENS_ON_GPU
+from ksub_ds.evaluate.finetune.scoring import TOKENS_ON_CPU, TOKENS_ON_GPU, scoring_batches
 from ksub_ds.evaluate.lm.documents import Choice, choose
 from ksub_ds.evaluate.lm.tokens import CausalTokenizer, windows
 from ksub_ds.evaluate.queue.queue import Job, Queue

@@ -1,5 +1,6 @@
 """Fine-tune one classifier: read `finetune` first. The same call again continues, bit for bit.
 
+A batch has rows of about one length, so that next to nothing is padded; which rows share one stays random up to that.
 The order of the batches is a function of (seed, epoch) and dropout of (seed, step, rank): another number of ranks
 draws other dropout, as another seed would. Weights, moments and the scores of the epochs so far are saved together.
 The epoch that scores best on validation is kept.
@@ -20,7 +21,6 @@ from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.evaluate.finetune import state
-from ksub_ds.evaluate.finetune.batching import batches_per_epoch, training_batches
 from ksub_ds.evaluate.finetune.encoding import Encoded
 from ksub_ds.evaluate.finetune.train_step import DeepSpeedStep, SingleProcessStep, TrainStep, make_classifier_module
 from ksub_ds.pretrain.prefetch import to_tensors
@@ -29,6 +29,7 @@ from ksub_ds.pretrain.schedule import dropout_seed, learning_rate
 if TYPE_CHECKING:
     from torch import Tensor
 
+WINDOW_BATCHES = 64  # batches whose rows are sorted by length together
 CHECK_STEPS = 20  # from one look at the losses to the next: a GPU does not pause for them in between
 NEWS_SECONDS = 1.0  # how often rank 0 is heard of while it validates
 
@@ -211,6 +212,36 @@ class _Run:
         if _best(self.position.epochs) == len(self.position.epochs) - 1:
             state.save_best(self.work, self.model)
         state.save_state(self.work, self.train_step, self.position, self.stamp)
+
+
+def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Return the batches of one epoch: every row once.
+
+    Rows are shuffled, sorted by length inside windows of many batches, cut, and the batches shuffled again.
+
+    Args:
+        lengths: (n,) tokens of each row.
+        batch_size: rows of a batch.
+        seed: of the order.
+        epoch: from 0; each has an order of its own.
+
+    Returns:
+        Row numbers of each batch; all batches but one have `batch_size` rows.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    batches: list[np.ndarray] = []
+    window = WINDOW_BATCHES * batch_size
+    for start in range(0, len(order), window):
+        rows = order[start : start + window]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    return [batches[index] for index in generator.permutation(len(batches))]
+
+
+def batches_per_epoch(count: int, batch_size: int) -> int:
+    """Return how many batches `training_batches` makes of `count` rows."""
+    return -(-count // batch_size)
 
 
 def _build_step(module: Any, settings: FineTuning, several_ranks: bool) -> tuple[TrainStep, int, int]:

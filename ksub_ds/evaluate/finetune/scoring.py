@@ -1,16 +1,33 @@
-"""Predict the outputs of tokenised rows: batches of like length, in one pass over everything given."""
+"""Predict the outputs of tokenised rows: rows of about one length together, in one pass over everything given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from ksub_ds.common.logging import Progress
-from ksub_ds.evaluate.finetune.batching import scoring_batches
 from ksub_ds.evaluate.finetune.encoding import Encoded
 from ksub_ds.pretrain.prefetch import to_tensors
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 4_096, 65_536  # a batch; on a CPU its states should stay in the cache
+
+
+def scoring_batches(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+    """Yield batches of about `tokens` tokens, every row once.
+
+    Args:
+        lengths: (n,) tokens of each row.
+        tokens: of a batch, padding included; one row may have more.
+
+    Yields:
+        Row numbers of a batch, those of the longest rows first, so memory runs out at once or never.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, tokens // max(1, int(lengths[order[start]])))
+        yield order[start : start + size]
+        start += size
 
 
 def predict(

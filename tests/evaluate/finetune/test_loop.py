@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from ksub_ds.common.distributed import free_port
 from ksub_ds.common.errors import UserError
@@ -17,7 +19,7 @@ from ksub_ds.evaluate.data.tasks import XNLI_COLUMNS
 from ksub_ds.evaluate.finetune import loop
 from ksub_ds.evaluate.finetune.classifier import load_classifier
 from ksub_ds.evaluate.finetune.encoding import Encoded, encode, load_encoder
-from ksub_ds.evaluate.finetune.loop import FineTuning, _learning_rate, finetune
+from ksub_ds.evaluate.finetune.loop import FineTuning, _learning_rate, finetune, training_batches
 from ksub_ds.evaluate.finetune.scoring import predict
 from ksub_ds.evaluate.queue.leases import LeaseLost
 
@@ -208,3 +210,23 @@ def test_how_often_the_losses_are_read_does_not_matter(
             with pytest.raises(UserError, match="not finite at step 4; try a lower"):
                 finetune(model, train, settings, lambda *_: {"score": 0.0}, tmp_path / f"{every} broken", "x")
     assert outcomes[0] == outcomes[1]
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(st.integers(1, 700), st.integers(1, 40), st.integers(0, 3))
+def test_every_row_once_an_epoch(count: int, size: int, epoch: int) -> None:
+    lengths = np.random.default_rng(count).integers(4, 128, count)
+    batches = training_batches(lengths, size, seed=0, epoch=epoch)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(count))
+    assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1) and len(batches) == -(-count // size)
+    again = training_batches(lengths, size, seed=0, epoch=epoch)
+    assert all((one == other).all() for one, other in zip(batches, again, strict=True))
+
+
+def test_little_is_padded_and_epochs_differ() -> None:
+    lengths = np.random.default_rng(0).gamma(4, 12, 15_000).clip(6, 128).astype(int)  # about XNLI's
+    batches = training_batches(lengths, 32, seed=0, epoch=0)
+    padded = sum(len(rows) * lengths[rows].max() for rows in batches)
+    assert padded / lengths.sum() < 1.06
+    other = training_batches(lengths, 32, seed=0, epoch=1)
+    assert any((one != two).any() for one, two in zip(batches, other, strict=False) if len(one) == len(two))
