@@ -16,22 +16,14 @@ docs/data.md has the rules, and those for names of languages (rus_Cyrl is ru).
 
 import sys
 
-from ksub_ds.common.errors import UserError, describe_os_error
 from ksub_ds.common.exit_codes import run_main
 from ksub_ds.common.options import parse
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 
 
 def main() -> None:
-    """Parse the command line and make the shards.
-
-    Raises:
-        UserError: the disk refused a file, or what the functions called here raise.
-    """
-    try:
-        shard_text(parse(ShardText, None, "preprocessing/shard_text.py"))
-    except OSError as error:
-        raise UserError(describe_os_error(error)) from error
+    """Parse the command line and make the shards."""
+    shard_text(parse(ShardText, None, "preprocessing/shard_text.py"))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from refinement import refine
 from training import Training, train
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import run_main
 from ksub_ds.common.files import read_json
 from ksub_ds.common.logging import format_seconds, get_logger
 
@@ -110,7 +111,11 @@ def experiment(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parse the options and run; a user's mistake is one line and exit code 2."""
+    """Parse the options and run.
+
+    Raises:
+        UserError: an option out of range.
+    """
     names = [each.name for each in CONFIGURATIONS]
     parser = argparse.ArgumentParser(description="Pretrain one small model with plain, positional and clustered codes.")
     parser.add_argument("--data", type=Path, required=True, help="a shards folder, or a folder of <lang>.jsonl[.gz]")
@@ -128,19 +133,13 @@ def main() -> None:
     parser.add_argument("--refine", action="store_true", help="codes from a model's own states (refinement.py) instead")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"some of: {'; '.join(names)}")
     options = parser.parse_args()
-    try:
-        for name in ("steps", "batch_size", "seeds", "parallel"):
-            if getattr(options, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
-        if options.table_size**3 < options.num_tokens:
-            raise UserError(
-                f"--table-size {options.table_size}: three tables code fewer than {options.num_tokens} tokens"
-            )
-        experiment(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    for name in ("steps", "batch_size", "seeds", "parallel"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    if options.table_size**3 < options.num_tokens:
+        raise UserError(f"--table-size {options.table_size}: three tables code fewer than {options.num_tokens} tokens")
+    experiment(options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

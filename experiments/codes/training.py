@@ -209,6 +209,7 @@ def make_optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Op
 
 def learning_rate(step: int, training: Training) -> float:
     """Warm up linearly, then decay linearly to zero."""
+    # Fine-tuning's schedule (ksub_ds.pretrain.schedule) in other words: kept results depend on its rounding.
     warmup = max(1, round(training.warmup * training.steps))
     return training.peak_lr * min((step + 1) / warmup, (training.steps - step) / max(1, training.steps - warmup))
 

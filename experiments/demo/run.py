@@ -20,9 +20,11 @@ from pathlib import Path
 
 from ksub_ds.codes.positional import smallest_base
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import run_main
 from ksub_ds.common.files import write_json
+from ksub_ds.common.logging import read_lines
 from ksub_ds.corpus.tokenizers.loading import load_tokenizer
-from summary import check_and_report, read_lines
+from summary import check_and_report
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = "demo.json"  # marks a folder as the demo's own, which may be emptied
@@ -193,11 +195,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything; emptied first")
     options = parser.parse_args()
     given = [path.resolve() if path else None for path in (options.data, options.tokenizer)]
-    try:
-        demo(options.out.resolve(), *given)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    demo(options.out.resolve(), *given)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main, resumes=False))

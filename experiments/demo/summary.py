@@ -8,18 +8,11 @@ from typing import Any
 from ksub_ds.codes import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_path
+from ksub_ds.common.logging import read_lines
 
 NATS_TO_FALL = 1.0
 Lines = list[dict[str, Any]]
 BARS = "▁▂▃▄▅▆▇█"
-
-
-def read_lines(path: Path) -> Lines:
-    """Read the objects of a JSON-lines file, without a last line that is still being written."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def sparkline(values: list[float], width: int = 60) -> str:

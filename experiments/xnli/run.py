@@ -10,7 +10,6 @@ read little must learn much from the pairs.
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -25,8 +24,11 @@ from baselines import logistic_regression
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.exit_codes import run_main
 from ksub_ds.common.files import read_json, write_json
+from ksub_ds.common.logging import read_lines
 from ksub_ds.evaluate.data.tasks import LANGUAGES
 from ksub_ds.evaluate.result_tables import percent, render, write_text
+from ksub_ds.pretrain.checkpoint import checkpoint_name
+from ksub_ds.pretrain.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("clustered", "plain", "positional")
@@ -118,7 +120,7 @@ def pretrain_and_evaluate(kind: str, options: argparse.Namespace, steps: Steps, 
     codes = ("--plain",) if kind == "plain" else ("--codes", options.out / f"{kind}.safetensors")
     length = ("--max-steps", options.steps, "--save-every-steps", 100, "--eval-every", options.steps)
     run = ("pretrain", "--preset", options.preset, *codes, "--data", options.out / "shards", "--out", out / "run")
-    last = out / "run" / "checkpoints" / f"global_step{options.steps}"
+    last = RunFolder(out / "run").checkpoints / checkpoint_name(options.steps)
     run += (*length, "--global-batch-size", options.rows, "--precision", options.precision, "--gradient-clipping", 1)
     run += ("--decoder-bias", "frequency", "--dropout", options.dropout)
     run += ("--attention", "eager", "--micro-batch-size", options.rows)  # the fastest on a CPU
@@ -152,7 +154,7 @@ def outcome(options: argparse.Namespace, steps: Steps) -> None:
     kept = ("test", "average", "seeds", "finetuning")
     summary = {kind: {key: result[key] for key in kept} for kind, result in models.items()}
     for kind, about in summary.items():  # held-out loss at the end of pretraining
-        about["pretraining"] = json.loads((out / kind / "run" / "evaluation.jsonl").read_text().splitlines()[-1])
+        about["pretraining"] = read_lines(RunFolder(out / kind / "run").evaluation)[-1]
     results = {"settings": _all_told(options), "baselines": baselines, "models": summary, "seconds": steps.seconds}
     write_json(out / "results.json", results)
 

@@ -41,7 +41,7 @@ from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import get_logger
 from ksub_ds.common.option_help import hanging
 from ksub_ds.common.rank_env import OF_ONE_PROCESS
-from ksub_ds.pretrain.checkpoint import MANIFEST, checkpoints
+from ksub_ds.pretrain.checkpoint import FOLDER, MANIFEST, checkpoints
 
 LOCK_SECONDS = 180.0  # a host that is cut off still holds the run folder, until its own watchdog ends it
 # DeepSpeed's own options, passed on as they are.
@@ -163,7 +163,7 @@ def wait_for_lock(run: Path) -> None:
 
 def last_checkpoint(run: Path) -> str:
     """Return the newest checkpoint of a run, in words; damaged ones are skipped when the run resumes, not here."""
-    found = [path for path in checkpoints(run / "checkpoints") if (path / MANIFEST).exists()]
+    found = [path for path in checkpoints(run / FOLDER) if (path / MANIFEST).exists()]
     return f"last checkpoint: {found[0]}" if found else "there is no checkpoint yet"
 
 

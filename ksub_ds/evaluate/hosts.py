@@ -20,7 +20,7 @@ from typing import Any
 from ksub_ds.cluster.hostfile import is_this_machine, read_hostfile
 from ksub_ds.cluster.launch_spec import travelling_environment
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.exit_codes import run_main
+from ksub_ds.common.exit_codes import DONE, INTERRUPTED, USER_ERROR, exit_code_of_signal, run_main
 from ksub_ds.common.rank_env import OF_ONE_PROCESS
 
 SSH = ("ssh", "-tt", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
@@ -42,13 +42,13 @@ def worker_command(host: str, place: int, slots: int, arguments: Sequence[str]) 
 def start_workers(hosts: dict[str, int], arguments: Sequence[str]) -> int:
     """Run one worker a slot until all have ended, and return their exit code.
 
-    A worker that fails leaves its job to the others, so the code is 0 when one of them ended well; 2, the user's
-    mistake, ends all; else it is the highest.
+    A worker that fails leaves its job to the others, so the code is DONE when one of them ended well; USER_ERROR
+    ends all; else it is the highest.
     """
     processes: list[subprocess.Popen[Any]] = []
     for name in OF_ONE_PROCESS:
         os.environ.pop(name, None)  # the outer launcher's; a worker stands alone
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(exit_code_of_signal(number)))
     try:
         for host, slots in hosts.items():
             for place in range(slots):
@@ -56,11 +56,11 @@ def start_workers(hosts: dict[str, int], arguments: Sequence[str]) -> int:
                 quiet = subprocess.DEVNULL if processes else None  # the first one prints the table
                 processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=quiet))
         while any(process.poll() is None for process in processes):
-            if any(process.returncode == 2 for process in processes if process.poll() is not None):
+            if any(process.returncode == USER_ERROR for process in processes if process.poll() is not None):
                 break  # the user's mistake: every worker would make it
             time.sleep(0.2)
     except KeyboardInterrupt:
-        return 130  # the terminal has interrupted the workers too
+        return INTERRUPTED  # the terminal has interrupted the workers too
     finally:
         for process in processes:
             if process.poll() is None:
@@ -69,9 +69,9 @@ def start_workers(hosts: dict[str, int], arguments: Sequence[str]) -> int:
             process.wait()
         signal.signal(signal.SIGTERM, before)
     codes = [process.returncode for process in processes]
-    if 2 in codes:
-        return 2
-    return 0 if 0 in codes else max(abs(code) for code in codes)  # one that ended well saw all jobs done
+    if USER_ERROR in codes:
+        return USER_ERROR
+    return DONE if DONE in codes else max(abs(code) for code in codes)  # one that ended well saw all jobs done
 
 
 def main(arguments: Sequence[str]) -> int:

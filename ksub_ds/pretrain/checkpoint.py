@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # deepspeed must come after the process group
 FORMAT = "ksub-checkpoint-1"
 WEIGHTS, MOMENTS_FILE, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "trainer.json", "manifest.json"
 FILES = (WEIGHTS, MOMENTS_FILE, STATE)
+FOLDER = "checkpoints"  # in the run folder
 PREFIX = "global_step"
 
 

@@ -54,7 +54,7 @@ class RunFolder:
         self.evaluation = self.path / "evaluation.jsonl"
         self.log = self.path / "train.log"
         self.tensorboard = self.path / "tensorboard"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / checkpoint.FOLDER
         self.ends = self.path / "ends"
         self.stop = self.path / "STOP"
         self.failure = self.path / "failure.json"
@@ -256,7 +256,7 @@ class RunFolder:
         """Keep the run as it is, with its newest checkpoint, as a run folder of its own; return it."""
         for number in itertools.count(1):
             target = self.ends / (f"step{checkpoint.step_of(newest)}" + (f"-{number}" if number > 1 else ""))
-            there = target / "checkpoints" / newest.name / checkpoint.MANIFEST
+            there = target / checkpoint.FOLDER / newest.name / checkpoint.MANIFEST
             if not target.exists():
                 break
             if there.exists() and there.read_bytes() == (newest / checkpoint.MANIFEST).read_bytes():

@@ -15,6 +15,7 @@ import numpy as np
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.exit_codes import USER_ERROR
 from ksub_ds.common.logging import get_logger
 from ksub_ds.common.mpi import MPIComm
 from ksub_ds.corpus.shards.dataset import is_shards
@@ -73,7 +74,7 @@ def build_codes(settings: ClusterVectors) -> CodeTable:
 
     Raises:
         UserError: on rank 0, naming the setting or the file at fault.
-        SystemExit: on the other ranks then, with code 2; rank 0 reports the error.
+        SystemExit: on the other ranks then, with USER_ERROR; rank 0 reports the error.
     """
     try:
         if not distributed.is_main():
@@ -82,7 +83,7 @@ def build_codes(settings: ClusterVectors) -> CodeTable:
     except UserError:
         if distributed.is_main():
             raise
-        raise SystemExit(2) from None
+        raise SystemExit(USER_ERROR) from None
 
 
 def _build(settings: ClusterVectors) -> CodeTable:

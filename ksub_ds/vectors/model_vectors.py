@@ -4,7 +4,6 @@ A plain model of ours (K = 1) has them as its one table; in a sub-embedding mode
 tables, and of dedicated tokens the rows of their own are added.
 """
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -163,17 +162,16 @@ def hub_vectors(name: str, tensor: str | None = None) -> tuple[np.ndarray, Path 
 
 
 def _from_hub(name: str) -> Fetch:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     known = any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", WEIGHTS, INDEX))
 
     def fetch(file: str) -> Path | None:
         cached = try_to_load_from_cache(name, file)
         if isinstance(cached, str):
             return Path(cached)
-        if offline:
+        if constants.HF_HUB_OFFLINE:
             if known:
                 return None
             raise UserError(f"{name}: no such file or folder, and no model of that name in the local HuggingFace cache")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ksub_ds.common import logging as ksub_logging
-from ksub_ds.common.logging import MetricsWriter, Progress, format_seconds
+from ksub_ds.common.logging import MetricsWriter, Progress, format_seconds, read_lines
 
 
 def steps(path):
@@ -31,6 +31,13 @@ def test_a_fresh_start_keeps_nothing(tmp_path):
     path.write_text('{"step": 1}\n')
     MetricsWriter(path).close()
     assert path.read_text() == ""
+
+
+def test_a_line_being_written_is_not_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_lines(path) == [{"step": 1}]
+    assert read_lines(tmp_path / "absent.jsonl") == []
 
 
 def test_progress_tells_rate_and_eta(monkeypatch):

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import tyro
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import UserError, describe_os_error
 from ksub_ds.common.files import atomic_folder, read_json, write_json
 from ksub_ds.common.languages import LANGUAGE_PAIR, language_name, standard_code
 from ksub_ds.common.logging import Progress, get_logger
@@ -97,8 +97,16 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
     """Shard the text and return the manifest.
 
     Raises:
-        UserError: a setting out of range, no text, or shards made with other settings in the way.
+        UserError: a setting out of range, no text, shards made with other settings in the way, or a disk that refuses
+            a file.
     """
+    try:
+        return _shard_text(settings)
+    except OSError as error:
+        raise UserError(describe_os_error(error)) from error
+
+
+def _shard_text(settings: ShardText) -> dict[str, Any]:
     _check(settings)
     layout = settings.layout()
     text, others = _text_of(settings, layout)
