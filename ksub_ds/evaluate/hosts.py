@@ -71,7 +71,9 @@ def start_workers(hosts: dict[str, int], arguments: Sequence[str]) -> int:
     codes = [process.returncode for process in processes]
     if USER_ERROR in codes:
         return USER_ERROR
-    return DONE if DONE in codes else max(abs(code) for code in codes)  # one that ended well saw all jobs done
+    if DONE in codes:  # one that ended well saw all jobs done
+        return DONE
+    return max(exit_code_of_signal(-code) if code < 0 else code for code in codes)
 
 
 def main(arguments: Sequence[str]) -> int:
