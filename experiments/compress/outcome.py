@@ -35,13 +35,18 @@ def write_outcome(out: Path, model: str, points: list[dict[str, Any]]) -> None:
 
 
 def mean(seeds: dict[str, dict[str, Any]], measure: str) -> float:
-    """Return the mean of a measure over seeds."""
+    """Return the mean of a measure over seeds, all of which have it."""
     return statistics.fmean(seed[measure] for seed in seeds.values())
 
 
 def _with_spread(seeds: dict[str, dict[str, Any]], measure: str, digits: int = 2) -> str:
-    """Format the mean over seeds, and where there are several, their standard deviation."""
-    values = [seed[measure] for seed in seeds.values()]
+    """Format the mean over seeds, and where there are several, their standard deviation; empty without any.
+
+    Seeds of a folder that is older than the measure lack it.
+    """
+    values = [seed[measure] for seed in seeds.values() if measure in seed]
+    if not values:
+        return ""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
