@@ -72,7 +72,7 @@ class LaunchOptions:
     host_wait: int = 60
 
     def of_trainer(self, name: str) -> str:
-        """Return the value of one of the trainer's options, or an empty text; one that stands twice the trainer refuses."""
+        """Return the value of one of the trainer's options, or an empty text (of two, the trainer refuses the run)."""
         value = ""
         for index, word in enumerate(self.trainer):
             if word == name and index + 1 < len(self.trainer):
