@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ksub_ds.codes.table import CodeTable
-from ksub_ds.convert.fitting import Fit, Mixing, fit_tables, weights_of_shared
+from ksub_ds.convert.fitting import Fit, Mixing, fit_all
 from ksub_ds.convert.sentence_encoder import encoder_folder
 
 TOKENS_AT_ONCE = 16_384  # compared at a time: N x d numbers may be a gigabyte
@@ -150,7 +150,7 @@ def compress_with_report(
     own = decoder_matrix(model)
     old = [each.float().cpu().numpy() for each in (embedding_matrix(model), own) if each is not None]
     old = [vectors[: table.num_tokens] for vectors in old]
-    fits = fits or [fit_tables(each, table, mixing, weights_of_shared(table, weights)) for each in old]
+    fits = fits or fit_all(old, table, mixing, weights)
     small = replace_embeddings(model, table, mixing=fits[0].mixing is not None)
     layers = (
         [small.get_input_embeddings()] if own is None else [small.get_input_embeddings(), small.decoder_embedding()]

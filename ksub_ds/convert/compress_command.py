@@ -41,8 +41,8 @@ class CompressModel:
     """For models that predict no tokens (sentence encoders, classifiers): many tables, and codes that need not be
     unique, by product quantisation; far less is lost. No decoder can use such tables."""
     target_ratio: float | None = None
-    """The embedding takes at most 1/RATIO of its bytes, codes counted: by the number of tables with --input-only [16],
-    else by how many tokens keep a row of their own, those that the tables serve worst."""
+    """The embedding takes at most 1/RATIO of the bytes of a row for every token, codes counted: by the number of tables
+    with --input-only [16], else by how many tokens keep their row, those that the tables serve worst."""
     target_error: float | None = None
     """In place of a ratio: about as few tables, or rows, as lose at most this share (0.1) of the variance, where tokens
     count as by --counts."""
@@ -269,7 +269,7 @@ def _to_target(
     """Dedicate tokens until --target-ratio or --target-error is met; return the codes, and the tables fitted so far.
 
     Raises:
-        UserError: the tables alone take more than --target-ratio allows.
+        UserError: the tables alone take more than --target-ratio allows, or --target-error saves no bytes.
         ValueError: as `fit_tables`.
     """
     from ksub_ds.model.replacement import decoder_matrix
@@ -279,7 +279,7 @@ def _to_target(
     own = decoder_matrix(model)
     matrices = [vectors] if own is None else [vectors, own[: len(vectors)].float().cpu().numpy()]
     if settings.target_error is not None:
-        return dedicate_to_error(table, matrices, settings.target_error, settings.mixing, weights)
+        return dedicate_to_error(table, matrices, settings.target_error, itemsize, settings.mixing, weights)
     assert settings.target_ratio is not None
     return dedicate_to_ratio(table, matrices, settings.target_ratio, itemsize, settings.mixing, weights)
 

@@ -18,8 +18,8 @@ All of it needs X only through Z^T W X and Z^T W Z, Z the (N, sum of M_k) matrix
 """
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -83,6 +83,27 @@ def fit_tables(
         if error < best.error:
             best = Fit([each.astype(np.float32) for each in tables], matrix.astype(np.float32), error)
     return best
+
+
+def fit_all(
+    matrices: Sequence[np.ndarray], table: CodeTable, mixing: Mixing = "linear", weights: np.ndarray | None = None
+) -> list[Fit]:
+    """Fit tables to each matrix of a model, with an A for all of them or for none.
+
+    Args:
+        matrices: (N, d) each: the input's, and the decoder's if it has its own.
+        table: the codes; dedicated tokens count for nothing.
+        mixing: what A may be.
+        weights: (N,) how much each token counts. [1]
+
+    Raises:
+        ValueError: as `fit_tables`.
+    """
+    fits = [fit_tables(each, table, mixing, weights_of_shared(table, weights)) for each in matrices]
+    if all(fit.mixing is None for fit in fits):
+        return fits
+    identity = np.eye(matrices[0].shape[1], dtype=np.float32)
+    return [fit if fit.mixing is not None else replace(fit, mixing=identity) for fit in fits]
 
 
 def weights_of_shared(table: CodeTable, weights: np.ndarray | None) -> np.ndarray | None:

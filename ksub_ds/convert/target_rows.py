@@ -18,10 +18,11 @@ import numpy as np
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import get_logger
-from ksub_ds.convert.fitting import Fit, Mixing, fit_tables, weights_of_shared
+from ksub_ds.convert.fitting import Fit, Mixing, fit_all
 from ksub_ds.vectors.dedicated import with_dedicated
 
 TOKENS_AT_ONCE = 16_384
+CLOSE = 0.02  # the search for an error ends when F is known to so much of itself
 
 
 def dedicate_to_ratio(
@@ -32,7 +33,7 @@ def dedicate_to_ratio(
     mixing: Mixing = "linear",
     weights: np.ndarray | None = None,
 ) -> tuple[CodeTable, list[Fit]]:
-    """Dedicate as many tokens as fit into 1/ratio of the bytes of a model's embeddings.
+    """Dedicate as many tokens as fit into 1/ratio of the bytes of N x d numbers.
 
     Args:
         table: the codes of the N tokens; those that are dedicated already stay so.
@@ -46,27 +47,31 @@ def dedicate_to_ratio(
         The codes, and the fit of each matrix.
 
     Raises:
-        UserError: tables and codes alone take more.
+        UserError: tables, codes and the rows that are dedicated already take more.
     """
-    fits = _fitted(table, matrices, mixing, weights)
+    fits = fit_all(matrices, table, mixing, weights)
     count, width = matrices[0].shape
-    numbers = 0 if fits[0].mixing is None else fits[0].mixing.size
-    before, least = count * width * itemsize, table.stored_bytes(width, itemsize, numbers)
+    before, least = count * width * itemsize, _stored(table, fits, width, itemsize)
     room = int((before / ratio - least) // (width * itemsize + table.dedicated.itemsize))
     if room < 0:
-        smaller = " --mixing none," if numbers else ""
+        own = f", {table.num_dedicated:,} dedicated rows" if table.num_dedicated else ""
+        smaller = "fewer dedicated rows, " if own else ""
+        smaller += "--mixing none, " if fits[0].mixing is not None else ""
         raise UserError(
-            f"--target-ratio {ratio:g}: codes and tables of {' '.join(map(str, table.table_sizes))} rows alone take "
-            f"1/{before / least:.1f} of the bytes; take a smaller ratio,{smaller} or a smaller --table-size"
+            f"--target-ratio {ratio:g}: codes, tables of {' '.join(map(str, table.table_sizes))} rows{own} take "
+            f"1/{before / least:.1f} of the bytes; take a smaller ratio, {smaller}or codes with smaller tables"
         )
-    lost = _lost(table, matrices, fits, weights)
-    return _dedicate(table, matrices, mixing, weights, np.argsort(-lost, kind="stable")[:room], fits)
+    worst = np.argsort(-_lost(table, matrices, fits, weights), kind="stable")[:room]
+    if fits[0].mixing is None:
+        mixing = "none"  # there is no room for a matrix that only the other tokens want
+    return _dedicated(table, matrices, worst, mixing, weights) if room else (table, fits)
 
 
 def dedicate_to_error(
     table: CodeTable,
     matrices: Sequence[np.ndarray],
     target: float,
+    itemsize: int,
     mixing: Mixing = "linear",
     weights: np.ndarray | None = None,
 ) -> tuple[CodeTable, list[Fit]]:
@@ -76,41 +81,54 @@ def dedicate_to_error(
         table: the codes of the N tokens; those that are dedicated already stay so.
         matrices: (N, d) each: the input's, and the decoder's if it has its own.
         target: the largest relative squared error.
+        itemsize: bytes of a number.
         mixing: the matrix beside the tables.
         weights: (N,) how much each token counts. [1]
 
     Returns:
         The codes, and the fit of each matrix.
+
+    Raises:
+        UserError: that takes more bytes than N x d numbers.
     """
-    fits = _fitted(table, matrices, mixing, weights)
-    while (lost := _lost(table, matrices, fits, weights)).sum() > target:  # a second time only where A got worse
-        worst = np.argsort(-lost, kind="stable")
-        rest = lost.sum() - np.cumsum(lost[worst])
-        table, fits = _dedicate(table, matrices, mixing, weights, worst[: 1 + int((rest > target).sum())], fits)
-    return table, fits
+    fits = fit_all(matrices, table, mixing, weights)
+    lost = _lost(table, matrices, fits, weights)
+    if lost.sum() <= target:
+        return table, fits
+    worst = np.argsort(-lost, kind="stable")
+    rest = lost.sum() - np.cumsum(lost[worst])
+    # Enough with the tables as they are, and too many once these are fitted again to the others alone.
+    few, guess, most = 0, 1 + int((rest > target).sum()), len(worst)
+    found = None
+    while found is None or most - few > max(1, CLOSE * most):
+        tried = _dedicated(table, matrices, worst[:guess], mixing, weights)
+        if guess == len(worst) or _lost(tried[0], matrices, tried[1], weights).sum() <= target:
+            most, found = guess, tried
+        else:
+            few = guess
+        guess = (few + most) // 2 if found is not None else min(len(worst), guess + 1 + guess // 10)
+    (count, width), own = matrices[0].shape, found[0].num_dedicated
+    if _stored(*found, width, itemsize) >= count * width * itemsize:
+        raise UserError(
+            f"--target-error {target:g}: {own:,} of {count:,} tokens would keep their rows, and no bytes be saved; "
+            "take a larger error, or codes with larger tables"
+        )
+    get_logger().info(f"{own:,} of {count:,} tokens keep their rows: those that the tables serve worst")
+    return found
 
 
-def _fitted(table: CodeTable, matrices: Sequence[np.ndarray], mixing: Mixing, weights: np.ndarray | None) -> list[Fit]:
-    return [fit_tables(each, table, mixing, weights_of_shared(table, weights)) for each in matrices]
-
-
-def _dedicate(
-    table: CodeTable,
-    matrices: Sequence[np.ndarray],
-    mixing: Mixing,
-    weights: np.ndarray | None,
-    ids: np.ndarray,
-    fits: list[Fit],
+def _dedicated(
+    table: CodeTable, matrices: Sequence[np.ndarray], ids: np.ndarray, mixing: Mixing, weights: np.ndarray | None
 ) -> tuple[CodeTable, list[Fit]]:
     """Dedicate more tokens and fit the tables to the others."""
     ids = np.setdiff1d(ids, table.dedicated)
-    if not len(ids):
-        return table, fits
-    get_logger().info(
-        f"{len(ids):,} of {table.num_tokens:,} tokens, those that the tables serve worst, keep their rows"
-    )
     table = with_dedicated(table, ids, f"the {len(ids)} with the largest error")
-    return table, _fitted(table, matrices, mixing, weights)
+    return table, fit_all(matrices, table, mixing, weights)
+
+
+def _stored(table: CodeTable, fits: Sequence[Fit], width: int, itemsize: int) -> int:
+    """Return the bytes of one embedding, codes and A included."""
+    return table.stored_bytes(width, itemsize, 0 if fits[0].mixing is None else fits[0].mixing.size)
 
 
 def _lost(

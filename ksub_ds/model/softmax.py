@@ -218,7 +218,7 @@ class _DenseRows(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """A block of R rows.
+    """A block of R rows; its gradients are made before the next block, which overwrites the same workspaces.
 
     Attributes:
         losses: (R,) float64.
@@ -332,6 +332,7 @@ class _LossRun:
         if block.shared is not None and self.shared is not None and hidden is not None and grad_hidden is not None:
             self.shared.add_gradients_(block.shared, hidden, grad_hidden)
         if block.dense is not None and self.dense is not None and dense_hidden is not None:
+            assert grad_dense_hidden is not None, "the dense block's rows are an input of the loss"
             softmax, labels, share, others = block.dense
             self.dense.add_gradients_(dense_hidden, labels, softmax, share, others, grad_dense_hidden)
 
