@@ -175,7 +175,7 @@ def test_what_is_refused_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     ):
         command = ["compress", str(tmp_path / name), "--num-tables", "2", "--table-size", "12"]
         assert main([*command, "--out", str(tmp_path / "out")]) == 2
-        (line,) = (each for each in capsys.readouterr().err.splitlines() if "error" in each)
+        (line,) = (each for each in capsys.readouterr().err.splitlines() if each.startswith("error: "))
         assert words in line and not (tmp_path / "out").exists()
 
 
