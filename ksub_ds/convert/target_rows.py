@@ -17,7 +17,6 @@ import numpy as np
 
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.logging import get_logger
 from ksub_ds.convert.fitting import Fit, Mixing, fit_all
 from ksub_ds.vectors.dedicated import with_dedicated
 
@@ -113,7 +112,6 @@ def dedicate_to_error(
             f"--target-error {target:g}: {own:,} of {count:,} tokens would keep their rows, and no bytes be saved; "
             "take a larger error, or codes with larger tables"
         )
-    get_logger().info(f"{own:,} of {count:,} tokens keep their rows: those that the tables serve worst")
     return found
 
 
@@ -138,7 +136,7 @@ def _lost(
     weights = np.ones(table.num_tokens) if weights is None else weights
     lost = np.zeros(table.num_tokens)
     for vectors, fit in zip(matrices, fits, strict=True):
-        mean = (weights / weights.sum()) @ vectors
+        mean = (weights / weights.sum()).astype(vectors.dtype) @ vectors  # float64 would copy N x d numbers
         distance, spread = np.empty(table.num_tokens), 0.0
         for first in range(0, table.num_tokens, TOKENS_AT_ONCE):
             part = slice(first, first + TOKENS_AT_ONCE)
