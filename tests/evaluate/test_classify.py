@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ksub_ds.cli import main
+from ksub_ds.evaluate.finetune.train_step import SingleProcessStep
 
 CLASSES = ("bad", "good", "so so")
 
@@ -105,3 +107,22 @@ def test_what_is_wrong_is_one_line(tiny_model: Path, data: Path, tmp_path: Path,
     assert "has no validation set (validation.jsonl, .csv, .tsv or .parquet); found heldout.csv, test.jsonl" in told(
         "--columns", "review"
     )
+
+
+def test_the_end_of_memory_is_one_line(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """By the error that CUDA's allocator raises, in the second step."""
+    real, steps = SingleProcessStep.apply, []
+
+    def too_much(self: SingleProcessStep, loss: Any, learning_rate: float) -> None:
+        steps.append(1)
+        if len(steps) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
+        real(self, loss, learning_rate)
+
+    monkeypatch.setattr(SingleProcessStep, "apply", too_much)
+    assert classify(tiny_model, data, tmp_path / "out", "--columns", "review") == 2
+    told = capsys.readouterr().err
+    assert "error: out of memory on cpu: fine-tuning with a batch size of 8; try a smaller one" in told
+    assert "Traceback" not in told

@@ -8,9 +8,10 @@ from typing import Any
 
 from ksub_ds.common import distributed
 from ksub_ds.common.files import atomic_folder
+from ksub_ds.common.gpu import out_of_memory_is_told
 from ksub_ds.evaluate.finetune.classifier import load_classifier
 from ksub_ds.evaluate.finetune.encoding import Encoded, PairEncoder
-from ksub_ds.evaluate.finetune.loop import FineTuning, Validate, finetune
+from ksub_ds.evaluate.finetune.loop import FineTuning, Outcome, Validate, finetune
 from ksub_ds.model.sequence_length import limit_tokenizer
 from ksub_ds.pretrain.builders import set_attention
 
@@ -60,18 +61,14 @@ def train_classifier(
 
     Returns:
         As JSON values: the scores of all epochs, which was best, and what else touches them.
+
+    Raises:
+        UserError: memory has run out, a loss that is not finite, a batch that the ranks cannot share.
     """
     settings, work = training.settings, training.work
-    model = load_classifier(training.model, training.num_labels, settings.seed, training.body)
-    model = model.to(distributed.device())
-    set_attention(model, training.attention)
-    if training.classes:
-        model.config.id2label = dict(enumerate(training.classes))
-        model.config.label2id = {name: number for number, name in enumerate(training.classes)}
-    work.mkdir(parents=True, exist_ok=True)
-    outcome = finetune(
-        model, training.train, settings, training.validate, work, training.identity, check, several_ranks
-    )
+    too_much = f"fine-tuning with a batch size of {settings.batch_size}; try a smaller one or more --ranks-per-job"
+    with out_of_memory_is_told(too_much):
+        model, outcome = _train(training, check, several_ranks)
     if training.keep_model and (not several_ranks or distributed.is_main()):
         with atomic_folder(work / "model") as temporary:
             model.save_pretrained(temporary)
@@ -86,6 +83,21 @@ def train_classifier(
         "ranks": distributed.world_size() if several_ranks else 1,
         "attention": model.config._attn_implementation,
     }
+
+
+def _train(training: ClassifierTraining, check: Callable[[], None], several_ranks: bool) -> tuple[Any, Outcome]:
+    """Return the trained model, on its device, and what its fine-tuning gave."""
+    settings, work = training.settings, training.work
+    model = load_classifier(training.model, training.num_labels, settings.seed, training.body)
+    model = model.to(distributed.device())
+    set_attention(model, training.attention)
+    if training.classes:
+        model.config.id2label = dict(enumerate(training.classes))
+        model.config.label2id = {name: number for number, name in enumerate(training.classes)}
+    work.mkdir(parents=True, exist_ok=True)
+    return model, finetune(
+        model, training.train, settings, training.validate, work, training.identity, check, several_ranks
+    )
 
 
 def forget_state(work: Path) -> None:
