@@ -204,18 +204,10 @@ def measure_time_and_memory(options: Options) -> list[dict]:
     return rows
 
 
-def measure_error(
-    table: CodeTable,
-    rows: int,
-    dim: int,
-    with_bias: bool,
-    scale: float,
-    gap: float = 0.0,
-    *,
-    zipf: bool = False,
-    device: str = "cpu",
-) -> dict:
-    """Measure loss and gradient error of ours and of dense float32 against dense float64.
+def random_case(
+    table: CodeTable, rows: int, dim: int, with_bias: bool, scale: float, gap: float, zipf: bool
+) -> tuple[SubEmbedding, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Return a layer, the states of some rows, a bias and labels.
 
     The bias is normal or, as log frequencies are, the logarithm of one over a random rank.
     """
@@ -231,7 +223,24 @@ def measure_error(
     bias = torch.randn(table.num_tokens, generator=generator) if with_bias else None
     if zipf:
         bias = -torch.log(torch.randperm(table.num_tokens, generator=generator) + 1.0)
-    labels = torch.randint(table.num_tokens, (rows,), generator=generator).to(device)
+    labels = torch.randint(table.num_tokens, (rows,), generator=generator)
+    return layer, hidden, bias, labels
+
+
+def measure_error(
+    table: CodeTable,
+    rows: int,
+    dim: int,
+    with_bias: bool,
+    scale: float,
+    gap: float = 0.0,
+    *,
+    zipf: bool = False,
+    device: str = "cpu",
+) -> dict:
+    """Measure loss and gradient error of ours and of dense float32 against dense float64, of a `random_case`."""
+    layer, hidden, bias, labels = random_case(table, rows, dim, with_bias, scale, gap, zipf)
+    labels = labels.to(device)
     own = [] if layer.dedicated_rows is None else [layer.dedicated_rows]
     inputs = [hidden, *(weights.detach() for weights in [*layer.tables, *own]), *([bias] if with_bias else [])]
     layer, inputs = layer.to(device), [tensor.to(device) for tensor in inputs]

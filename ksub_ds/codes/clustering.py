@@ -79,25 +79,14 @@ def clustered_codes(
         f"{' '.join(map(str, sizes))} rows: needs about {memory_needed(vectors, sizes) / 1e9:.1f} GB of memory"
     )
 
-    codes = np.zeros((len(vectors), num_tables), dtype=np.int64)
-    inertias = []
-    for level in range(num_tables - 1):
-        codes[:, level], inertia = _split(vectors, codes[:, :level], sizes[level], balanced, seed, workers)
-        inertias.append(inertia)
-        if align and level:
-            codes[:, level] = _align(vectors, codes[:, : level + 1], sizes[level], seed)
-    leaves = number_groups(codes[:, :-1])
+    levels, inertias = _split_levels(vectors, sizes[:-1], balanced, align, seed, workers)
+    leaves = number_groups(levels)
     largest = int(np.bincount(leaves).max())
     if not balanced:
         sizes = (*sizes[:-1], largest)
-    codes[:, -1] = _last_codes(vectors, leaves, sizes[-1], last_level, seed)
-    fits = sum(sizes) <= LARGEST_FIT
-    if not fits:
-        get_logger().info(
-            f"codes are not refined: all tables have {sum(sizes):,} rows together, a fit takes at most {LARGEST_FIT:,}"
-        )
-    if fits and ((align and num_tables > 2) or last_level == "matched"):
-        codes = refine(_centred(vectors), codes, sizes, align, last_level == "matched")
+    codes = np.column_stack([levels, _last_codes(vectors, leaves, sizes[-1], last_level, seed)])
+    if (align and num_tables > 2) or last_level == "matched":
+        codes = _refined(vectors, codes, sizes, align, last_level == "matched")
 
     metadata = {
         "algorithm": "clustered, balanced" if balanced else "clustered, naive k-means",
@@ -123,6 +112,30 @@ def _check(count: int, num_tables: int, sizes: tuple[int, ...], last_level: str,
         raise UserError(f"special ids {special} must lie in [0, {count})")
     if len(special) >= count:
         raise UserError(f"all {count} tokens are special: none are left to cluster")
+
+
+def _split_levels(
+    vectors: np.ndarray, sizes: tuple[int, ...], balanced: bool, align: bool, seed: int, workers: int
+) -> tuple[np.ndarray, list[float]]:
+    """Return the codes of all tables but the last, (N, K - 1), and the inertia of each level."""
+    codes = np.zeros((len(vectors), len(sizes)), dtype=np.int64)
+    inertias = []
+    for level, size in enumerate(sizes):
+        codes[:, level], inertia = _split(vectors, codes[:, :level], size, balanced, seed, workers)
+        inertias.append(inertia)
+        if align and level:
+            codes[:, level] = _align(vectors, codes[:, : level + 1], size, seed)
+    return codes, inertias
+
+
+def _refined(vectors: np.ndarray, codes: np.ndarray, sizes: tuple[int, ...], align: bool, matched: bool) -> np.ndarray:
+    """Refine codes, unless the tables are too large for a fit."""
+    if sum(sizes) > LARGEST_FIT:
+        get_logger().info(
+            f"codes are not refined: all tables have {sum(sizes):,} rows together, a fit takes at most {LARGEST_FIT:,}"
+        )
+        return codes
+    return refine(_centred(vectors), codes, sizes, align, matched)
 
 
 def memory_needed(vectors: np.ndarray, sizes: tuple[int, ...]) -> float:

@@ -205,6 +205,7 @@ def rendezvous(info: RankInfo, patience: float, timeout: timedelta, variables: d
     import torch.distributed as dist
 
     address, port = os.environ["MASTER_ADDR"], env_integer("MASTER_PORT")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
     def say(missing: list[int]) -> None:
         ranks = ", ".join(map(str, missing))
@@ -213,37 +214,13 @@ def rendezvous(info: RankInfo, patience: float, timeout: timedelta, variables: d
             f"up to {patience:.0f} s: {told_by(variables)}"
         )
 
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, for all attempts
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    serves = info.rank == 0 and not served
-    # One rank of each machine speaks first. The others follow, for theirs may be left-over variables too.
-    notice = threading.Timer(NOTICE_SECONDS * (1 if info.local_rank == 0 else 3), say, [[0]])
-    notice.daemon = True
-    notice.start()
-    try:
-        store = dist.TCPStore(
-            address, port, is_master=serves, timeout=timedelta(seconds=patience), wait_for_workers=False
-        )
-    except dist.DistNetworkError as error:
-        if serves and "EADDRINUSE" in str(error):
-            raise UserError(f"MASTER_PORT {port} is taken on {address}; export another MASTER_PORT") from None
-        raise RuntimeError(f"no answer from rank 0 at {address}:{port} for {patience} s") from None
-    finally:
-        notice.cancel()
+    store = _open_store(address, port, info, patience, say)
     store.set(f"ksub/{attempt}/here/{info.rank}", f"{socket.gethostname()} {_gpu_id()}")
-    begun = time.monotonic()
     keys = [f"ksub/{attempt}/here/{rank}" for rank in range(info.world_size)]
-    told = info.rank > 0  # rank 0 speaks for all that have come
-    while not store.check(keys):
-        waited = time.monotonic() - begun
-        if waited > min(NOTICE_SECONDS, patience) and (not told or waited > patience):
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            if waited > patience:
-                came_not = ", ".join(map(str, missing))
-                raise RuntimeError(f"rank {came_not} did not come to {address}:{port} in {patience} s")
-            say(missing)
-            told = True
-        time.sleep(0.02)
+    missing = _wait_for_keys(store, keys, patience, say if info.rank == 0 else None)
+    if missing:
+        came_not = ", ".join(map(str, missing))
+        raise RuntimeError(f"rank {came_not} did not come to {address}:{port} in {patience} s")
     places = [place.decode() for place in store.multi_get(keys)]
     if problem := wrong_gpus(places):
         _leave_together(store, f"ksub/{attempt}/refused", info)
@@ -258,6 +235,54 @@ def rendezvous(info: RankInfo, patience: float, timeout: timedelta, variables: d
         backend, store=group_store, rank=info.rank, world_size=info.world_size, timeout=timeout, device_id=own_device
     )
     return watchdog
+
+
+def _open_store(address: str, port: int, info: RankInfo, patience: float, say: Callable[[list[int]], None]) -> Any:
+    """Serve rank 0's store, or connect to it within `patience` seconds; `say` is called if that takes some seconds.
+
+    Raises:
+        UserError: the port is taken.
+        RuntimeError: rank 0 did not answer in time.
+    """
+    import torch.distributed as dist
+
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, for all attempts
+    serves = info.rank == 0 and not served
+    # One rank of each machine speaks first. The others follow, for theirs may be left-over variables too.
+    notice = threading.Timer(NOTICE_SECONDS * (1 if info.local_rank == 0 else 3), say, [[0]])
+    notice.daemon = True
+    notice.start()
+    try:
+        return dist.TCPStore(
+            address, port, is_master=serves, timeout=timedelta(seconds=patience), wait_for_workers=False
+        )
+    except dist.DistNetworkError as error:
+        if serves and "EADDRINUSE" in str(error):
+            raise UserError(f"MASTER_PORT {port} is taken on {address}; export another MASTER_PORT") from None
+        raise RuntimeError(f"no answer from rank 0 at {address}:{port} for {patience} s") from None
+    finally:
+        notice.cancel()
+
+
+def _wait_for_keys(store: Any, keys: list[str], patience: float, say: Callable[[list[int]], None] | None) -> list[int]:
+    """Wait until all keys are in the store, and return the numbers of those that are not after `patience` seconds.
+
+    Args:
+        store: the store.
+        keys: one of each rank.
+        patience: seconds.
+        say: called once with what is missing, if that takes some seconds; None for a rank that stays silent.
+    """
+    begun = time.monotonic()
+    while not store.check(keys):
+        waited = time.monotonic() - begun
+        if waited > patience:
+            return [rank for rank, key in enumerate(keys) if not store.check([key])]
+        if say is not None and waited > NOTICE_SECONDS:
+            say([rank for rank, key in enumerate(keys) if not store.check([key])])
+            say = None  # once
+        time.sleep(0.02)
+    return []
 
 
 def _gpu_id() -> str:

@@ -14,7 +14,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, check_output_folder, write_json
 from ksub_ds.common.logging import get_logger
-from ksub_ds.convert.compress import compress_with_report
+from ksub_ds.convert.compress import CompressionReport, compress_with_report
 from ksub_ds.convert.fitting import Fit, Mixing
 from ksub_ds.convert.input_only import MOST_ROWS, InputForm, fit_form, fit_to_error, form_of_ratio
 from ksub_ds.convert.sentence_encoder import copy_sentence_files, encoder_folder, sentence_folder
@@ -88,7 +88,6 @@ def compress_model(settings: CompressModel) -> Path:
         UserError: the model cannot be read or compressed, codes or data do not fit it, or a folder is in the way.
     """
     from ksub_ds.model.loading import open_model
-    from ksub_ds.model.replacement import embedding_matrix
 
     out, log = settings.out, get_logger()
     replaces = check_output_folder(out, "a compressed model", lambda folder: (folder / "compression.json").is_file())
@@ -103,28 +102,8 @@ def compress_model(settings: CompressModel) -> Path:
             "learns from its original by ksub pretrain --warm-start --distill-from"
         )
     tokenizer = _tokenizer(str(encoder))
-    only_counted = settings.dedicated_rows is not None and not _predicts_masked_tokens(model)
-    loss = None
-    if settings.data is not None and not only_counted:
-        loss = _masked_loss(settings, encoder, model, tokenizer)
     try:
-        vectors = embedding_matrix(model)
-        if tokenizer is not None and len(tokenizer) < len(vectors):
-            log.info(f"{settings.model}: {len(vectors) - len(tokenizer):,} rows beyond the tokenizer's left out")
-            vectors = vectors[: len(tokenizer)]
-        weights = None
-        counts = settings.counts or settings.distill
-        if counts is not None:
-            flag = "--counts" if settings.counts else "--distill"
-            weights = np.sqrt(count_tokens(counts, tokenizer, len(vectors), flag, encoder) + 1.0)
-        if settings.input_only:
-            table, fit = _input_tables(settings, model, vectors, weights)
-            small, report = compress_with_report(model, table, "orthogonal", weights, fits=[fit])
-        else:
-            matrix = vectors.float().cpu().numpy()
-            table = dedicate(_codes(settings, matrix), choice)
-            table, fits = _to_target(settings, table, model, matrix, weights, vectors.element_size())
-            small, report = compress_with_report(model, table, settings.mixing, weights, loss, fits)
+        small, table, report = _compressed(settings, choice, encoder, model, tokenizer)
     except UserError:
         raise
     except ValueError as error:
@@ -147,6 +126,49 @@ def compress_model(settings: CompressModel) -> Path:
     written = "written, in place of the compressed model that was there" if replaces else "written"
     log.info(f"{out}: {written}{_advice(settings, small, table)}")
     return out
+
+
+def _compressed(
+    settings: CompressModel, choice: DedicatedChoice, encoder: Path | str, model: Any, tokenizer: Any
+) -> tuple[Any, CodeTable, CompressionReport]:
+    """Return the compressed model, its codes, and what was lost.
+
+    Args:
+        settings: the options.
+        choice: of the tokens that keep their rows.
+        encoder: the model's folder or name.
+        model: the model.
+        tokenizer: its tokenizer, or None.
+
+    Raises:
+        UserError: codes, data or a target do not fit the model.
+        ValueError: the model's embedding cannot be replaced.
+    """
+    from ksub_ds.model.replacement import embedding_matrix
+
+    only_counted = settings.dedicated_rows is not None and not _predicts_masked_tokens(model)
+    loss = None
+    if settings.data is not None and not only_counted:
+        loss = _masked_loss(settings, encoder, model, tokenizer)
+    vectors = embedding_matrix(model)
+    if tokenizer is not None and len(tokenizer) < len(vectors):
+        spare = len(vectors) - len(tokenizer)
+        get_logger().info(f"{settings.model}: {spare:,} rows beyond the tokenizer's left out")
+        vectors = vectors[: len(tokenizer)]
+    weights = None
+    counts = settings.counts or settings.distill
+    if counts is not None:
+        flag = "--counts" if settings.counts else "--distill"
+        weights = np.sqrt(count_tokens(counts, tokenizer, len(vectors), flag, encoder) + 1.0)
+    if settings.input_only:
+        table, fit = _input_tables(settings, model, vectors, weights)
+        small, report = compress_with_report(model, table, "orthogonal", weights, fits=[fit])
+    else:
+        matrix = vectors.float().cpu().numpy()
+        table = dedicate(_codes(settings, matrix), choice)
+        table, fits = _to_target(settings, table, model, matrix, weights, vectors.element_size())
+        small, report = compress_with_report(model, table, settings.mixing, weights, loss, fits)
+    return small, table, report
 
 
 def _advice(settings: CompressModel, small: Any, table: CodeTable) -> str:

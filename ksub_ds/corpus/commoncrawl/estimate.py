@@ -4,6 +4,7 @@ import gzip
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,53 @@ def estimate(
     Raises:
         UserError: no page in the sample.
     """
+    sample = _measure(files, selection, tokenizer, mode, with_text)
+    factor = total_bytes / max(sample.compressed, 1)
+    free = shutil.disk_usage(_existing(out)).free
+    need = sum(sample.disk.values()) * factor
+    seconds = {name: value * factor / num_ranks for name, value in sample.seconds.items()}
+    report = [
+        f"sample: {sample.pages:,} pages, {sample.characters / 1e6:.1f} M characters, "
+        f"from {sample.compressed / 1e6:.2f} of {total_bytes / 1e6:,.1f} MB",
+        f"kept: about {sample.kept * factor:,.0f} of {sample.pages * factor:,.0f} pages, "
+        f"{sample.tokens * factor / 1e6:,.2f} M tokens (fewer when paragraphs repeat further apart than in the sample)",
+        f"time on {num_ranks} rank{'s' * (num_ranks > 1)}: about {format_seconds(sum(seconds.values()))}",
+        *(f"  {name:<24}{format_seconds(value):>12}" for name, value in seconds.items()),
+        f"disk: about {_size(need)} at the most; {_size(free)} are free" + (" - NOT ENOUGH" if need > free else ""),
+        *(f"  {name:<24}{_size(value * factor):>12}" for name, value in sample.disk.items()),
+    ]
+    return "\n".join(report)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What a sample of the pages holds and costs.
+
+    Attributes:
+        pages, characters: of all of it.
+        compressed: bytes that were read for it.
+        kept, tokens: of the pages that stay.
+        seconds: of each stage, on this rank.
+        disk: bytes of each kind of file.
+    """
+
+    pages: int
+    characters: int
+    compressed: int
+    kept: int
+    tokens: int
+    seconds: dict[str, float]
+    disk: dict[str, float]
+
+
+def _measure(
+    files: Sequence[WetFile], selection: Selection, tokenizer: Tokenizer, mode: Mode, with_text: bool
+) -> _Sample:
+    """Send a sample through all stages.
+
+    Raises:
+        UserError: no page in the sample.
+    """
     import pyarrow as pa
 
     seconds: dict[str, float] = {}
@@ -60,8 +108,7 @@ def estimate(
     hash_paragraphs(["warm"])
     tokenizer.encode_batch(["warm"])
     selection.identifier.identify(["warm"])
-    seconds.clear()
-    pages, taken = timed("read twice", lambda: _sample(files))
+    pages, compressed = timed("read twice", lambda: _read_sample(files))
     if not pages:
         raise UserError("--dry-run: the sample holds no page; look at the input, or run without --dry-run")
     seconds["read twice"] *= 2
@@ -76,29 +123,19 @@ def estimate(
     tokens = sum(map(len, timed("tokenise", lambda: tokenizer.encode_batch(texts))))
     raw = "\n".join(texts).encode()
     stored = len(timed("store", lambda: pa.Codec("zstd", compression_level=1).compress(raw, asbytes=True)))
-
-    factor = total_bytes / max(taken, 1)
-    work = {"hashes": 16 * len(lines) if mode != "off" else 0, "documents": stored, "tokens": 4 * tokens}
-    disk = {**{f"work: {name}": size for name, size in work.items()}, "shards": 4.02 * tokens}
+    disk = {
+        "work: hashes": 16 * len(lines) if mode != "off" else 0,
+        "work: documents": stored,
+        "work: tokens": 4 * tokens,
+        "shards": 4.02 * tokens,
+    }
     if with_text:
         disk["text (gzip)"] = len(timed("write text", lambda: gzip.compress(raw, 6, mtime=0)))
-    free = shutil.disk_usage(_existing(out)).free
-    need = sum(disk.values()) * factor
-    report = [
-        f"sample: {len(pages):,} pages, {sum(len(page.text) for page in pages) / 1e6:.1f} M characters, "
-        f"from {taken / 1e6:.2f} of {total_bytes / 1e6:,.1f} MB",
-        f"kept: about {len(kept) * factor:,.0f} of {len(pages) * factor:,.0f} pages, "
-        f"{tokens * factor / 1e6:,.2f} M tokens (fewer when paragraphs repeat further apart than in the sample)",
-        f"time on {num_ranks} rank{'s' * (num_ranks > 1)}: about "
-        f"{format_seconds(sum(seconds.values()) * factor / num_ranks)}",
-        *(f"  {name:<24}{format_seconds(value * factor / num_ranks):>12}" for name, value in seconds.items()),
-        f"disk: about {_size(need)} at the most; {_size(free)} are free" + (" - NOT ENOUGH" if need > free else ""),
-        *(f"  {name:<24}{_size(value * factor):>12}" for name, value in disk.items()),
-    ]
-    return "\n".join(report)
+    characters = sum(len(page.text) for page in pages)
+    return _Sample(len(pages), characters, compressed, len(kept), tokens, seconds, disk)
 
 
-def _sample(files: Sequence[WetFile]) -> tuple[list[Page], int]:
+def _read_sample(files: Sequence[WetFile]) -> tuple[list[Page], int]:
     """Return pages from the beginnings of some files, and how many compressed bytes they take."""
     chosen = list(files)
     if len(files) > SAMPLE_FILES:

@@ -43,7 +43,7 @@ from ksub_ds.corpus.text.pairs import Pair, PairReader, find_pairs
 from ksub_ds.corpus.text.reader import DocumentReader, SourceReader
 from ksub_ds.corpus.text.skipped import TOO_LONG_PAIRS, LeftOut, Skipped
 from ksub_ds.corpus.text.sources import LanguageText, find_text
-from ksub_ds.corpus.tokenizers.loading import load_tokenizer
+from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.corpus.tokenizers.parallel import ParallelEncoder
 
 Item = TypeVar("Item")
@@ -108,8 +108,7 @@ def shard_text(settings: ShardText) -> dict[str, Any]:
 
 def _shard_text(settings: ShardText) -> dict[str, Any]:
     _check(settings)
-    layout = settings.layout()
-    text, others = _text_of(settings, layout)
+    text, others = _text_of(settings)
     pair_of: dict[str, Pair] = {}
     if settings.parallel:
         pairs = find_pairs(settings.parallel, settings.splits, others)
@@ -131,25 +130,11 @@ def _shard_text(settings: ShardText) -> dict[str, Any]:
         claim_folder(settings.out, settings.sequence_length, tokenizer)
         save_tokenizer(settings.out, tokenizer)
         kept = _kept_languages(settings)
-        todo = {}
-        for language, sources in text.items():
-            recipe = _recipe_of(settings, sources)
-            if not _is_done(settings.out, language, recipe):
-                todo[language] = recipe
+        recipes = {language: _recipe_of(settings, sources) for language, sources in text.items()}
+        todo = {name: recipe for name, recipe in recipes.items() if not _is_done(settings.out, name, recipe)}
         if todo:  # there is no manifest until all is done, so that nobody trains on half of the data
             _withdraw_manifest(settings.out, kept)
-            total = sum(text[language].size() for language in todo)
-            packing = Packing(settings.sequence_length, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-            with (
-                Progress(total // 1000 or None, "kB of text", "sharding") as progress,
-                ParallelEncoder(tokenizer, settings.workers) as encoder,
-            ):
-                for language, recipe in todo.items():
-                    making = Making(settings.out, language, text[language], recipe, packing, encoder, progress)
-                    if language in pair_of:
-                        shard_pair(making, pair_of[language])
-                    else:
-                        shard_language(making, layout)
+            _make(settings, tokenizer, {name: (text[name], recipe) for name, recipe in todo.items()}, pair_of)
         manifest = build_manifest(settings.out, {*text, *kept})
         made = {name: read_json(settings.out / name / "part.json") for name in text}
         if not any(entry["files"] for entry in made.values()):
@@ -166,6 +151,34 @@ def _shard_text(settings: ShardText) -> dict[str, Any]:
     left_out.report()
     _report(manifest, sorted(todo), settings.out, besides)
     return manifest
+
+
+def _make(
+    settings: ShardText,
+    tokenizer: Tokenizer,
+    todo: dict[str, tuple[LanguageText, dict[str, Any]]],
+    pair_of: dict[str, Pair],
+) -> None:
+    """Make the shards of some languages, and of pairs of languages.
+
+    Args:
+        settings: of the run.
+        tokenizer: the tokenizer.
+        todo: name in shards -> its text and what decides its shards.
+        pair_of: the pair of each name that is one.
+    """
+    total = sum(text.size() for text, _ in todo.values())
+    packing = Packing(settings.sequence_length, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    with (
+        Progress(total // 1000 or None, "kB of text", "sharding") as progress,
+        ParallelEncoder(tokenizer, settings.workers) as encoder,
+    ):
+        for name, (text, recipe) in todo.items():
+            making = Making(settings.out, name, text, recipe, packing, encoder, progress)
+            if name in pair_of:
+                shard_pair(making, pair_of[name])
+            else:
+                shard_language(making, settings.layout())
 
 
 def _check(settings: ShardText) -> None:
@@ -218,7 +231,7 @@ def _withdraw_manifest(out: Path, kept: set[str]) -> None:
         (out / MANIFEST).unlink(missing_ok=True)
 
 
-def _text_of(settings: ShardText, layout: TextLayout) -> tuple[dict[str, LanguageText], Skipped]:
+def _text_of(settings: ShardText) -> tuple[dict[str, LanguageText], Skipped]:
     """Return the text of each language, and what lies in the folder besides."""
     others = Skipped()
     text: dict[str, LanguageText] = {}
@@ -230,7 +243,7 @@ def _text_of(settings: ShardText, layout: TextLayout) -> tuple[dict[str, Languag
         language = next((name for name in text if standard_code(name) == code), own)
         entry = text.setdefault(language, LanguageText([], Skipped()))
         for name in settings.datasets:
-            entry.sources.append(DatasetSource(name, settings.datasets_language, layout, entry.skipped))
+            entry.sources.append(DatasetSource(name, settings.datasets_language, settings.layout(), entry.skipped))
     return text, others
 
 
