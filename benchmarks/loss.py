@@ -77,6 +77,7 @@ OURS: dict[str, tuple[Callable[[int], CodeTable], bool, float]] = {
     "128 x 128 leaves": (clustered, False, 75),
     "128 x 128 leaves + bias": (clustered, True, 45),
 }
+PLAIN = {"plain (K = 1)": (plain_codes, False, 0.0)}  # a row a token, by this project's loss; not in the table here
 
 
 def rows_of(name: str, options: Options) -> int:
@@ -91,11 +92,17 @@ def problem(rows: int, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden, torch.randint(options.tokens, (rows,), generator=generator).to(options.device)
 
 
-def step_of(name: str, options: Options) -> Callable[[], None]:
-    """Return a function that does one forward and backward of a variant, with gradients cleared first."""
+def step_of(name: str, options: Options, waits: bool = True) -> Callable[[], None]:
+    """Return a function that does one forward and backward of a variant, with gradients cleared first.
+
+    Args:
+        name: of the variant.
+        options: its sizes and device.
+        waits: for the device, at the end of each call.
+    """
     hidden, labels = problem(rows_of(name, options), options)
-    if name in OURS:
-        make, with_bias, _ = OURS[name]
+    if name in OURS | PLAIN:
+        make, with_bias, _ = (OURS | PLAIN)[name]
         layer = SubEmbedding(make(options.tokens), D).to(options.device)
         bias = torch.zeros(options.tokens, device=options.device, requires_grad=True) if with_bias else None
         leaves = [hidden, *layer.parameters(), *([bias] if bias is not None else [])]
@@ -115,15 +122,17 @@ def step_of(name: str, options: Options) -> Callable[[], None]:
             chunk = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=int(name.split()[-1]))
             return F.linear_cross_entropy(hidden, weight, labels, options=chunk)
 
-    return step_through(loss, leaves, options)
+    return step_through(loss, leaves, options.device if waits else "cpu")
 
 
-def step_through(loss: Callable[[], torch.Tensor], leaves: list[torch.Tensor], options: Options) -> Callable[[], None]:
+def step_through(loss: Callable[[], torch.Tensor], leaves: list[torch.Tensor], device: str) -> Callable[[], None]:
+    """Return a function that clears gradients, goes forward and backward, and waits for the device, if it is a GPU."""
+
     def step() -> None:
         for leaf in leaves:
             leaf.grad = None
         loss().backward()
-        if options.device == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
 
     return step
@@ -141,7 +150,7 @@ def measure_dedicated(options: Options) -> dict[str, float]:
         bias = torch.zeros(codes.num_tokens, device=options.device, requires_grad=True)
         targets = labels % codes.num_tokens
         leaves = [hidden, bias, *layer.parameters()]
-        return step_through(lambda: factorized_cross_entropy(hidden, layer, targets, bias), leaves, options)
+        return step_through(lambda: factorized_cross_entropy(hidden, layer, targets, bias), leaves, options.device)
 
     weight = (0.02 * torch.randn(count, D, device=options.device)).requires_grad_()
     offsets = torch.zeros(count, device=options.device, requires_grad=True)
@@ -151,7 +160,7 @@ def measure_dedicated(options: Options) -> dict[str, float]:
         "dense": step_through(
             lambda: F.cross_entropy(F.linear(hidden, weight, offsets), labels % count),
             [hidden, weight, offsets],
-            options,
+            options.device,
         ),
     }
     milliseconds = {name: 1e3 * each for name, each in measuring.interleaved(steps, options.repeats).items()}

@@ -25,8 +25,8 @@ def variants(trip: Trip) -> Variants:
         cases = {name: case for number, (name, case) in enumerate(cases.items()) if number % 4 == 0}
     rows = 256 if trip.rehearsal else 20_000
     cases[f"gradient of a Zipf bias, {rows} rows"] = partial(bias_gradient_error, trip, rows, width)
-    for name, case in cases.items():
-        for form, enter in forms(trip.device).items():
+    for form, enter in reversed(forms(trip.device).items()):  # first what the loss chooses by itself
+        for name, case in cases.items():
             if trip.rehearsal and form == "chosen" and not name.startswith(REHEARSED_BY_INTERPRETER):
                 continue
             yield f"{name}, {form} form", partial(error, case, enter)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from forms import Form, forms
-from loss import OURS, Options, step_of
+from loss import OURS, PLAIN, Options, step_of
 from torch import Tensor
 from trip import Row, Trip, Variants
 
@@ -20,10 +20,10 @@ DENSE_ROWS = 4096
 
 def variants(trip: Trip) -> Variants:
     sizes = (16,) if trip.rehearsal else ROWS
+    *others, (last, enter) = forms(trip.device).items()  # what the loss chooses here comes first
     for rows in sizes:
-        for name in OURS:
-            for form, enter in forms(trip.device).items():
-                yield f"{name}, {rows} rows, {form} form", partial(ours, trip, name, rows, enter)
+        for name in OURS | PLAIN:
+            yield f"{name}, {rows} rows, {last} form", partial(ours, trip, name, rows, enter)
     rows = sizes[-1]
     few = 16 if trip.rehearsal else DENSE_ROWS
     for name, loss in PEERS.items():
@@ -34,12 +34,15 @@ def variants(trip: Trip) -> Variants:
             f"{name}, {rows} rows" + f" (scaled from {taken})" * (taken < rows),
             partial(peer, trip, loss, taken, rows),
         )
+    for form, enter in others:
+        for name in OURS:
+            yield f"{name}, {rows} rows, {form} form", partial(ours, trip, name, rows, enter)
 
 
 def ours(trip: Trip, name: str, rows: int, enter: Form) -> Row:
     options = Options(positions=rows, tokens=trip.tokens, device=trip.device)
     with enter():
-        step = step_of(name, options)
+        step = step_of(name, options, waits=False)
         return {"ms": trip.milliseconds(step), "extra_mb": trip.extra_megabytes(step)}
 
 

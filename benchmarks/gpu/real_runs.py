@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 from trip import ROOT, Row, Trip, Variants
 
 from ksub_ds.common.logging import read_lines
@@ -41,7 +42,14 @@ def engine_variants(trip: Trip) -> Variants:
 
 
 def training_variants(trip: Trip) -> Variants:
-    """Return runs of equal length in seconds; the rate stays at its peak, as none knows how many steps it will make."""
+    """Return runs of equal length in seconds; the rate stays at its peak, as none knows how many steps it will make.
+
+    Raises:
+        RuntimeError: there is no time for three.
+    """
+    least = len(CODES) * (START_SECONDS + COMPILE_SECONDS + LEAST_SECONDS)
+    if trip.seconds_left() < least:
+        raise RuntimeError(f"{least} s are needed, {trip.seconds_left():.0f} are left: --only run, by itself")
     seconds = (
         LEAST_SECONDS
         if trip.rehearsal
@@ -60,8 +68,10 @@ def training_variants(trip: Trip) -> Variants:
 def train(trip: Trip, name: str, codes: str, options: tuple[str, ...]) -> Row:
     """Run the training, and return the medians of its later steps and its evaluations.
 
+    Of one that failed, or was stopped for its time, what it had; "error" is then the last line that it printed.
+
     Raises:
-        RuntimeError: it failed; the message is the last line that it printed.
+        RuntimeError: there is no --data.
     """
     if trip.data is None:
         raise RuntimeError("needs --data, a folder with shards/ and codes/")
@@ -77,19 +87,23 @@ def train(trip: Trip, name: str, codes: str, options: tuple[str, ...]) -> Row:
         command = [sys.executable, "-m", "ksub_ds.pretrain", "--preset", trip.preset, *which, *batch, *options]
         command += ["--data", str(trip.data / "shards"), "--out", str(run)]
         start = time.perf_counter()
-        with open(kept / "output.txt", "w") as output:
-            limit = min(max(60.0, trip.seconds_left() + 60), 3600.0)
-            done = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment(trip), timeout=limit
-            )
+        try:
+            with open(kept / "output.txt", "w") as output:
+                limit = min(max(60.0, trip.seconds_left() + 60), 3600.0)
+                done = subprocess.run(
+                    command, stdout=output, stderr=subprocess.STDOUT, env=environment(trip), timeout=limit
+                )
+        except subprocess.TimeoutExpired as error:
+            failed = f"stopped after {error.timeout:.0f} s"
+        else:
+            last = " ".join((kept / "output.txt").read_text().split("\n")[-2:]).strip()
+            failed = f"exit code {done.returncode}: {last}".rstrip() if done.returncode else ""
         seconds = time.perf_counter() - start
         for each in KEPT:
             if (run / each).exists():
                 shutil.copy(run / each, kept)
-    if done.returncode:
-        last = (kept / "output.txt").read_text().split("\n")[-2:]
-        raise RuntimeError(f"exit code {done.returncode}: {' '.join(last).strip()}")
-    return outcome(kept) | {"process_seconds": round(seconds, 1)}
+    measured = outcome(kept) if read_lines(kept / "metrics.jsonl") else {}
+    return measured | {"process_seconds": round(seconds, 1)} | ({"error": failed} if failed else {})
 
 
 def environment(trip: Trip) -> dict[str, str]:
@@ -115,8 +129,22 @@ def outcome(run: Path) -> Row:
     row["data_wait_share"] = round(
         sum(line.get("data_wait_seconds", 0.0) for line in later) / sum(line["step_seconds"] for line in later), 4
     )
-    scores = read_lines(run / "evaluation.jsonl")
+    scores = read_lines(run / "evaluation.jsonl") if (run / "evaluation.jsonl").exists() else []
     if scores:
         row["held_out"] = [[line["step"], round(clock[line["step"]], 1), line["loss"]] for line in scores]
         row["held_out_by_language"] = {key: value["loss"] for key, value in scores[-1]["languages"].items()}
     return row
+
+
+def at_equal_time(rows: dict[str, Row]) -> dict[str, float]:
+    """Return the held-out loss of each run at the training time that all of them reached.
+
+    Their clocks begin after the first step and leave out evaluations, so that neither compiling nor the price of an
+    evaluation counts. Between two evaluations it is interpolated.
+    """
+    curves = {name: row["held_out"] for name, row in rows.items() if len(row.get("held_out", ())) > 1}
+    if len(curves) < 2:
+        return {}
+    common = min(curve[-1][1] for curve in curves.values())
+    at = {name: float(np.interp(common, *np.transpose(each)[1:])) for name, each in curves.items()}
+    return {"seconds": common} | {name: round(loss, 4) for name, loss in at.items()}

@@ -15,6 +15,8 @@ BENCHMARKS = ROOT / "benchmarks"
 if str(BENCHMARKS) not in sys.path:  # loss.py: the variants, and the errors against float64
     sys.path.append(str(BENCHMARKS))
 
+HIDDEN_CYCLES = 20_000_000  # 10 ms at 2 GHz
+
 Row = dict[str, Any]
 Variants = Iterator[tuple[str, Callable[[], Row]]]
 
@@ -60,7 +62,10 @@ class Trip:
             torch.cuda.synchronize()
 
     def milliseconds(self, function: Callable[[], object], seconds: float = 0.5) -> float:
-        """Return the median time of a call, on the device's own clock; two calls go before."""
+        """Return the median time of a call, on the device's own clock; two calls go before.
+
+        The call must not wait for the device: that would put the host's time between its kernels.
+        """
         for _ in range(2):
             function()
         self.synchronize()
@@ -76,6 +81,8 @@ class Trip:
             function()
             return 1e3 * (time.perf_counter() - start)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Work for the device while the host launches the call's kernels: a step of a training hides those launches too.
+        torch.cuda._sleep(HIDDEN_CYCLES)
         before.record()
         function()
         after.record()

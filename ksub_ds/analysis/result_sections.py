@@ -7,6 +7,7 @@ from typing import Any
 
 from ksub_ds.analysis.page import facts, number, paragraph, section, table, text
 from ksub_ds.analysis.run_files import finite
+from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.evaluate.data.tasks import GLUE_TASKS, LANGUAGES, PAPER_XNLI, paper_glue_row
 
@@ -168,12 +169,22 @@ def _name(result: dict[str, Any]) -> str:
 
 
 def analyses(folders: list[Path]) -> str:
-    """Return numbers and figures of `ksub analyze`."""
-    return section("Analysis", *(_analysis(folder) for folder in folders))
+    """Return numbers and figures of `ksub analyze`.
+
+    Raises:
+        UserError: an analysis.json that is damaged.
+    """
+    parts = []
+    for folder in folders:
+        path = folder / "analysis.json"
+        try:
+            parts.append(_analysis(folder, read_json(path)))
+        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: is damaged ({error!r}); run `ksub analyze` again") from error
+    return section("Analysis", *parts)
 
 
-def _analysis(folder: Path) -> str:
-    values = read_json(folder / "analysis.json")
+def _analysis(folder: Path, values: Any) -> str:
     rows = [
         [
             text(model["name"]),

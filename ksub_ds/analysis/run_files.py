@@ -1,8 +1,8 @@
 """Read a run folder for the report, also of a run that is still going or was interrupted."""
 
 import json
-import math
 import re
+import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -93,8 +93,8 @@ def read_run(path: Path) -> RunFiles:
 
 
 def finite(value: Any) -> float | None:
-    """Return a finite number, or None for anything else."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return a finite number, or None for anything else, as what no float can hold."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return value if ok else None
 
 

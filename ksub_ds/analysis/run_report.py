@@ -80,10 +80,10 @@ def write_report(run: Path, html: Path, results: Sequence[Path] = ()) -> None:
     page = _page(f"Run {files.path.resolve().name}", [part for part in sections if part])
     try:
         with atomic_path(Path(html)) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
     except OSError as error:
         raise UserError(f"--html {html}: cannot be written ({error.strerror}); choose another place") from error
-    get_logger().info(f"{html}: {len(page.encode()) / 1e6:.1f} MB, one page")
+    get_logger().info(f"{html}: {len(page.encode(errors='replace')) / 1e6:.1f} MB, one page")
 
 
 def _page(title: str, sections: Sequence[str]) -> str:
@@ -303,7 +303,10 @@ def speed(run: RunFiles) -> str:
         ("tokens a second, median", number(statistics.median(speeds))),
         ("tokens a second, slowest and fastest step", f"{number(min(speeds))} to {number(max(speeds))}"),
         ("time in steps", f"{number(whole, 1)} s"),
-        ("wait for data", f"{number(math.fsum(waits), 3)} s, {number(math.fsum(waits) / whole, 2, percent=True)}"),
+        (
+            "wait for data",
+            f"{number(math.fsum(waits), 3)} s, {number(math.fsum(waits) / whole if whole else 0.0, 2, percent=True)}",
+        ),
         ("tokens in all", number(run.tokens_at(run.metrics[-1]["step"]))),
         *_use_of_devices(run),
     ]

@@ -88,7 +88,7 @@ def _quality_rows(stored: str | None) -> list[tuple[str, str]]:
         return []
     try:
         report = json.loads(stored)
-    except ValueError:
+    except (ValueError, RecursionError):
         return [("quality", "damaged: not JSON")]
     return [(name.replace("_", " "), value) for name, value in _flatten(report)]
 

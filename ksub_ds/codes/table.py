@@ -20,7 +20,7 @@ import numpy as np
 
 from ksub_ds.codes.packing import code_bits, pack, unpack
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_path, canonical_safetensors, sha256_bytes
+from ksub_ds.common.files import atomic_path, canonical_safetensors, is_stream, sha256_bytes
 
 FORMAT = "ksub-codes-1"
 FORMAT_DEDICATED = "ksub-codes-2"  # has the tensor `dedicated` too
@@ -199,6 +199,8 @@ class CodeTable:
         """
         from safetensors import SafetensorError, safe_open
 
+        if is_stream(Path(path)):
+            raise UserError(f"{path}: is a pipe or a device; give a code file of `ksub codes`")
         try:
             with safe_open(path, framework="np") as stream:
                 metadata = stream.metadata() or {}
@@ -208,7 +210,7 @@ class CodeTable:
                 dedicated = stream.get_tensor("dedicated") if has_dedicated else None
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such code file; make one with `ksub codes positional`") from error
-        except (SafetensorError, OSError, TypeError) as error:  # TypeError: numpy has no bfloat16
+        except (SafetensorError, OSError, TypeError, AttributeError) as error:  # numpy has no bfloat16, no float8
             raise UserError(f"{path}: not a readable code file ({error}); make it again with `ksub codes`") from error
         if form not in FORMATS:
             raise UserError(

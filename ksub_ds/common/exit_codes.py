@@ -17,7 +17,7 @@ import select
 import sys
 from collections.abc import Callable
 
-from ksub_ds.common.errors import RESUME, RunFailed, UserError
+from ksub_ds.common.errors import RESUME, RunFailed, UserError, describe_os_error
 from ksub_ds.common.rank_env import is_main
 
 DONE, USER_ERROR, FAILED, REQUEUE, INTERRUPTED, BROKEN_PIPE = 0, 2, 70, 75, 130, 141
@@ -57,14 +57,26 @@ def _one_line_errors(main: Callable[[], int | None], resumes: bool) -> int:
         return main() or DONE
     except UserError as error:
         if not error.agreed or _prints_for_all():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _print_error(str(error))
         return USER_ERROR
     except RunFailed as error:
         print(f"failed: {error}" + (f"; {RESUME}" if resumes else ""), file=sys.stderr, flush=True)
         return FAILED
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a name that is too long, a disk that is full, where nothing more is known about it
+        _print_error(describe_os_error(error))
+        return USER_ERROR
     except KeyboardInterrupt:
         print(f"interrupted; {RESUME}" if resumes else "interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
+
+
+def _print_error(message: str) -> None:
+    """Print one line: ends of lines in the name of a file, say, are escaped, as is what the terminal cannot show."""
+    line = "".join(repr(each)[1:-1] if each in "\r\n\v\f\x1b" else each for each in message)
+    encoding = sys.stderr.encoding or "utf-8"
+    print(f"error: {line}".encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
 
 
 def _prints_for_all() -> bool:

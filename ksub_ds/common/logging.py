@@ -72,8 +72,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
-            continue  # the line a kill cut short
+        except (ValueError, RecursionError):
+            continue  # the line a kill cut short, or one that no run wrote
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines

@@ -60,8 +60,20 @@ def rank_info() -> RankInfo:
     """Read rank and world size from the launcher's environment, without starting anything.
 
     Raises:
-        UserError: a variable of the launcher is not a number.
+        UserError: a variable of the launcher is not a number, or says of no place in the run.
     """
+    info = _read_ranks()
+    if not 0 <= info.rank < info.world_size:
+        variables = rank_variables()
+        values = " ".join(f"{name}={value}" for name, value in variables.items())
+        raise UserError(
+            f"{values}: a rank is at least 0 and below the number of ranks; unset {' '.join(variables)}, or start with "
+            "a launcher"
+        )
+    return info
+
+
+def _read_ranks() -> RankInfo:
     environment = os.environ
     if "RANK" in environment and "WORLD_SIZE" in environment:
         local_size = env_integer("LOCAL_WORLD_SIZE", env_integer("LOCAL_SIZE", 0))

@@ -11,7 +11,8 @@ which multiply bf16 numbers. Each operand is a sum of bf16 parts of falling size
 parts whose numbers add up to less than there are parts: six products of three parts each are within 2^-24 of each term,
 three of two parts within 2^-16. The logits, which may be hundreds and must keep their digits, take three parts, the
 gradients two. Tensor cores cut off where they add to float32: over many thousand terms that is 1e-5 of a sum whose
-terms have one sign. So the inner dimension is cut into pieces, whose sums are added outside.
+terms have one sign. So the inner dimension is cut into pieces, whose sums are added outside. Rows of F numbers, F being
+any number, are stored as if it were a multiple of 8: tensor cores load and store pieces that begin at 16 bytes.
 
 Legend: R rows, F tokens of the block, d the width.
 """
@@ -26,15 +27,22 @@ SMALLEST_BIAS = -1e30  # stands for -inf, whose differences are NaN
 LOGIT_PARTS = 3
 FLOAT32_DEVICES = {"cpu"}  # without tensor cores
 LONGEST_SUM = 1024  # terms that are added up in a tensor core
+ALIGNED = 8  # numbers of bf16 are 16 bytes
 
 
 def split(matrix: Tensor, parts: int = 2) -> list[Tensor]:
-    """Split a float32 matrix into bf16 parts, the largest first."""
-    found = [matrix.bfloat16()]
+    """Split a float32 matrix into bf16 parts, the largest first; their rows begin at multiples of 16 bytes."""
+    found = [_aligned_bfloat16(matrix)]
     for _ in range(parts - 1):
         matrix = matrix - found[-1]
-        found.append(matrix.bfloat16())
+        found.append(_aligned_bfloat16(matrix))
     return found
+
+
+def _aligned_bfloat16(matrix: Tensor) -> Tensor:
+    rows, columns = matrix.shape
+    wide = matrix.new_empty(rows, columns + -columns % ALIGNED, dtype=torch.bfloat16)
+    return wide[:, :columns].copy_(matrix)
 
 
 def pairs(parts: int) -> list[tuple[int, int]]:
@@ -110,14 +118,18 @@ class _SplitProducts:
     def __init__(self, rows: Tensor, with_gradients: bool):
         parts = split(rows, LOGIT_PARTS)
         self.parts = parts[:2] if with_gradients else []
+        self._num_rows = len(rows)
         # All pairs of parts next to each other: one sum, small terms first, and (R, F) is written once.
-        self.wide_rows = torch.cat([parts[second] for _, second in pairs(LOGIT_PARTS)], dim=1)
+        wide = [parts[second] for _, second in pairs(LOGIT_PARTS)]
+        shape = len(rows) + -len(rows) % ALIGNED, len(wide) * rows.shape[1]
+        self.wide_rows = rows.new_zeros(shape, dtype=torch.bfloat16)
+        torch.cat(wide, dim=1, out=self.wide_rows[: len(rows)])
 
     def logits(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """Do as _Float32Products.logits."""
         parts = split(hidden, LOGIT_PARTS)
         wide_hidden = torch.cat([parts[first] for first, _ in pairs(LOGIT_PARTS)], dim=1)
-        logits = multiply(wide_hidden, self.wide_rows.t())
+        logits = multiply(wide_hidden, self.wide_rows.t())[:, : self._num_rows]
         return logits if bias is None else logits.add_(bias)
 
     def gradients_(self, gradient: Tensor, hidden: Tensor, grad_hidden: Tensor, grad_rows: Tensor) -> None:

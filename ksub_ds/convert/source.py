@@ -46,7 +46,8 @@ def open_source(run: str | Path, step: int | None = None) -> ExportSource:
     path = Path(run)
     config = path / "config.json"
     if not is_run(path) and config.is_file():
-        if not str(read_json(config).get("model_type", "")).startswith("ksub_"):
+        about = read_json(config)
+        if not (isinstance(about, dict) and str(about.get("model_type", "")).startswith("ksub_")):
             raise UserError(f"{run}: is not a model over sub-embeddings; `ksub compress` makes one of it")
         if step is not None:
             raise UserError(f"--step {step}: {run} is a model, not a run; leave it out")

@@ -53,7 +53,7 @@ def report(paths: Sequence[Path], form: Format = "markdown", baseline: Path | No
             raise UserError(f"--baseline {baseline}: is not among the results")
     parts = []
     for setting in (CROSS_LINGUAL, TRANSLATE_TRAIN_ALL):
-        group = [result for result in found if result["setting"] == setting]
+        group = [result for result in found if result.get("setting") == setting]
         if group:
             parts.append(result_tables.xnli_table(group, form))
             rows = [*_against_paper(group), *_against_baseline(group, _baseline(group, chosen))]
@@ -122,7 +122,7 @@ def _makes_a_table(result: Any) -> bool:
         if result["task"] == "lm":
             return bool(result_tables.lm_table([result], "markdown"))
         return result["setting"] in PAPER_XNLI and bool(result_tables.xnli_table([result], "markdown"))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):
         return False
 
 
@@ -192,14 +192,16 @@ def _paired(ours: dict[str, Any], theirs: dict[str, Any], languages: list[str]) 
         stored = read_json(path)
         try:
             gold = {each: np.frombuffer(stored["labels"][each].encode(), np.uint8) for each in languages}
-            runs = [
-                [np.frombuffer(answers[each].encode(), np.uint8) == gold[each] for each in languages]
-                for answers in stored["predictions"].values()
+            answers = [
+                [np.frombuffer(run[each].encode(), np.uint8) for each in languages]
+                for run in stored["predictions"].values()
             ]
-        except (KeyError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
+        if not answers or any(list(map(len, run)) != list(map(len, gold.values())) for run in answers):
+            raise UserError(f"{path}: is damaged (not an answer to each label); evaluate again")
         labels.append({each: gold[each].tobytes() for each in languages})
-        per_row.append(runs)
+        per_row.append([[ours == right for ours, right in zip(run, gold.values(), strict=True)] for run in answers])
     sizes = {len(gold) for gold in labels[0].values()}
     if labels[0] != labels[1] or not languages:
         return None
@@ -323,7 +325,7 @@ def _lm_p(ours: dict[str, Any], theirs: dict[str, Any], languages: list[str]) ->
             nats = [np.array(stored[each]["nats"], dtype=np.float64) for each in languages]
             parts = [part / total.sum() for part, total in zip(nats, num_bytes, strict=True)]
             assert [len(part) for part in nats] == [len(part) for part in num_bytes]
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AssertionError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
         sides.append((num_bytes, parts))
     (our_bytes, our_parts), (their_bytes, their_parts) = sides

@@ -30,7 +30,6 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ksub_ds.codes.table import CodeTable
@@ -206,7 +205,7 @@ class SubCausalLM(TokenPredictor):
                         labels != -100, nothing
                     )
         if labels is None or output_logits:
-            logits = layer.logits(slice_logits_to_keep(states, logits_to_keep), bias)
+            logits = layer.logits(_states_to_keep(states, logits_to_keep), bias)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -218,6 +217,21 @@ class SubCausalLM(TokenPredictor):
             result[name] = value
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return result if use_dict else result.to_tuple()
+
+
+def _states_to_keep(states: Tensor, keep: int | Tensor) -> Tensor:
+    """Return the (batch, P, d) states of which logits are wanted, as transformers reads `logits_to_keep`.
+
+    Args:
+        states: (batch, length, d).
+        keep: the last so many positions, 0 for all; or (P,) positions; or of each row its own, as (batch, P) numbers or
+            as a (batch, length) mask, which gives (kept, d).
+    """
+    if isinstance(keep, int):
+        return states[:, -keep:]  # -0 is 0
+    if keep.ndim == 1:
+        return states[:, keep]
+    return states[keep] if keep.dtype == torch.bool else torch.take_along_dim(states, keep.unsqueeze(-1), dim=1)
 
 
 # ---------------------------------------------------------------- Llama (SmolLM, TinyLlama)

@@ -55,6 +55,12 @@ def open_config(name: str | Path) -> PretrainedConfig:
                 "check the name, or give a folder"
             ) from error
         raise UserError(f"{name}: transformers finds no model it knows there ({_first_line(error)})") from error
+    except Exception as error:  # what config.json holds is anything; transformers raises as many kinds
+        raise UserError(f"{name}: its config.json is damaged ({_kind_and_line(error)}); get the model anew") from error
+    if not isinstance(config.architectures or [], list) or not all(
+        isinstance(each, str) for each in config.architectures or []
+    ):
+        raise UserError(f"{name}: architectures of its config.json are not a list of names; get the model anew")
     if _class_to_open(config) is None:
         wanted = (config.architectures or [f"model of type {config.model_type}"])[0]
         families = "BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT or ModernBERT"
@@ -169,6 +175,8 @@ def _load(name: str | Path, model_class: Any) -> tuple[PreTrainedModel, set[str]
             f"{name}: cannot be read ({_first_line(error)}); weights must be safetensors: pickled ones are not read, "
             "save them anew with save_pretrained() in a place you trust"
         ) from error
+    except Exception as error:  # sizes that no model has, an index that is none
+        raise UserError(f"{name}: its files are damaged ({_kind_and_line(error)}); get the model anew") from error
     return model, set(info["missing_keys"]), set(info["unexpected_keys"])
 
 
@@ -201,6 +209,10 @@ def _some(names: set[str]) -> str:
     first = sorted(names)[:NAMED]
     more = f" and {len(names) - len(first)} more" if len(names) > len(first) else ""
     return ", ".join(first) + more
+
+
+def _kind_and_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: Exception | str) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json, write_json
 
 # These number their positions from pad_token_id + 1, so the first ones are never used.
@@ -40,11 +41,16 @@ def limit_tokenizer(folder: Path, config: Any) -> None:
     Args:
         folder: of the model; nothing happens where it holds no tokenizer_config.json.
         config: the model's.
+
+    Raises:
+        UserError: a tokenizer_config.json that is damaged.
     """
     path, longest = folder / "tokenizer_config.json", longest_sequence(config)
     if longest is None or not path.is_file():
         return
     settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: is not a tokenizer's configuration; get the model anew")
     stated = settings.get("model_max_length")
     if not isinstance(stated, int | float) or stated > longest:  # "no limit" is stored as 1e30
         write_json(path, settings | {"model_max_length": longest})

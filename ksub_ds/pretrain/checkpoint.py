@@ -165,9 +165,13 @@ def read_trainer_state(path: Path) -> TrainerState:
     """
     values = read_json(path / STATE)
     try:
-        return TrainerState(**values)
+        state = TrainerState(**values)
     except TypeError as error:
         raise UserError(f"{path / STATE}: not a trainer state of this version ({error})") from error
+    for name in ("step", "tokens", "adam_step"):
+        if not isinstance(getattr(state, name), int):
+            raise UserError(f"{path / STATE}: {name} is not a number; the file is damaged")
+    return state
 
 
 def read_matching_state(path: Path, now: TrainerState) -> TrainerState:
@@ -230,11 +234,14 @@ def _open_tensors(engine: "DeepSpeedEngine", path: Path, with_moments: bool) -> 
     Raises:
         UserError: another model's checkpoint.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    streams = [safe_open(path / WEIGHTS, framework="pt")]
-    if with_moments:
-        streams.append(safe_open(path / MOMENTS_FILE, framework="pt"))
+    try:
+        streams = [safe_open(path / WEIGHTS, framework="pt")]
+        if with_moments:
+            streams.append(safe_open(path / MOMENTS_FILE, framework="pt"))
+    except SafetensorError as error:
+        raise UserError(f"{path}: is damaged ({error}); remove it to go on from the checkpoint before it") from error
     home = {key: stream for stream in streams for key in stream.keys()}  # noqa: SIM118 - not a dict
     shapes = {name: list(full_shape(parameter)) for name, parameter in engine.module.named_parameters()}
     stored = {key: streams[0].get_slice(key).get_shape() for key, stream in home.items() if stream is streams[0]}

@@ -355,6 +355,10 @@ def _check_values(recipe: Recipe, whose_warmup: str) -> None:
         value = getattr(recipe, key)
         if value is not None and not math.isfinite(value):
             raise UserError(f"{_flag(key)} {value}: must be a finite number")
+    try:
+        str(recipe.out).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--out: its name is not UTF-8, in which DeepSpeed needs it; choose another") from error
     if recipe.seed >= 2**63:
         raise UserError(f"--seed {recipe.seed}: must be less than 2^63 = {2**63}")
     for key in ("adam_beta1", "adam_beta2"):

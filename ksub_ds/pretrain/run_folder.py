@@ -143,10 +143,10 @@ class RunFolder:
         self.failure.unlink(missing_ok=True)
         write_json(self.recipe, identity)
         self.clear_stop_file()  # one that an earlier start left is not meant for this one
-        old = self.command.read_text(encoding="utf-8") if self.command.exists() else ""
+        old = self.command.read_text(encoding="utf-8", errors="replace") if self.command.exists() else ""
         with atomic_path(self.command) as temporary:
             line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n"
-            temporary.write_text(old + line, encoding="utf-8")
+            temporary.write_text(old + line, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
         if not self.codes.exists():
             table.save(self.codes)
         if not self.tokenizer.exists():
@@ -190,6 +190,10 @@ class RunFolder:
         if new == old:
             return None
         history = before.get(PLANS, [{"from_step": 0} | old.changeable()])
+        if not (isinstance(history, list) and history and all(map(_is_plan, history))):
+            raise UserError(
+                f"{self.recipe}: {PLANS} {str(history)[:80]}: is not the history of a run; restore the file"
+            )
         if any(each == each | new.changeable() for each in history):
             raise UserError(
                 f"--extend: {self.recipe} had this plan once and was extended since, to {old.max_steps:,} steps; "
@@ -310,3 +314,7 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _is_plan(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("from_step"), int)

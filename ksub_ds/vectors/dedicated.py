@@ -207,10 +207,14 @@ def read_list(path: Path, option: str, entries: str) -> str:
         UserError: it cannot be read, is too large for such a list, or is not UTF-8.
     """
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            size = path.stat().st_size
-            raise UserError(f"{option} {path}: {size:,} bytes are too many for a list of {entries}; give one per line")
-        return path.read_text(encoding="utf-8")
+        with open(path, "rb") as stream:
+            content = stream.read(LARGEST_FILE + 1)  # of a device or a pipe too, whose size nobody knows
+        if len(content) > LARGEST_FILE:
+            raise UserError(
+                f"{option} {path}: more than {LARGEST_FILE:,} bytes are too many for a list of {entries}; give one per "
+                "line"
+            )
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -5,7 +5,9 @@ Nothing is unpickled: .npy files with objects and .bin or .pt checkpoints are re
 
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -130,7 +132,7 @@ def read_matrix(path: Path, tensor: str | None = None) -> np.ndarray:
         return check_matrix(np.load(path, mmap_mode="r", allow_pickle=False), str(path))
     except UserError:
         raise
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, OverflowError, TypeError, RecursionError, TokenError, BadZipFile) as error:
         if "Python objects" in str(error) or "Object arrays" in str(error):
             raise UserError(
                 f"{path}: holds pickled objects, which are not read; save numbers: np.save(path, array.astype('f4'))"

@@ -62,13 +62,47 @@ def test_a_variant_that_fails_is_one_line_and_no_variant_begins_late(modules, tm
         raise ImportError("no such package")
 
     monkeypatch.setattr(modules("ceilings"), "variants", variants)
-    results = run.measure(setting, ["machine"])
+    path = run.results_file(tmp_path, rehearsal=True)
+    run.measure(setting, "machine", path)
+    results = run.read_results(path)
     assert results["machine"]["breaks"]["error"].startswith("ZeroDivisionError")
     assert results["machine"]["works"]["ms"] == 1.5
     assert results["machine"]["machine"]["error"] == "ImportError: no such package"
-    assert json.loads((tmp_path / "rehearsal.json").read_text()) == results
-    late = run.measure(trip.Trip(tmp_path, True, "cpu", 0.0), ["machine"])
-    assert late["machine"]["works"] == {"skipped": "no time left"}
+    run.measure(trip.Trip(tmp_path, True, "cpu", 0.0), "machine", path)
+    assert run.read_results(path)["machine"]["works"] == {"skipped": "no time left"}
+
+
+def test_a_part_that_hangs_or_dies_is_one_line_and_the_next_one_begins(modules, tmp_path, monkeypatch):
+    run = modules("run")
+    path = run.results_file(tmp_path, rehearsal=False)
+    script = tmp_path / "part.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "part = sys.argv[sys.argv.index('--only') + 1]\n"
+        "if part == 'errors': time.sleep(60)\n"
+        "if part == 'loss': os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "print('measured', part, flush=True)\n"
+    )
+    monkeypatch.setattr(run, "__file__", str(script))
+    monkeypatch.setattr(run, "SECONDS", {"errors": 1})
+    monkeypatch.setattr(run, "LATE_SECONDS", 1)
+    run.measure_in_processes(run.Options(tmp_path, seconds=20), ["machine", "errors", "loss", "step"], path)
+    results = run.read_results(path)
+    assert results == {
+        "errors": {"errors": {"error": "stopped after 2 s"}},
+        "loss": {"loss": {"error": "ended with exit code -11"}},
+    }
+
+
+def test_runs_are_compared_at_a_time_that_all_have(modules):
+    real_runs = modules("real_runs")
+    rows = {
+        "plain": {"held_out": [[0, 0.0, 10.0], [10, 20.0, 8.0]]},
+        "clustered": {"held_out": [[0, 0.0, 10.0], [50, 30.0, 7.0]]},
+        "positional": {"error": "stopped after 60 s"},
+    }
+    assert real_runs.at_equal_time(rows) == {"seconds": 20.0, "plain": 8.0, "clustered": 8.0}
+    assert real_runs.at_equal_time({"plain": rows["plain"]}) == {}
 
 
 def test_a_run_is_summarised_by_its_own_files(modules, tmp_path):
@@ -96,16 +130,24 @@ def test_a_run_keeps_nothing_of_an_earlier_try(modules, tmp_path, monkeypatch):
     score = {"step": 1, "loss": 7.0, "languages": {"en": {"loss": 6.5}}}
     (kept / "evaluation.jsonl").write_text(json.dumps(score) + "\n")
 
-    def run(command, **_):
+    ends: list[int | None] = [0, 70, None]
+
+    def run(command, timeout, **_):
         folder = Path(command[command.index("--out") + 1])
         folder.mkdir()
         lines = [{"step": step, "loss": 9.0, "step_seconds": 1.0} for step in (1, 2, 3)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return subprocess.CompletedProcess(command, 0)
+        code = ends.pop(0)
+        if code is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr(real_runs.subprocess, "run", run)
     setting = trip.Trip(tmp_path, True, "cpu", math.inf, tmp_path / "no data")
-    assert "held_out" not in real_runs.train(setting, "run plain", "plain", ())
+    first, failed, late = (real_runs.train(setting, "run plain", "plain", ()) for _ in range(3))
+    assert "held_out" not in first and "error" not in first
+    assert failed["step"] == late["step"] == 3
+    assert failed["error"] == "exit code 70:" and late["error"] == "stopped after 3600 s"
 
 
 def test_the_wait_at_the_end_of_a_profile_is_none_of_the_step(modules, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 
 from ksub_ds.common.errors import RunFailed, UserError
 from ksub_ds.common.exit_codes import BROKEN_PIPE, INTERRUPTED, exit_code_of_signal, run_main
+from ksub_ds.common.rank_env import rank_info
 
 
 def raising(error: BaseException):
@@ -23,6 +24,13 @@ def raising(error: BaseException):
         (lambda: None, 0, ""),
         (lambda: 75, 75, ""),
         (raising(UserError("--out: is missing")), 2, "error: --out: is missing\n"),
+        (raising(UserError("a\nb\x1b[31m: is missing")), 2, "error: a\\nb\\x1b[31m: is missing\n"),
+        (raising(UserError("r\udce9: is missing")), 2, "error: r\\udce9: is missing\n"),
+        (
+            raising(OSError(36, "File name too long", "aaa")),
+            2,
+            "error: aaa: File name too long; fix it, then run the same command again to resume\n",
+        ),
         (raising(RunFailed("a rank")), 70, "failed: a rank; run the same command again to resume\n"),
         (raising(KeyboardInterrupt()), 130, "interrupted; run the same command again to resume\n"),
     ],
@@ -70,3 +78,12 @@ def test_the_import_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "tyro", "transformers"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(("rank", "size"), [("5", "1"), ("-1", "2"), ("0", "0"), ("0", "-3")])
+def test_a_place_outside_the_run_is_refused(rank: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process that waits for ranks of which it is none would wait for ever."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UserError, match=f"^RANK={rank} WORLD_SIZE={size}: .* unset RANK WORLD_SIZE, or"):
+        rank_info()

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from ksub_ds.codes.table import CodeTable
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import (
@@ -185,3 +187,12 @@ def test_what_a_folder_may_not_replace(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="is or holds the current folder"):
             may_replace(type(tmp_path)(out))
     assert may_replace(type(tmp_path)("b")) is False
+
+
+def test_json_is_not_read_from_what_may_have_no_end(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"^{path}: cannot be read"):
+            read_json(path)
+        with pytest.raises(UserError, match=f"^{path}: is a pipe or a device"):
+            CodeTable.load(path)

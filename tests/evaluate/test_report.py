@@ -61,6 +61,14 @@ def test_differences_and_paired_test(tmp_path: Path) -> None:
     stored["labels"]["en"] = "0" * ROWS
     (coded / "predictions.json").write_text(json.dumps(stored))
     assert "other test rows" in report([plain, coded])
+    for damage in ([], {"labels": stored["labels"], "predictions": {}}, stored | {"predictions": {"0": {"en": "1"}}}):
+        (coded / "predictions.json").write_text(json.dumps(damage))
+        with pytest.raises(UserError, match=r"coded/predictions\.json: is damaged"):
+            report([plain, coded])
+    short = stored | {"predictions": {"0": dict.fromkeys(LANGUAGES, "1")}}  # numpy would compare it with every label
+    (coded / "predictions.json").write_text(json.dumps(short))
+    with pytest.raises(UserError, match="not an answer to each label"):
+        report([plain, coded])
 
 
 def test_both_settings_make_two_tables(tmp_path: Path) -> None:

@@ -284,7 +284,16 @@ def test_what_evaluation_returns():
     scaled = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(7))
     torch.testing.assert_close(scaled.loss, total / 7)
     assert torch.equal(scaled["predictions"], wanted)
-    assert model(ids, logits_to_keep=2).logits.shape == (3, 2, N)
+    logits = model(ids).logits
+    each, mask = torch.tensor([[0, 2], [1, 1], [3, 0]]), torch.zeros(ids.shape, dtype=torch.bool)
+    mask[1, 2] = True
+    for keep, expected in (
+        (2, logits[:, -2:]),
+        (torch.tensor([1, 3]), logits[:, [1, 3]]),
+        (each, logits[torch.arange(3)[:, None], each]),
+        (mask, logits[mask]),
+    ):
+        torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, expected)
     assert model(ids, return_dict=False)[0].shape == (3, 12, N)
     with pytest.raises(ValueError, match="needs labels"):
         model(ids, output_predictions=True)

@@ -212,3 +212,36 @@ def test_where_zero_3_takes_the_place_of_the_meta_device(tmp_path: Path, monkeyp
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.code_table().sha256 == small.code_table().sha256
     assert all(torch.equal(value, small.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vocab_size": "x"},
+        {"hidden_size": None},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"hidden_act": "no such"},
+        {"architectures": [5]},
+        {"architectures": "BertModel"},
+        {"dtype": "evil"},
+        {"model_type": []},
+        {"attn_implementation": "no such"},
+    ],
+    ids=str,
+)
+def test_a_damaged_configuration_is_one_line(fields: dict[str, Any], tmp_path: Path) -> None:
+    save("BertForMaskedLM", tmp_path)
+    edit_config(tmp_path, **fields)
+    with pytest.raises(UserError) as caught:
+        open_model(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 5}', '{"metadata": {}, "weight_map": {}}'])
+def test_a_damaged_index_is_one_line(content: str, tmp_path: Path) -> None:
+    save("BertForMaskedLM", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        open_model(tmp_path)

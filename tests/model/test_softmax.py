@@ -332,7 +332,8 @@ def test_a_dense_block_on_a_device_keeps_the_bounds(num_tables, count, scale, wi
 
 
 def test_every_product_of_a_dense_block_on_a_device_is_of_bf16_parts(as_on_a_device, monkeypatch):
-    """No product in float32 is as large as rows x tokens x width; the logits have three parts, the gradients two."""
+    """No product in float32 is as large as rows x tokens x width; the logits have three parts, the gradients two. The
+    tokens of the logits are filled up to a multiple of 8."""
     factors = []
 
     def counted(left, right):
@@ -342,10 +343,10 @@ def test_every_product_of_a_dense_block_on_a_device_is_of_bf16_parts(as_on_a_dev
     monkeypatch.setattr(dense_block, "multiply", counted)
     case = Case(plain_codes(70), rows=5, dim=24)
     case.ours()
-    assert factors == [(6 * 24, 70), *[(70, 24)] * 3, *[(5, 24)] * 3]
+    assert factors == [(6 * 24, 72), *[(70, 24)] * 3, *[(5, 24)] * 3]
     factors.clear()
     Case(dedicated(positional_codes(70, 3), 33), rows=5, dim=24).ours()
-    assert factors == [(6 * 24, 33), *[(33, 24)] * 3, *[(5, 24)] * 3]
+    assert factors == [(6 * 24, 40), *[(33, 24)] * 3, *[(5, 24)] * 3]
 
 
 @pytest.mark.parametrize("gap", [60, 90, 100, 120, 800])

@@ -307,3 +307,10 @@ def test_there_must_be_a_run_to_extend(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             parse_recipe(words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("plans", [[], 5, [1], {}, [{"max_steps": 7}]])
+def test_a_history_edited_by_hand_is_one_line(finished: RunFolder, plans: Any) -> None:
+    finished.recipe.write_text(json.dumps(json.loads(finished.recipe.read_text()) | {"plans": plans}))
+    with pytest.raises(UserError, match=r"recipe\.json: plans .*: is not the history of a run"):
+        finished.extend(identity(finished.path, "--max-steps", "200"))

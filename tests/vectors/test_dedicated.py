@@ -1,6 +1,7 @@
 """Tokens with rows of their own: chosen by counts, by a list and by loss, with `ksub codes` and in its files."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,10 @@ def test_a_list_has_comments_and_empty_lines(tmp_path):
     path = tmp_path / "ids.txt"
     path.write_text("# frequent\n7\n\n  3   # the\r\n99\n", encoding="utf-8")
     assert read_token_ids(path, 100, "--tokens").tolist() == [3, 7, 99]
+    path.write_text("7\n3\n", encoding="utf-8-sig")
+    assert read_token_ids(path, 100, "--tokens").tolist() == [3, 7]
+    with pytest.raises(UserError, match="too many for a list"):
+        read_token_ids(Path("/dev/zero"), 100, "--tokens")
 
 
 @pytest.mark.parametrize(

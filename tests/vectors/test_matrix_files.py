@@ -140,3 +140,15 @@ def test_a_folder_whose_json_is_something_else(tmp_path):
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match="has no weight_map"):
         load_vectors(str(tmp_path))
+
+
+@pytest.mark.parametrize("shape", ["(10" + 40 * "0" + ", 4)", "(True, 4)", "(" + 5000 * "-" + "1, 4)", "(3, 4"])
+def test_a_strange_header_is_one_line(tmp_path, shape):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    path = tmp_path / "v.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(UserError, match=r"v\.npy: "):
+        read_matrix(path)
+    path.write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(UserError, match=r"v\.npy: not a readable"):
+        read_matrix(path)

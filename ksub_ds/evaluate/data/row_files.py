@@ -210,10 +210,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: row {number + 1} or soon after is not UTF-8; the file is damaged") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: is not a readable Parquet file ({str(error).splitlines()[0]})") from error
+    except (OverflowError, ValueError) as error:  # a date beyond Python's
+        raise UserError(f"{path}: row {number + 1} or soon after: {error}; leave such columns out") from error
 
 
 def _check_inflation(path: Path, inflated: int, read: int) -> None:

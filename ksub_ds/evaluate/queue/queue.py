@@ -145,8 +145,16 @@ class Queue:
         return all(self.is_done(name) for name in self.jobs)
 
     def result(self, name: str) -> dict[str, Any]:
-        """Read the result of a job that is done."""
-        return read_json(self.done / f"{name}.json")
+        """Read the result of a job that is done.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.done / f"{name}.json"
+        result = read_json(path)
+        if not isinstance(result, dict) or not result:
+            raise UserError(f"{path}: is damaged; remove it, and the same command does that job again")
+        return result
 
     def holder(self, name: str) -> Holder | None:
         """Return who holds a job; None when nobody does."""

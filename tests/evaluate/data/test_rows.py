@@ -195,6 +195,10 @@ def test_parquet_bombs_and_bad_text(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("ksub_ds.evaluate.data.row_files.LONGEST_LINE", 1_000)
     with pytest.raises(UserError, match="line 1: premise has 50,000 characters"):
         RowSource(str(tmp_path)).read("en", "test", XNLI_COLUMNS, limit=1)
+    late = {"premise": ["a"], "hypothesis": ["b"], "label": [0], "at": pyarrow.array([2**62], pyarrow.timestamp("us"))}
+    parquet.write_table(pyarrow.table(late), path)
+    with pytest.raises(UserError, match="row 1 or soon after: date value out of range"):
+        RowSource(str(tmp_path)).read("en", "test", XNLI_COLUMNS)
     text = pyarrow.array([b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
     columns = {"premise": text, "hypothesis": ["b"], "label": [0]}
     parquet.write_table(pyarrow.table(columns), path)

@@ -219,3 +219,11 @@ def test_a_folder_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("fcntl.flock", no_locks)
     with pytest.raises(UserError, match=r"No locks available.* file locks"):
         run_worker([WritingPlan(tmp_path)])
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "nothing"])
+def test_a_damaged_result_is_one_line(tmp_path: Path, content: str) -> None:
+    queue = make_queue(tmp_path)
+    (queue.done / "train.json").write_text(content)
+    with pytest.raises(UserError, match=r"train\.json"):
+        queue.result("train")
