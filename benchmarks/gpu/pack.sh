@@ -77,4 +77,4 @@ if [ "$size" -gt "$limit" ]; then
     exit 1
 fi
 say "$pack: $size bytes. On the machine, with the folder there:"
-echo "bash $(basename "$pack")/go.sh --out OUT            (at most 10 minutes; a part again: --only loss; on a CPU: --rehearse)"
+echo "bash $(basename "$pack")/go.sh --out OUT            (8 minutes, then --only run; a part again: --only loss; on a CPU: --rehearse)"

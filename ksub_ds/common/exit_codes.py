@@ -12,6 +12,7 @@
 70 and 75 are EX_SOFTWARE and EX_TEMPFAIL of sysexits.h. launch/pretrain.sbatch knows 0, 2, 75 and 130 by number.
 """
 
+import errno
 import os
 import select
 import sys
@@ -20,6 +21,11 @@ from collections.abc import Callable
 from ksub_ds.common.errors import RESUME, RunFailed, UserError, describe_os_error
 from ksub_ds.common.rank_env import is_main
 
+# Of a file or a disk; a network or a device that fails is none of the user's mistakes.
+MENDED_BY_USERS = {
+    *(errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENOTEMPTY),
+}
 DONE, USER_ERROR, FAILED, REQUEUE, INTERRUPTED, BROKEN_PIPE = 0, 2, 70, 75, 130, 141
 
 
@@ -62,9 +68,9 @@ def _one_line_errors(main: Callable[[], int | None], resumes: bool) -> int:
     except RunFailed as error:
         print(f"failed: {error}" + (f"; {RESUME}" if resumes else ""), file=sys.stderr, flush=True)
         return FAILED
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a name that is too long, a disk that is full, where nothing more is known about it
+    except OSError as error:
+        if error.errno not in MENDED_BY_USERS:
+            raise
         _print_error(describe_os_error(error))
         return USER_ERROR
     except KeyboardInterrupt:

@@ -43,8 +43,9 @@ def test_one_line_and_a_code(main, code: int, line: str, capsys: pytest.CaptureF
 def test_other_errors_and_exits_pass() -> None:
     with pytest.raises(SystemExit):
         run_main(raising(SystemExit(0)))
-    with pytest.raises(KeyError):
-        run_main(raising(KeyError("a bug")))
+    for error in (KeyError("a bug"), ConnectionResetError(104, "by peer"), OSError(5, "Input/output error")):
+        with pytest.raises(type(error)):
+            run_main(raising(error))
 
 
 def test_an_error_of_all_ranks_is_printed_once(
