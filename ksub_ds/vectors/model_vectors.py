@@ -244,8 +244,14 @@ def _compose(files: TensorFiles, codes: np.ndarray, dedicated: np.ndarray, name:
     Of the dedicated tokens the rows of their own are added.
 
     Raises:
-        UserError: a table is missing, or shorter than the codes that point into it; or the dedicated rows are.
+        UserError: codes that are none; a table is missing, or shorter than the codes that point into it; the same of
+            the dedicated rows; a mixing matrix of another size.
     """
+    for what, ids, dimensions in (("codes", codes, 2), ("dedicated tokens", dedicated, 1)):
+        if ids.ndim != dimensions or not np.issubdtype(ids.dtype, np.integer) or (dimensions == 2 and not ids.size):
+            raise UserError(f"{name}: its {what} are of shape {ids.shape} and type {ids.dtype}; the file is damaged")
+    if len(dedicated) and not 0 <= dedicated.min() <= dedicated.max() < len(codes):
+        raise UserError(f"{name}: its dedicated tokens are not in [0, {len(codes):,}); the file is damaged")
 
     def find(end: str) -> list[str]:
         return [key for key in files.shapes if key.endswith(tuple(layer + end for layer in LAYERS))]
@@ -253,11 +259,14 @@ def _compose(files: TensorFiles, codes: np.ndarray, dedicated: np.ndarray, name:
     tables = []
     for k, column in enumerate(codes.T):
         found = find(f"tables.{k}")
-        if not found or files.shapes[found[0]][0] <= column.max() or column.min() < 0:
+        shape = files.shapes[found[0]] if found else ()
+        if len(shape) != 2 or shape[0] <= column.max() or column.min() < 0:
             raise UserError(f"{name}: table {k} is missing, or shorter than the codes that point into it")
         tables.append(files.read(found[0])[column])
     rows = np.concatenate(tables, axis=1)
     mixing = find("mixing")
+    if mixing and files.shapes[mixing[0]] != (rows.shape[1],) * 2:
+        raise UserError(f"{name}: its mixing matrix is of shape {files.shapes[mixing[0]]}; the file is damaged")
     rows = rows @ files.read(mixing[0]).T if mixing else rows
     if len(dedicated):
         own = find("dedicated_rows")

@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ksub_ds.codes.positional import plain_codes, positional_codes
+from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_file
 from ksub_ds.common.logging import get_logger
@@ -116,6 +117,28 @@ def test_exports_give_their_composed_embeddings(tmp_path, table, kind):
     model = tiny_model(table, kind)
     model.save_pretrained(tmp_path)
     np.testing.assert_array_equal(load_vectors(tmp_path)[0], dense(model))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("codes", lambda codes: codes.flatten()),
+        ("codes", lambda codes: codes.float()),
+        ("codes", lambda codes: codes[:0]),
+        ("tables.1", lambda rows: rows[0]),
+        ("tables.2", lambda rows: rows[:1]),
+        ("dedicated", lambda ids: ids + 300),
+        ("dedicated_rows", lambda rows: rows[:1]),
+    ],
+)
+def test_damaged_exports_are_one_line(tmp_path, part, change):
+    table = positional_codes(300, 3)
+    tiny_model(CodeTable(table.codes, table.table_sizes, dedicated=np.array([3, 7]))).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (key,) = [name for name in weights if name.endswith("." + part)]
+    save_file(weights | {key: change(weights[key]).contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_vectors(tmp_path)
 
 
 def write_run(run, table, tokenizer, models):

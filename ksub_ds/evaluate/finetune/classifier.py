@@ -14,6 +14,7 @@ from ksub_ds.evaluate.data.hub import cached_folder, require_on_hub
 from ksub_ds.evaluate.finetune.encoding import PairEncoder, load_encoder
 from ksub_ds.model.sequence_length import longest_sequence
 from ksub_ds.pretrain.open_run import is_run
+from ksub_ds.vectors.matrix import TensorFiles
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier", "classification_head", "sequence_summary", "head")
 FRESH_HEADS = ("classifier", "score", "pre_classifier", "classification_head")  # those that no pretraining trains
@@ -258,21 +259,23 @@ def describe(model: str) -> dict[str, Any]:
 
 
 def _kind_of_codes(folder: Path, sizes: list[int]) -> str:
-    """Return "positional" if the codes among the weights are the digits of the token id, else "clustered"."""
-    import numpy as np
-    from safetensors import safe_open
+    """Return "positional" if the codes among the weights are the digits of the token id, else "clustered".
 
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="np") as stream:
-            for key in stream.keys():  # noqa: SIM118 - not a dict
-                if key.endswith(".codes"):
-                    codes = stream.get_tensor(key)
-                    ids, digits = np.arange(len(codes)), []
-                    for size in sizes:
-                        digits.append(ids % size)
-                        ids = ids // size
-                    return "positional" if np.array_equal(np.stack(digits, axis=1), codes) else "clustered"
-    return "unknown"
+    Raises:
+        UserError: a file of weights is damaged.
+    """
+    import numpy as np
+
+    files = TensorFiles(sorted(folder.glob("*.safetensors")))
+    name = next((name for name in files.shapes if name.endswith(".codes")), None)
+    if name is None:
+        return "unknown"
+    codes = files.read(name)
+    ids, digits = np.arange(len(codes)), []
+    for size in sizes:
+        digits.append(ids % size)
+        ids = ids // size
+    return "positional" if np.array_equal(np.stack(digits, axis=1), codes) else "clustered"
 
 
 def fingerprint(model: str, config: Any = None) -> str:
