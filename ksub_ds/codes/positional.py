@@ -52,8 +52,8 @@ def positional_codes(
         raise ValueError(f"all {num_tokens} tokens are special: none is left to code")
     least = smallest_base(ordinary, num_tables)
     base = least if table_size is None else table_size - len(special)
-    if base**num_tables > 2**62:
-        raise ValueError(f"table size {table_size}: {num_tables} tables of it have more codes than there are numbers")
+    if base > MOST_CODES:
+        raise ValueError(f"table size {table_size}: must be at most {MOST_CODES:,}")
     if base < least:
         raise ValueError(f"table size {table_size}: too small for {num_tokens:,} tokens; {least + len(special)} fits")
     digits, rest = np.empty((ordinary, num_tables), dtype=np.int32), np.arange(ordinary)

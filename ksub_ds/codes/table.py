@@ -20,7 +20,7 @@ import numpy as np
 
 from ksub_ds.codes.packing import code_bits, pack, unpack
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_path, canonical_safetensors, is_stream, sha256_bytes
+from ksub_ds.common.files import atomic_path, canonical_safetensors, sha256_bytes
 
 FORMAT = "ksub-codes-1"
 FORMAT_DEDICATED = "ksub-codes-2"  # has the tensor `dedicated` too
@@ -199,8 +199,8 @@ class CodeTable:
         """
         from safetensors import SafetensorError, safe_open
 
-        if is_stream(Path(path)):
-            raise UserError(f"{path}: is a pipe or a device; give a code file of `ksub codes`")
+        if Path(path).is_fifo():  # safetensors would wait for a writer
+            raise UserError(f"{path}: not a readable code file (a pipe); give a file of `ksub codes`")
         try:
             with safe_open(path, framework="np") as stream:
                 metadata = stream.metadata() or {}

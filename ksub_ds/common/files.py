@@ -179,15 +179,6 @@ def json_bytes(value: Any, indent: int | None = None) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def is_stream(path: Path) -> bool:
-    """Return whether something is there that is neither a file nor a folder."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:  # nothing is there, or nobody may know
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
@@ -195,12 +186,14 @@ def read_json(path: str | Path) -> Any:
         UserError: the file is missing, unreadable, or not JSON.
     """
     path = Path(path)
-    if is_stream(path):
-        raise UserError(f"{path}: cannot be read (a pipe or a device, which may have no end)")
     try:
+        if path.is_char_device():
+            raise UserError(f"{path}: cannot be read (a device, which may have no end)")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error}); the file is damaged") from error
 

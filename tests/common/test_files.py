@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -191,8 +190,8 @@ def test_what_a_folder_may_not_replace(tmp_path, monkeypatch):
 
 def test_json_is_not_read_from_what_may_have_no_end(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(UserError, match=f"^{path}: cannot be read"):
-            read_json(path)
-        with pytest.raises(UserError, match=f"^{path}: is a pipe or a device"):
+    with pytest.raises(UserError, match=r"^/dev/zero: cannot be read"):
+        read_json("/dev/zero")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match=f"^{path}: not a readable code file"):
             CodeTable.load(path)
