@@ -8,8 +8,8 @@ is the plain decoder. Nothing here asks the device for a value.
 
 The products that grow with R, F and d together are float32 on a CPU. Anywhere else they are made for tensor cores,
 which multiply bf16 numbers. Each operand is a sum of bf16 parts of falling size, and a product that of all pairs of
-parts whose numbers add up to less than there are parts: six products of three parts each are within 2^-24 of each term,
-three of two parts within 2^-16. The logits, which may be hundreds and must keep their digits, take three parts, the
+parts whose numbers add up to less than there are parts: six products of three parts each are within 2^-22 of each term,
+three of two parts within 3 * 2^-16. The logits, which may be hundreds and must keep their digits, take three parts, the
 gradients two. Tensor cores cut off where they add to float32: over many thousand terms that is 1e-5 of a sum whose
 terms have one sign. So the inner dimension is cut into pieces, whose sums are added outside. Rows of F numbers, F being
 any number, are stored as if it were a multiple of 8: tensor cores load and store pieces that begin at 16 bytes.
