@@ -57,9 +57,8 @@ def open_config(name: str | Path) -> PretrainedConfig:
         raise UserError(f"{name}: transformers finds no model it knows there ({_first_line(error)})") from error
     except Exception as error:  # what config.json holds is anything; transformers raises as many kinds
         raise UserError(f"{name}: its config.json is damaged ({_kind_and_line(error)}); get the model anew") from error
-    if not isinstance(config.architectures or [], list) or not all(
-        isinstance(each, str) for each in config.architectures or []
-    ):
+    names = config.architectures or []
+    if not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
         raise UserError(f"{name}: architectures of its config.json are not a list of names; get the model anew")
     if _class_to_open(config) is None:
         wanted = (config.architectures or [f"model of type {config.model_type}"])[0]

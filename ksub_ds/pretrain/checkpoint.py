@@ -232,7 +232,7 @@ def _open_tensors(engine: "DeepSpeedEngine", path: Path, with_moments: bool) -> 
     """Open both files, check names and shapes against the model, and return a function from key to tensor.
 
     Raises:
-        UserError: another model's checkpoint.
+        UserError: another model's checkpoint, or a damaged one.
     """
     from safetensors import SafetensorError, safe_open
 
