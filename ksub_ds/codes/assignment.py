@@ -16,10 +16,12 @@ where cost + price is least, and the sizes come out right. It is solved in two p
 
 import abc
 import itertools
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ksub_ds.codes.blocks import map_blocks
+from ksub_ds.codes.blocks import map_blocks, map_each
 from ksub_ds.common.logging import Progress
 
 SAMPLE = 32  # points per cluster that the first prices come from
@@ -101,7 +103,7 @@ def balancing_prices(
 class SmoothedDual(abc.ABC):
     """Points spread over clusters by a softmax of -(cost + price) / temperature.
 
-    Subclasses choose the clusters that a point may go to, and with them the layout of `share`.
+    Subclasses choose the clusters that a point may go to, and with them the layout of `share` (typed Any).
 
     Attributes:
         target: N / M, the size every cluster should have.
@@ -110,15 +112,15 @@ class SmoothedDual(abc.ABC):
     target: float
 
     @abc.abstractmethod
-    def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
+    def spread(self, prices: np.ndarray, temperature: float) -> Any:
         """Return the share of each point in each of its clusters."""
 
     @abc.abstractmethod
-    def sizes(self, share: np.ndarray) -> np.ndarray:
+    def sizes(self, share: Any) -> np.ndarray:
         """Return the sums of the shares of each cluster, (M,)."""
 
     @abc.abstractmethod
-    def overlap(self, share: np.ndarray) -> np.ndarray:
+    def overlap(self, share: Any) -> np.ndarray:
         """Return share' share, (M, M)."""
 
     def balance(
@@ -177,8 +179,42 @@ class DenseDual(SmoothedDual):
         return share.T @ share
 
 
+@dataclass(frozen=True)
+class NearClusters:
+    """The clusters within reach of each point of a block: flat, point after point.
+
+    Attributes:
+        cluster: of each pair of a point and a cluster.
+        cost: of each pair, float64.
+        lengths: pairs of each point.
+        starts: the first pair of each point, and the number of all.
+    """
+
+    cluster: np.ndarray
+    cost: np.ndarray
+    lengths: np.ndarray
+    starts: np.ndarray
+
+    def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
+        """Return the share of each point in each of its clusters, flat."""
+        share = (self.cost + prices[self.cluster]) / -temperature
+        share -= np.repeat(np.maximum.reduceat(share, self.starts[:-1]), self.lengths)
+        np.exp(share, out=share)
+        share /= np.repeat(np.add.reduceat(share, self.starts[:-1]), self.lengths)
+        return share
+
+    def overlap(self, share: np.ndarray, clusters: int) -> np.ndarray:
+        """Return share' share, (M, M), without shares below 1e-4."""
+        from scipy.sparse import csr_matrix
+
+        kept = share > 1e-4
+        starts = np.concatenate([[0], np.cumsum(kept)])[self.starts]
+        spread = csr_matrix((share[kept], self.cluster[kept], starts), shape=(len(self.lengths), clusters))
+        return (spread.T @ spread).toarray()
+
+
 class SparseDual(SmoothedDual):
-    """Every point may go to the clusters within `reach` of its cheapest one; `share` is flat, point after point.
+    """Every point may go to the clusters within `reach` of its cheapest one; `share` is a list, block after block.
 
     Args:
         costs: (N, M) float32.
@@ -189,41 +225,33 @@ class SparseDual(SmoothedDual):
 
     def __init__(self, costs: np.ndarray, prices: np.ndarray, reach: float, threads: int):
         count, self.clusters = costs.shape
+        self.threads, self.target = threads, count / self.clusters
 
-        def of_block(block: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        def of_block(block: slice) -> NearClusters:
             priced = costs[block] + prices.astype(np.float32)
             flat = np.flatnonzero(priced <= priced.min(axis=1, keepdims=True) + np.float32(reach))
             point, cluster = np.divmod(flat, self.clusters)
-            return np.bincount(point, minlength=len(priced)), cluster, costs[block].ravel()[flat]
+            lengths = np.bincount(point, minlength=len(priced))
+            starts = np.concatenate([[0], np.cumsum(lengths)])
+            return NearClusters(cluster, costs[block].ravel()[flat].astype(np.float64), lengths, starts)
 
-        lengths, clusters, values = zip(*map_blocks(of_block, count, threads), strict=True)
-        self.lengths = np.concatenate(lengths)
-        self.cluster = np.concatenate(clusters)
-        self.cost = np.concatenate(values).astype(np.float64)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.target = count / self.clusters
+        self.near = list(map_blocks(of_block, count, threads))
 
-    def spread(self, prices: np.ndarray, temperature: float) -> np.ndarray:
-        """Return the share of each point in each of its clusters, flat."""
-        share = (self.cost + prices[self.cluster]) / -temperature
-        share -= np.repeat(np.maximum.reduceat(share, self.starts[:-1]), self.lengths)
-        np.exp(share, out=share)
-        share /= np.repeat(np.add.reduceat(share, self.starts[:-1]), self.lengths)
-        return share
+    def spread(self, prices: np.ndarray, temperature: float) -> list[np.ndarray]:
+        """Return the share of each point in each of its clusters, flat, for each block."""
+        return list(map_each(lambda near: near.spread(prices, temperature), self.threads, self.near))
 
-    def sizes(self, share: np.ndarray) -> np.ndarray:
+    def sizes(self, share: list[np.ndarray]) -> np.ndarray:
         """Return the sums of the shares of each cluster, (M,)."""
-        return np.bincount(self.cluster, share, self.clusters)
+        pairs = zip(self.near, share, strict=True)
+        return np.sum([np.bincount(near.cluster, part, self.clusters) for near, part in pairs], axis=0)
 
-    def overlap(self, share: np.ndarray) -> np.ndarray:
+    def overlap(self, share: list[np.ndarray]) -> np.ndarray:
         """Return share' share, (M, M), without shares below 1e-4."""
-        from scipy.sparse import csr_matrix
-
-        kept = share > 1e-4
-        starts = np.concatenate([[0], np.cumsum(kept)])[self.starts]
-        shape = (len(self.lengths), self.clusters)
-        spread = csr_matrix((share[kept], self.cluster[kept], starts), shape=shape)
-        return (spread.T @ spread).toarray()
+        total = np.zeros((self.clusters, self.clusters))
+        for part in map_each(lambda near, part: near.overlap(part, self.clusters), self.threads, self.near, share):
+            total += part
+        return total
 
 
 class ResidualGraph:
