@@ -3,9 +3,10 @@
     loss = mean over texts of |s - t|^2 / |t|^2        s, t: the vectors of both, after every module of modules.json
 
 Texts need no labels. A part of them is held out: what is kept is the state that was best there, and the training ends
-early when nothing has been gained for a quarter of its time. The learning rate is a function of the time that is spent,
-the texts of a step one of (seed, step), so a run that was interrupted goes on from its last snapshot as if it had not
-been.
+early when nothing has been gained for a quarter of its time. Adam's steps are as large for a good student as for a bad
+one, so its learning rate is lowered: by the root of the loss that it starts with. It is a function of the time that is
+spent, the texts of a step one of (seed, step), so a run that was interrupted goes on from its last snapshot as if it
+had not been.
 """
 
 import time
@@ -28,6 +29,7 @@ from ksub_ds.convert.token_counts import read_documents
 
 BATCH = 64
 LR, TABLE_LR = 2e-4, 2e-3  # peaks, of the network and of its embedding
+GOOD = 0.15  # a loss at the start; below it the peaks are lower, by the root of the quotient
 WARM_UP = 0.05  # of the time
 EVALUATIONS = 20
 PATIENCE = 5  # evaluations without a gain
@@ -55,8 +57,14 @@ class DistillationProgress:
 
     @property
     def since_best(self) -> int:
-        """Evaluations since the best one."""
-        return len(self.curve) - 1 - min(range(len(self.curve)), key=lambda place: self.curve[place]["loss"])
+        """Evaluations since the best one. The start does not count: the first steps may lead away from a good one."""
+        losses = [point["loss"] for point in self.curve[1:]]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+    @property
+    def rate(self) -> float:
+        """What the peaks of the learning rate are multiplied by."""
+        return min(1.0, (self.curve[0]["loss"] / GOOD) ** 0.5)
 
 
 class SentenceDistillation:
@@ -131,7 +139,7 @@ class SentenceDistillation:
         spent = progress.seconds / self.limit
         share = max(0.01, min((spent + 0.001) / WARM_UP, (1 - spent) / (1 - WARM_UP)))
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * share
+            group["lr"] = group["peak"] * share * progress.rate
         steps = max(1, len(self.texts) // BATCH)
         epoch, place = divmod(progress.step, steps)
         rows = self.order(epoch)[place * BATCH : (place + 1) * BATCH]

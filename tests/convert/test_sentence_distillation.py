@@ -15,7 +15,15 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.convert.compress import compress_with_report
 from ksub_ds.convert.fitting import Fit
-from ksub_ds.convert.sentence_distillation import SentenceDistillation, encode, relative_loss
+from ksub_ds.convert.sentence_distillation import (
+    GOOD,
+    LR,
+    TABLE_LR,
+    DistillationProgress,
+    SentenceDistillation,
+    encode,
+    relative_loss,
+)
 
 library = pytest.importorskip(
     "sentence_transformers", reason="sentence-transformers 6 is not installed (pip install -e '.[interop]')"
@@ -128,9 +136,25 @@ def test_it_ends_when_nothing_is_gained(encoders):
     """The teacher's own copy cannot come nearer."""
     teacher = encoders[0]
     progress = SentenceDistillation(copy.deepcopy(teacher), teacher, texts(), minutes=1, clock=seconds()).run()
-    assert len(progress.curve) == 6 and progress.step < 60 and progress.best < 1e-6
+    assert len(progress.curve) == 7 and progress.step < 60 and progress.best < 1e-6
     with pytest.raises(UserError, match="holds 19 texts; give at least 20"):
         SentenceDistillation(teacher, teacher, texts(19), minutes=1)
+
+
+def test_a_good_student_is_taught_gently_and_not_given_up_for_its_first_steps(encoders):
+    """As all-MiniLM at 1/16: full steps led away from the start for half of the time."""
+    losses = [0.041, 0.046, 0.051, 0.0495, 0.0478, 0.0471]
+    progress = DistillationProgress(curve=[{"loss": loss} for loss in losses])
+    assert progress.since_best == 4 and progress.rate == pytest.approx((0.041 / GOOD) ** 0.5)
+    assert DistillationProgress(curve=[{"loss": 0.9}, {"loss": 0.8}]).rate == 1
+    teacher, student = encoders[0], copy.deepcopy(encoders[1])
+    training = SentenceDistillation(student, teacher, texts(), minutes=1, clock=seconds())
+    training.progress.curve.append({"loss": GOOD / 4})
+    training.progress.seconds = 60 * 0.5
+    training._step()
+    assert [group["lr"] for group in training.optimizer.param_groups] == pytest.approx(
+        [TABLE_LR * 0.5 * 0.5 / 0.95, LR * 0.5 * 0.5 / 0.95]
+    )
 
 
 def test_compress_and_distil_in_one_command(tiny_bpe: Path, tmp_path: Path, capsys):
