@@ -8,7 +8,8 @@ In balanced clustering the cluster sizes of every split differ by at most one, s
 The paper's naive k-means leaves the sizes free; then the last table is as long as the largest leaf.
 
 Beyond the paper: the number of a cluster, and the code of a token in its leaf, are chosen so that they carry meaning
-(alignment.py). `last_level="random", align=False` is the paper's own form.
+(alignment.py). `last_level="random", align=False` is the paper's own form. With `axes` the vectors are cut to their
+leading principal axes first, where those that a few hundred rows can follow stand out.
 
 Groups below level 1 are independent: they run in parallel over processes, and over the ranks of mpirun. Each is
 computed on one thread from a seed of its own, so the codes are the same bit for bit on any number of processes.
@@ -21,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ksub_ds.codes.alignment import LARGEST_FIT, match_to_codebook, number_groups, refine
-from ksub_ds.codes.kmeans import Clustering, as_matrix, balanced_kmeans, free_kmeans
+from ksub_ds.codes.blocks import BLOCK_ROWS
+from ksub_ds.codes.kmeans import ITERATIONS, Clustering, as_matrix, balanced_kmeans, free_kmeans, one_thread
 from ksub_ds.codes.table import CodeTable, reserve_special_tokens
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress, get_logger
@@ -43,6 +45,8 @@ def clustered_codes(
     special_ids: Sequence[int] = (),
     workers: int | None = None,
     table_sizes: Sequence[int] | None = None,
+    axes: int | None = None,
+    iterations: int = ITERATIONS,
 ) -> CodeTable:
     """Cluster tokens into codes by Algorithm 2. Under mpirun every rank calls this, with the same arguments.
 
@@ -58,6 +62,8 @@ def clustered_codes(
         special_ids: tokens that get a row of their own in every table (see `reserve_special_tokens`).
         workers: processes; does not change the result. [one per core, for large N]
         table_sizes: M_1 ... M_K, instead of `table_size` for each.
+        axes: cluster in so many principal axes of the vectors. [all D]
+        iterations: of balanced k-means, at most.
 
     Returns:
         The codes of N tokens; every code is unique.
@@ -68,18 +74,22 @@ def clustered_codes(
     vectors = as_matrix(embeddings)
     sizes = tuple(int(size) for size in table_sizes or (table_size,) * num_tables)
     special = sorted(set(special_ids))
-    _check(len(vectors), num_tables, sizes, last_level, special)
+    _check(len(vectors), num_tables, sizes, last_level, special, axes)
     if special:
         vectors = np.delete(vectors, special, axis=0)
     if balanced:
         _check_leaves(len(vectors), sizes)
+    width = vectors.shape[1]
+    if axes is not None and axes < width:
+        vectors = _leading_axes(vectors, axes)
     workers = _default_workers(vectors, sizes) if workers is None else workers
     get_logger().info(
         f"clustering {len(vectors):,} vectors of {vectors.shape[1]:,} numbers in tables of "
         f"{' '.join(map(str, sizes))} rows: needs about {memory_needed(vectors, sizes) / 1e9:.1f} GB of memory"
     )
 
-    levels, inertias = _split_levels(vectors, sizes[:-1], balanced, align, seed, workers)
+    rounds = iterations if balanced else None
+    levels, inertias = _split_levels(vectors, sizes[:-1], rounds, align, seed, workers)
     leaves = number_groups(levels)
     largest = int(np.bincount(leaves).max())
     if not balanced:
@@ -97,11 +107,15 @@ def clustered_codes(
         "group_sizes": "; ".join(_describe_sizes(codes[:, : level + 1]) for level in range(num_tables - 1)),
         "inertia": " ".join(f"{inertia:.6g}" for inertia in inertias),
     }
+    if vectors.shape[1] < width:
+        metadata["axes"] = str(axes)
     table = CodeTable(codes, sizes, metadata)
     return reserve_special_tokens(table, special) if special else table
 
 
-def _check(count: int, num_tables: int, sizes: tuple[int, ...], last_level: str, special: list[int]) -> None:
+def _check(
+    count: int, num_tables: int, sizes: tuple[int, ...], last_level: str, special: list[int], axes: int | None
+) -> None:
     if num_tables < 2:
         raise UserError(f"num_tables {num_tables}: clustering needs at least 2 (1 is the plain embedding)")
     if len(sizes) != num_tables or min(sizes) < 1:
@@ -110,18 +124,45 @@ def _check(count: int, num_tables: int, sizes: tuple[int, ...], last_level: str,
         raise UserError(f"last_level {last_level!r}: must be 'matched' or 'random'")
     if special and not (special[0] >= 0 and special[-1] < count):
         raise UserError(f"special ids {special} must lie in [0, {count})")
+    if axes is not None and axes < 1:
+        raise UserError(f"axes {axes}: must be at least 1")
     if len(special) >= count:
         raise UserError(f"all {count} tokens are special: none are left to cluster")
 
 
+def _leading_axes(vectors: np.ndarray, count: int) -> np.ndarray:
+    """Return the coordinates of vectors in their leading principal axes, (N, count) float32."""
+    mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
+    scatter = np.zeros((vectors.shape[1],) * 2)
+    found = np.empty((len(vectors), count), dtype=np.float32)
+    blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, len(vectors), BLOCK_ROWS)]
+    with one_thread():
+        for block in blocks:
+            centred = vectors[block] - mean
+            scatter += centred.T @ centred
+        basis = np.linalg.eigh(scatter)[1][:, : -count - 1 : -1].astype(np.float32)
+        for block in blocks:
+            np.matmul(vectors[block] - mean, basis, out=found[block])
+    return found
+
+
 def _split_levels(
-    vectors: np.ndarray, sizes: tuple[int, ...], balanced: bool, align: bool, seed: int, workers: int
+    vectors: np.ndarray, sizes: tuple[int, ...], iterations: int | None, align: bool, seed: int, workers: int
 ) -> tuple[np.ndarray, list[float]]:
-    """Return the codes of all tables but the last, (N, K - 1), and the inertia of each level."""
+    """Return the codes of all tables but the last, (N, K - 1), and the inertia of each level.
+
+    Args:
+        vectors: (N, D).
+        sizes: M_1 ... M_(K-1).
+        iterations: of balanced k-means; None for clusters of free sizes.
+        align: number the clusters of all groups alike.
+        seed: of k-means.
+        workers: processes.
+    """
     codes = np.zeros((len(vectors), len(sizes)), dtype=np.int64)
     inertias = []
     for level, size in enumerate(sizes):
-        codes[:, level], inertia = _split(vectors, codes[:, :level], size, balanced, seed, workers)
+        codes[:, level], inertia = _split(vectors, codes[:, :level], size, iterations, seed, workers)
         inertias.append(inertia)
         if align and level:
             codes[:, level] = _align(vectors, codes[:, : level + 1], size, seed)
@@ -176,7 +217,7 @@ def _describe_sizes(prefixes: np.ndarray) -> str:
 
 
 def _split(
-    vectors: np.ndarray, prefixes: np.ndarray, num_clusters: int, balanced: bool, seed: int, workers: int
+    vectors: np.ndarray, prefixes: np.ndarray, num_clusters: int, iterations: int | None, seed: int, workers: int
 ) -> tuple[np.ndarray, float]:
     """Cluster every group of one level; return labels (N,) and the inertia of all groups together."""
     level = prefixes.shape[1]
@@ -188,7 +229,7 @@ def _split(
     mine = range(rank, len(members), ranks)
     # A single group is all vectors, in their order: no copy of them is made.
     tasks = (
-        (vectors if len(members) == 1 else vectors[members[g]], num_clusters, balanced, _seed(seed, level, g))
+        (vectors if len(members) == 1 else vectors[members[g]], num_clusters, iterations, _seed(seed, level, g))
         for g in mine
     )
     total = None if len(members) == 1 else len(mine)
@@ -220,16 +261,17 @@ def _seed(seed: int, level: int, group: int) -> int:
 def _cluster(
     vectors: np.ndarray,
     num_clusters: int,
-    balanced: bool,
+    iterations: int | None,
     seed: int,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, float]:
+    """Cluster one group by balanced k-means, or without `iterations` by the free one; return labels and inertia."""
     clustering: Clustering
-    if balanced:
-        clustering = balanced_kmeans(vectors, num_clusters, seed, threads=threads, progress=progress)
-    else:
+    if iterations is None:
         clustering = free_kmeans(vectors, num_clusters, seed)
+    else:
+        clustering = balanced_kmeans(vectors, num_clusters, seed, None, iterations, threads, progress)
     return clustering.labels, clustering.inertia
 
 

@@ -8,8 +8,10 @@
                  Each round takes the orthogonal factor of [S_1 A_1 ... S_K A_K], which never gets worse:
                  OPQ's alternation (Ge et al., 2013), without a pass over X.
     linear       A is any matrix (columns of one table orthonormal): E_k A_k^T is any table of full width and rank
-                 d_k. Tables and A are least squares in turn; the better of two starts, the rotation and the
-                 singular vectors of full-width tables, so it is never worse than the rotation.
+                 d_k. Where no table has more rows than columns (M_k <= d_k), that is any table of full width,
+                 and one least squares problem is all. Else tables and A are least squares in turn; the better of two
+                 starts, the rotation and the singular vectors of full-width tables, so it is never worse than the
+                 rotation.
 
 A cannot be folded into the weights around it: a LayerNorm with a gain of its own stands on either side of the
 embedding. So it stays with the tables, d x d fixed numbers (`SubEmbedding.mixing`), one small product per token.
@@ -73,12 +75,7 @@ def fit_tables(
     best = Fit([each.astype(np.float32) for each in tables], None, sums.error_of_means(tables))
     if mixing == "none" or table.num_tables == 1 or sum(table.table_sizes) > LARGEST_FIT:
         return best
-    rotation = sums.rotation()
-    starts = [(sums.means(rotation), rotation)]
-    if mixing == "linear":
-        starts.append(sums.full_width())
-        starts = [sums.alternate(*start) for start in starts]
-    for tables, matrix in starts:
+    for tables, matrix in sums.solutions(mixing):
         error = sums.error(tables, matrix)
         if error < best.error:
             best = Fit([each.astype(np.float32) for each in tables], matrix.astype(np.float32), error)
@@ -150,6 +147,17 @@ class _Sums:
     def gram(self) -> np.ndarray:
         """Z^T W Z."""
         return (self._ones.T @ self._weighted).toarray()
+
+    def solutions(self, mixing: Mixing) -> list[tuple[list[np.ndarray], np.ndarray]]:
+        """Tables with their A, the best of which is the answer."""
+        exact = all(rows.stop - rows.start <= width for rows, width in zip(self.rows, self.widths, strict=True))
+        if mixing == "linear" and exact:
+            return [self.full_width()]
+        rotation = self.rotation()
+        turned = self.means(rotation), rotation
+        if mixing == "orthogonal":
+            return [turned]
+        return [self.alternate(*start) for start in (turned, self.full_width())]
 
     def parts(self) -> Iterator[tuple[slice, slice]]:
         """(rows among all tables', columns of d) of each table."""

@@ -50,6 +50,8 @@ class ClusterVectors:
     """Number the clusters of all groups alike, so that equal codes mean similar directions."""
     unbalanced: bool = False
     """Use the paper's naive k-means; the last table grows to the largest leaf."""
+    axes: int | None = None
+    """Cluster in so many leading principal axes of the vectors, as `ksub compress` does (128). [all]"""
     reserve_special_tokens: bool = False
     """Give <s>, </s>, <pad>, <unk>, <mask> rows of their own in every table."""
     dedicated_rows: int | None = None
@@ -113,6 +115,7 @@ def _build(settings: ClusterVectors) -> CodeTable:
             special_ids=special_ids,
             workers=settings.workers,
             table_sizes=sizes,
+            axes=settings.axes,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
