@@ -231,7 +231,7 @@ def main() -> None:
     if "kmeans" in parts:
         result["kmeans"] = kmeans(oracle)
     if "tree" in parts:
-        result["tree"] = measuring.in_fresh_process(__file__, "--tree-in-this-process")
+        result["tree"] = measuring.in_fresh_process(__file__, "--tree-in-this-process", trims=False)
         report_tree(result["tree"])
     measuring.save(options.json, result)
 
