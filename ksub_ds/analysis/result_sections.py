@@ -7,7 +7,7 @@ from typing import Any
 
 from ksub_ds.analysis.page import facts, number, paragraph, section, table, text
 from ksub_ds.analysis.run_files import finite
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import OTHER_FORM, UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.evaluate.data.tasks import GLUE_TASKS, LANGUAGES, PAPER_XNLI, paper_glue_row
 
@@ -21,8 +21,24 @@ LARGEST_PICTURE = 20_000_000  # bytes
 FIGURE_DPI = 170  # a little larger than in print, where it is 200
 
 
-def scores(results: list[dict[str, Any]]) -> str:
-    """Return one table for each setting of XNLI, and one each for GLUE, data sets of one's own and bits per byte."""
+def scores(files: dict[Path, dict[str, Any]]) -> str:
+    """Return one table for each setting of XNLI, and one each for GLUE, data sets of one's own and bits per byte.
+
+    Args:
+        files: results by their files.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    for path, result in files.items():
+        try:
+            _score_tables([result])
+        except OTHER_FORM as error:
+            raise UserError(f"{path}: is damaged ({error!r}); run `ksub evaluate` again") from error
+    return _score_tables(list(files.values()))
+
+
+def _score_tables(results: list[dict[str, Any]]) -> str:
     own = [result for result in results if result.get("task") == "classify"]
     scored = [result for result in results if result.get("task") == "lm"]
     results = [result for result in results if result not in [*own, *scored]]
@@ -179,7 +195,7 @@ def analyses(folders: list[Path]) -> str:
         path = folder / "analysis.json"
         try:
             parts.append(_analysis(folder, read_json(path)))
-        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except OTHER_FORM as error:
             raise UserError(f"{path}: is damaged ({error!r}); run `ksub analyze` again") from error
     return section("Analysis", *parts)
 

@@ -151,13 +151,14 @@ def _starts(log: str) -> list[Start]:
     return starts
 
 
-def read_results(folders: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
-    """Return results of evaluations, and folders of analyses, among `folders`.
+def read_results(folders: list[Path]) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
+    """Return results of evaluations by their files, and folders of analyses, among `folders`.
 
     Raises:
         UserError: a folder that holds neither results.json nor analysis.json, or results that the page does not show.
     """
-    results, analyses = [], []
+    results: dict[Path, dict[str, Any]] = {}
+    analyses = []
     for folder in folders:
         if (folder / "analysis.json").is_file():
             analysis = read_json(folder / "analysis.json")
@@ -173,7 +174,7 @@ def read_results(folders: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]
             raise UserError(f"{path}: bits per byte are for tables, not for the page of a run; leave {folder} out")
         if not isinstance(result, dict) or not isinstance(result.get("test"), dict):
             raise UserError(f"{path}: is not a results.json of `ksub evaluate` (no 'test')")
-        results.append(result)
+        results[path] = result
     return results, analyses
 
 

@@ -1,6 +1,8 @@
 """`UserError`, the one exception that means "the user can fix this", and `RunFailed`, which means "try it again"."""
 
 RESUME = "run the same command again to resume"
+# What code raises that reads a damaged file of JSON, or one of another program, as if it were its own.
+OTHER_FORM = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class UserError(ValueError):

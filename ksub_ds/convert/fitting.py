@@ -62,7 +62,7 @@ def fit_tables(
         weights: (N,) how much each token counts. [1]
 
     Raises:
-        ValueError: shapes that do not fit, weights that are negative or all 0.
+        ValueError: shapes that do not fit, weights that are negative or all 0, vectors that are not finite.
     """
     count, width = vectors.shape
     weights = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -71,6 +71,8 @@ def fit_tables(
     if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
         raise ValueError("weights must be finite, not negative, and not all 0")
     sums = _Sums(vectors, table, weights)
+    if not np.isfinite(sums.square):
+        raise ValueError("the embedding has a number that is NaN or infinite; train or fetch the model anew")
     tables = sums.means(np.eye(width))
     best = Fit([each.astype(np.float32) for each in tables], None, sums.error_of_means(tables))
     if mixing == "none" or table.num_tables == 1 or sum(table.table_sizes) > LARGEST_FIT:

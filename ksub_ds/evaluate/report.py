@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import OTHER_FORM, UserError
 from ksub_ds.common.files import read_json
 from ksub_ds.evaluate import result_tables
 from ksub_ds.evaluate.data.metrics import exchange_test, paired_test
@@ -122,7 +122,7 @@ def _makes_a_table(result: Any) -> bool:
         if result["task"] == "lm":
             return bool(result_tables.lm_table([result], "markdown"))
         return result["setting"] in PAPER_XNLI and bool(result_tables.xnli_table([result], "markdown"))
-    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except OTHER_FORM:
         return False
 
 
@@ -196,7 +196,7 @@ def _paired(ours: dict[str, Any], theirs: dict[str, Any], languages: list[str]) 
                 [np.frombuffer(run[each].encode(), np.uint8) for each in languages]
                 for run in stored["predictions"].values()
             ]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except OTHER_FORM as error:
             raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
         if not answers or any(list(map(len, run)) != list(map(len, gold.values())) for run in answers):
             raise UserError(f"{path}: is damaged (not an answer to each label); evaluate again")
@@ -274,7 +274,7 @@ def _classify_differences(group: list[dict[str, Any]], baseline: dict[str, Any] 
                     for run in stored["predictions"].values()
                 ]
                 right.append(np.mean([[a == b for a, b in zip(run, gold, strict=True)] for run in answers], axis=0))
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except OTHER_FORM as error:
                 raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
             labels.append(stored["labels"])
         gap = signed(result["scores"]["test"]["accuracy"] - baseline["scores"]["test"]["accuracy"])

@@ -336,6 +336,21 @@ def test_mistakes_name_the_folder(tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"task": "classify", "test": {}, "scores": {}},  # no data
+        XNLI | {"data": {"missing": ["fr"]}},
+    ],
+)
+def test_damaged_scores_name_their_file(tmp_path, damaged):
+    run = make_run(tmp_path / "run", last_step=1)
+    (tmp_path / "results.json").write_text(json.dumps(damaged))
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'results.json'}: is damaged (")):
+        write_report(run, tmp_path / "r.html", [tmp_path / "results.json"])
+    assert not (tmp_path / "r.html").exists()
+
+
 def console(done):
     """What a page said in the browser's console."""
     return [line for line in done.stderr.splitlines() if ":CONSOLE" in line]

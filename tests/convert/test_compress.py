@@ -213,6 +213,14 @@ def test_rows_that_no_token_uses_differ():
     assert spread < 0.2
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_embedding_that_is_not_finite_is_refused(value):
+    vectors = words()
+    vectors[7, 3] = value
+    with pytest.raises(ValueError, match="the embedding has a number that is NaN or infinite"):
+        fit_tables(vectors, positional_codes(200, 3), "none")
+
+
 def test_what_cannot_be_compressed_is_refused(tmp_path):
     untied = bert(tie_word_embeddings=False)
     with pytest.raises(ValueError, match="decoder is not tied"):

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from tyro.conf import Positional
 
-from ksub_ds.common.errors import UserError
+from ksub_ds.common.errors import OTHER_FORM, UserError
 from ksub_ds.common.files import json_bytes, read_json, write_json
 from ksub_ds.common.logging import format_seconds, get_logger
 from ksub_ds.evaluate.queue.leases import Holder, Lease, LeaseFolder, LeaseLost, boot_id, keep_touching, make_once
@@ -127,7 +127,7 @@ class Queue:
                     needs[need]  # a job that is needed must be among them
             identity = {key: value for key, value in plan.items() if key != "jobs"}
             return cls(folder, [Job(name, tuple(each), name) for name, each in needs.items()], identity)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except OTHER_FORM as error:
             raise UserError(f"{path}: is damaged ({error!r}); evaluate into a new --out") from error
 
     # ---------------------------------------------------------------- state
