@@ -1,4 +1,4 @@
-"""`ksub compress` on an embedding of XLM-R's size: processor time and peak memory of the whole command.
+"""`ksub compress` on an embedding of XLM-R's size: time and peak memory of the whole command, on all cores.
 
     python benchmarks/compress.py [--json benchmarks/results/compress.json]     about 3 minutes on two cores
 

@@ -17,10 +17,6 @@ from typing import Any
 
 import psutil
 
-# Freed blocks must go back to the system, or the peak of one call hides in memory an earlier one left.
-TRIM = "MALLOC_TRIM_THRESHOLD_"
-os.environ.setdefault(TRIM, "65536")
-
 TURN_SECONDS = 0.5
 
 
@@ -118,12 +114,13 @@ class PeakMemory(threading.Thread):
 def in_fresh_process(script: str, *arguments: str, trims: bool = True) -> Any:
     """Run `python script arguments` and return the JSON on the last line of its output.
 
-    Without `trims` it keeps freed blocks as programs do: giving them back costs a command of many large arrays half of
-    its time again.
+    With `trims` freed blocks go back to the system, or the peak of one call would hide in memory that an earlier one
+    left. A command that is timed keeps them, as programs do: giving them back costs half of the time again where there
+    are many large arrays.
     """
-    kept = {name: value for name, value in os.environ.items() if trims or name != TRIM}
+    environment = {"MALLOC_TRIM_THRESHOLD_": "65536"} | os.environ if trims else None
     command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=kept)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -74,18 +74,19 @@ def clustered_codes(
     vectors = as_matrix(embeddings)
     sizes = tuple(int(size) for size in table_sizes or (table_size,) * num_tables)
     special = sorted(set(special_ids))
-    _check(len(vectors), num_tables, sizes, last_level, special, axes)
+    _check(len(vectors), num_tables, sizes, last_level, special, axes, iterations)
     if special:
         vectors = np.delete(vectors, special, axis=0)
     if balanced:
         _check_leaves(len(vectors), sizes)
-    width = vectors.shape[1]
-    if axes is not None and axes < width:
+    whole = vectors
+    if axes is not None and axes < vectors.shape[1]:
         vectors = _leading_axes(vectors, axes)
     workers = _default_workers(vectors, sizes) if workers is None else workers
+    needed = memory_needed(vectors, sizes) + (0 if vectors is whole else whole.nbytes)
     get_logger().info(
         f"clustering {len(vectors):,} vectors of {vectors.shape[1]:,} numbers in tables of "
-        f"{' '.join(map(str, sizes))} rows: needs about {memory_needed(vectors, sizes) / 1e9:.1f} GB of memory"
+        f"{' '.join(map(str, sizes))} rows: needs about {needed / 1e9:.1f} GB of memory"
     )
 
     rounds = iterations if balanced else None
@@ -107,14 +108,20 @@ def clustered_codes(
         "group_sizes": "; ".join(_describe_sizes(codes[:, : level + 1]) for level in range(num_tables - 1)),
         "inertia": " ".join(f"{inertia:.6g}" for inertia in inertias),
     }
-    if vectors.shape[1] < width:
+    if vectors is not whole:
         metadata["axes"] = str(axes)
     table = CodeTable(codes, sizes, metadata)
     return reserve_special_tokens(table, special) if special else table
 
 
 def _check(
-    count: int, num_tables: int, sizes: tuple[int, ...], last_level: str, special: list[int], axes: int | None
+    count: int,
+    num_tables: int,
+    sizes: tuple[int, ...],
+    last_level: str,
+    special: list[int],
+    axes: int | None,
+    iterations: int,
 ) -> None:
     if num_tables < 2:
         raise UserError(f"num_tables {num_tables}: clustering needs at least 2 (1 is the plain embedding)")
@@ -126,6 +133,8 @@ def _check(
         raise UserError(f"special ids {special} must lie in [0, {count})")
     if axes is not None and axes < 1:
         raise UserError(f"axes {axes}: must be at least 1")
+    if iterations < 1:
+        raise UserError(f"iterations {iterations}: must be at least 1")
     if len(special) >= count:
         raise UserError(f"all {count} tokens are special: none are left to cluster")
 
@@ -136,9 +145,10 @@ def _leading_axes(vectors: np.ndarray, count: int) -> np.ndarray:
     scatter = np.zeros((vectors.shape[1],) * 2)
     found = np.empty((len(vectors), count), dtype=np.float32)
     blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, len(vectors), BLOCK_ROWS)]
+    scale = max(float(np.abs(vectors[block] - mean).max()) for block in blocks) or 1.0  # squares may leave float32
     with one_thread():
         for block in blocks:
-            centred = vectors[block] - mean
+            centred = (vectors[block] - mean) / np.float32(scale)
             scatter += centred.T @ centred
         basis = np.linalg.eigh(scatter)[1][:, : -count - 1 : -1].astype(np.float32)
         for block in blocks:

@@ -2,7 +2,7 @@
 
 RESUME = "run the same command again to resume"
 # What code raises that reads a damaged file of JSON, or one of another program, as if it were its own.
-OTHER_FORM = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+OTHER_FORM = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class UserError(ValueError):

@@ -4,7 +4,7 @@
     ksub compress sentence_encoder --input-only --target-ratio 20 --out small_encoder
 
     from ksub_ds import clustered_codes, compress
-    small = compress("plain_model", clustered_codes(vectors, num_tables=3, table_size=128))
+    small = compress("plain_model", clustered_codes(vectors, num_tables=3, table_size=128, axes=128))
 
 That result is a start for continued pretraining or distillation: 384 rows cannot hold what 30,000 did, and the layers
 above have to learn to read what is left. small_model holds the weights, the codes (also as codes.safetensors), the

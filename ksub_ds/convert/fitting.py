@@ -159,7 +159,7 @@ class _Sums:
         turned = self.means(rotation), rotation
         if mixing == "orthogonal":
             return [turned]
-        return [self.alternate(*start) for start in (turned, self.full_width())]
+        return [turned, *(self.alternate(*start) for start in (turned, self.full_width()))]
 
     def parts(self) -> Iterator[tuple[slice, slice]]:
         """(rows among all tables', columns of d) of each table."""

@@ -3,10 +3,10 @@
     loss = mean over texts of |s - t|^2 / |t|^2        s, t: the vectors of both, after every module of modules.json
 
 Texts need no labels. A part of them is held out: what is kept is the state that was best there, and the training ends
-early when nothing has been gained for a quarter of its time. Adam's steps are as large for a good student as for a bad
-one, so its learning rate is lowered: by the root of the loss that it starts with. It is a function of the time that is
-spent, the texts of a step one of (seed, step), so a run that was interrupted goes on from its last snapshot as if it
-had not been.
+early when a quarter of its time has passed without a new best after the start. Adam's steps are as large for a good
+student as for a bad one, so a good one learns at a lower rate. That is a function of the loss at the start and of the
+time that is spent, the texts of a step one of (seed, step), so a run that was interrupted goes on from its last
+snapshot as if it had not been.
 """
 
 import time
@@ -29,7 +29,7 @@ from ksub_ds.convert.token_counts import read_documents
 
 BATCH = 64
 LR, TABLE_LR = 2e-4, 2e-3  # peaks, of the network and of its embedding
-GOOD = 0.15  # a loss at the start; below it the peaks are lower, by the root of the quotient
+GOOD = 0.15  # a student that starts with a smaller loss learns at sqrt(loss / GOOD) of the peaks
 WARM_UP = 0.05  # of the time
 EVALUATIONS = 20
 PATIENCE = 5  # evaluations without a gain
@@ -57,7 +57,7 @@ class DistillationProgress:
 
     @property
     def since_best(self) -> int:
-        """Evaluations since the best one. The start does not count: the first steps may lead away from a good one."""
+        """Evaluations since the best one after the start, which the first steps may lead away from."""
         losses = [point["loss"] for point in self.curve[1:]]
         return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 

@@ -244,7 +244,7 @@ def _glue_p(ours: dict[str, Any], theirs: dict[str, Any], task: str) -> str:
         values = read_json(path)
         try:
             stored.append([_numbers(values[part][task]) for part in ("labels", "predictions")])
-        except (KeyError, ValueError, TypeError) as error:
+        except OTHER_FORM as error:
             raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
     (labels, answers), (other_labels, other_answers) = stored
     if not np.array_equal(labels, other_labels) or not len(labels) == len(answers) == len(other_answers):
@@ -325,7 +325,7 @@ def _lm_p(ours: dict[str, Any], theirs: dict[str, Any], languages: list[str]) ->
             nats = [np.array(stored[each]["nats"], dtype=np.float64) for each in languages]
             parts = [part / total.sum() for part, total in zip(nats, num_bytes, strict=True)]
             assert [len(part) for part in nats] == [len(part) for part in num_bytes]
-        except (ArithmeticError, AssertionError, KeyError, TypeError, ValueError) as error:
+        except (*OTHER_FORM, AssertionError) as error:
             raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
         sides.append((num_bytes, parts))
     (our_bytes, our_parts), (their_bytes, their_parts) = sides

@@ -51,7 +51,7 @@ class ClusterVectors:
     unbalanced: bool = False
     """Use the paper's naive k-means; the last table grows to the largest leaf."""
     axes: int | None = None
-    """Cluster in so many leading principal axes of the vectors, as `ksub compress` does (128). [all]"""
+    """Cluster in so many leading principal axes of the vectors; `ksub compress` takes 128. [all]"""
     reserve_special_tokens: bool = False
     """Give <s>, </s>, <pad>, <unk>, <mask> rows of their own in every table."""
     dedicated_rows: int | None = None
@@ -154,6 +154,8 @@ def _dedicated_choice(settings: ClusterVectors) -> DedicatedChoice:
 def _table_sizes(settings: ClusterVectors) -> tuple[int, ...]:
     if settings.num_tables < 2:
         raise UserError(f"--num-tables {settings.num_tables}: clustering needs at least 2 (1 is the plain embedding)")
+    if settings.axes is not None and settings.axes < 1:
+        raise UserError(f"--axes {settings.axes}: must be at least 1")
     if settings.workers < 1:
         raise UserError(f"--workers {settings.workers}: must be at least 1")
     if not 0 <= settings.seed < 2**32:

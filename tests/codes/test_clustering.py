@@ -67,6 +67,7 @@ def test_unequal_table_sizes_and_leaves_that_do_not_fit(vectors_of):
         ({"special_ids": [100]}, r"\[0, 100\)"),
         ({"special_ids": range(100)}, "special"),
         ({"axes": 0}, "axes 0: must be at least 1"),
+        ({"iterations": 0}, "iterations 0: must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense(arguments, named, vectors_of):
@@ -112,3 +113,5 @@ def test_leading_axes_leave_the_noise_out(vectors_of):
     explained = [explained_share(clear, table.codes, table.table_sizes) for table in (all_axes, some)]
     assert explained[1] > explained[0] + 0.01
     assert clustered_codes(noisy, 3, 16, axes=200).sha256 == all_axes.sha256
+    for scale in (2.0**60, 2.0**-60):  # whose squares are no float32
+        assert (clustered_codes(noisy * np.float32(scale), 3, 16, axes=6).codes == some.codes).all()
