@@ -123,6 +123,7 @@ def test_the_tokenizer_goes_into_the_file_and_its_special_tokens_get_rows(tiny_s
         (["--embeddings", "V", "--table-size", "0"], "--table-size 0: must be at least 1"),
         (["--embeddings", "V", "--table-size", "30", "--num-tables", "1"], "--num-tables 1: clustering needs at least"),
         (["--embeddings", "V", "--table-size", "30", "--workers", "0"], "--workers 0: must be at least 1"),
+        (["--embeddings", "V", "--table-size", "30", "--axes", "0"], "--axes 0: must be at least 1"),
         (["--embeddings", "V", "--table-sizes", "10", "10", "6"], "6"),  # leaves of 7 tokens do not fit
         (["--embeddings", "V", "--table-size", "9", "--reserve-special-tokens"], "give --tokenizer PATH too"),
         (["--embeddings", "V", "--table-size", "9", "--out", "."], "is a folder; name a file"),
