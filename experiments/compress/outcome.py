@@ -53,11 +53,11 @@ def _with_spread(seeds: dict[str, dict[str, Any]], measure: str, digits: int = 2
 
 def table(points: list[dict[str, Any]]) -> str:
     """Format the points as a Markdown table, the smallest embeddings last."""
-    minutes = sorted({each for point in points for each in point["after"]}, key=float)
-    more = "".join(f" distilled {each} min | found first |" for each in minutes)
+    steps = sorted({each for point in points for each in point["after"]}, key=int)
+    more = "".join(f" distilled {each} steps | found first |" for each in steps)
     lines = [
         f"| method | bytes | 1/ | Spearman | of the original's | found first | cosine |{more}",
-        "|---" * (7 + 2 * len(minutes)) + "|",
+        "|---" * (7 + 2 * len(steps)) + "|",
     ]
     best = mean(points[0]["before"], "spearman")
     for point in sorted(points, key=lambda point: -point["bytes"]):
@@ -67,7 +67,7 @@ def table(points: list[dict[str, Any]]) -> str:
             f"{100 * mean(before, 'spearman') / best:.1f} % | {mean(before, 'found_first'):.1f} % | "
             f"{_with_spread(before, 'cosine', 4)} |"
         )
-        for each in minutes:
+        for each in steps:
             after = point["after"].get(each)
             line += f" {_with_spread(after, 'spearman')} | {mean(after, 'found_first'):.1f} % |" if after else " | |"
         lines.append(line)
@@ -85,7 +85,7 @@ def _picture(path: Path, model: str, points: list[dict[str, Any]]) -> None:
     original = mean(points[0]["before"], "spearman")
     axes.axhline(original, color="grey", linewidth=1, linestyle=":")
     axes.annotate("original", (1, original), xytext=(2, 3), textcoords="offset points")
-    longest = max((each for point in points for each in point["after"]), key=float, default=None)
+    longest = max((each for point in points for each in point["after"]), key=int, default=None)
     for method in dict.fromkeys(point["method"] for point in points[1:]):
         rows = sorted((point for point in points if point["method"] == method), key=lambda point: point["ratio"])
         wide = 2.5 if method == "ours" else 1.2
@@ -93,7 +93,7 @@ def _picture(path: Path, model: str, points: list[dict[str, Any]]) -> None:
         colour = axes.plot(ratios, scores, "o-", label=method, linewidth=wide)[0].get_color()
         for row in rows:
             if row["after"]:
-                most = row["after"][max(row["after"], key=float)]
+                most = row["after"][max(row["after"], key=int)]
                 scored = [mean(row["before"], "spearman"), mean(most, "spearman")]
                 axes.plot([row["ratio"]] * 2, scored, "^:", color=colour, markersize=6, markevery=[1])
     axes.set_xscale("log")
@@ -103,7 +103,7 @@ def _picture(path: Path, model: str, points: list[dict[str, Any]]) -> None:
     axes.set_xlabel("bytes of the embedding, codes and all, as a part of the original's")
     axes.set_ylabel("STS-B, Spearman x 100")
     axes.set_title(
-        f"{model} with a small embedding" + (f" (triangles: distilled for up to {longest} min)" * bool(longest))
+        f"{model} with a small embedding" + (f" (triangles: distilled for up to {longest} steps)" * bool(longest))
     )
     if len(points) > 1:
         axes.legend(loc="lower left")

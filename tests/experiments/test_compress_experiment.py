@@ -71,7 +71,7 @@ def test_every_method_is_measured_once(experiment, tmp_path, monkeypatch):
         out=tmp_path / "out",
         model=tmp_path / "model",
         multilingual=False,
-        minutes=0.005,
+        steps=3,
         only=None,
         threads=1,
         seeds=2,
@@ -84,8 +84,8 @@ def test_every_method_is_measured_once(experiment, tmp_path, monkeypatch):
     for name, point in points.items():
         assert point["bytes"] <= COUNT * WIDTH * 4 / point["asked"] * (1.3 if name == "int8," else 1)
         assert list(point["before"]) == (["0", "1"] if name in by_chance else ["0"])
-        assert {minutes: list(seeds) for minutes, seeds in point["after"].items()} == (
-            {} if name == "original" else {"0.005": ["0", "1"]}
+        assert {steps: list(seeds) for steps, seeds in point["after"].items()} == (
+            {} if name == "original" else {"3": ["0", "1"]}
         )
         assert np.isfinite([seed["spearman"] for seed in point["before"].values()]).all()
         assert all(0.5 < seed["cosine"] <= 1.00001 for seed in point["before"].values())
