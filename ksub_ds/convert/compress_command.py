@@ -27,7 +27,7 @@ from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
 TARGET_RATIO = 16.0  # of --input-only without another wish
 DISTILLATION_MINUTES = 30.0
 # Of clustering: codes found in 128 principal axes lose less than those found in all 384, and 15 iterations of k-means
-# win three thousandths of the variance more, in twice the time (experiments/compress/README.md).
+# win three thousandths of the variance more, for up to twice as many passes (experiments/compress/README.md).
 AXES, ITERATIONS = 128, 6
 
 
