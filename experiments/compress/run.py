@@ -1,4 +1,4 @@
-"""Make the embedding of a real sentence encoder small in nine ways, and score each: all-MiniLM-L6-v2.
+"""Make the embedding of a real sentence encoder small in eight ways, and score each: all-MiniLM-L6-v2.
 
     python experiments/compress/run.py --data "$KSUB_DATA" --out compress-experiment
     python experiments/compress/run.py --data "$KSUB_DATA" --out compress-multilingual --multilingual

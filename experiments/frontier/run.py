@@ -43,7 +43,7 @@ def stages(
     for seed in range(options.seeds):
         for number, budget in enumerate(budgets):
             stage = {}
-            for point in claim_points(points) if seed or number else points:
+            for point in claim_points(points) if (seed or number) and not options.all_seeds else points:
                 price = prices[point.name]
                 steps, least = steps_in(budget, price), steps_in(budgets[number - 1], price) if number else 0
                 ends = [each for each in sorted({equal, steps}) if least < each <= steps]
@@ -147,6 +147,7 @@ def main() -> None:
     add("--table-sizes", type=int, nargs="+", default=[64, 80, 128], help="M of clustered codes")
     add("--dedicated-rows", type=int, nargs="+", default=[8192, 2048, 512, 32768], help="F")
     add("--only", nargs="+", metavar="POINT", help="some points, such as plain, clustered-64, dedicated-64-8192")
+    add("--all-seeds", action="store_true", help="for every point, not only the first of its kind")
     parser.set_defaults(seconds=[360, 1080], seeds=3)
     run(parser.parse_args())
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+LARGEST_NUMBER = 1e15  # in a vector; products of such numbers are still float32
 BLOCK_ROWS = 8_192  # results of blocks are combined in order, so sums are the same on any number of threads
 Result = TypeVar("Result")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ksub_ds.codes.blocks import LARGEST_NUMBER
 from ksub_ds.codes.table import CodeTable, table_widths
 
 SAMPLE = 32_768  # vectors that k-means and the rotation see; all are then assigned
@@ -60,17 +61,22 @@ def product_quantisation(
         Codes, tables and rotation.
 
     Raises:
-        ValueError: K or M out of range, vectors or weights that are not finite, weights negative or all 0.
+        ValueError: K or M out of range, a vector with NaN or a number beyond 1e15, weights that are not
+            finite, negative or all 0.
     """
     count, width = vectors.shape
     widths = table_widths(width, num_tables)
-    if not 1 <= table_size <= (most := min(count, SAMPLE)):
+    most = min(count, SAMPLE)
+    if not 1 <= table_size <= most:
         raise ValueError(f"tables of {table_size:,} rows: k-means sees {most:,} vectors and makes 1 to as many rows")
     weights = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
     if weights.shape != (count,) or not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
         raise ValueError(f"weights must be {count:,} numbers, finite, not negative, and not all 0")
-    if not np.isfinite(vectors).all():
-        raise ValueError("a vector has a number that is not finite")
+    if not max(vectors.max(), -vectors.min()) <= LARGEST_NUMBER:  # FAISS ends the process where squares overflow
+        raise ValueError(
+            f"a vector has a number that is NaN or beyond {LARGEST_NUMBER:g}; train or fetch the model anew"
+        )
+    weights = weights / weights.max()  # of any scale: none leaves float32
     chosen, sample_weights = _sample(weights, seed)
     sample = np.ascontiguousarray(vectors[chosen], dtype=np.float32)
     rotation = _rotation(sample, sample_weights, widths) if rotate else None

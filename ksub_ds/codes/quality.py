@@ -34,6 +34,7 @@ def measure_quality(vectors: Any, table: CodeTable, seed: int = 0) -> dict[str, 
         neighbours_share, positional_neighbours_share: mean share of codes a token has in common with each
             of its 10 nearest neighbours, here and under positional codes.
         explained_variance, positional_explained_variance: see `explained_share`; absent for huge tables.
+        The last four are absent for a single token.
 
     Raises:
         ValueError: the vectors and the table have different numbers of tokens.
@@ -51,6 +52,8 @@ def measure_quality(vectors: Any, table: CodeTable, seed: int = 0) -> dict[str, 
         "inertia_over_free": [_inertia_ratio(matrix, *pair, draw) for pair in itertools.pairwise(levels)],
         "rank_correlation": _rank_correlation(matrix, table.codes, draw),
     }
+    if len(matrix) == 1:
+        return report  # nothing is near
     tokens, near = _nearest(matrix, draw)
     for name, codes in (("", table), ("positional_", positional)):
         report[f"{name}neighbours_share"] = float((codes.codes[tokens, None] == codes.codes[near]).mean())

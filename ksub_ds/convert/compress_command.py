@@ -191,6 +191,8 @@ def _check(settings: CompressModel) -> None:
     """
     if settings.sequences < 1:
         raise UserError(f"--sequences {settings.sequences}: must be at least 1")
+    if not 0 <= settings.seed < 2**31:  # FAISS takes an int
+        raise UserError(f"--seed {settings.seed}: must lie in 0..{2**31 - 1}")
     for name, least in (("target_ratio", 1), ("target_error", 0), ("num_tables", 0), ("table_size", 0)):
         value = getattr(settings, name)
         if value is not None and not (value > least and value < float("inf")):

@@ -23,7 +23,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -62,7 +62,8 @@ def fit_tables(
         weights: (N,) how much each token counts. [1]
 
     Raises:
-        ValueError: shapes that do not fit, weights that are negative or all 0, vectors that are not finite.
+        ValueError: shapes that do not fit, an unknown mixing, weights that are negative or all 0, vectors that are not
+            finite.
     """
     count, width = vectors.shape
     weights = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -70,7 +71,9 @@ def fit_tables(
         raise ValueError(f"{count:,} vectors and {weights.shape} weights for codes of {table.num_tokens:,} tokens")
     if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
         raise ValueError("weights must be finite, not negative, and not all 0")
-    sums = _Sums(vectors, table, weights)
+    if mixing not in get_args(Mixing):
+        raise ValueError(f"mixing {mixing!r}: must be one of {', '.join(get_args(Mixing))}")
+    sums = _Sums(vectors, table, weights / weights.max())  # of any scale
     if not np.isfinite(sums.square):
         raise ValueError("the embedding has a number that is NaN or infinite; train or fetch the model anew")
     tables = sums.means(np.eye(width))

@@ -66,10 +66,12 @@ def form_of_ratio(ratio: float, num_tokens: int, width: int, itemsize: int, tabl
     rotate = rotation <= min(ROTATION_SHARE * budget, budget - rows * row - num_tokens * packed_bytes(1, bits))
     num_tables = int((budget - rows * row - rotate * rotation) // num_tokens) * 8 // bits
     if num_tables < 1:
-        largest = num_tokens * row / (FEWEST_ROWS * row + num_tokens)
+        largest = math.floor(num_tokens * row / (rows * row + num_tokens * packed_bytes(1, bits)))
+        can = f"the largest ratio for {num_tokens:,} x {width} is about {largest}"
+        if largest < 2:
+            can = "leave --table-size out" if table_size else "so small an embedding is best left as it is"
         raise UserError(
-            f"--target-ratio {ratio:g}: {budget:,.0f} bytes hold no code per token and a table of {rows} rows; "
-            f"the largest ratio for {num_tokens:,} x {width} is about {math.floor(largest)}"
+            f"--target-ratio {ratio:g}: {budget:,.0f} bytes hold no code per token and a table of {rows:,} rows; {can}"
         )
     return InputForm(min(num_tables, width), rows, rotate)
 

@@ -70,7 +70,8 @@ def factorized_cross_entropy(
         The loss, a float32 scalar.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown reduction, on a CPU a label out of range.
+        ValueError: shapes that do not fit, an unknown reduction, labels that are no integers, on a CPU a label out of
+            range.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
@@ -81,7 +82,9 @@ def factorized_cross_entropy(
         )
     if bias is not None and bias.shape != (num_tokens,):
         raise ValueError(f"bias must be of shape ({num_tokens},), not {tuple(bias.shape)}")
-    labels = labels.reshape(-1)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be token ids, not of {labels.dtype}")
+    labels = labels.reshape(-1).long()  # torch takes uint8 for a mask where it indexes
     hidden_BD = hidden.reshape(-1, hidden.shape[-1])
     if labels.device.type in READ_BY_HOST:
         kept = (labels != ignore_index).nonzero().squeeze(1)

@@ -11,12 +11,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from ksub_ds.codes.blocks import LARGEST_NUMBER
 from ksub_ds.codes.table import FORMATS
 from ksub_ds.common.errors import UserError, one_line
 from ksub_ds.common.files import refuse_stand_in
 from ksub_ds.common.logging import get_logger
 
-LARGEST_NUMBER = 1e15  # products of such numbers are still float32
 # Names of the input embedding, the part after the last module prefix; the first that fits wins.
 EMBEDDING_NAMES = (
     "word_embeddings.weight",  # BERT, RoBERTa, XLM-R, BLOOM

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ksub_ds.codes.positional import positional_codes
 from ksub_ds.codes.product_quantisation import product_quantisation
 from ksub_ds.codes.table import table_widths
+from ksub_ds.convert.fitting import fit_tables
 
 
 def clouds(count=400, width=12, seed=0):
@@ -84,14 +86,27 @@ def test_a_sample_stands_for_all(monkeypatch):
     [
         ({"num_tables": 13}, "num_tables must lie in 1..embedding_dim = 12"),
         ({"num_tables": 2, "table_size": 401}, "tables of 401 rows: k-means sees 400 vectors"),
+        ({"num_tables": 2, "table_size": 0}, "tables of 0 rows"),
         ({"num_tables": 2, "weights": np.zeros(400)}, "weights must be 400 numbers"),
     ],
 )
 def test_impossible_sizes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         product_quantisation(clouds(), **{"table_size": 16} | arguments)
-    with pytest.raises(ValueError, match="not finite"):
-        product_quantisation(np.full((20, 4), np.nan, np.float32), 2, 4)
+    for number in (np.nan, np.inf, -1e21):  # squares of the last one would end the process in FAISS
+        with pytest.raises(ValueError, match="NaN or beyond 1e\\+15"):
+            product_quantisation(np.full((20, 4), number, np.float32), 2, 4)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e39])
+def test_the_scale_of_the_weights_means_nothing(scale):
+    vectors, weights = clouds(), np.linspace(1, 2, 400)
+    found, scaled = (product_quantisation(vectors, 2, 16, each) for each in (weights, weights * scale))
+    for rows, others in zip(found.rows, scaled.rows, strict=True):
+        np.testing.assert_allclose(rows, others, rtol=1e-5)
+    table = positional_codes(400, 2)
+    fits = [fit_tables(vectors, table, "none", each).error for each in (weights, weights * scale)]
+    assert fits[1] == pytest.approx(fits[0], rel=1e-9)
 
 
 def test_no_table_has_more_rows_than_k_means_sees_vectors(monkeypatch):

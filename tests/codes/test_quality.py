@@ -19,3 +19,8 @@ def test_quality_of_a_few_tokens(vectors_of):
     for count in (2, 5):
         report = measure_quality(vectors_of(count), clustered_codes(vectors_of(count), 2, 3))
         assert report["largest_leaf"] == -(-count // 3)
+
+
+def test_quality_of_one_token(vectors_of):
+    report = measure_quality(vectors_of(1), clustered_codes(vectors_of(1), 2, 3))
+    assert report["largest_leaf"] == 1 and "neighbours_share" not in report

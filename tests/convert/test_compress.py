@@ -221,6 +221,11 @@ def test_an_embedding_that_is_not_finite_is_refused(value):
         fit_tables(vectors, positional_codes(200, 3), "none")
 
 
+def test_an_unknown_mixing_is_refused():
+    with pytest.raises(ValueError, match="mixing 'rotation': must be one of linear, orthogonal, none"):
+        fit_tables(words(), positional_codes(200, 3), "rotation")
+
+
 def test_what_cannot_be_compressed_is_refused(tmp_path):
     untied = bert(tie_word_embeddings=False)
     with pytest.raises(ValueError, match="decoder is not tied"):

@@ -68,7 +68,7 @@ def test_a_ratio_is_kept_and_its_bytes_are_used(count, width, ratio, itemsize):
     try:
         form = form_of_ratio(ratio, count, width, itemsize)
     except UserError as error:
-        assert budget < 16 * width * itemsize + count and "the largest ratio for" in str(error)
+        assert budget < 16 * width * itemsize + count and "hold no code per token" in str(error)
         return
 
     def size(num_tables):
@@ -235,6 +235,9 @@ def test_what_has_no_input_only_form_is_one_line(tmp_path, capsys):
         (["--input-only", "--mixing", "none"], "leave --mixing out"),
         (["--input-only", "--dedicated-rows", "5"], "leave --dedicated-rows out"),
         (["--input-only", "--minutes", "5"], "--minutes 5: is for --distill"),
+        (["--input-only", "--target-ratio", "2", "--table-size", "500"], "table of 500 rows; leave --table-size out"),
+        (["--input-only", "--seed", "99999999999"], "--seed 99999999999: must lie in 0..2147483647"),
+        (["--seed", "-1"], "--seed -1: must lie in 0..2147483647"),
         (["--input-only", "--target-ratio", "100"], "the largest ratio for 600 x 24 is about 26"),
         (["--input-only", "--counts", str(tmp_path / "none")], "none: no such file or folder"),
         (["--input-only", "--counts", str(tmp_path / "plain")], "is text, and the model has no tokenizer"),

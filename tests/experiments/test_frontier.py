@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.equal_time.experiment import SETTINGS, Experiment, beyond, decay_steps
+from experiments.equal_time.experiment import SETTINGS, Experiment, Training, beyond, decay_steps
 from experiments.equal_time.points import Point, all_points
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
@@ -132,7 +132,7 @@ def test_stages_train_each_run_upwards(frontier):
     )
     prices = {plain.name: 2.0, clustered.name: 0.5, dedicated.name: 0.6, less.name: 1.0}
     rates = {"plain": 4e-3, "clustered": 2e-3, "dedicated": 1e-3}
-    options = Namespace(seconds=[300.0, 100.0], seeds=2)
+    options = Namespace(seconds=[300.0, 100.0], seeds=2, all_seeds=False)
     stages = list(frontier.stages(options, [plain, clustered, dedicated, less], prices, rates))
     first = {training.point.name: ends for training, ends in stages[0].items()}
     assert first == {  # plain makes 150 steps in 300 s
@@ -148,6 +148,11 @@ def test_stages_train_each_run_upwards(frontier):
     }
     assert [{training.seed for training in stage} for stage in stages] == [{0}, {0}, {1}, {1}]
     assert all(decay_steps(each) < each for stage in stages for ends in stage.values() for each in ends)
+
+    options.all_seeds = True
+    every = list(frontier.stages(options, [plain, clustered, dedicated, less], prices, rates))
+    assert every[0] == stages[0] and [len(stage) for stage in every] == [4] * 4
+    assert every[3][Training(less, 1e-3, 1)] == [150, 300]
 
 
 @pytest.mark.parametrize(

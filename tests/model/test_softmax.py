@@ -102,6 +102,17 @@ def test_wrong_arguments():
         call(case.hidden, case.layer, case.labels, case.bias[1:])
     with pytest.raises(ValueError, match="labels must be"):
         call(case.hidden, case.layer, torch.full_like(case.labels, 50))
+    with pytest.raises(ValueError, match=r"labels must be token ids, not of torch\.bool"):
+        call(case.hidden, case.layer, case.labels > 20)
+
+
+@pytest.mark.parametrize("table", [plain_codes(50), positional_codes(50, 2)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integers(table, dtype):
+    case = Case(table)
+    labels = case.labels.clamp(min=0)
+    loss = factorized_cross_entropy(case.hidden, case.layer, labels.to(dtype), case.bias)
+    assert loss == factorized_cross_entropy(case.hidden, case.layer, labels, case.bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
