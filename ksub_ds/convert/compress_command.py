@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from ksub_ds.codes.blocks import LARGEST_NUMBER
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, check_output_folder, write_json
@@ -144,7 +145,7 @@ def _compressed(
         tokenizer: its tokenizer, or None.
 
     Raises:
-        UserError: codes, data or a target do not fit the model.
+        UserError: codes, data or a target do not fit the model, or its embedding is damaged.
         ValueError: the model's embedding cannot be replaced.
     """
     from ksub_ds.model.replacement import embedding_matrix
@@ -158,6 +159,10 @@ def _compressed(
         spare = len(vectors) - len(tokenizer)
         get_logger().info(f"{settings.model}: {spare:,} rows beyond the tokenizer's left out")
         vectors = vectors[: len(tokenizer)]
+    if not max(float(vectors.max()), -float(vectors.min())) <= LARGEST_NUMBER:
+        raise UserError(
+            f"{settings.model}: its embedding has a number that is NaN or beyond {LARGEST_NUMBER:g}; fetch it anew"
+        )
     weights = None
     counts = settings.counts or settings.distill
     if counts is not None:

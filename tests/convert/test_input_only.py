@@ -25,6 +25,7 @@ from ksub_ds.cli import main
 from ksub_ds.codes.inspection import describe
 from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
+from ksub_ds.convert.compress_command import CompressModel, compress_model
 from ksub_ds.convert.input_only import InputForm, fit_form, fit_to_error, form_of_ratio
 from ksub_ds.convert.token_counts import count_tokens
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
@@ -211,6 +212,18 @@ def refused(capsys, *arguments):
     (line,) = (line for line in error.splitlines() if line.startswith("error: "))
     assert error.endswith(f"{line}\n")
     return line
+
+
+@pytest.mark.parametrize("number", [float("nan"), 1e21])
+@pytest.mark.parametrize("form", [{"input_only": True, "target_ratio": 4.0}, {"num_tables": 3}])
+def test_a_damaged_embedding_is_refused(tmp_path, number, form):
+    write_model(tmp_path / "plain")
+    model = AutoModel.from_pretrained(tmp_path / "plain")
+    model.get_input_embeddings().weight.data[7, 3] = number
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(UserError, match=r"its embedding has a number that is NaN or beyond 1e\+15; fetch it anew"):
+        compress_model(CompressModel(str(tmp_path / "plain"), tmp_path / "out", **form))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_has_no_input_only_form_is_one_line(tmp_path, capsys):
