@@ -67,11 +67,11 @@ def form_of_ratio(ratio: float, num_tokens: int, width: int, itemsize: int, tabl
     num_tables = int((budget - rows * row - rotate * rotation) // num_tokens) * 8 // bits
     if num_tables < 1:
         largest = math.floor(num_tokens * row / (rows * row + num_tokens * packed_bytes(1, bits)))
-        can = f"the largest ratio for {num_tokens:,} x {width} is about {largest}"
+        hint = f"the largest ratio for {num_tokens:,} x {width} is about {largest}"
         if largest < 2:
-            can = "leave --table-size out" if table_size else "so small an embedding is best left as it is"
+            hint = "leave --table-size out" if table_size else "so small an embedding is best left as it is"
         raise UserError(
-            f"--target-ratio {ratio:g}: {budget:,.0f} bytes hold no code per token and a table of {rows:,} rows; {can}"
+            f"--target-ratio {ratio:g}: {budget:,.0f} bytes hold no code per token and a table of {rows:,} rows; {hint}"
         )
     return InputForm(min(num_tables, width), rows, rotate)
 
