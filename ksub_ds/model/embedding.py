@@ -25,7 +25,8 @@ class SubEmbedding(nn.Module):
     Args:
         table: the codes; K = 1 with M = N is a plain embedding.
         embedding_dim: d; the first d mod K tables are one wider.
-        padding_idx: token whose lookups send no gradient, as in `nn.Embedding`; -1 is the last.
+        padding_idx: token whose lookups send no gradient, as in `nn.Embedding`; -1 is the last. One beyond N - 1, as
+            a configuration may name for a smaller vocabulary, is none of them.
         mixing: keep the fixed (d, d) matrix A. It comes with tables fitted to another model's embedding
             (ksub_ds/convert/fitting.py); a new layer has the identity. Without, there is none.
 
@@ -46,9 +47,9 @@ class SubEmbedding(nn.Module):
     def __init__(self, table: CodeTable, embedding_dim: int, padding_idx: int | None = None, mixing: bool = False):
         super().__init__()
         self.embedding_dim = embedding_dim
-        if padding_idx is not None and not -table.num_tokens <= padding_idx < table.num_tokens:
-            raise ValueError(f"padding_idx {padding_idx}: there are {table.num_tokens:,} tokens")
-        self.padding_idx = None if padding_idx is None else padding_idx % table.num_tokens
+        self.padding_idx = padding_idx
+        if padding_idx is not None and padding_idx < 0:
+            self.padding_idx = padding_idx + table.num_tokens
         self.table_sizes = table.table_sizes
         self.widths = table_widths(embedding_dim, table.num_tables)
         self.input_only = not table.unique
