@@ -120,9 +120,9 @@ class Host:
         self._outer.stdin.write("go\n")
         self._outer.stdin.flush()
 
-    def answers(self) -> bool:
-        """Whether the host can be reached from itself by ssh."""
-        return self.run("ssh", "-o", "ConnectTimeout=2", self.name, "true", check=False).returncode == 0
+    def answers(self, asker: "Host | None" = None) -> bool:
+        """Whether another host reaches this one by ssh, or, without another, it does so itself."""
+        return (asker or self).run("ssh", "-o", "ConnectTimeout=2", self.name, "true", check=False).returncode == 0
 
     def power_off(self) -> None:
         """End the host and all its processes at once."""

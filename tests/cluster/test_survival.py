@@ -72,7 +72,7 @@ def test_a_host_that_is_cut_off(cluster: Cluster) -> None:
         assert done.code == 0, done.text
     finally:
         cluster[1].join()
-        wait_until(cluster[1].answers, "the host is back")
+        wait_until(lambda: cluster[1].answers(cluster[0]), "the host is back")
     assert re.search(r"^failed: host node1 \(rank 0\) is lost: ", done.text, re.MULTILINE), done.text
     assert "restart 1 of 1 on node2" in done.text and len(losses(cluster.folder / "cut")) == 60
     cluster.assert_nothing_left("cut")
@@ -85,7 +85,7 @@ def test_without_permission_no_host_is_left_out(cluster: Cluster) -> None:
         done = run.finish(200)
     finally:
         cluster[2].join()
-        wait_until(cluster[2].answers, "node2 is back")
+        wait_until(lambda: cluster[2].answers(cluster[0]), "node2 is back")
     assert done.code == 2 and done.last_line().startswith("error: no restart: node2 cannot be reached; --min-hosts N")
     wait_until(lambda: not cluster.workers(2, "all-or-none"), "the rank of the host that was cut off", 200)
     cluster.assert_nothing_left("all-or-none")
