@@ -4,8 +4,9 @@
 
 Of the frontier's longest budget, the plain models and those of the coded embedding with the least held-out loss, each
 of all seeds that were pretrained, are fine-tuned on English pairs and tested on every language, then fine-tuned on the
-pairs of all languages. The learning rate of the fine-tuning is chosen for each embedding by English validation after
-one epoch of the first seed. Logistic regression on English words stands beside.
+pairs of all languages. The first seed's model is fine-tuned with every learning rate; what is best by the validation
+that chooses the epoch, English or the mean of all languages, is the rate of that embedding in that setting. Logistic
+regression on English words stands beside.
 
 The same command continues where it was stopped. OUT has xnli.json and xnli.md, rewritten after every model.
 """
@@ -83,45 +84,38 @@ class FineTunings(Commands):
         super().__init__(options.out)
         self.options, self.models = options, models
         self.keep_settings(options, ("rates", "epochs", "all_epochs", "all_pairs"))
-        self.rates: dict[str, float] = {}
-        self.searches: dict[str, dict[str, float]] = {}
+        self.rates: dict[str, dict[str, float]] = {setting: {} for setting in SETTINGS}
+        self.searches: dict[str, dict[str, dict[str, float]]] = {setting: {} for setting in SETTINGS}
 
-    def evaluate(self, model: Pretrained, setting: str, rate: float, *more: Any, folder: Path) -> None:
-        """Export a model, fine-tune and test it."""
-        exported = self.out / "models" / model.name
+    def folder(self, model: Pretrained, setting: str, rate: float) -> Path:
+        """Return the folder of a model's fine-tuning."""
+        return self.out / setting / f"{model.name}-lr{rate:g}"
+
+    def finetune(self, model: Pretrained, setting: str, rate: float) -> Path:
+        """Export a model, fine-tune and test it; return the folder."""
+        exported, folder = self.out / "models" / model.name, self.folder(model, setting, rate)
         self.command(exported, *KSUB, "export", model.run, "--out", exported)
         source = ("--model", exported, "--data", self.options.data, "--setting", setting, "--out", folder)
         tuning = ("--learning-rate", rate, "--seeds", model.seed, "--precision", "fp32", "--attention", "sdpa")
-        self.command(folder / "results.json", *KSUB, "evaluate", "xnli", *source, *tuning, *more)
-
-    def choose_rate(self, embedding: str) -> None:
-        """Choose an embedding's learning rate, where there is more than one, by English validation.
-
-        It is that of the embedding's first model after one epoch.
-        """
-        if len(self.options.rates) == 1:
-            (self.rates[embedding],) = self.options.rates
-            return
-        first = next(model for model in self.models if model.embedding == embedding)
-        scores = {}
-        for rate in self.options.rates:
-            folder = self.out / "search" / f"{first.name}-lr{rate:g}"
-            self.evaluate(first, CROSS_LINGUAL, rate, "--epochs", 1, "--languages", "en", folder=folder)
-            (tuned,) = read_json(folder / "results.json")["finetuning"].values()
-            scores[rate] = tuned["epochs"][-1]["score"]
-        self.rates[embedding] = max(scores, key=scores.__getitem__)
-        self.searches[embedding] = {f"{rate:g}": score for rate, score in scores.items()}
-
-    def folder(self, model: Pretrained, setting: str) -> Path:
-        """Return the folder of a model's fine-tuning."""
-        return self.out / setting / model.name
-
-    def finetune(self, model: Pretrained, setting: str) -> None:
-        """Fine-tune and test a model, and write the outcome."""
         length: tuple[Any, ...] = ("--epochs", self.options.epochs)
         if setting == TRANSLATE_TRAIN_ALL:
             length = ("--epochs", self.options.all_epochs, "--max-train-examples", self.options.all_pairs)
-        self.evaluate(model, setting, self.rates[model.embedding], *length, folder=self.folder(model, setting))
+        self.command(folder / "results.json", *KSUB, "evaluate", "xnli", *source, *tuning, *length)
+        return folder
+
+    def choose_rate(self, embedding: str, setting: str) -> None:
+        """Choose an embedding's learning rate in a setting, where there is more than one, by its first model."""
+        first = next(model for model in self.models if model.embedding == embedding)
+        scores = {}
+        for rate in self.options.rates if len(self.options.rates) > 1 else ():
+            (tuned,) = read_json(self.finetune(first, setting, rate) / "results.json")["finetuning"].values()
+            scores[rate] = max(epoch["score"] for epoch in tuned["epochs"])
+        self.rates[setting][embedding] = max(scores, key=scores.__getitem__, default=self.options.rates[0])
+        self.searches[setting][embedding] = {f"{rate:g}": score for rate, score in scores.items()}
+
+    def finish(self, model: Pretrained, setting: str) -> None:
+        """Fine-tune and test a model with the rate of its embedding, and write the outcome."""
+        self.finetune(model, setting, self.rates[setting][model.embedding])
         with self.lock:
             self.outcome()
 
@@ -146,10 +140,15 @@ class FineTunings(Commands):
 
         A row counts once, with its mean over languages, which are translations of each other, and over seeds.
         """
-        tested = [model for model in self.models if (self.folder(model, setting) / "results.json").exists()]
+        folders = {
+            (model.embedding, model.seed): self.folder(model, setting, self.rates[setting][model.embedding])
+            for model in self.models
+            if model.embedding in self.rates[setting]
+        }
         right = {
-            (model.embedding, model.seed): right_answers(read_json(self.folder(model, setting) / "predictions.json"))
-            for model in tested
+            key: right_answers(read_json(folder / "predictions.json"))
+            for key, folder in folders.items()
+            if (folder / "results.json").exists()
         }
         by_row = {key: np.mean(list(found.values()), axis=0) for key, found in right.items()}
         models = [
@@ -191,9 +190,9 @@ def run(options: argparse.Namespace) -> None:
     if not (options.out / "baselines.json").exists():
         write_json(options.out / "baselines.json", logistic_regression(str(options.data)))
     with pool_of(options.parallel) as pool:
-        list(pool.map(work.choose_rate, dict.fromkeys(model.embedding for model in models)))
         for setting in SETTINGS:
-            list(pool.map(partial(work.finetune, setting=setting), models))
+            list(pool.map(partial(work.choose_rate, setting=setting), dict.fromkeys(each.embedding for each in models)))
+            list(pool.map(partial(work.finish, setting=setting), models))
 
 
 def main() -> None:

@@ -65,6 +65,7 @@ def test_a_row_counts_once_over_languages_and_the_seeds_that_both_have(xnli, tmp
     labels = generator.integers(0, 3, size=40)
     models = [xnli.Pretrained(name, seed, tmp_path) for seed in (0, 1) for name in ("plain", "coded")]
     work = xnli.FineTunings(Namespace(out=tmp_path, **SETTINGS), models)
+    work.rates[xnli.CROSS_LINGUAL] = {"plain": 1e-4, "coded": 1e-4}
     right = {}
     for model in models[:3]:  # the coded model of the second seed has not been tested
         chance = 0.9 if model.embedding == "coded" else 0.5
@@ -73,7 +74,7 @@ def test_a_row_counts_once_over_languages_and_the_seeds_that_both_have(xnli, tmp
             each: "".join(map(str, np.where(is_right, labels, (labels + 1) % 3)))
             for each, is_right in right[model.name].items()
         }
-        folder = work.folder(model, xnli.CROSS_LINGUAL)
+        folder = work.folder(model, xnli.CROSS_LINGUAL, 1e-4)
         folder.mkdir(parents=True)
         (folder / "results.json").write_text("{}")
         gold = dict.fromkeys(LANGUAGES, "".join(map(str, labels)))
@@ -100,3 +101,23 @@ def test_fine_tunings_of_other_settings_are_not_mixed(xnli, tmp_path):
     xnli.FineTunings(Namespace(out=tmp_path, **SETTINGS), [])
     with pytest.raises(UserError, match=r"--epochs 3: .*settings.json has 2; give another --out"):
         xnli.FineTunings(Namespace(out=tmp_path, **SETTINGS | {"epochs": 3}), [])
+
+
+def test_an_embedding_has_the_rate_that_its_first_model_validates_best_with(xnli, tmp_path, monkeypatch):
+    best = {("plain", 1e-4): 0.4, ("plain", 2e-4): 0.5, ("coded", 1e-4): 0.6, ("coded", 2e-4): 0.45}
+    models = [xnli.Pretrained(name, seed, tmp_path) for seed in (0, 1) for name in ("plain", "coded")]
+    work = xnli.FineTunings(Namespace(out=tmp_path, **SETTINGS | {"rates": [1e-4, 2e-4]}), models)
+
+    def finetune(model, setting, rate):
+        assert model.seed == 0
+        folder = work.folder(model, setting, rate)
+        folder.mkdir(parents=True)
+        epochs = [{"score": best[model.embedding, rate]}, {"score": 0.3}]
+        (folder / "results.json").write_text(json.dumps({"finetuning": {"0": {"epochs": epochs}}}))
+        return folder
+
+    monkeypatch.setattr(work, "finetune", finetune)
+    for embedding in ("plain", "coded"):
+        work.choose_rate(embedding, xnli.CROSS_LINGUAL)
+    assert work.rates == {"cross-lingual": {"plain": 2e-4, "coded": 1e-4}, "translate-train-all": {}}
+    assert work.searches["cross-lingual"]["coded"] == {"0.0001": 0.6, "0.0002": 0.45}
