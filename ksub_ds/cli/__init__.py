@@ -140,9 +140,9 @@ def _answer(arguments: list[str]) -> int:
         if name in COMMANDS:
             return _run(name, arguments[words:])
     group = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
-    if group and arguments[1:2] in ([], ["-h"], ["--help"]):
+    if group and arguments[1:2] in (["-h"], ["--help"]):
         print(f"usage: ksub {arguments[0]} COMMAND [OPTIONS]\n\n{_table(group)}")
-        return DONE if arguments[1:] else USER_ERROR
+        return DONE
     print(f"error: no command {' '.join(arguments[:2])!r}; {_hint(arguments, group)}", file=sys.stderr)
     return USER_ERROR
 
@@ -155,7 +155,7 @@ def _hint(arguments: Sequence[str], group: Sequence[str]) -> str:
         group: its commands.
     """
     if group:
-        near = difflib.get_close_matches(arguments[1], [name.split()[1] for name in group], n=1)
+        near = difflib.get_close_matches("".join(arguments[1:2]), [name.split()[1] for name in group], n=1)
         return f"did you mean `ksub {arguments[0]} {near[0]}`?" if near else f"there are {', '.join(group)}"
     names = dict.fromkeys([*COMMANDS, *(name.split()[0] for name in COMMANDS)])
     typed = (" ".join(arguments[:2]), arguments[0])

@@ -71,10 +71,10 @@ def clustered_codes(
     Raises:
         UserError: a vector that is not finite, impossible sizes, or a leaf larger than the last table.
     """
+    _check_settings(last_level, seed, axes=axes, iterations=iterations, workers=workers)
     vectors = as_matrix(embeddings)
-    sizes = tuple(int(size) for size in table_sizes or (table_size,) * num_tables)
-    special = sorted(set(special_ids))
-    _check(len(vectors), num_tables, sizes, last_level, special, axes, iterations)
+    sizes = _checked_sizes((table_size,) * num_tables if table_sizes is None else table_sizes, num_tables)
+    special = _checked_special_ids(special_ids, len(vectors))
     if special:
         vectors = np.delete(vectors, special, axis=0)
     if balanced:
@@ -114,29 +114,52 @@ def clustered_codes(
     return reserve_special_tokens(table, special) if special else table
 
 
-def _check(
-    count: int,
-    num_tables: int,
-    sizes: tuple[int, ...],
-    last_level: str,
-    special: list[int],
-    axes: int | None,
-    iterations: int,
-) -> None:
-    if num_tables < 2:
-        raise UserError(f"num_tables {num_tables}: clustering needs at least 2 (1 is the plain embedding)")
-    if len(sizes) != num_tables or min(sizes) < 1:
-        raise UserError(f"table sizes {sizes}: must be {num_tables} positive integers")
+def _check_settings(last_level: str, seed: int, **counts: int | None) -> None:
+    """Check what does not depend on the vectors.
+
+    Args:
+        last_level: a way to give out the last codes.
+        seed: of k-means.
+        counts: numbers that are at least 1, by their names; None is a default.
+
+    Raises:
+        UserError: one is out of its range.
+    """
     if last_level not in ("matched", "random"):
         raise UserError(f"last_level {last_level!r}: must be 'matched' or 'random'")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed}: must lie in 0..{2**32 - 1}")
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"{name} {count}: must be at least 1")
+
+
+def _checked_sizes(table_sizes: Sequence[int], num_tables: int) -> tuple[int, ...]:
+    """Return M_1 ... M_K.
+
+    Raises:
+        UserError: fewer than two tables, or not a size for each.
+    """
+    if num_tables < 2:
+        raise UserError(f"num_tables {num_tables}: clustering needs at least 2 (1 is the plain embedding)")
+    sizes = tuple(int(size) for size in table_sizes)
+    if len(sizes) != num_tables or min(sizes) < 1:
+        raise UserError(f"table sizes {sizes}: must be {num_tables} positive integers")
+    return sizes
+
+
+def _checked_special_ids(special_ids: Sequence[int], count: int) -> list[int]:
+    """Return the ids of special tokens in order, each once.
+
+    Raises:
+        UserError: one is not an id, or no other token is left.
+    """
+    special = sorted(set(special_ids))
     if special and not (special[0] >= 0 and special[-1] < count):
         raise UserError(f"special ids {special} must lie in [0, {count})")
-    if axes is not None and axes < 1:
-        raise UserError(f"axes {axes}: must be at least 1")
-    if iterations < 1:
-        raise UserError(f"iterations {iterations}: must be at least 1")
     if len(special) >= count:
         raise UserError(f"all {count} tokens are special: none are left to cluster")
+    return special
 
 
 def _leading_axes(vectors: np.ndarray, count: int) -> np.ndarray:

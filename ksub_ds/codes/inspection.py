@@ -122,7 +122,12 @@ def code_neighbours(table: CodeTable, token: int, count: int) -> list[tuple[int,
 
     Returns:
         Tuples (token id, number of shared codes, whether in the same leaf); only tokens that share a code.
+
+    Raises:
+        ValueError: the token is not in the vocabulary.
     """
+    if not 0 <= token < table.num_tokens:
+        raise ValueError(f"token {token}: the codes are of tokens 0..{table.num_tokens - 1}")
     equal = table.codes == table.codes[token]
     shared = equal.sum(axis=1)
     prefix = np.cumprod(equal, axis=1).sum(axis=1)

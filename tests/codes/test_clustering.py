@@ -49,7 +49,7 @@ def test_naive_k_means_has_a_last_table_as_long_as_the_largest_leaf(vectors_of):
 
 
 def test_unequal_table_sizes_and_leaves_that_do_not_fit(vectors_of):
-    table = clustered_codes(vectors_of(1000), 3, 20, table_sizes=(5, 7, 29))
+    table = clustered_codes(vectors_of(1000), 3, 20, table_sizes=np.array([5, 7, 29]))
     table.verify()
     assert table.table_sizes == (5, 7, 29)
     leaves = np.unique(table.codes[:, :2], axis=0, return_counts=True)[1]
@@ -68,6 +68,8 @@ def test_unequal_table_sizes_and_leaves_that_do_not_fit(vectors_of):
         ({"special_ids": range(100)}, "special"),
         ({"axes": 0}, "axes 0: must be at least 1"),
         ({"iterations": 0}, "iterations 0: must be at least 1"),
+        ({"workers": 0}, "workers 0: must be at least 1"),
+        ({"seed": -1}, r"seed -1: must lie in 0\.\.4294967295"),
     ],
 )
 def test_settings_that_make_no_sense(arguments, named, vectors_of):

@@ -163,6 +163,9 @@ def test_neighbours_are_ordered_by_leaf_then_by_shared_codes():
     codes = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (1, 1, 0), (1, 1, 1), (0, 0, 2)]
     found = code_neighbours(CodeTable(codes, (2, 2, 3)), 0, 10)
     assert found == [(1, 2, True), (7, 2, True), (2, 2, False), (3, 2, False), (4, 1, False), (5, 1, False)]
+    for token in (-1, 8):
+        with pytest.raises(ValueError, match=rf"token {token}: the codes are of tokens 0\.\.7"):
+            code_neighbours(CodeTable(codes, (2, 2, 3)), token, 10)
 
 
 def test_neighbours_command(tiny_shards, tmp_path, capsys):
