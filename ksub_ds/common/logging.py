@@ -7,18 +7,29 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from ksub_ds.common.files import atomic_path
 
 PLAIN_LINE_SECONDS = 10.0
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """A handler that writes to what sys.stderr is when a line comes: notebooks and tests replace it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def get_logger() -> logging.Logger:
     """Return the project's logger: plain lines on stderr, set up once per process."""
     logger = logging.getLogger("ksub_ds")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

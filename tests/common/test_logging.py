@@ -1,11 +1,13 @@
-"""metrics.jsonl keeps every step once; progress tells rate and ETA."""
+"""metrics.jsonl keeps every step once; log lines go to stderr; progress tells rate and ETA."""
 
+import contextlib
+import io
 import json
 
 import pytest
 
 from ksub_ds.common import logging as ksub_logging
-from ksub_ds.common.logging import MetricsWriter, Progress, format_seconds, read_lines
+from ksub_ds.common.logging import MetricsWriter, Progress, format_seconds, get_logger, read_lines
 
 
 def steps(path):
@@ -38,6 +40,13 @@ def test_a_line_being_written_is_not_read(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_lines(path) == [{"step": 1}]
     assert read_lines(tmp_path / "absent.jsonl") == []
+
+
+def test_lines_go_to_what_stderr_is_now():
+    get_logger().info("before")
+    with contextlib.redirect_stderr(io.StringIO()) as replaced:
+        get_logger().info("within")
+    assert replaced.getvalue().endswith(" within\n")
 
 
 def test_progress_tells_rate_and_eta(monkeypatch):
