@@ -31,7 +31,8 @@ from ksub_ds.pretrain.checkpoint import checkpoint_name
 from ksub_ds.pretrain.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("clustered", "plain", "positional")
+KINDS = ("clustered", "plain", "positional", "dedicated")  # the last: clustered, with dedicated rows
+DEDICATED_ROWS = 2_048
 
 
 class Steps:
@@ -87,7 +88,7 @@ def experiment(options: argparse.Namespace) -> None:
 
     written = threading.Lock()
     with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(one, KINDS))
+        list(pool.map(one, options.only))
 
 
 def check_settings(results: Path, settings: dict[str, Any]) -> None:
@@ -99,19 +100,24 @@ def check_settings(results: Path, settings: dict[str, Any]) -> None:
 
 
 def make_codes(steps: Steps, out: Path, tokenizer: Path, shards: Path, ksub: tuple[str, ...]) -> None:
-    """Make positional codes with M = ceil(N^(1/3)), and clustered codes with a quarter more rows."""
+    """Make positional codes with M = ceil(N^(1/3)), and clustered codes with a quarter more rows.
+
+    The clustered ones stand alone, and beside dedicated rows for the most frequent tokens.
+    """
     from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 
     rows = 1
     while rows**3 < load_tokenizer(tokenizer).vocab_size:
         rows += 1
-    codes = {kind: out / f"{kind}.safetensors" for kind in ("positional", "clustered")}
+    codes = {kind: out / f"{kind}.safetensors" for kind in ("positional", "clustered", "dedicated")}
     sizes = ("--tokenizer", tokenizer, "--num-tables", 3)
     steps.run(
         "positional codes", codes["positional"], *ksub, "codes", "positional", *sizes, "--out", codes["positional"]
     )
     cluster = ("codes", "cluster", "--embeddings", shards, "--num-tables", 3, "--table-size", rows + rows // 4)
     steps.run("clustered codes", codes["clustered"], *ksub, *cluster, "--out", codes["clustered"])
+    dedicate = ("codes", "dedicate", codes["clustered"], "--rows", DEDICATED_ROWS, "--data", shards)
+    steps.run("dedicated rows", codes["dedicated"], *ksub, *dedicate, "--out", codes["dedicated"])
 
 
 def pretrain_and_evaluate(kind: str, options: argparse.Namespace, steps: Steps, ksub: tuple[str, ...]) -> None:
@@ -144,7 +150,7 @@ def outcome(options: argparse.Namespace, steps: Steps) -> None:
         english = [percent(seed["accuracy"]["en"]) for seed in result["seeds"].values()]
         cells = [percent(result["test"]["en"]["accuracy"]), " ".join(english), percent(result["average"])]
         rows.append([kind, *cells])
-    rows += [[kind, "not run", "", ""] for kind in KINDS if kind not in models]
+    rows += [[kind, "not run", "", ""] for kind in options.only if kind not in models]
     seconds = sum(steps.seconds.values())
     title = f"XNLI, {options.setting}, {options.preset} on a CPU"
     table = render(title, ["model", "en", "en, each seed", "average"], rows, "markdown")
@@ -184,6 +190,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning [5]")
     parser.add_argument("--learning-rate", type=float, default=4e-4, help="of fine-tuning [4e-4]")
     parser.add_argument("--seeds", type=int, default=3, help="fine-tunings per model [3]")
+    parser.add_argument("--only", nargs="+", default=list(KINDS), choices=KINDS, help="models [all]")
     parser.add_argument("--pieces", type=int, default=32_000, help="of the vocabulary")
     parser.add_argument("--at-once", type=int, default=1, help="models that train at the same time [1]")
     parser.add_argument("--setting", default="cross-lingual", choices=("cross-lingual", "translate-train-all"))
