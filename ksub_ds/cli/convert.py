@@ -33,7 +33,7 @@ def export(
         out: The folder to write.
         step: Export the checkpoint of this step. [the newest]
         remote_code: Add the model's code: the folder then opens without ksub_ds, by trust_remote_code=True.
-        dense: Write a plain XLM-R or RoBERTa with its N x d matrix, which any tool opens.
+        dense: Write a plain transformers model with its N x d matrix, which any tool opens.
         onnx: Write model.onnx too, checked with onnxruntime.
         license: License of the weights, for the model card, as the Hub spells it (apache-2.0, cc-by-4.0).
 

@@ -199,6 +199,9 @@ class CodeTable:
         """
         from safetensors import SafetensorError, safe_open
 
+        if Path(path).is_dir():
+            inside = Path(path) / "codes.safetensors"
+            raise UserError(f"{path}: is a folder; give {inside if inside.is_file() else 'a file of `ksub codes`'}")
         if Path(path).is_fifo():  # safetensors would wait for a writer
             raise UserError(f"{path}: not a readable code file (a pipe); give a file of `ksub codes`")
         try:

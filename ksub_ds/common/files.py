@@ -7,21 +7,25 @@ or the new one. What may stand in the place of a folder that a command makes is 
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.lock import try_lock
 
 TEMPORARY_SUFFIX = ".partial"
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.(partial|old)")  # names that only a killed process leaves
+NOT_LOCKED_YET = 1.0  # seconds: the age at which a temporary folder has the lock of its writer
 
 
 def fsync_path(path: Path) -> None:
@@ -98,7 +102,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """Give a temporary folder to fill; publish it as `folder`, replacing an older one, when the block ends well.
 
     The older one is moved aside only when the new one is whole on the disk, and moved back if the new one cannot be
-    renamed. A kill between the two renames leaves it beside, as .NAME.*.old.
+    renamed. A kill between the two renames leaves it beside, as .NAME.*.old. What killed writers of this folder left
+    half-filled is removed first; a living one has a lock on its own.
 
     Yields:
         The temporary folder.
@@ -115,7 +120,10 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         temporary.mkdir()
     except OSError as error:
         raise UserError(f"{folder}: cannot be made a folder ({error.strerror}); choose another place") from error
+    descriptor = os.open(temporary, os.O_RDONLY)
     try:
+        if _lock(descriptor):
+            _remove_abandoned(folder)
         yield temporary
         _flush_folder(temporary)
         if folder.exists():
@@ -130,6 +138,29 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         remove_path(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open folder, if nobody else has; return whether that was possible (a network may not know such locks)."""
+    try:
+        return try_lock(descriptor)
+    except OSError:
+        return False
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary folders in which killed processes were making `folder`: those that nobody locks."""
+    for path in folder.parent.glob(f"{glob.escape(f'.{folder.name}.')}*{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            if not LEFTOVER.fullmatch(path.name) or time.time() - path.stat().st_mtime < NOT_LOCKED_YET:
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                if _lock(descriptor):
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def remove_path(path: Path) -> None:
@@ -141,25 +172,32 @@ def remove_path(path: Path) -> None:
             path.unlink()
 
 
-def check_output_folder(out: Path, kind: str, is_one: Callable[[Path], bool]) -> bool:
+def check_output_folder(out: Path, kind: str, is_one: Callable[[Path], bool], source: str | Path | None = None) -> bool:
     """Check that a command may make a folder, or replace one of its own.
 
     Args:
         out: the folder, of --out.
         kind: what the command makes, as in "an export".
         is_one: whether a folder that is not empty is what the command made earlier.
+        source: the folder that the command reads; a name that is no path does no harm.
 
     Returns:
         Whether something is replaced.
 
     Raises:
-        UserError: another folder or file is there, a git repository, or the current folder or one above it.
+        UserError: another folder or file is there, a git repository, or the current folder, the source, or one above;
+            or nothing can be made there.
     """
     here = Path.cwd()
     if out.name in ("", "..") or out.resolve() in (here, *here.parents):
         raise UserError(f"--out {out}: is or holds the current folder; name one that can be made")
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise UserError(f"--out {out}: {place} is not a folder that can be written to; choose another place")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
+    if source is not None and Path(source).resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--out {out}: is or holds {source}, which is read; choose another folder")
     if not out.is_dir() or not is_one(out):
         raise UserError(f"--out {out}: is not {kind} and not empty; choose another folder")
     if (out / ".git").exists():

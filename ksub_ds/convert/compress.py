@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ksub_ds.codes.table import CodeTable
+from ksub_ds.common.logging import get_logger
 from ksub_ds.convert.fitting import Fit, Mixing, fit_all
 from ksub_ds.convert.sentence_encoder import encoder_folder
 
@@ -52,6 +53,8 @@ class CompressionReport:
         embedding_bytes: before and after, as a model file stores them: codes and the matrix are counted too.
         input_only: whether codes may repeat, so that no decoder can use the tables.
         weighted: whether tokens had weights, as by their frequency: `error` is then no plain share of the variance.
+        matrix_bytes: what a row for every token takes; more than `embedding_bytes` before, if that was compressed.
+        dropped_tokens: how many last ids of the model have no code.
     """
 
     num_tokens: int
@@ -67,6 +70,8 @@ class CompressionReport:
     embedding_bytes: tuple[int, int] = (0, 0)
     input_only: bool = False
     weighted: bool = False
+    matrix_bytes: int = 0
+    dropped_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -77,18 +82,27 @@ class CompressionReport:
         """How many times the old embedding's bytes are those of the new one."""
         return self.embedding_bytes[0] / max(1, self.embedding_bytes[1])
 
+    @property
+    def compressed_before(self) -> bool:
+        """Whether the old embedding took less than a row for every token."""
+        return self.embedding_bytes[0] < self.matrix_bytes
+
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
         (old, new), (all_old, all_new) = self.embedding_parameters, self.total_parameters
         own = f", {self.num_dedicated:,} dedicated rows among them" if self.num_dedicated else ""
         variance = "weighted variance" if self.weighted else "variance"
         fixed = f" and {self.mixing_numbers:,} fixed numbers (the {self.mixing} matrix)" if self.mixing_numbers else ""
+        bytes_old, bytes_new = self.embedding_bytes
+        again = f"; 1/{self.matrix_bytes / bytes_new:.1f} of a row for every token" if self.compressed_before else ""
         lines = [
             f"embedding parameters   {old:,} -> {new:,}{own}{fixed}",
-            "embedding bytes        {:,} -> {:,}, codes included: 1/{:.1f}".format(*self.embedding_bytes, self.ratio),
+            f"embedding bytes        {bytes_old:,} -> {bytes_new:,}, codes included: 1/{self.ratio:.1f}{again}",
             f"all parameters         {all_old:,} -> {all_new:,}",
             f"embedding error        {self.error:.4f} of the {variance} is lost; mean cosine {self.cosine:.4f}",
         ]
+        if bytes_new > bytes_old:
+            lines.append("larger than before     tables and codes take more bytes than what they replace")
         if self.loss is not None:
             lines.append(f"masked-token loss      {self.loss[0]:.4f} -> {self.loss[1]:.4f} nats")
         return lines
@@ -106,7 +120,8 @@ def compress(
         model_or_name: a model, a folder in HuggingFace's form, or a name in the local cache or on the Hub; the
             families of `replace_embeddings`, or one of ours (a plain one, K = 1, too). Folders are read from
             safetensors only.
-        table: codes of its tokens; dedicated tokens keep their embedding as it is, the tables are fitted to the others.
+        table: codes of as many tokens as the model has, or fewer: later ids are then dropped. Dedicated tokens keep
+            their embedding as it is, the tables are fitted to the others.
         mixing: the d x d matrix beside the tables: "linear", "orthogonal" or "none" (fitting.py).
         weights: (N,) how much each token counts, for example its frequency. [1]
 
@@ -114,7 +129,10 @@ def compress(
         ValueError: a model that `replace_embeddings` refuses, codes or weights that `fit_tables` refuses, an
             encoder's decoder that is not tied, or (as UserError) a folder or name that cannot be read.
     """
-    return compress_with_report(model_or_name, table, mixing, weights)[0]
+    small, report = compress_with_report(model_or_name, table, mixing, weights)
+    if report.dropped_tokens:
+        get_logger().warning(f"{report.dropped_tokens:,} ids of the model have no code, and are dropped")
+    return small
 
 
 def compress_with_report(
@@ -178,6 +196,8 @@ def compress_with_report(
         (bytes_before, sum(map(_bytes, layers))),
         not table.unique,
         weights is not None,
+        sum(each.size for each in old) * model.dtype.itemsize,
+        model.config.vocab_size - table.num_tokens,
     )
     return small, report
 

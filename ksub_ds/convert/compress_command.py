@@ -55,7 +55,7 @@ class CompressModel:
     [the text of --distill; else all tokens alike]"""
     distill: Path | None = None
     """For sentence encoders: text (each line of a .txt is one); the compressed model learns to give the vectors that
-    the original gives for its lines. The same command again goes on where it was."""
+    the original gives for its lines. The same command again goes on where it was (snapshots in OUT.distillation)."""
     minutes: float | None = None
     """Of --distill, beside at most 21 evaluations on 512 texts; it ends earlier when held-out text gains nothing any
     more. [30]"""
@@ -91,12 +91,13 @@ def compress_model(settings: CompressModel) -> Path:
     Raises:
         UserError: the model cannot be read or compressed, codes or data do not fit it, or a folder is in the way.
     """
-    from ksub_ds.model.loading import open_model
+    from ksub_ds.model.loading import open_model, quiet_transformers
 
     out, log = settings.out, get_logger()
-    replaces = check_output_folder(out, "a compressed model", lambda folder: (folder / "compression.json").is_file())
+    replaces = check_output_folder(out, "a compressed model", _is_compressed, settings.model)
+    state = out.with_name(f"{out.name}.distillation")
     _check(settings)
-    _check_distillation(settings)
+    _check_distillation(settings, state)
     choice = DedicatedChoice(settings.dedicated_rows, settings.data, settings.dedicated_tokens)
     encoder, sentences = encoder_folder(settings.model), sentence_folder(settings.model)
     model = open_model(encoder)
@@ -105,6 +106,7 @@ def compress_model(settings: CompressModel) -> Path:
             f"--distill: {settings.model} is a {type(model).__name__}, not a sentence encoder; a masked language model "
             "learns from its original by ksub pretrain --warm-start --distill-from"
         )
+    teacher = _teacher(settings)
     tokenizer = _tokenizer(str(encoder))
     try:
         small, table, report = _compressed(settings, choice, encoder, model, tokenizer)
@@ -112,20 +114,20 @@ def compress_model(settings: CompressModel) -> Path:
         raise
     except ValueError as error:
         raise UserError(f"{settings.model}: {error}") from error
-    state = out.with_name(f"{out.name}.distillation")
     with atomic_folder(out) as temporary:
-        small.save_pretrained(temporary)
+        with quiet_transformers():
+            small.save_pretrained(temporary)
         table.save(temporary / "codes.safetensors")
         _save_tokenizer(Path(encoder), tokenizer, temporary)
         limit_tokenizer(temporary, small.config)
         if sentences is not None:
             copy_sentence_files(sentences, temporary)
         source = {"model": settings.model, "codes_sha256": table.sha256}
-        source |= _distilled(settings, temporary, state)
+        source |= _distilled(settings, teacher, temporary, state)
         write_json(temporary / "compression.json", source | report.to_json())
     if settings.distill is not None:
         shutil.rmtree(state, ignore_errors=True)
-    for line in report.lines():
+    for line in [*report.lines(), *_distillation_lines(source)]:
         log.info(line)
     written = "written, in place of the compressed model that was there" if replaces else "written"
     log.info(f"{out}: {written}{_advice(settings, small, table)}")
@@ -163,6 +165,13 @@ def _compressed(
         raise UserError(
             f"{settings.model}: its embedding has a number that is NaN or beyond {LARGEST_NUMBER:g}; fetch it anew"
         )
+    damaged = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if damaged is not None:
+        raise UserError(f"{settings.model}: {damaged} has a number that is NaN or infinite; fetch it anew")
+    if settings.num_tables is not None and settings.num_tables > vectors.shape[1]:
+        raise UserError(
+            f"--num-tables {settings.num_tables}: must be at most {vectors.shape[1]}, the embedding's width"
+        )
     weights = None
     counts = settings.counts or settings.distill
     if counts is not None:
@@ -198,10 +207,11 @@ def _check(settings: CompressModel) -> None:
         raise UserError(f"--sequences {settings.sequences}: must be at least 1")
     if not 0 <= settings.seed < 2**31:  # FAISS takes an int
         raise UserError(f"--seed {settings.seed}: must lie in 0..{2**31 - 1}")
-    for name, least in (("target_ratio", 1), ("target_error", 0), ("num_tables", 0), ("table_size", 0)):
+    for name, least in (("target_ratio", 1), ("target_error", 0), ("num_tables", 0), ("table_size", 1)):
         value = getattr(settings, name)
         if value is not None and not (value > least and value < float("inf")):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than {least}")
+            finite = ", and finite" if isinstance(value, float) else ""
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than {least}{finite}")
     if settings.target_error is not None and settings.target_error >= 1:
         raise UserError(
             f"--target-error {settings.target_error:g}: is a share of the variance, between 0 and 1 (10 % is 0.1)"
@@ -232,32 +242,64 @@ def _check(settings: CompressModel) -> None:
         raise UserError(f"{' and '.join(options)}: each says how many tokens keep their rows; give one of them")
 
 
-def _check_distillation(settings: CompressModel) -> None:
+def _is_compressed(folder: Path) -> bool:
+    """Return whether `ksub compress` made a folder."""
+    return (folder / "compression.json").is_file()
+
+
+def _check_distillation(settings: CompressModel, state: Path) -> None:
     """Check the options of --distill.
 
+    Args:
+        settings: the options.
+        state: where its snapshots lie.
+
     Raises:
-        UserError: minutes that are none or for nothing, no text, or sentence-transformers is not installed.
+        UserError: minutes that are none or for nothing, no text, sentence-transformers is not installed, or something
+            is where the snapshots would be.
     """
     if settings.distill is None:
         if settings.minutes is not None:
             raise UserError(f"--minutes {settings.minutes:g}: is for --distill; give it text, or leave --minutes out")
         return
     if settings.minutes is not None and not 0 < settings.minutes < float("inf"):
-        raise UserError(f"--minutes {settings.minutes}: must be greater than 0")
+        raise UserError(f"--minutes {settings.minutes}: must be greater than 0, and finite")
     if not settings.distill.exists():
         raise UserError(f"--distill {settings.distill}: no such file or folder")
     if find_spec("sentence_transformers") is None:
         raise UserError("--distill: needs sentence-transformers (pip install -e '.[interop]')")
+    from ksub_ds.convert.sentence_distillation import check_snapshots
+
+    check_snapshots(state)
 
 
-def _distilled(settings: CompressModel, folder: Path, state: Path) -> dict[str, Any]:
+def _teacher(settings: CompressModel) -> Any:
+    """Open the original as what --distill learns from, before the long work; None without --distill."""
+    if settings.distill is None:
+        return None
+    from ksub_ds.convert.sentence_distillation import open_teacher
+
+    return open_teacher(settings.model)
+
+
+def _distilled(settings: CompressModel, teacher: Any, folder: Path, state: Path) -> dict[str, Any]:
     """Distil the model in a folder if that is asked for; return what compression.json says of it."""
     if settings.distill is None:
         return {}
     from ksub_ds.convert.sentence_distillation import distil_folder
 
     minutes = DISTILLATION_MINUTES if settings.minutes is None else settings.minutes
-    return {"distillation": distil_folder(folder, settings.model, settings.distill, minutes, settings.seed, state)}
+    done = distil_folder(folder, teacher, settings.model, settings.distill, minutes, settings.seed, state)
+    return {"distillation": done}
+
+
+def _distillation_lines(source: dict[str, Any]) -> list[str]:
+    """Return a line on what compression.json says of a distillation, if there was one."""
+    if "distillation" not in source:
+        return []
+    done = source["distillation"]
+    losses = f"{done['curve'][0]['loss']:.4f} -> {done['loss']:.4f}"
+    return [f"held-out vectors       {losses} of their square is lost, after {done['steps']:,} steps of --distill"]
 
 
 def _input_tables(

@@ -2,7 +2,7 @@
 
     ksub export RUN --out DIR                  opens after `import ksub_ds`
     ksub export RUN --out DIR --remote-code    opens without it, by trust_remote_code=True
-    ksub export RUN --out DIR --dense          a plain XLM-R or RoBERTa: any tool opens it, with its N x d matrix
+    ksub export RUN --out DIR --dense          a plain transformers model, with its N x d matrix: any tool opens it
 
 The model is built anew from the recipe and the codes, filled with the fp32 master weights of a checkpoint, saved to a
 temporary folder, loaded back by transformers' Auto class, and both must give the same logits and loss. A folder of
@@ -64,9 +64,7 @@ def export_run(
         UserError: not a run folder, no (such) whole checkpoint, a folder in the way, or the reloaded model differs.
     """
     out = Path(out)
-    if out.exists() and Path(run).resolve() == out.resolve():
-        raise UserError(f"--out {out}: is the model itself; choose another folder")
-    check_output_folder(out, "an export", is_export)
+    check_output_folder(out, "an export", is_export, run)
     source = open_source(run, step)
     if onnx and head_of(type(source.model).__name__) == "ForCausalLM":
         raise UserError("--onnx: is for encoders; a causal model's graph would need its cache as inputs and outputs")

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import atomic_folder, json_bytes, read_json, sha256_bytes, sha256_file, write_json
 from ksub_ds.common.logging import get_logger
 from ksub_ds.convert.token_counts import read_documents
+from ksub_ds.model.loading import quiet_transformers
 
 BATCH = 64
 LR, TABLE_LR = 2e-4, 2e-3  # peaks, of the network and of its embedding
@@ -35,6 +37,7 @@ EVALUATIONS = 20
 PATIENCE = 5  # evaluations without a gain
 MOST_LINES, MOST_TEXTS = 2_000_000, 200_000  # read, and drawn of these
 MOST_HELD_OUT = 512
+PROGRESS = "progress.json"  # of a snapshot
 
 
 @dataclass
@@ -123,7 +126,7 @@ class SentenceDistillation:
         """
         self.progress.key = key
         self.student.eval()  # no dropout: the targets are exact
-        if state is not None and (state / "progress.json").is_file():
+        if state is not None and (state / PROGRESS).is_file():
             self._resume(state)
         else:
             self._evaluate(state)
@@ -208,33 +211,41 @@ class SentenceDistillation:
             save_file(self.best, temporary / "best.safetensors")
             save_file(now, temporary / "now.safetensors")
             save_file(moments, temporary / "adam.safetensors")
-            write_json(temporary / "progress.json", asdict(self.progress))
+            write_json(temporary / PROGRESS, asdict(self.progress))
 
     def _resume(self, state: Path) -> None:
         """Go on from a snapshot.
 
         Raises:
-            UserError: it is of another distillation.
+            UserError: it is of another distillation, or damaged.
         """
-        progress = DistillationProgress(**read_json(state / "progress.json"))
+        damaged = UserError(f"{state}: holds damaged snapshots; remove the folder to begin this distillation anew")
+        try:
+            progress = DistillationProgress(**read_json(state / PROGRESS))
+        except TypeError as error:
+            raise damaged from error
         if progress.key != self.progress.key:
             raise UserError(
                 f"{state}: holds snapshots of another distillation (other text, model, codes, --minutes or --seed); "
                 "give the same again, or remove the folder to begin this one"
             )
         self.progress = progress
-        self.best = load_file(state / "best.safetensors")
-        self.student.load_state_dict(load_file(state / "now.safetensors"), strict=False)
         named = dict(self.student.named_parameters())
-        for name, value in load_file(state / "adam.safetensors").items():
-            parameter, _, key = name.rpartition(":")
-            self.optimizer.state[named[parameter]][key] = value
+        try:
+            self.best = load_file(state / "best.safetensors")
+            self.student.load_state_dict(load_file(state / "now.safetensors"), strict=False)
+            for name, value in load_file(state / "adam.safetensors").items():
+                parameter, _, key = name.rpartition(":")
+                self.optimizer.state[named[parameter]][key] = value
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise damaged from error
         get_logger().info(f"distilling: goes on from step {self.progress.step:,} ({state})")
 
 
 def encode(encoder: Any, texts: list[str]) -> Tensor:
-    """Return the sentence vectors of some texts, (B, d), with a gradient."""
-    return encoder(encoder.preprocess(texts))["sentence_embedding"]
+    """Return the sentence vectors of some texts, (B, d), with a gradient; before each stands the default prompt."""
+    prompt = encoder.prompts.get(encoder.default_prompt_name)
+    return encoder(encoder.preprocess(texts, prompt=prompt))["sentence_embedding"]
 
 
 def relative_loss(vectors: Tensor, targets: Tensor) -> Tensor:
@@ -248,12 +259,47 @@ def relative_loss(vectors: Tensor, targets: Tensor) -> Tensor:
     return ((vectors - targets).square().sum(dim=1) / targets.square().sum(dim=1).clamp(min=1e-12)).mean()
 
 
-def distil_folder(folder: Path, original: str, text: Path, minutes: float, seed: int, state: Path) -> dict[str, Any]:
+def check_snapshots(state: Path) -> None:
+    """Check that snapshots may be kept in a folder, which is removed in the end.
+
+    Raises:
+        UserError: something else is there.
+    """
+    ours = state.is_dir() and ((state / PROGRESS).is_file() or not any(state.iterdir()))
+    if state.exists() and not ours:
+        raise UserError(f"{state}: would be replaced by the snapshots of --distill; move it, or choose another --out")
+
+
+def open_teacher(name: str) -> Any:
+    """Open the sentence encoder that others learn from, in float32.
+
+    Args:
+        name: its folder, or its name on the hub.
+
+    Raises:
+        UserError: sentence-transformers cannot open it.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        with quiet_transformers():
+            return SentenceTransformer(name, device="cpu", trust_remote_code=False).float()
+    except Exception as error:  # of many kinds, as there are modules
+        about = str(error).strip().split("\n")[0][:200].rstrip(". ")
+        raise UserError(
+            f"--distill: sentence-transformers cannot open {name} ({type(error).__name__}: {about})"
+        ) from error
+
+
+def distil_folder(
+    folder: Path, teacher: Any, original: str, text: Path, minutes: float, seed: int, state: Path
+) -> dict[str, Any]:
     """Distil the compressed sentence encoder in a folder, and write its weights there.
 
     Args:
         folder: of the compressed model.
-        original: folder or name of the original.
+        teacher: the original, opened.
+        original: its folder or name.
         text: a file or folder of texts, or of documents: each line is a text.
         minutes: to spend.
         seed: of the held-out part and the order.
@@ -269,14 +315,17 @@ def distil_folder(folder: Path, original: str, text: Path, minutes: float, seed:
 
     lines = (line.strip() for document in read_documents(text, "--distill") for line in document.split("\n"))
     texts = list(dict.fromkeys(islice(filter(None, lines), MOST_LINES)))
-    student, teacher = (SentenceTransformer(str(each), device="cpu") for each in (folder, original))
+    with quiet_transformers():
+        student = SentenceTransformer(str(folder), device="cpu")
     stored = student[0].auto_model.dtype
-    # In half precision AdamW's epsilon would be zero, and small updates lost.
-    student, teacher = student.float(), teacher.float()
+    student = student.float()  # in half precision AdamW's epsilon would be zero, and small updates lost
     training = SentenceDistillation(student, teacher, texts, minutes, seed)
     weights = sha256_file(folder / "model.safetensors")
-    key = sha256_bytes(json_bytes([weights, str(original), minutes, seed, sha256_bytes("\n".join(texts).encode())]))
+    if Path(original).is_dir():
+        original = str(Path(original).resolve())
+    key = sha256_bytes(json_bytes([weights, original, minutes, seed, sha256_bytes("\n".join(texts).encode())]))
     progress = training.run(state, key)
-    student[0].auto_model.to(stored).save_pretrained(folder)
+    with quiet_transformers():
+        student[0].auto_model.to(stored).save_pretrained(folder)
     done = {"texts": len(texts), "minutes": progress.seconds / 60, "steps": progress.step}
     return done | {"loss": progress.best, "curve": progress.curve}

@@ -68,7 +68,9 @@ def _checked_path(source: Path, path: Any) -> str:
     Raises:
         UserError: it is not a relative path inside the folder.
     """
-    if isinstance(path, str) and "\0" not in path and "\\" not in path and not PureWindowsPath(path).anchor:
+    if not isinstance(path, str):
+        raise UserError(f"{source}: path {path!r} of a module is no text")
+    if "\0" not in path and "\\" not in path and not PureWindowsPath(path).anchor:
         parts = PurePosixPath(path).parts
         if ".." not in parts:
             return "/".join(parts)
@@ -88,10 +90,25 @@ def encoder_folder(name: str | Path) -> Path | str:
     first = modules[0]
     if not _names_model(folder / first.path / "config.json"):
         raise UserError(
-            f"{name}: its first module is a {first.entry['type']} without a model's config.json in "
+            f"{name}: its first module is a {first.entry['type']} without a config.json that names a model_type in "
             f"{first.path or 'the folder itself'}; only encoders of transformers are read"
         )
+    _check_module_files(folder, modules[1:])
     return folder / first.path if first.path else name
+
+
+def _check_module_files(folder: Path, modules: list[SentenceModule]) -> None:
+    """Check that the modules behind the encoder have their settings; a Normalize has none.
+
+    Raises:
+        UserError: one has not.
+    """
+    for module in modules:
+        kind = module.entry["type"]
+        if not kind.endswith(".Normalize") and not any((folder / module.path).glob("*.json")):
+            raise UserError(
+                f"{folder / MODULES}: {kind} lies in {module.path}, which has no config.json; get the model anew"
+            )
 
 
 def _names_model(config: Path) -> bool:

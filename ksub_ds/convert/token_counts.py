@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ksub_ds.common.errors import UserError
+from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.shards.dataset import MANIFEST, ShardDataset
 from ksub_ds.corpus.statistics import training_frequency
 from ksub_ds.corpus.text.layout import TextLayout
@@ -22,7 +23,7 @@ DOCUMENTS_AT_ONCE = 256
 def read_documents(path: Path, flag: str) -> Iterator[str]:
     """Read the documents of a text file, or of all text files of a folder (reader.py knows the forms).
 
-    Each line of a .txt is one.
+    Each line of a .txt is one. At the end, lines of the log say what was left out.
 
     Args:
         path: the file or folder.
@@ -44,6 +45,8 @@ def read_documents(path: Path, flag: str) -> Iterator[str]:
         raise UserError(f"{flag} {path}: holds no text ({why})")
     yield first
     yield from documents
+    for line in text.skipped.lines():
+        get_logger().warning(f"{flag} {path}: left out: {line}")
 
 
 def check_shards(dataset: ShardDataset, encoder: Path | str, tokenizer: Any) -> None:
@@ -95,7 +98,8 @@ def count_tokens(
         counts[list(dataset.manifest["tokenizer"]["special_ids"])] = counts.max()
         return counts
     if path.exists() and tokenizer is None:
-        raise UserError(f"{flag} {path}: is text, and the model has no tokenizer; give a shards folder")
+        remedy = "; give a shards folder" if flag == "--counts" else ""
+        raise UserError(f"{flag} {path}: is text, and the model has no tokenizer that reads it{remedy}")
     counts, left = np.zeros(num_tokens, dtype=np.int64), MOST_CHARACTERS
     documents = read_documents(path, flag)
     while left > 0 and (batch := list(islice(documents, DOCUMENTS_AT_ONCE))):

@@ -5,18 +5,19 @@ config.json names. Their encoder is taken, and a line says so.
 """
 
 import contextlib
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import read_json
+from ksub_ds.common.files import read_json, refuse_stand_in
 from ksub_ds.common.logging import get_logger
 from ksub_ds.model.registration import register
 from ksub_ds.model.replacement import CLASSES
@@ -24,6 +25,7 @@ from ksub_ds.model.replacement import CLASSES
 TWO_HEADS = {"BertForPreTraining": "BertForMaskedLM"}  # that for next sentences is left out
 OTHER_HEAD = re.compile(r"(?P<family>\w+)For(?!CausalLM)[A-Z]\w+")
 COUNTERS = {"position_ids", "token_type_ids"}  # buffers 0, 1, 2, ... that older versions stored
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 ADAPTER = "adapter_config.json"  # of PEFT
 BIDIRECTIONAL = ("xlnet",)  # sees both sides, though transformers counts it among the causal ones
 NAMED = 3  # weights or modules named in a message
@@ -42,6 +44,8 @@ def open_config(name: str | Path) -> PretrainedConfig:
     """
     register()
     path = Path(name)
+    if path.is_file():
+        raise UserError(f"{name}: is a file; give the folder of the model, {path.parent}")
     refuse_adapter(str(name), path)
     if path.is_dir() and not (path / "config.json").is_file():
         inside = next((each.parent.name for each in sorted(path.glob("*/config.json")) if _is_model(each.parent)), None)
@@ -57,6 +61,7 @@ def open_config(name: str | Path) -> PretrainedConfig:
         raise UserError(f"{name}: transformers finds no model it knows there ({_first_line(error)})") from error
     except Exception as error:  # what config.json holds is anything; transformers raises as many kinds
         raise UserError(f"{name}: its config.json is damaged ({_kind_and_line(error)}); get the model anew") from error
+    _check_fields(config, name)
     names = config.architectures or []
     if not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
         raise UserError(f"{name}: architectures of its config.json are not a list of names; get the model anew")
@@ -68,6 +73,23 @@ def open_config(name: str | Path) -> PretrainedConfig:
             "(text) or GPT-2; bare or with a head (one of an unknown kind is left out)"
         )
     return config
+
+
+def _check_fields(config: PretrainedConfig, name: str | Path) -> None:
+    """Check what would be taken in silence, or fail without naming the field.
+
+    Raises:
+        UserError: a size below 1, or weights that are quantised.
+    """
+    for field in SIZES:
+        size = getattr(config, field, None)
+        if isinstance(size, int) and size < 1:
+            raise UserError(f"{name}: {field} of its config.json is {size}; must be at least 1")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{name}: is quantised (quantization_config of its config.json); give the model as it was before, or save "
+            "it anew after dequantize()"
+        )
 
 
 def has_masked_form(config: PretrainedConfig) -> bool:
@@ -164,19 +186,46 @@ def _load(name: str | Path, model_class: Any) -> tuple[PreTrainedModel, set[str]
     Raises:
         UserError: it cannot be read, or is pickled.
     """
+    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quiet_transformers():
-            model, info = model_class.from_pretrained(str(name), use_safetensors=True, output_loading_info=True)
+            model, info = model_class.from_pretrained(str(name), **options)
     except ValueError as error:  # our own check of the codes, say
         raise UserError(f"{name}: cannot be read ({_first_line(str(error).removeprefix(f'{name}: '))})") from error
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
+        _refuse_damaged_weights(Path(name))
         raise UserError(
             f"{name}: cannot be read ({_first_line(error)}); weights must be safetensors: pickled ones are not read, "
             "save them anew with save_pretrained() in a place you trust"
         ) from error
-    except Exception as error:  # sizes that no model has, an index that is none
+    except Exception as error:  # an index that is none, a field of config.json that no model has
         raise UserError(f"{name}: its files are damaged ({_kind_and_line(error)}); get the model anew") from error
+    if info["mismatched_keys"]:
+        weight, stored, made = max(info["mismatched_keys"], key=lambda each: (math.prod(each[1]), each[0]))
+        raise UserError(
+            f"{name}: {weight} is {_shape(stored)} in its weights and {_shape(made)} by its config.json; one of them "
+            "is of another model"
+        )
     return model, set(info["missing_keys"]), set(info["unexpected_keys"])
+
+
+def _refuse_damaged_weights(folder: Path) -> None:
+    """Name the file of weights that is damaged, if one is.
+
+    Raises:
+        UserError: one is.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        refuse_stand_in(path)
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: is truncated or damaged ({_first_line(error)}); get it anew") from error
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """A file is whole or absent, whatever stops the writer; a folder replaces what its command made, and nothing else."""
 
+import contextlib
 import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +51,29 @@ def test_a_folder_is_replaced_whole(tmp_path):
     with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
         raise RuntimeError
     assert [path.name for path in folder.iterdir()] == ["two"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_writer_left_of_a_folder_is_removed_by_the_next_and_a_living_writer_is_not(tmp_path):
+    code = (
+        "import sys, time; from ksub_ds.common.files import atomic_folder\n"
+        "with atomic_folder(sys.argv[1]) as temporary: print(temporary, flush=True); time.sleep(100)"
+    )
+    folder = tmp_path / "a [1]"
+    with contextlib.ExitStack() as stack:
+        writers = []
+        for _ in range(2):
+            command = [sys.executable, "-c", code, str(folder)]
+            writers.append(stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
+        killed, living = (Path(writer.stdout.readline().strip()) for writer in writers)
+        writers[0].kill()
+        writers[0].wait()
+        assert killed.is_dir()
+        for path in (killed, living):
+            os.utime(path, (0, 0))
+        with atomic_folder(folder):
+            pass
+        assert not killed.exists() and living.is_dir() and folder.is_dir()
+        writers[1].kill()
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])

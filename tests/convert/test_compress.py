@@ -1,6 +1,7 @@
 """Fitting tables to a matrix, and compressing models: against brute force, against random codes, for every family."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,8 +250,52 @@ def test_what_cannot_be_compressed_is_refused(tmp_path):
     with pytest.raises(UserError, match="weights must be safetensors: pickled ones are not read"):
         open_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "aside").read_bytes()[:2000])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"model\.safetensors: is truncated or damaged .*; get it anew"):
         open_model(tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match=r"model\.safetensors: is a Git LFS pointer"):
+        open_model(tmp_path)
+    with pytest.raises(UserError, match=r"model\.safetensors: is a file; give the folder"):
+        open_model(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 100}, "word_embeddings.weight is 200 x 24 in its weights and 100 x 24 by its config.json"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers of its config.json is -1; must be at least 1"),
+        ({"hidden_size": 0}, "hidden_size of its config.json is 0; must be at least 1"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantised"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_named(fields, message, tmp_path):
+    bert().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(UserError, match=message):
+        open_model(tmp_path)
+
+
+def test_a_damaged_weight_and_the_source_as_output_are_refused(tmp_path, capsys):
+    model = bert()
+    model.get_parameter("bert.encoder.layer.0.output.dense.weight").data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "above" / "damaged")
+    folder = str(tmp_path / "above" / "damaged")
+    command = ["compress", folder, "--num-tables", "2", "--table-size", "20", "--out"]
+    assert main([*command, str(tmp_path / "small")]) == 2
+    assert "encoder.layer.0.output.dense.weight has a number that is NaN or infinite" in capsys.readouterr().err
+    for out in (folder, str(tmp_path / "above")):
+        assert main([*command, out]) == 2
+        assert f"--out {out}: is or holds {folder}, which is read" in capsys.readouterr().err
+    inside = Path(folder) / "config.json" / "small"
+    assert main([*command, str(inside)]) == 2
+    assert "config.json is not a folder that can be written to" in capsys.readouterr().err
+
+
+def test_ids_without_a_code_are_dropped_and_that_is_said(capsys):
+    small = compress(bert(), positional_codes(150, 2))
+    assert small.config.vocab_size == 150
+    assert "50 ids of the model have no code, and are dropped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["bert", "electra", "xlm-roberta"])

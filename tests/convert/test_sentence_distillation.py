@@ -170,8 +170,33 @@ def test_compress_and_distil_in_one_command(tiny_bpe: Path, tmp_path: Path, caps
         loss = float(relative_loss(encode(small, texts()), encode(plain, texts())))
     assert loss < report["curve"][0]["loss"] * 1.2 and np.isfinite(loss)
     assert not (tmp_path / "small.distillation").exists()
+    assert "of their square is lost, after" in capsys.readouterr().err
     assert main([*command[:-4], "--minutes", "0", "--out", str(tmp_path / "other")]) == 2
     assert "--minutes 0.0: must be greater than 0" in capsys.readouterr().err
+
+
+def test_what_lies_where_snapshots_would_be_is_kept_and_damaged_ones_are_named(tiny_bpe, tmp_path, capsys):
+    write_encoder(tmp_path / "plain", tiny_bpe)
+    (tmp_path / "text.txt").write_text("\n".join(texts()))
+    command = ["compress", str(tmp_path / "plain"), "--input-only", "--num-tables", "2", "--table-size", "4"]
+    command += ["--distill", str(tmp_path / "text.txt"), "--minutes", "0.02", "--out", str(tmp_path / "small")]
+    state = tmp_path / "small.distillation"
+    state.mkdir()
+    (state / "notes.txt").write_text("mine")
+    assert main(command) == 2
+    assert f"{state}: would be replaced by the snapshots of --distill" in capsys.readouterr().err
+    assert (state / "notes.txt").read_text() == "mine"
+    (state / "progress.json").write_text('{"step": 1, "other": 2}')
+    assert main(command) == 2
+    assert f"{state}: holds damaged snapshots; remove the folder" in capsys.readouterr().err
+
+
+def test_vectors_are_learnt_with_the_default_prompt(encoders):
+    teacher = copy.deepcopy(encoders[0])
+    teacher.prompts, teacher.default_prompt_name = {"query": "the house sees "}, "query"
+    expected = teacher.encode(texts(3), convert_to_tensor=True)
+    torch.testing.assert_close(encode(teacher, texts(3)).detach(), expected)
+    assert not torch.allclose(encode(encoders[0], texts(3)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -107,12 +107,27 @@ def test_an_encoder_in_the_hub_cache(tiny_bpe: Path, tmp_path: Path, monkeypatch
     assert not [path for path in (tmp_path / "small").rglob("*") if path.is_symlink()]
 
 
-@pytest.mark.parametrize("path", ["../secret", "/etc", "a/../../b", "C:/x", "..\\x", "a\0b", None, 3])
+@pytest.mark.parametrize("path", ["../secret", "/etc", "a/../../b", "C:/x", "..\\x", "a\0b"])
 def test_paths_that_lead_out_are_refused(path: Any, tmp_path: Path) -> None:
     write_json(tmp_path / "modules.json", [MODULES[0], MODULES[2] | {"path": path}])
     with pytest.raises(UserError, match=r"modules\.json: path .* leads out of the folder"):
         copy_sentence_files(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_a_path_that_is_no_text_is_refused(path: Any, tmp_path: Path) -> None:
+    write_json(tmp_path / "modules.json", [MODULES[0], MODULES[2] | {"path": path}])
+    with pytest.raises(UserError, match=rf"modules\.json: path {path} of a module is no text"):
+        encoder_folder(tmp_path)
+
+
+def test_a_module_without_its_settings_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "modules.json", MODULES)
+    write_json(tmp_path / "config.json", {"model_type": "roberta"})
+    (tmp_path / "1_Pooling").mkdir()
+    with pytest.raises(UserError, match=r"Pooling lies in 1_Pooling, which has no config\.json"):
+        encoder_folder(tmp_path)
 
 
 def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
@@ -136,7 +151,7 @@ def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
         ({}, "is not the list of modules"),
         ([MODULES[0], MODULES[1] | {"type": "custom_st.Pooling"}], "module 1 is a custom_st.Pooling, which has code"),
         ([MODULES[0], MODULES[1] | {"path": "."}], "has the encoder's folder"),
-        ([MODULES[1]], "first module is a sentence_transformers.models.Pooling without a model's config.json in 1_Poo"),
+        ([MODULES[1]], "first module is a sentence_transformers.models.Pooling without a config.json that names a mod"),
     ],
 )
 def test_what_is_no_sentence_encoder_is_refused(content: Any, message: str, tmp_path: Path) -> None:
