@@ -106,7 +106,7 @@ def compress_model(settings: CompressModel) -> Path:
             f"--distill: {settings.model} is a {type(model).__name__}, not a sentence encoder; a masked language model "
             "learns from its original by ksub pretrain --warm-start --distill-from"
         )
-    teacher = _teacher(settings)
+    lesson = _lesson(settings)
     tokenizer = _tokenizer(str(encoder))
     try:
         small, table, report = _compressed(settings, choice, encoder, model, tokenizer)
@@ -123,7 +123,7 @@ def compress_model(settings: CompressModel) -> Path:
         if sentences is not None:
             copy_sentence_files(sentences, temporary)
         source = {"model": settings.model, "codes_sha256": table.sha256}
-        source |= _distilled(settings, teacher, temporary, state)
+        source |= _distilled(settings, lesson, temporary, state)
         write_json(temporary / "compression.json", source | report.to_json())
     if settings.distill is not None:
         shutil.rmtree(state, ignore_errors=True)
@@ -273,24 +273,26 @@ def _check_distillation(settings: CompressModel, state: Path) -> None:
     check_snapshots(state)
 
 
-def _teacher(settings: CompressModel) -> Any:
-    """Open the original as what --distill learns from, before the long work; None without --distill."""
+def _lesson(settings: CompressModel) -> tuple[Any, list[str]] | None:
+    """Open the original and read the texts that --distill teaches with, before the long work; None without it."""
     if settings.distill is None:
         return None
-    from ksub_ds.convert.sentence_distillation import open_teacher
+    from ksub_ds.convert.sentence_distillation import open_teacher, read_texts
 
-    return open_teacher(settings.model)
+    return open_teacher(settings.model), read_texts(settings.distill)
 
 
-def _distilled(settings: CompressModel, teacher: Any, folder: Path, state: Path) -> dict[str, Any]:
+def _distilled(
+    settings: CompressModel, lesson: tuple[Any, list[str]] | None, folder: Path, state: Path
+) -> dict[str, Any]:
     """Distil the model in a folder if that is asked for; return what compression.json says of it."""
-    if settings.distill is None:
+    if lesson is None:
         return {}
     from ksub_ds.convert.sentence_distillation import distil_folder
 
     minutes = DISTILLATION_MINUTES if settings.minutes is None else settings.minutes
-    done = distil_folder(folder, teacher, settings.model, settings.distill, minutes, settings.seed, state)
-    return {"distillation": done}
+    teacher, texts = lesson
+    return {"distillation": distil_folder(folder, teacher, settings.model, texts, minutes, settings.seed, state)}
 
 
 def _distillation_lines(source: dict[str, Any]) -> list[str]:

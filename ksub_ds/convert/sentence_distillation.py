@@ -35,6 +35,7 @@ GOOD = 0.15  # a student that starts with a smaller loss learns at sqrt(loss / G
 WARM_UP = 0.05  # of the time
 EVALUATIONS = 20
 PATIENCE = 5  # evaluations without a gain
+LEAST_TEXTS = 20
 MOST_LINES, MOST_TEXTS = 2_000_000, 200_000  # read, and drawn of these
 MOST_HELD_OUT = 512
 PROGRESS = "progress.json"  # of a snapshot
@@ -76,13 +77,10 @@ class SentenceDistillation:
     Args:
         student: a SentenceTransformer; its encoder is trained in place, the modules behind it stay as they are.
         teacher: another one, of the same width.
-        texts: at least 20; of more than 200,000, so many are drawn.
+        texts: at least 20 (LEAST_TEXTS); of more than 200,000, so many are drawn.
         minutes: to spend on updates; the evaluations, at most 21 of at most 512 texts, come on top.
         seed: of the held-out part and the order.
         clock: in seconds; `time.process_time` counts the processor's.
-
-    Raises:
-        UserError: too few texts, or vectors of another width.
     """
 
     def __init__(
@@ -94,8 +92,6 @@ class SentenceDistillation:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        if len(texts) < 20:
-            raise UserError(f"--distill: holds {len(texts)} texts; give at least 20, and better thousands")
         self.student, self.teacher, self.seed, self.clock = student, teacher, seed, clock
         self.limit = 60 * minutes
         drawn = np.random.default_rng(seed).permutation(len(texts))[:MOST_TEXTS]
@@ -122,7 +118,7 @@ class SentenceDistillation:
             key: of what is trained towards what.
 
         Raises:
-            UserError: the snapshots are of another distillation.
+            UserError: the snapshots are of another distillation, or the vectors are of another width.
         """
         self.progress.key = key
         self.student.eval()  # no dropout: the targets are exact
@@ -270,6 +266,24 @@ def check_snapshots(state: Path) -> None:
         raise UserError(f"{state}: would be replaced by the snapshots of --distill; move it, or choose another --out")
 
 
+def read_texts(path: Path) -> list[str]:
+    """Read what is learned from, each text once.
+
+    Args:
+        path: a file or folder of texts, or of documents: each line is a text.
+
+    Raises:
+        UserError: there is no text, or too little.
+    """
+    lines = (line.strip() for document in read_documents(path, "--distill") for line in document.split("\n"))
+    texts = list(dict.fromkeys(islice(filter(None, lines), MOST_LINES)))
+    if len(texts) < LEAST_TEXTS:
+        raise UserError(
+            f"--distill {path}: holds {len(texts)} texts; give at least {LEAST_TEXTS}, and better thousands"
+        )
+    return texts
+
+
 def open_teacher(name: str) -> Any:
     """Open the sentence encoder that others learn from, in float32.
 
@@ -292,7 +306,7 @@ def open_teacher(name: str) -> Any:
 
 
 def distil_folder(
-    folder: Path, teacher: Any, original: str, text: Path, minutes: float, seed: int, state: Path
+    folder: Path, teacher: Any, original: str, texts: list[str], minutes: float, seed: int, state: Path
 ) -> dict[str, Any]:
     """Distil the compressed sentence encoder in a folder, and write its weights there.
 
@@ -300,7 +314,7 @@ def distil_folder(
         folder: of the compressed model.
         teacher: the original, opened.
         original: its folder or name.
-        text: a file or folder of texts, or of documents: each line is a text.
+        texts: to learn from.
         minutes: to spend.
         seed: of the held-out part and the order.
         state: folder of snapshots; the caller removes it when the model is where it belongs.
@@ -309,12 +323,10 @@ def distil_folder(
         What compression.json says of it.
 
     Raises:
-        UserError: there is no text, or the snapshots are of another distillation.
+        UserError: the snapshots are of another distillation, or the texts or the model are damaged.
     """
     from sentence_transformers import SentenceTransformer
 
-    lines = (line.strip() for document in read_documents(text, "--distill") for line in document.split("\n"))
-    texts = list(dict.fromkeys(islice(filter(None, lines), MOST_LINES)))
     with quiet_transformers():
         student = SentenceTransformer(str(folder), device="cpu")
     stored = student[0].auto_model.dtype

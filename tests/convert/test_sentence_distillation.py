@@ -22,6 +22,7 @@ from ksub_ds.convert.sentence_distillation import (
     DistillationProgress,
     SentenceDistillation,
     encode,
+    read_texts,
     relative_loss,
 )
 
@@ -137,8 +138,15 @@ def test_it_ends_when_nothing_is_gained(encoders):
     teacher = encoders[0]
     progress = SentenceDistillation(copy.deepcopy(teacher), teacher, texts(), minutes=1, clock=seconds()).run()
     assert len(progress.curve) == 7 and progress.step < 60 and progress.best < 1e-6
-    with pytest.raises(UserError, match="holds 19 texts; give at least 20"):
-        SentenceDistillation(teacher, teacher, texts(19), minutes=1)
+
+
+def test_few_texts_are_refused_before_the_long_work(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join([*texts(19), "", texts(1)[0]]))
+    with pytest.raises(UserError, match=rf"--distill {path}: holds 19 texts; give at least 20"):
+        read_texts(path)
+    path.write_text("\n".join(texts(20)))
+    assert read_texts(path) == texts(20)
 
 
 def test_a_good_student_is_taught_gently_and_not_given_up_for_its_first_steps(encoders):
