@@ -155,7 +155,7 @@ def read_results(folders: list[Path]) -> tuple[dict[Path, dict[str, Any]], list[
     """Return results of evaluations by their files, and folders of analyses, among `folders`.
 
     Raises:
-        UserError: a folder that holds neither results.json nor analysis.json, or results that the page does not show.
+        UserError: a folder that holds neither results.json nor analysis.json, or one that is damaged.
     """
     results: dict[Path, dict[str, Any]] = {}
     analyses = []
@@ -170,10 +170,10 @@ def read_results(folders: list[Path]) -> tuple[dict[Path, dict[str, Any]], list[
         if not path.is_file():
             raise UserError(f"{folder}: holds neither results.json (ksub evaluate) nor analysis.json (ksub analyze)")
         result = read_json(path)
-        if isinstance(result, dict) and result.get("task") == "lm":
-            raise UserError(f"{path}: bits per byte are for tables, not for the page of a run; leave {folder} out")
-        if not isinstance(result, dict) or not isinstance(result.get("test"), dict):
-            raise UserError(f"{path}: is not a results.json of `ksub evaluate` (no 'test')")
+        task = result.get("task") if isinstance(result, dict) else None
+        scores = {"classify": "scores", "lm": "languages"}.get(str(task), "test")
+        if not isinstance(result, dict) or not isinstance(result.get(scores), dict):
+            raise UserError(f"{path}: is not a results.json of `ksub evaluate` (no {scores!r})")
         results[path] = result
     return results, analyses
 

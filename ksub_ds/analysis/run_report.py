@@ -22,6 +22,7 @@ from ksub_ds.common.logging import get_logger
 STYLE = Path(__file__).parent / "templates" / "report.css"
 # enforces what the page promises: nothing is fetched, nothing runs, even if a name should slip through the escaping
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+PAGE_HEAD = '<!doctype html>\n<html lang="en">\n'  # how a page begins; what does not is no page of ours
 RECIPE_ROWS = (
     *("objective", "global_batch_size", "micro_batch_size", "sequence_length", "peak_lr", "warmup_steps", "max_steps"),
     *(
@@ -65,6 +66,9 @@ def write_report(run: Path, html: Path, results: Sequence[Path] = ()) -> None:
     Raises:
         UserError: not a run, nothing usable in one of `results`, or `html` cannot be written.
     """
+    html = Path(html)
+    if html.is_file() and not html.read_bytes().startswith(PAGE_HEAD.encode()):
+        raise UserError(f"--html {html}: is a file that is no page of this command; choose another name")
     files = read_run(Path(run))
     found, analyses = read_results([Path(each) for each in results])
     sections = [
@@ -79,7 +83,7 @@ def write_report(run: Path, html: Path, results: Sequence[Path] = ()) -> None:
     ]
     page = _page(f"Run {files.path.resolve().name}", [part for part in sections if part])
     try:
-        with atomic_path(Path(html)) as temporary:
+        with atomic_path(html) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
     except OSError as error:
         raise UserError(f"--html {html}: cannot be written ({error.strerror}); choose another place") from error
@@ -93,10 +97,7 @@ def _page(title: str, sections: Sequence[str]) -> str:
         f"<title>{text(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>"
     )
     body = "\n".join(sections)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n'
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return f"{PAGE_HEAD}<head>\n{head}\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
 
 
 def heading(run: RunFiles) -> str:

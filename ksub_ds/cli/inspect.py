@@ -42,7 +42,7 @@ def report(
 
     Args:
         results: Folders of `ksub evaluate xnli`, `glue`, `classify` or `lm`. With --html: a run folder, then
-            results (but those of `lm`) and analyses to show in its page.
+            results and analyses to show in its page.
         format: How to print the tables.
         baseline: The result that the others are compared with. [the first with a plain embedding]
         html: Write the report of a pretraining run to this file.

@@ -57,8 +57,13 @@ class ClassifyPlan(BenchmarkPlan[ClassifySettings]):
                     f"{seen_in(self.source.folder)}"
                 )
         self.splits = ["train", "validation", *(["test"] if self.source.has(PART, "test") else [])]
-        classes = settings.classes or self.source.classes(PART, "train", settings.label)
+        classes, self.ordered = settings.classes, True
+        if not classes:
+            classes, self.ordered = self.source.classes(PART, "train", settings.label)
         given = dict(entry.rsplit("=", 1) for entry in settings.label_map)
+        numbers = [name for name in classes if name.isdecimal() and name not in (*given, *given.values())]
+        if numbers and any(name.isdecimal() for name in given):
+            raise UserError(f"--label-map: does not say what {numbers[0]} stands for, as it does of other numbers")
         self.classes = tuple(dict.fromkeys(given.get(name, name) for name in classes))
         unknown = [name for name in given.values() if name not in self.classes]
         if unknown:
@@ -68,7 +73,8 @@ class ClassifyPlan(BenchmarkPlan[ClassifySettings]):
     def columns(self, part: str) -> Columns:
         """Return what a row holds."""
         first, *second = self.settings.columns
-        columns = Columns(first, second[0] if second else None, self.classes, (), self.settings.label)
+        second_text = second[0] if second else None
+        columns = Columns(first, second_text, self.classes, (), self.settings.label, ordered=self.ordered)
         return columns.mapped(self.settings.label_map)
 
     def accept_unlabelled(self, rows: Rows) -> None:
@@ -83,6 +89,19 @@ class ClassifyPlan(BenchmarkPlan[ClassifySettings]):
             if "test" in self.splits:
                 jobs.append(DataSetTestJob(self._test_name(seed), (name,), self._test_name(seed), seed))
         return jobs
+
+    def _answers(self, seed: int, count: int) -> np.ndarray:
+        """Return what a seed answered to each of the `count` test rows, as numbers of classes.
+
+        Raises:
+            UserError: the file of the answers is damaged.
+        """
+        name = self._test_name(seed)
+        answers = self.queue.result(name, "answers")["answers"]
+        numbers = range(len(self.classes))
+        if not (isinstance(answers, list) and len(answers) == count and all(each in numbers for each in answers)):
+            raise self.queue.damaged(name)
+        return np.array(answers)
 
     def _test_name(self, seed: int) -> str:
         return f"test-seed{seed}{self.test_suffix((PART, 'test'))}"
@@ -114,13 +133,13 @@ class ClassifyPlan(BenchmarkPlan[ClassifySettings]):
     def finish(self) -> None:
         """Write results.json, predictions.json and table.md."""
         seeds = self.settings.seeds
-        fine = {seed: self.queue.result(_training_name(seed)) for seed in seeds}
+        fine = {seed: self.queue.result(_training_name(seed), "epochs", "best_epoch") for seed in seeds}
         best = [each["epochs"][each["best_epoch"] - 1] for each in fine.values()]
         scores = {"validation": {name: float(np.mean([each[name] for each in best])) for name in METRICS}}
         counts: dict[str, Any] = {"validation": {"count": best[0]["count"]}}
         if "test" in self.splits:
-            answers = {seed: np.array(self.queue.result(self._test_name(seed))["answers"]) for seed in seeds}
             encoded = self.encoded(PART, "test")
+            answers = {seed: self._answers(seed, len(encoded.labels)) for seed in seeds}
             labelled = ~np.isnan(encoded.labels)
             counts["test"] = {"count": int(labelled.sum()), "unlabelled": int((~labelled).sum()), "cut": encoded.cut}
             if labelled.any():

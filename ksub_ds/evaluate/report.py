@@ -273,7 +273,8 @@ def _classify_differences(group: list[dict[str, Any]], baseline: dict[str, Any] 
                     [answer for answer, label in zip(run, stored["labels"], strict=True) if label is not None]
                     for run in stored["predictions"].values()
                 ]
-                right.append(np.mean([[a == b for a, b in zip(run, gold, strict=True)] for run in answers], axis=0))
+                first, *more = [[a == b for a, b in zip(run, gold, strict=True)] for run in answers]
+                right.append(np.mean([first, *more], axis=0))
             except OTHER_FORM as error:
                 raise UserError(f"{path}: is damaged ({error!r}); evaluate again") from error
             labels.append(stored["labels"])

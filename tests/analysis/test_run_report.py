@@ -301,6 +301,16 @@ def test_a_run_that_has_only_begun(tmp_path):
     assert 8.5 in [value for value, _ in Page(tmp_path / "torn.html").data]
 
 
+def test_a_page_replaces_a_page_and_nothing_else(tmp_path):
+    run = make_run(tmp_path / "run", last_step=0)
+    for _ in range(2):
+        write_report(run, tmp_path / "page.html")
+    before = (run / "recipe.json").read_bytes()
+    with pytest.raises(UserError, match=r"--html .*recipe\.json: is a file that is no page of this command"):
+        write_report(run, run / "recipe.json")
+    assert (run / "recipe.json").read_bytes() == before
+
+
 def test_an_extended_run_shows_its_plans(tmp_path):
     run = make_run(tmp_path / "run", last_step=20)
     recipe = json.loads((run / "recipe.json").read_text())

@@ -78,6 +78,27 @@ def test_from_files_to_tables(tiny_model: Path, data: Path, tmp_path: Path, caps
     assert "# reviews, 3 classes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("test-seed0", '{"answers": [1, 2]}'),
+        ("test-seed0", '{"answers": ["a"]}'),
+        ("finetune-seed0", '{"x": 1}'),
+        ("finetune-seed0", '{"epochs"'),
+    ],
+)
+def test_a_damaged_result_of_a_job_is_named(tiny_model, data, tmp_path, capsys, name, content):
+    run = ("--columns", "review", "--epochs", 1)
+    assert classify(tiny_model, data, tmp_path / "out", *run) == 0
+    (path,) = (tmp_path / "out" / "queue" / "done").glob(f"{name}*.json")
+    path.write_text(content)
+    capsys.readouterr()
+    assert classify(tiny_model, data, tmp_path / "out", *run) == 2
+    assert f"{path}: is damaged; remove it, and the same command does that job again" in capsys.readouterr().err
+    path.unlink()
+    assert classify(tiny_model, data, tmp_path / "out", *run) == 0
+
+
 def test_reports_compare_models(tiny_model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(tiny_model, tmp_path / "other")
     run = ("--columns", "review", "--epochs", 1, "--classes", *CLASSES)
@@ -87,6 +108,10 @@ def test_reports_compare_models(tiny_model: Path, data: Path, tmp_path: Path, ca
     assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--baseline", str(tmp_path / "a")]) == 0
     told = capsys.readouterr().out
     assert "reviews: differences" in told and "other (positional) - tiny (positional) | +0.0          | 1.0000" in told
+    stored = json.loads((tmp_path / "b" / "predictions.json").read_text())
+    (tmp_path / "b" / "predictions.json").write_text(json.dumps(stored | {"predictions": {}}))
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--baseline", str(tmp_path / "a")]) == 2
+    assert "predictions.json: is damaged" in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_one_line(tiny_model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
@@ -103,6 +128,16 @@ def test_what_is_wrong_is_one_line(tiny_model: Path, data: Path, tmp_path: Path,
     assert "is not one of bad, good" in told("--columns", "review", "--classes", "bad", "good")
     assert "--label-map good: must be VALUE=CLASS" in told("--columns", "review", "--label-map", "good")
     assert "is not a folder" in told("--columns", "review", where=tmp_path / "nowhere")
+    mapped = told("--columns", "review", "--label", "id", "--label-map", "0=no")
+    assert "--label-map: does not say what 1 stands for, as it does of other numbers" in mapped
+    out.mkdir()
+    (out / "results.json").write_text("mine")
+    assert f"--out {out}: holds results.json, and no evaluation" in told("--columns", "review")
+    assert (out / "results.json").read_text() == "mine"
+    shutil.rmtree(out)
+    (data / "test.jsonl").write_text('{"review": "a bird", "y": 0}\n')
+    numbers = told("--columns", "review")
+    assert "label 0 is a number, and the training set has names (bad, good, so so); say which is which by" in numbers
     (data / "dev.csv").rename(data / "heldout.csv")
     assert "has no validation set (validation.jsonl, .csv, .tsv or .parquet); found heldout.csv, test.jsonl" in told(
         "--columns", "review"

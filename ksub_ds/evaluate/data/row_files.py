@@ -76,9 +76,12 @@ def _check_shards(shards: Sequence[Path]) -> None:
     Raises:
         UserError: with the number of shards.
     """
-    whole = int(shards[0].name.rpartition("-of-")[2][:5])
-    if len(shards) != whole:
-        raise UserError(f"{shards[0]}: says that there are {whole} shards, but {len(shards)} are there")
+    numbers, totals = zip(*(map(int, re.findall(r"(\d{5})-of-(\d{5})", path.name)[-1]) for path in shards), strict=True)
+    whole = totals[0]
+    if sorted(numbers) != list(range(whole)) or set(totals) != {whole}:
+        names = ", ".join(path.name for path in shards[1:4])
+        beside = f"beside it are {names}" if names else "it is alone"
+        raise UserError(f"{shards[0]}: says that there are {whole} shards, but {beside}; put all of them there")
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -39,6 +39,7 @@ class Columns:
         synonyms: other spellings of a class name ("contradictory" in machine-translated MultiNLI).
         label_column: the column of the label.
         label_map: what stands in the files -> the name of the class, where they do not agree.
+        ordered: whether the names stand in the order of the numbers that files may have in their place.
     """
 
     first: str
@@ -47,6 +48,7 @@ class Columns:
     synonyms: tuple[tuple[str, int], ...] = ()
     label_column: str = "label"
     label_map: tuple[tuple[str, str], ...] = ()
+    ordered: bool = True
 
     def names(self) -> tuple[str, ...]:
         """Return all columns a row must have."""
@@ -116,6 +118,11 @@ class Columns:
             raise ValueError(f"label {repr(value)[:20]} is not a number")
         if named or not _is_number(text) or not 0 <= int(text) < len(self.labels):
             raise ValueError(f"label {text[:20]} is not one of 0 to {len(self.labels) - 1} ({self.described()})")
+        if not self.ordered:
+            raise ValueError(
+                f"label {text[:20]} is a number, and the training set has names ({self.described()}); say which is "
+                "which by --label-map, or give --classes in the order of the numbers"
+            )
         return int(text)
 
 
@@ -235,8 +242,12 @@ class RowSource:
                 reading.add(row, names)
         return reading.rows(self.name(part, split))
 
-    def classes(self, part: str, split: str, column: str) -> tuple[str, ...]:
-        """Return the names of all classes in a split: as the file itself lists them, else sorted.
+    def classes(self, part: str, split: str, column: str) -> tuple[tuple[str, ...], bool]:
+        """Find the classes of a split.
+
+        Returns:
+            Their names, and whether their order is that of numbers: as the file itself lists them; else they are
+            sorted, and say nothing of numbers unless they are some.
 
         Args:
             part: language, task, or part of a data set.
@@ -249,7 +260,7 @@ class RowSource:
         values: set[str] = set()
         for rows, names in self._raw(part, split, column):
             if names is not None:
-                return names
+                return names, True
             for where, number, row in rows:
                 if not isinstance(row, dict) or column not in row:
                     raise UserError(f"{where}: line {number} has no column {column!r}{_found(row)}")
@@ -264,7 +275,7 @@ class RowSource:
             found = f"one class ({', '.join(classes)})" if classes else "no class"
             raise UserError(f"{self.name(part, split)}: {column} holds {found}; at least two are needed")
         whole = all(_is_number(text) for text in classes)
-        return tuple(sorted(classes, key=lambda text: (int(text) if whole else 0, text)))
+        return tuple(sorted(classes, key=lambda text: (int(text) if whole else 0, text))), whole
 
     def fingerprint(self, part: str, split: str) -> str:
         """Return the sha256 of a split's file; of a hub data set, of what `datasets` calls its version."""

@@ -78,6 +78,10 @@ class Queue:
         """
         queue = cls(folder, jobs, identity, notes)
         path = folder / "queue" / "plan.json"
+        if folder.is_dir() and not path.exists():
+            others = sorted(each.name for each in folder.iterdir() if each.name not in ("queue", "work"))
+            if others:
+                raise UserError(f"--out {folder}: holds {others[0]}, and no evaluation; choose a new or empty folder")
         try:
             for each in (queue.leases.path, queue.done):
                 each.mkdir(parents=True, exist_ok=True)
@@ -144,17 +148,28 @@ class Queue:
         """Return whether every job has its result."""
         return all(self.is_done(name) for name in self.jobs)
 
-    def result(self, name: str) -> dict[str, Any]:
+    def result(self, name: str, *keys: str) -> dict[str, Any]:
         """Read the result of a job that is done.
+
+        Args:
+            name: of the job.
+            keys: that it must have.
 
         Raises:
             UserError: it is damaged.
         """
-        path = self.done / f"{name}.json"
-        result = read_json(path)
-        if not isinstance(result, dict) or not result:
-            raise UserError(f"{path}: is damaged; remove it, and the same command does that job again")
+        try:
+            result = read_json(self.done / f"{name}.json")
+        except UserError as error:
+            raise self.damaged(name) from error
+        if not (isinstance(result, dict) and result and set(keys) <= result.keys()):
+            raise self.damaged(name)
         return result
+
+    def damaged(self, name: str) -> UserError:
+        """Return the error of a job whose result is damaged."""
+        path = self.done / f"{name}.json"
+        return UserError(f"{path}: is damaged; remove it, and the same command does that job again")
 
     def holder(self, name: str) -> Holder | None:
         """Return who holds a job; None when nobody does."""

@@ -69,7 +69,7 @@ def test_other_names_shards_and_what_lies_beside(
     assert [path.name for path in find_files(tmp_path, "train")] == ["train.jsonl.gz"]
     assert "train.jsonl.gz: is read; beside it train.jsonl, train-00000-of-00002.parquet" in caplog.text
     (tmp_path / "train-00001-of-00002.parquet").rename(tmp_path / "test-00001-of-00002.parquet")
-    with pytest.raises(UserError, match="there are 2 shards, but 1 are there"):
+    with pytest.raises(UserError, match="there are 2 shards, but it is alone"):
         find_files(tmp_path, "test")
 
 

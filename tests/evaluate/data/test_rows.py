@@ -76,7 +76,7 @@ def test_the_class_names_of_a_parquet_file_count(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"label 0 is 'no' by the file's own class names.*--label-map 'no=CLASS'"):
         labels()
     assert labels(XNLI_COLUMNS.mapped(("no=contradiction", "maybe=neutral", "yes=entailment"))) == [2, 1, 0]
-    assert RowSource(str(tmp_path)).classes("en", "test", "label") == ("no", "maybe", "yes")
+    assert RowSource(str(tmp_path)).classes("en", "test", "label") == (("no", "maybe", "yes"), True)
 
 
 def test_unlabelled_rows_are_counted_or_kept(tmp_path: Path) -> None:
@@ -96,9 +96,9 @@ def test_unlabelled_rows_are_counted_or_kept(tmp_path: Path) -> None:
 
 def test_classes_are_found_in_the_data(tmp_path: Path) -> None:
     for labels, classes in (
-        (["b", "a", "b", None], ("a", "b")),
-        ([10, 9, 1.0, -1], ("1", "9", "10")),
-        ([True, False], ("false", "true")),
+        (["b", "a", "b", None], (("a", "b"), False)),
+        ([10, 9, 1.0, -1], (("1", "9", "10"), True)),
+        ([True, False], (("false", "true"), False)),
     ):
         found = source(tmp_path, [{"label": label} for label in labels]).classes("en", "test", "label")
         assert found == classes
