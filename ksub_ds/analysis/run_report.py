@@ -332,12 +332,13 @@ def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
 
 
 def _token_ticks(run: RunFiles) -> list[tuple[float, str]]:
-    """Return two steps of the axis with the tokens seen by then."""
+    """Return the step in the middle of the axis and the last one, with the tokens seen by then."""
     counted = [(line["step"], line["tokens"]) for line in run.metrics if finite(line.get("tokens")) is not None]
     if len(counted) < 2:
         return []
-    places = [counted[round(part * (len(counted) - 1))] for part in (0.5, 1)]
-    return [(step, f"{_short(tokens)} tokens") for step, tokens in dict(places).items()]
+    last = counted[-1]
+    middle = min(counted, key=lambda each: abs(each[0] - last[0] / 2))
+    return [(step, f"{_short(tokens)} tokens") for step, tokens in dict([middle, last]).items()]
 
 
 def _short(count: float) -> str:

@@ -97,6 +97,8 @@ def load(path: Path) -> list[dict[str, Any]]:
         files = [path / "results.json"] if (path / "results.json").exists() else sorted(path.glob("*/results.json"))
         if not files and is_run(path):
             raise UserError(f"{path}: is a pretraining run; add --html FILE for its page, and then any results")
+        if not files and (path / "watch.json").exists():
+            raise UserError(f"{path}: is a folder of `ksub evaluate watch`; its scores are in curve.jsonl")
         if not files and list(path.glob("**/queue/plan.json")):
             raise UserError(f"{path}: is not finished (see `ksub evaluate status {path}`); run its command again")
         if not files:

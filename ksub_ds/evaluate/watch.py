@@ -44,6 +44,9 @@ class Curve:
 
     def __init__(self, out: Path):
         self._out = out
+        names = {path.name for path in out.iterdir()} - {".lock"} if out.is_dir() else set()
+        if names and not names & {"curve.jsonl", "watch.json"}:
+            raise UserError(f"--out {out}: holds {min(names)}, and no curve; choose a new or empty folder")
         try:
             out.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

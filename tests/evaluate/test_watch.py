@@ -120,6 +120,9 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.rmtree(run / "checkpoints")
     assert call(run, tmp_path / "b", "--patience-seconds", 0) == 2
     assert "holds no whole checkpoint yet" in capsys.readouterr().err
+    recipe = (run / "recipe.json").read_bytes()
+    assert call(run, run) == 2
+    assert f"--out {run}: holds " in capsys.readouterr().err and (run / "recipe.json").read_bytes() == recipe
     with Curve(tmp_path / "c"):
         assert call(run, tmp_path / "c") == 2
     assert "another `ksub evaluate watch` is at work there" in capsys.readouterr().err

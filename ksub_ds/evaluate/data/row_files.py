@@ -43,18 +43,20 @@ def find_files(folder: Path, split: str) -> list[Path]:
     """
     paths = {path.name.lower(): path for path in sorted(_files(folder), reverse=True)}
     base, mark, rest = split.partition("_")  # validation_matched
+    found = []  # in the order of preference: each a file, or the shards of one
     for name in (split, *(other + mark + rest for other in OTHER_NAMES.get(base, ()))):
-        found = [paths[name + suffix] for suffix in dict.fromkeys(SUFFIXES) if name + suffix in paths]
-        shards = [path for key, path in sorted(paths.items()) if key.startswith(f"{name}-") and SHARD.fullmatch(key)]
-        if found:
-            others = [path.name for path in (*found[1:], *shards)]
-            if others:
-                get_logger().warning(f"{found[0]}: is read; beside it {', '.join(others)}: not read")
-            return found[:1]
-        if shards:
-            _check_shards(shards)
-            return shards
-    return []
+        found += [[paths[name + suffix]] for suffix in dict.fromkeys(SUFFIXES) if name + suffix in paths]
+        found += [[path for key, path in sorted(paths.items()) if key.startswith(f"{name}-") and SHARD.fullmatch(key)]]
+    found = list(filter(None, found))
+    if not found:
+        return []
+    first, *others = found
+    if SHARD.fullmatch(first[0].name.lower()):
+        _check_shards(first)
+    if others:
+        beside = ", ".join(path.name for each in others for path in each)
+        get_logger().warning(f"{first[0]}: is read; beside it {beside}: not read")
+    return first
 
 
 def seen_in(folder: Path) -> str:
@@ -76,9 +78,9 @@ def _check_shards(shards: Sequence[Path]) -> None:
     Raises:
         UserError: with the number of shards.
     """
-    numbers, totals = zip(*(map(int, re.findall(r"(\d{5})-of-(\d{5})", path.name)[-1]) for path in shards), strict=True)
-    whole = totals[0]
-    if sorted(numbers) != list(range(whole)) or set(totals) != {whole}:
+    found = [match for path in shards if (match := SHARD.fullmatch(path.name.lower()))]
+    whole = int(found[0]["count"])
+    if [(int(each["number"]), int(each["count"])) for each in found] != [(number, whole) for number in range(whole)]:
         names = ", ".join(path.name for path in shards[1:4])
         beside = f"beside it are {names}" if names else "it is alone"
         raise UserError(f"{shards[0]}: says that there are {whole} shards, but {beside}; put all of them there")
