@@ -20,7 +20,7 @@ def classification(predictions: np.ndarray, labels: np.ndarray, names: tuple[str
     Args:
         predictions: (n,) class numbers.
         labels: (n,) class numbers.
-        names: some of "accuracy", "f1" (of class 1), "macro_f1" (the mean over classes), "matthews".
+        names: some of "accuracy", "f1" (of class 1), "macro_f1" (the mean over the classes that occur), "matthews".
     """
     from sklearn import metrics
 
