@@ -3,7 +3,8 @@
     ksub evaluate classify --model model --data reviews --columns text --label stars --out results
 
 The folder holds train, validation and, if there is one, test. One fine-tuning a seed, then its test. Scores are
-accuracy, which chooses the epoch, and the mean F1 of the classes that occur. A test set without labels is answered, not scored.
+accuracy, which chooses the epoch, and the mean F1 of the classes that occur. A test set without labels is answered,
+not scored.
 """
 
 import dataclasses

@@ -367,7 +367,7 @@ def _best_cell(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def answers(task: str, logits: np.ndarray) -> str | list[float]:
-    """Return a model's answers: a digit a row, or six digits of each number for regression."""
+    """Return a model's answers: a digit a row, or the numbers of a regression."""
     if GLUE_TASKS[task].regression:
         return [float(f"{value:.9g}") for value in logits[:, 0].tolist()]  # all that float32 has
     return "".join(map(str, logits.argmax(axis=1).tolist()))
