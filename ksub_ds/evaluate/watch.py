@@ -24,7 +24,7 @@ from ksub_ds.common.lock import try_lock
 from ksub_ds.common.logging import MetricsWriter, get_logger, read_lines
 from ksub_ds.evaluate.data.rows import RowSource
 from ksub_ds.evaluate.finetune.classifier import fingerprint
-from ksub_ds.evaluate.queue.queue import Queue
+from ksub_ds.evaluate.queue.queue import Queue, check_is_free
 from ksub_ds.evaluate.queue.worker import run_worker
 from ksub_ds.evaluate.registry import make_plans
 from ksub_ds.evaluate.settings import XnliSettings, positive_rate
@@ -44,9 +44,8 @@ class Curve:
 
     def __init__(self, out: Path):
         self._out = out
-        names = {path.name for path in out.iterdir()} - {".lock"} if out.is_dir() else set()
-        if names and not names & {"curve.jsonl", "watch.json"}:
-            raise UserError(f"--out {out}: holds {min(names)}, and no curve; choose a new or empty folder")
+        if not (out / "watch.json").exists():
+            check_is_free(out)
         try:
             out.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)

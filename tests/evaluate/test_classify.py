@@ -51,6 +51,8 @@ def results(out: Path) -> dict[str, Any]:
 def test_from_files_to_tables(tiny_model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     run = ("--columns", "review", "about", "--epochs", 1, "--seeds", 0, 1)
+    out.mkdir()
+    (out / "log.txt").touch()  # as of a shell that sends the output there
     assert classify(tiny_model, data, out, *run) == 0
     found = results(out)
     assert found["classes"] == list(CLASSES) and set(found["scores"]) == {"validation", "test"}
@@ -135,6 +137,9 @@ def test_what_is_wrong_is_one_line(tiny_model: Path, data: Path, tmp_path: Path,
     assert f"--out {out}: holds results.json, and no evaluation" in told("--columns", "review")
     assert (out / "results.json").read_text() == "mine"
     shutil.rmtree(out)
+    for folder, held in ((tiny_model, "config.json"), (data, "dev.csv")):
+        assert classify(tiny_model, data, folder, "--columns", "review") == 2 and not (folder / "queue").exists()
+        assert f"--out {folder}: holds {held}, and no evaluation" in capsys.readouterr().err
     (data / "test.jsonl").write_text('{"review": "a bird", "y": 0}\n')
     numbers = told("--columns", "review")
     assert "label 0 is a number, and the training set has names (bad, good, so so); say which is which by" in numbers

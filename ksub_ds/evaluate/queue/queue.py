@@ -11,6 +11,7 @@ Each job has one result, whatever dies: a worker whose lease was taken over drop
 """
 
 import os
+import re
 import socket
 import uuid
 from collections import Counter
@@ -26,6 +27,23 @@ from ksub_ds.common.errors import OTHER_FORM, UserError
 from ksub_ds.common.files import json_bytes, read_json, write_json
 from ksub_ds.common.logging import format_seconds, get_logger
 from ksub_ds.evaluate.queue.leases import Holder, Lease, LeaseFolder, LeaseLost, boot_id, keep_touching, make_once
+
+OTHERS = re.compile(
+    r"(adapter_config|config|documents|manifest|modules|predictions|recipe|results)\.json|table\.md|checkpoints?|model"
+    r"|.+\.safetensors|(train|validation|dev|valid|val|test)[._-].+"
+)
+"""Names in a folder that is a model, a run, a data set, or holds the results of something else."""
+
+
+def check_is_free(folder: Path) -> None:
+    """Check that an evaluation may begin in a folder; logs and the like there do no harm.
+
+    Raises:
+        UserError: it holds what an evaluation would replace or be mixed up with.
+    """
+    found = [path.name for path in folder.iterdir() if OTHERS.fullmatch(path.name)] if folder.is_dir() else []
+    if found:
+        raise UserError(f"--out {folder}: holds {min(found)}, and no evaluation; choose a new or empty folder")
 
 
 @dataclass(frozen=True)
@@ -78,10 +96,8 @@ class Queue:
         """
         queue = cls(folder, jobs, identity, notes)
         path = folder / "queue" / "plan.json"
-        if folder.is_dir() and not path.exists():
-            others = sorted(each.name for each in folder.iterdir() if each.name not in ("queue", "work"))
-            if others:
-                raise UserError(f"--out {folder}: holds {others[0]}, and no evaluation; choose a new or empty folder")
+        if not path.exists():
+            check_is_free(folder)
         try:
             for each in (queue.leases.path, queue.done):
                 each.mkdir(parents=True, exist_ok=True)
