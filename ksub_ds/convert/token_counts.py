@@ -23,7 +23,7 @@ DOCUMENTS_AT_ONCE = 256
 def read_documents(path: Path, flag: str) -> Iterator[str]:
     """Read the documents of a text file, or of all text files of a folder (reader.py knows the forms).
 
-    Each line of a .txt is one. At the end, lines of the log say what was left out.
+    Each line of a .txt is one. When the reading ends, lines of the log say what was left out.
 
     Args:
         path: the file or folder.
@@ -43,10 +43,12 @@ def read_documents(path: Path, flag: str) -> Iterator[str]:
     if first is None:
         why = "; ".join(text.skipped.lines()) or "no .jsonl, .json, .txt, .parquet or .arrow file"
         raise UserError(f"{flag} {path}: holds no text ({why})")
-    yield first
-    yield from documents
-    for line in text.skipped.lines():
-        get_logger().warning(f"{flag} {path}: left out: {line}")
+    try:
+        yield first
+        yield from documents
+    finally:  # also where enough has been read
+        for line in text.skipped.lines():
+            get_logger().warning(f"{flag} {path}: left out: {line}")
 
 
 def check_shards(dataset: ShardDataset, encoder: Path | str, tokenizer: Any) -> None:

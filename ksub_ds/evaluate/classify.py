@@ -102,7 +102,7 @@ class ClassifyPlan(BenchmarkPlan[ClassifySettings]):
         numbers = range(len(self.classes))
         if not (isinstance(answers, list) and len(answers) == count and all(each in numbers for each in answers)):
             raise self.queue.damaged(name)
-        return np.array(answers)
+        return np.array(answers, dtype=np.int64)
 
     def _test_name(self, seed: int) -> str:
         return f"test-seed{seed}{self.test_suffix((PART, 'test'))}"

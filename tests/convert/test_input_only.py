@@ -27,7 +27,7 @@ from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.convert.compress_command import CompressModel, compress_model
 from ksub_ds.convert.input_only import InputForm, fit_form, fit_to_error, form_of_ratio
-from ksub_ds.convert.token_counts import count_tokens
+from ksub_ds.convert.token_counts import count_tokens, read_documents
 from ksub_ds.corpus.text.pipeline import ShardText, shard_text
 
 WIDTH, COUNT = 24, 600
@@ -295,3 +295,11 @@ def test_many_tables_are_described_in_few_words():
     assert rows["table sizes (M_k)"] == "83 x 256" and "code space in use" not in rows
     stored = 300 * 83 + 4 * 256 * 96
     assert rows["bytes at d = 96"].startswith(f"{stored:,} in float32") and max(map(len, rows.values())) < 120
+
+
+def test_text_that_is_left_out_is_told_also_where_enough_has_been_read(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a house"}\n{"text": "caf\xe9"}\n{"text": "a dog"}\n')
+    reading = read_documents(tmp_path, "--counts")
+    assert [next(reading), next(reading)] == ["a house", "a dog"]
+    reading.close()
+    assert f"--counts {tmp_path}: left out: not_utf8 1 (first: " in capsys.readouterr().err
