@@ -361,6 +361,19 @@ def test_damaged_scores_name_their_file(tmp_path, damaged):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_data_sets_of_ones_own_and_bits_per_byte_are_shown(tmp_path):
+    run = make_run(tmp_path / "run", last_step=1)
+    classify = {"task": "classify", "data": {"path": "x/reviews"}, "scores": {"test": {"accuracy": 0.8125}}}
+    lm = {"task": "lm", "languages": {"en": {"bits_per_byte": 2.125}}, "average": 2.25, "data": {"path": "text"}}
+    for name, value in (("own", classify), ("lm", lm)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(value))
+    write_report(run, tmp_path / "page.html", [tmp_path / "own", tmp_path / "lm"])
+    page = (tmp_path / "page.html").read_text()
+    assert "<h3>Other data sets</h3>" in page and "<h3>Bits per byte</h3>" in page and "reviews" in page
+    assert {0.8125, 2.125, 2.25} <= {value for value, _ in Page(tmp_path / "page.html").data}
+
+
 def console(done):
     """What a page said in the browser's console."""
     return [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
