@@ -83,7 +83,7 @@ class FineTunings(Commands):
     def __init__(self, options: argparse.Namespace, models: list[Pretrained]):
         super().__init__(options.out)
         self.options, self.models = options, models
-        self.keep_settings(options, ("rates", "epochs", "all_epochs", "all_pairs"))
+        self.keep_settings(options, ("rates", "epochs", "all_epochs", "all_pairs", "freeze_embedding"))
         self.rates: dict[str, dict[str, float]] = {setting: {} for setting in SETTINGS}
         self.searches: dict[str, dict[str, dict[str, float]]] = {setting: {} for setting in SETTINGS}
 
@@ -97,10 +97,11 @@ class FineTunings(Commands):
         self.command(exported, *KSUB, "export", model.run, "--out", exported)
         source = ("--model", exported, "--data", self.options.data, "--setting", setting, "--out", folder)
         tuning = ("--learning-rate", rate, "--seeds", model.seed, "--precision", "fp32", "--attention", "sdpa")
+        frozen = ("--freeze-embedding",) if self.options.freeze_embedding else ()
         length: tuple[Any, ...] = ("--epochs", self.options.epochs)
         if setting == TRANSLATE_TRAIN_ALL:
             length = ("--epochs", self.options.all_epochs, "--max-train-examples", self.options.all_pairs)
-        self.command(folder / "results.json", *KSUB, "evaluate", "xnli", *source, *tuning, *length)
+        self.command(folder / "results.json", *KSUB, "evaluate", "xnli", *source, *tuning, *frozen, *length)
         return folder
 
     def choose_rate(self, embedding: str, setting: str) -> None:
@@ -190,7 +191,7 @@ def run(options: argparse.Namespace) -> None:
     if not (options.out / "baselines.json").exists():
         write_json(options.out / "baselines.json", logistic_regression(str(options.data)))
     with pool_of(options.parallel) as pool:
-        for setting in SETTINGS:
+        for setting in options.settings:
             list(pool.map(partial(work.choose_rate, setting=setting), dict.fromkeys(each.embedding for each in models)))
             list(pool.map(partial(work.finish, setting=setting), models))
 
@@ -207,6 +208,8 @@ def main() -> None:
     add("--epochs", type=int, default=3, help="over the English pairs [3]")
     add("--all-epochs", type=int, default=1, help="over the pairs of all languages [1]")
     add("--all-pairs", type=int, default=15_001, help="of each language then, at most [15001]")
+    add("--settings", nargs="+", default=SETTINGS, choices=SETTINGS, help="[both]")
+    add("--freeze-embedding", action="store_true", help="leave the tokens' embedding as it was pretrained")
     add("--parallel", type=int, default=1, help="models at a time, of one thread each [1]")
     run(parser.parse_args())
 

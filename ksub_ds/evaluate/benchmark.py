@@ -299,6 +299,7 @@ class BenchmarkPlan(Plan, Generic[Settings]):
             self._tuning(job, regression),
             keep_model=True,
             attention=self.settings.attention,
+            freeze_embedding=self.settings.freeze_embedding,
         )
 
     def _tuning(self, job: FineTuneJob, regression: bool) -> FineTuning:

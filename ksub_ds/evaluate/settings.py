@@ -22,7 +22,7 @@ FREE_KEYS = (
     *("save_every_steps", "ranks_per_job", "attention", "keep_models", "test_predictions"),
 )
 # Settings that earlier versions had not: without a value they are not written, so that old results stay the same.
-LATER_KEYS = ("label_map",)
+LATER_KEYS = ("label_map", "freeze_embedding")
 
 
 def positive_rate(name: str, value: float) -> None:
@@ -94,6 +94,9 @@ class EvaluationSettings:
     """AdamW's, on matrices only."""
     gradient_clipping: float = 1.0
     """Largest gradient norm; 0 clips nothing."""
+    freeze_embedding: bool = False
+    """Leave the tokens' embedding as it was pretrained. AdamW keeps no moments of it then, which of a large plain
+    embedding take twice its own memory."""
     precision: Literal["fp32", "bf16"] | None = None
     """Of the forward pass (weights stay fp32). [bf16 on a GPU, fp32 on a CPU]"""
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ksub_ds.cli import main
 from ksub_ds.evaluate.finetune.train_step import SingleProcessStep
@@ -78,6 +79,17 @@ def test_from_files_to_tables(tiny_model: Path, data: Path, tmp_path: Path, caps
     assert later["predictions"] == answers["predictions"] and later["labels"] == [None] * 12
     assert main(["report", str(out), "--format", "csv"]) == 0
     assert "# reviews, 3 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_embedding_can_stay_as_it_was(tiny_model: Path, data: Path, tmp_path: Path, ranks: int) -> None:
+    run = ("--columns", "review", "--epochs", 1, "--ranks-per-job", ranks, "--freeze-embedding")
+    assert classify(tiny_model, data, tmp_path / "out", *run) == 0
+    assert results(tmp_path / "out")["settings"]["freeze_embedding"] is True
+    before = load_file(tiny_model / "model.safetensors")
+    after = load_file(tmp_path / "out" / "work" / "finetune-seed0" / "model" / "model.safetensors")
+    changed = {name for name, value in after.items() if name in before and not torch.equal(value, before[name])}
+    assert changed == {name for name in set(before) & set(after) if "word_embeddings" not in name}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ksub_ds.evaluate.data.metrics import paired_test
 
 FRONTIER = Path(__file__).resolve().parents[2] / "experiments/frontier"
 LANGUAGES = ("en", "sw")
-SETTINGS = {"rates": [1e-4], "epochs": 2, "all_epochs": 1, "all_pairs": 100}
+SETTINGS = {"rates": [1e-4], "epochs": 2, "all_epochs": 1, "all_pairs": 100, "freeze_embedding": False}
 
 
 @pytest.fixture
@@ -121,3 +121,14 @@ def test_an_embedding_has_the_rate_that_its_first_model_validates_best_with(xnli
         work.choose_rate(embedding, xnli.CROSS_LINGUAL)
     assert work.rates == {"cross-lingual": {"plain": 2e-4, "coded": 1e-4}, "translate-train-all": {}}
     assert work.searches["cross-lingual"]["coded"] == {"0.0001": 0.6, "0.0002": 0.45}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_embedding_is_frozen_when_asked(xnli, tmp_path, monkeypatch, frozen):
+    model = xnli.Pretrained("plain", 0, tmp_path)
+    options = SETTINGS | {"freeze_embedding": frozen}
+    work = xnli.FineTunings(Namespace(out=tmp_path, data=tmp_path, **options), [model])
+    words = []
+    monkeypatch.setattr(work, "command", lambda made, *command: words.extend(command))
+    work.finetune(model, xnli.CROSS_LINGUAL, 1e-4)
+    assert ("--freeze-embedding" in words) == frozen

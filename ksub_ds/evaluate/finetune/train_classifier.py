@@ -32,6 +32,7 @@ class ClassifierTraining:
         settings: how it is trained.
         keep_model: write WORK/model, a HuggingFace folder of the best epoch.
         attention: its implementation, by transformers' name; None = transformers' choice.
+        freeze_embedding: train all weights but those of the tokens' embedding.
         classes: their names, kept in the model's config.json; none = transformers' LABEL_0 and so on.
     """
 
@@ -46,6 +47,7 @@ class ClassifierTraining:
     settings: FineTuning
     keep_model: bool
     attention: str | None = None
+    freeze_embedding: bool = False
     classes: tuple[str, ...] = ()
 
 
@@ -91,6 +93,8 @@ def _train(training: ClassifierTraining, check: Callable[[], None], several_rank
     model = load_classifier(training.model, training.num_labels, settings.seed, training.body)
     model = model.to(distributed.device())
     set_attention(model, training.attention)
+    if training.freeze_embedding:
+        model.get_input_embeddings().requires_grad_(False)
     if training.classes:
         model.config.id2label = dict(enumerate(training.classes))
         model.config.label2id = {name: number for number, name in enumerate(training.classes)}
