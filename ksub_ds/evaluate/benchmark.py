@@ -174,7 +174,7 @@ class BenchmarkPlan(Plan, Generic[Settings]):
             if not labelled:
                 self.accept_unlabelled(rows)
             get_logger().info(
-                f"{rows.name}: {len(rows) - labelled:,} of {len(rows):,} rows are unlabelled (label -1 or null): "
+                f"{rows.name}: {len(rows) - labelled:,} of {len(rows):,} rows are unlabelled ({rows.without}): "
                 "they are not scored"
             )
 
@@ -184,7 +184,7 @@ class BenchmarkPlan(Plan, Generic[Settings]):
         Raises:
             UserError: always, unless a benchmark writes predictions.
         """
-        raise UserError(f"{rows.name}: no row has a label; there is nothing to score")
+        raise UserError(f"{rows.name}: no row has a label ({rows.without}); there is nothing to score")
 
     # ---------------------------------------------------------------- what a benchmark defines
 

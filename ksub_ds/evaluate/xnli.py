@@ -19,7 +19,7 @@ from ksub_ds.evaluate import result_tables
 from ksub_ds.evaluate.benchmark import BenchmarkPlan, FineTuneJob
 from ksub_ds.evaluate.data import metrics
 from ksub_ds.evaluate.data.rows import Columns
-from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, NLI_LABELS, XNLI_COLUMNS
+from ksub_ds.evaluate.data.tasks import CROSS_LINGUAL, LANGUAGES, NLI_LABELS, XNLI_COLUMNS
 from ksub_ds.evaluate.finetune.scoring import predict
 from ksub_ds.evaluate.finetune.train_classifier import ClassifierTraining
 from ksub_ds.evaluate.queue.queue import Job
@@ -56,17 +56,27 @@ class XnliPlan(BenchmarkPlan[XnliSettings]):
         self.missing = {
             split: [each for each in languages if each not in self.found[split]] for split, languages in used.items()
         }
+        others = self._other_folders()
         for split, languages in self.missing.items():
             if languages:
-                get_logger().warning(f"{self.settings.data}: no {split} set for {' '.join(languages)}: left out")
+                get_logger().warning(
+                    f"{self.settings.data}: no {split} set for {' '.join(languages)}: left out{others}"
+                )
         for split, found in self.found.items():
             if not found:
                 raise UserError(
                     f"--data {self.settings.data}: holds no {split} set"
                     + (" for en" if used[split] == english else "")
-                    + f"; XNLI needs <lang>/{split}.jsonl[.gz] or .parquet"
+                    + f"; XNLI needs <lang>/{split}.jsonl[.gz] or .parquet{others}"
                 )
         return [(language, split) for split, languages in self.found.items() for language in languages]
+
+    def _other_folders(self) -> str:
+        """Say which folders of the data have names that are none of XNLI's languages."""
+        inside = self.source.folder.iterdir() if self.source.folder is not None else ()
+        names = sorted(path.name for path in inside if path.is_dir() and path.name not in LANGUAGES)
+        shown = [name for name in names if not name.startswith(".")][:6]
+        return f"; not read, because no language is called so: {', '.join(shown)}" if shown else ""
 
     def make_jobs(self) -> list[Job]:
         """Return a fine-tuning for each seed, and after it a test for each language."""

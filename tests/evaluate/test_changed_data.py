@@ -71,7 +71,12 @@ def test_bad_rows_are_told_before_training(
         path.write_bytes(before)
     write(data / "fr" / "test.jsonl", [row | {"label": -1} for row in read(data / "fr" / "test.jsonl")])
     assert evaluate(tiny_model, data, out) == 2
-    assert "fr/test.jsonl: no row has a label" in capsys.readouterr().err and not trained
+    assert "fr/test.jsonl: no row has a label (label -1 or null)" in capsys.readouterr().err and not trained
+    rows = [{"lable" if key == "label" else key: row[key] for key in row} for row in read(data / "fr" / "test.jsonl")]
+    write(data / "fr" / "test.jsonl", rows)
+    assert evaluate(tiny_model, data, out) == 2
+    message = "fr/test.jsonl: no row has a label (no column 'label'; found "
+    assert message in capsys.readouterr().err and not trained
 
 
 def test_a_changed_test_set_keeps_the_trained_model(

@@ -113,6 +113,19 @@ def test_a_damaged_result_of_a_job_is_named(tiny_model, data, tmp_path, capsys, 
     assert classify(tiny_model, data, tmp_path / "out", *run) == 0
 
 
+def test_minus_one_may_be_a_class(tiny_model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    for name, count in (("train.jsonl", 30), ("validation.jsonl", 6), ("test.jsonl", 6)):
+        lines = [{"review": row["review"], "y": row["id"] % 3 - 1} for row in rows(count)]
+        (data / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = ("--columns", "review", "--epochs", 1)
+    assert classify(tiny_model, data, tmp_path / "out", *run) == 2
+    message = "remove it, or say which class it is (--label-map=-1=CLASS, or --classes) (10 of 30 rows are such)"
+    assert message in capsys.readouterr().err
+    assert classify(tiny_model, data, tmp_path / "out", *run, "--classes", -1, 0, 1) == 0
+    assert results(tmp_path / "out")["classes"] == ["-1", "0", "1"]
+    assert results(tmp_path / "out")["rows"]["test"]["count"] == 6
+
+
 def test_reports_compare_models(tiny_model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(tiny_model, tmp_path / "other")
     run = ("--columns", "review", "--epochs", 1, "--classes", *CLASSES)

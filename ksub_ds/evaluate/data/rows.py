@@ -169,12 +169,14 @@ class Rows:
         second: the other sentences; None for tasks of single sentences.
         labels: one number a row; UNLABELLED where there is none.
         name: where they come from, for messages.
+        without: how a row says that it has no label, for messages.
     """
 
     first: list[str]
     second: list[str] | None
     labels: list[float]
     name: str
+    without: str = "label -1 or null"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -328,7 +330,7 @@ class _Reading:
         self.first: list[str] = []
         self.second: list[str] | None = [] if columns.second else None
         self.labels: list[float] = []
-        self._expected: set[str] | None = None
+        self._expected: dict[str, Any] | None = None  # the first row
         self._first_without: tuple[Path | str, int, Any] | None = None
         self._without = 0  # rows without a label
 
@@ -361,8 +363,8 @@ class _Reading:
             raise UserError(
                 f"{where}: line {number} has no column {missing[0]!r}; every row needs {', '.join(needed)}{_found(row)}"
             )
-        self._expected = self._expected or set(row)
-        if set(row) != self._expected:
+        self._expected = self._expected or row
+        if set(row) != set(self._expected):
             raise UserError(
                 f"{where}: line {number} has {len(row)} columns, the first row {len(self._expected)}; fix the file"
             )
@@ -379,11 +381,16 @@ class _Reading:
             raise UserError(f"{name}: holds no rows")
         if self._first_without is not None and not self.unlabelled:
             where, number, label = self._first_without
+            text = spelling(label)
+            otherwise = ", or say which class it is (--label-map=-1=CLASS, or --classes)" if text == "-1" else ""
             raise UserError(
-                f"{where}: line {number}: label {spelling(label) or 'null'} stands for an unlabelled row, which cannot "
-                f"be learnt from or selected on; remove it ({self._without:,} of {len(self.labels):,} rows are such)"
+                f"{where}: line {number}: label {text or 'null'} stands for an unlabelled row, which cannot be learnt "
+                f"from or selected on; remove it{otherwise} ({self._without:,} of {len(self.labels):,} rows are such)"
             )
-        return Rows(self.first, self.second, self.labels, name)
+        column, present = self.columns.label_column, self._expected or {}
+        if column in present:
+            return Rows(self.first, self.second, self.labels, name)
+        return Rows(self.first, self.second, self.labels, name, f"no column {column!r}{_found(present)}")
 
 
 def _text(where: Path | str, number: int, column: str, text: Any) -> str:

@@ -33,6 +33,7 @@ OTHERS = re.compile(
     r"|.+\.safetensors|(train|validation|dev|valid|val|test)[._-].+"
 )
 """Names in a folder that is a model, a run, a data set, or holds the results of something else."""
+FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
 def check_is_free(folder: Path) -> None:
@@ -289,6 +290,8 @@ def _difference(key: str, old: Any, new: Any) -> str:
         for inner in {**new, **old}:
             if old.get(inner) != new.get(inner):
                 return _difference(f"{key}.{inner}", old.get(inner), new.get(inner))
+    if isinstance(old, str) and isinstance(new, str) and FINGERPRINT.fullmatch(old) and FINGERPRINT.fullmatch(new):
+        return f"{key}: its files are others"
     return f"{key}: {old} -> {new}"
 
 

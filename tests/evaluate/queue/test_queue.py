@@ -137,6 +137,9 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     make_queue(tmp_path, settings={"epochs": 1, "seeds": [0]})
     with pytest.raises(UserError, match=r"other settings \(settings.epochs: 1 -> 2\)"):
         make_queue(tmp_path, settings={"epochs": 2, "seeds": [0]})
+    make_queue(tmp_path / "a", model="0" * 64)
+    with pytest.raises(UserError, match=r"other settings \(model: its files are others\)"):
+        make_queue(tmp_path / "a", model="1" * 64)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         make_queue(tmp_path / "file")
