@@ -81,10 +81,30 @@ def signed(value: float | None) -> str:
 
 
 def short_name(result: dict[str, Any], others: Sequence[dict[str, Any]] = ()) -> str:
-    """Return the last part of a model's path, with its kind; the whole path where others end alike."""
+    """Return the last part of a model's path, with its kind; what tells it from others where they end alike.
+
+    That is the whole path, or of one path the settings that differ, or else the folder of the results.
+    """
     path = Path(result["model"]["path"])
     alike = [each for each in others if Path(each["model"]["path"]).name == path.name and each is not result]
-    return f"{path if alike else path.name or path} ({result['model'].get('kind', 'unknown')})"
+    paths = {each["model"]["path"] for each in alike}
+    name = path if paths - {result["model"]["path"]} else path.name or path
+    told = [str(result["model"].get("kind", "unknown"))]
+    if result["model"]["path"] in paths:
+        told += _own_settings(result, alike) or [str(result["_folder"])]
+    return f"{name} ({', '.join(told)})"
+
+
+def _own_settings(result: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the settings, as words, that one of the others has not or has otherwise."""
+    values = [each.get("settings", {}) for each in (result, *others)]
+    names = dict.fromkeys(name for each in values for name in each)
+    different = [name for name in names if any(each.get(name) != values[0].get(name) for each in values[1:])]
+    return [f"{name.replace('_', ' ')} {_setting(values[0].get(name))}" for name in different]
+
+
+def _setting(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else NOTHING if value is None else str(value)
 
 
 # ---------------------------------------------------------------- XNLI

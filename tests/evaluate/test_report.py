@@ -71,6 +71,19 @@ def test_differences_and_paired_test(tmp_path: Path) -> None:
         report([plain, coded])
 
 
+def test_results_of_one_model_are_told_apart(tmp_path: Path) -> None:
+    folders = [result(tmp_path / name, "plain", 0.6, seed) for seed, name in enumerate(("a", "b", "c", "d"))]
+    settings = [{"learning_rate": 1e-4}, {"learning_rate": 2e-4}, {"learning_rate": 2e-4, "freeze_embedding": True}]
+    for folder, more in zip(folders, [*settings, settings[1]], strict=True):
+        found = json.loads((folder / "results.json").read_text())
+        found |= {"model": {"path": "models/m", "kind": "plain"}, "settings": found["settings"] | more}
+        (folder / "results.json").write_text(json.dumps(found))
+    text = report(folders[:3])
+    assert "| m (plain, learning rate 0.0001, freeze embedding –) " in text
+    assert "| m (plain, learning rate 0.0002, freeze embedding True) " in text
+    assert f"| m (plain, {folders[1]}) " in report([folders[1], folders[3]])
+
+
 def test_both_settings_make_two_tables(tmp_path: Path) -> None:
     one = result(tmp_path / "one", "plain", 0.6, 1)
     two = result(tmp_path / "two", "plain", 0.6, 1, "translate-train-all")
