@@ -28,6 +28,7 @@ from ksub_ds.corpus.text.layout import TextLayout
 from ksub_ds.corpus.tokenizers.spelling import spellings
 
 RESULT = "analysis.json"
+WRITTEN = r"analysis\.json|explore\.html|.+\.(pdf|svg|png)"  # names in --out
 FORMAT = "ksub-analysis-1"
 RATIOS = (1, 2, 3, 10, 50)  # the p of the explained variance ratios that are written down
 
@@ -145,7 +146,7 @@ def _check(settings: Analyze) -> None:
         value = getattr(settings, key)
         if value < least:
             raise UserError(f"--{key.replace('_', '-')} {value}: must be at least {least}")
-    check_output_folder(settings.out, "an analysis", lambda folder: (folder / RESULT).is_file())
+    check_output_folder(settings.out, "an analysis", lambda folder: (folder / RESULT).is_file(), WRITTEN)
 
 
 def _followed(words: Sequence[str], vocabulary: list[str], name: str) -> list[tuple[str, int]]:

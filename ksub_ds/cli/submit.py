@@ -74,6 +74,10 @@ def command_line(settings: Submit, arguments: Sequence[str]) -> list[str]:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    for name in ("partition", "account", "job_name"):
+        value = getattr(settings, name)
+        if value is not None and not (value.strip() and value.isprintable()):
+            raise UserError(f"--{name.replace('_', '-')} {value!r}: is empty; give a name, or leave it out")
     if settings.time is not None and not TIME.fullmatch(settings.time):
         raise UserError(f"--time {settings.time}: write hours:minutes:seconds, such as 12:00:00, or 2-00:00:00")
     if settings.array is not None and not ARRAY.fullmatch(settings.array):
@@ -112,7 +116,7 @@ def without_restarts(arguments: Sequence[str]) -> list[str]:
         name, equals, value = word.partition("=")
         if name != "--max-restarts":
             left.append(word)
-        elif not (value if equals else (value := next(words, ""))).isdecimal():
+        elif not (value if equals else (value := next(words, "without a value"))).isdecimal():
             raise UserError(f"--max-restarts {value}: must be a whole number, 0 or more")
     return left
 

@@ -113,6 +113,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         OSError: the disk refused a write or a rename; the older folder is still there.
     """
     folder = Path(folder)
+    folder = folder.resolve() if folder.is_symlink() else folder  # what it points to is replaced, not the link
     name = _own_name(folder)
     temporary, old = folder.with_name(name + TEMPORARY_SUFFIX), folder.with_name(name + ".old")
     try:
@@ -172,21 +173,24 @@ def remove_path(path: Path) -> None:
             path.unlink()
 
 
-def check_output_folder(out: Path, kind: str, is_one: Callable[[Path], bool], source: str | Path | None = None) -> bool:
-    """Check that a command may make a folder, or replace one of its own.
+def check_output_folder(
+    out: Path, kind: str, is_one: Callable[[Path], bool], written: str, source: str | Path | None = None
+) -> bool:
+    """Check that a command may make a folder, or replace one of its own that holds nothing else.
 
     Args:
         out: the folder, of --out.
         kind: what the command makes, as in "an export".
         is_one: whether a folder that is not empty is what the command made earlier.
+        written: a regular expression that the names of all match that the command writes there.
         source: the folder that the command reads; a name that is no path does no harm.
 
     Returns:
         Whether something is replaced.
 
     Raises:
-        UserError: another folder or file is there, a git repository, or the current folder, the source, or one above;
-            or nothing can be made there.
+        UserError: another folder or file is there, or one of the command's with something else in it, a git
+            repository, or the current folder, the source, or one above; or nothing can be made there.
     """
     here = Path.cwd()
     if out.name in ("", "..") or out.resolve() in (here, *here.parents):
@@ -202,6 +206,12 @@ def check_output_folder(out: Path, kind: str, is_one: Callable[[Path], bool], so
         raise UserError(f"--out {out}: is not {kind} and not empty; choose another folder")
     if (out / ".git").exists():
         raise UserError(f"--out {out}: is a git repository, which would be lost; choose another folder")
+    others = sorted(path.name for path in out.iterdir() if not re.fullmatch(written, path.name))
+    if others:
+        raise UserError(
+            f"--out {out}: is {kind}, but holds {others[0]!r} too, which would be lost; move that, or choose another "
+            "folder"
+        )
     return True
 
 

@@ -19,7 +19,7 @@ from ksub_ds.convert.compress import CompressionReport, compress_with_report
 from ksub_ds.convert.fitting import Fit, Mixing
 from ksub_ds.convert.input_only import MOST_ROWS, InputForm, fit_form, fit_to_error, form_of_ratio
 from ksub_ds.convert.sentence_encoder import copy_sentence_files, encoder_folder, sentence_folder
-from ksub_ds.convert.source import head_of
+from ksub_ds.convert.source import MODEL_FILES, head_of
 from ksub_ds.convert.target_rows import dedicate_to_error, dedicate_to_ratio
 from ksub_ds.convert.token_counts import check_shards, count_tokens
 from ksub_ds.model.sequence_length import limit_tokenizer
@@ -94,7 +94,7 @@ def compress_model(settings: CompressModel) -> Path:
     from ksub_ds.model.loading import open_model, quiet_transformers
 
     out, log = settings.out, get_logger()
-    replaces = check_output_folder(out, "a compressed model", _is_compressed, settings.model)
+    replaces = check_output_folder(out, "a compressed model", _is_compressed, MODEL_FILES, settings.model)
     state = out.with_name(f"{out.name}.distillation")
     _check(settings)
     _check_distillation(settings, state)

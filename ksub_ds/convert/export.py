@@ -22,6 +22,7 @@ from ksub_ds.convert.onnx import write_onnx
 from ksub_ds.convert.remote_code import write_remote_code
 from ksub_ds.convert.sentence_encoder import copy_sentence_files
 from ksub_ds.convert.source import (
+    MODEL_FILES,
     ExportSource,
     as_choices,
     auto_class,
@@ -64,7 +65,7 @@ def export_run(
         UserError: not a run folder, no (such) whole checkpoint, a folder in the way, or the reloaded model differs.
     """
     out = Path(out)
-    check_output_folder(out, "an export", is_export, run)
+    replaces = check_output_folder(out, "an export", is_export, MODEL_FILES, run)
     source = open_source(run, step)
     if onnx and head_of(type(source.model).__name__) == "ForCausalLM":
         raise UserError("--onnx: is for encoders; a causal model's graph would need its cache as inputs and outputs")
@@ -76,7 +77,8 @@ def export_run(
                 get_logger().info(f"model.onnx: run by onnxruntime and compared (largest difference {error:.1e})")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
-    get_logger().info(f"{out}: {source.name}, reloaded and compared (largest difference {difference:.1e})")
+    told = ", in place of the export that was there" if replaces else ""
+    get_logger().info(f"{out}: {source.name}, reloaded and compared (largest difference {difference:.1e}){told}")
     return out
 
 

@@ -13,6 +13,16 @@ from ksub_ds.common.logging import get_logger
 from ksub_ds.corpus.tokenizers.location import TOKENIZER_FILES
 from ksub_ds.pretrain.open_run import RunCheckpoint, is_run, open_run
 
+MODEL_FILES = "|".join(
+    (
+        *map(re.escape, TOKENIZER_FILES),
+        r"README\.md|\.gitattributes|__pycache__|modeling_ksub\.py|model\.onnx(\.data)?",
+        r"(config|generation_config|model\.safetensors\.index|compression|modules|config_sentence_transformers)\.json",
+        r"sentence_\w+_config\.json|\d+_\w+|(model(-\d+-of-\d+)?|codes)\.safetensors",
+    )
+)
+"""A regular expression of the names that `ksub export` and `ksub compress` write into a model's folder."""
+
 
 @dataclass(frozen=True)
 class ExportSource:

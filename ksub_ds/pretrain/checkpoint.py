@@ -45,6 +45,7 @@ FORMAT = "ksub-checkpoint-1"
 WEIGHTS, MOMENTS_FILE, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "trainer.json", "manifest.json"
 FILES = (WEIGHTS, MOMENTS_FILE, STATE)
 FOLDER = "checkpoints"  # in the run folder
+LATEST = "LATEST"  # beside it: name of the newest one
 PREFIX = "global_step"
 
 
@@ -138,7 +139,7 @@ def newest_complete(folder: Path, quiet: bool = False, up_to: int | None = None)
 
 def name_latest(folder: Path, step: int) -> None:
     """Write RUN/LATEST. It is for people: `find_start` looks at the checkpoints, since the newest may be damaged."""
-    with atomic_path(folder.parent / "LATEST") as temporary:
+    with atomic_path(folder.parent / LATEST) as temporary:
         temporary.write_text(checkpoint_name(step) + "\n", encoding="utf-8")
 
 
@@ -146,14 +147,22 @@ def find_start(folder: Path) -> Path | None:
     """Return the checkpoint to continue from, None for a fresh start; also remove what a kill left half-written.
 
     Raises:
-        UserError: there are checkpoints, but none is whole.
+        UserError: there are checkpoints, but none is whole; or there are none, and LATEST names one.
     """
     for leftover in sorted(folder.glob(f".{PREFIX}*{TEMPORARY_SUFFIX}")) + sorted(folder.glob(f".{PREFIX}*.old")):
         get_logger().warning(f"checkpoint {leftover} was never finished: passed over and removed")
         shutil.rmtree(leftover, ignore_errors=True)
     found = newest_complete(folder)
     if found is None and checkpoints(folder):
-        raise UserError(f"{folder}: no checkpoint there is whole; remove the folder to start from step 0")
+        raise UserError(
+            f"{folder}: no checkpoint there is whole; remove it and {LATEST} beside it to start from step 0"
+        )
+    latest = folder.parent / LATEST
+    if found is None and latest.exists():
+        raise UserError(
+            f"{folder}: holds no checkpoint, but {latest} names one; bring it back, or remove {LATEST} to start from "
+            "step 0"
+        )
     return found
 
 

@@ -105,6 +105,11 @@ class TrainingMetrics:
             return
         self._write(self._evaluations, "held_out", step, {"step": step} | scores)
         rows = scores["languages"] | scores.get("pairs", {})
+        if not rows:
+            get_logger().warning(
+                f"held out at step {step:,}: not one token to predict; raise --eval-sequences or --mlm-probability"
+            )
+            return
         languages = "  ".join(f"{name} {_in_words(row)}" for name, row in rows.items())
         name = accuracy_key_of(scores)
         bits = f", {_in_words(scores)}" if "bits_per_byte" in scores else ""

@@ -38,9 +38,13 @@ def open_run(path: str | Path) -> "OpenRun":
     Raises:
         UserError: not a run folder.
     """
-    if not is_run(Path(path)):
-        raise UserError(f"{path}: no recipe.json there; give the --out folder of `ksub pretrain`")
-    return OpenRun(RunFolder(Path(path)))
+    folder = Path(path)
+    if not is_run(folder):
+        of = folder.absolute().parents[1] if folder.absolute().parent.name == checkpoint.FOLDER else None
+        step = f", and for a checkpoint --step: {of}" if of is not None and is_run(of) else ""
+        there = "no recipe.json there" if folder.exists() else "is not there"
+        raise UserError(f"{path}: {there}; give the --out folder of `ksub pretrain`{step}")
+    return OpenRun(RunFolder(folder))
 
 
 class OpenRun:
@@ -164,8 +168,11 @@ class RunCheckpoint:
         run = self.run
         config = network_config(run.recipe, run.table, run.tokenizer, run.folder.warm_start)
         model = build_network(run.recipe, config, run.table, run.folder.warm_start)
-        missing, unexpected = model.load_state_dict(load_file(self.weights), strict=False)
-        wrong = [name for name in missing if name in dict(model.named_parameters())] + unexpected
+        weights, parameters = load_file(self.weights), dict(model.named_parameters())
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        wrong = [name for name in parameters if name not in weights]
+        wrong += [name for name, tensor in weights.items() if shapes.get(name) != tensor.shape]
         if wrong:
             raise UserError(f"{self.path}: parameter {wrong[0]} does not fit the model of {run.folder.recipe}")
+        model.load_state_dict(weights, strict=False)
         return model.eval()

@@ -39,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 CAUSAL_PRESETS = tuple(name for name in PRESETS if name.startswith("llama"))
 
 DECAY_FRACTION = 0.1  # of max_steps, for wsd
+MOST = 2**31  # of steps, and of sequences in one
 ATTENTION = r"sdpa|eager|flash_attention_[23]|kernels-community/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?"
 
 
@@ -348,6 +349,8 @@ def _check_values(recipe: Recipe, whose_warmup: str) -> None:
         value = getattr(recipe, key)
         if value is not None and not value > 0:
             raise UserError(f"{_flag(key)} {value}: must be greater than 0")
+        if isinstance(value, int) and value >= MOST:
+            raise UserError(f"{_flag(key)} {value}: must be less than 2^31")
     for key in ("weight_decay", "gradient_clipping", "eval_every_steps", "seed"):
         if not getattr(recipe, key) >= 0:
             raise UserError(f"{_flag(key)} {getattr(recipe, key)}: must not be negative")
@@ -397,7 +400,8 @@ def _flag(key: str) -> str:
 
 def _largest_micro_batch(recipe: Recipe, world_size: int, limit: int) -> int:
     per_rank = max(1, recipe.global_batch_size // world_size)
-    return max(size for size in range(1, min(limit, per_rank) + 1) if per_rank % size == 0)
+    small = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
+    return max(size for each in small for size in (each, per_rank // each) if size <= limit)
 
 
 def smaller_micro_batch(recipe: Recipe, world_size: int) -> int | None:
@@ -455,6 +459,7 @@ FREE_KEYS = (
     *("save_every_steps", "keep_last", "eval_every_steps", "eval_sequences", "log_every_steps"),
 )
 
+TEACHER = "distill_from_sha256"  # key of recipe.json
 # What an extension may change.
 PLAN_KEYS = ("max_steps", "schedule", "decay_steps")
 # The file has these where they are not the default.
@@ -519,10 +524,15 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
         The recipe, and the whole content of the file.
 
     Raises:
-        UserError: the file cannot be read, or does not hold a recipe.
+        UserError: the file cannot be read, or does not hold a recipe that a run may have.
     """
     values = read_json(path)
-    return from_json(values, path), values
+    recipe = from_json(values, path)
+    try:
+        _check_values(recipe, "")
+    except UserError as error:
+        raise UserError(f"{path}: {error}; the file is damaged, restore it") from error
+    return recipe, values
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -537,6 +547,9 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     Returns:
         Each difference that is not allowed, as `key: old -> new`.
     """
+    # A teacher may move as the data may, where both files say what it holds; what earlier versions wrote does not.
+    both = TEACHER in old and TEACHER in new
+    free = {*FREE_KEYS, "distill_from" if both else TEACHER}
     fields = dataclasses.fields(Recipe)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     if "preset" in old:
@@ -544,5 +557,5 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     old = defaults | old
     keys = [*new, *(key for key in old if key not in new)]
     new = defaults | new
-    pairs = {key: (old.get(key), new.get(key)) for key in keys if key not in FREE_KEYS}
+    pairs = {key: (old.get(key), new.get(key)) for key in keys if key not in free}
     return [f"{key}: {before} -> {now}" for key, (before, now) in pairs.items() if before != now]

@@ -18,7 +18,15 @@ from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.model.sequence_length import first_position, longest_sequence
 from ksub_ds.pretrain.engine import check_monitors, check_precision, find_deepspeed_config, read_mechanics
 from ksub_ds.pretrain.recipe import BatchSizes, Recipe, divide_batch, resolve, to_json
-from ksub_ds.pretrain.warm_start import check_head, check_same_tokens, codes_for, fingerprint, read_codes
+from ksub_ds.pretrain.warm_start import (
+    RECIPE,
+    check_head,
+    check_same_tokens,
+    codes_for,
+    fingerprint,
+    fingerprint_of,
+    read_codes,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class ResolvedRun(ResolvedSettings):
         table: the codes.
         config: configuration of the network, a transformers one of our families.
         warm_start_sha256: fingerprint of the model of --warm-start; None without one.
+        distill_from_sha256: of the model of --distill-from; None without one, and of a name on the hub.
     """
 
     dataset: ShardDataset
@@ -53,6 +62,7 @@ class ResolvedRun(ResolvedSettings):
     table: CodeTable
     config: Any
     warm_start_sha256: str | None = None
+    distill_from_sha256: str | None = None
 
     @property
     def pairs(self) -> PairSettings:
@@ -61,6 +71,7 @@ class ResolvedRun(ResolvedSettings):
 
     def identity(self) -> dict[str, Any]:
         """Return the content of RUN/recipe.json: the recipe, and what codes and data must be at a resume."""
+        teacher = {} if self.distill_from_sha256 is None else {"distill_from_sha256": self.distill_from_sha256}
         return to_json(self.recipe) | {
             "num_tokens": self.table.num_tokens,
             "table_sizes": list(self.table.table_sizes),
@@ -68,6 +79,7 @@ class ResolvedRun(ResolvedSettings):
             "codes_sha256": self.table.sha256,
             "data_fingerprint": self.dataset.fingerprint,
             "warm_start_sha256": self.warm_start_sha256,
+            **teacher,
         }
 
 
@@ -109,8 +121,9 @@ def open_sources(settings: ResolvedSettings) -> ResolvedRun:
         )
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     dataset.check_tokenizer(tokenizer.fingerprint, str(dataset.tokenizer_folder))
-    if recipe.distill_from is not None and Path(recipe.distill_from).is_dir():
-        check_same_tokens("--distill-from", Path(recipe.distill_from), tokenizer, dataset)
+    distill_from_sha256 = None
+    if recipe.distill_from is not None:
+        distill_from_sha256 = _check_teacher(recipe.distill_from, tokenizer, dataset)
     warm_start_sha256 = None
     if recipe.warm_start is not None:
         table = _warm_start_codes(recipe, dataset, tokenizer)
@@ -123,7 +136,7 @@ def open_sources(settings: ResolvedSettings) -> ResolvedRun:
     if recipe.codes is not None:
         _check_width(recipe, table, config)
     _check_length(recipe, dataset, config)
-    sources = (dataset, tokenizer, table, config, warm_start_sha256)
+    sources = (dataset, tokenizer, table, config, warm_start_sha256, distill_from_sha256)
     return ResolvedRun(recipe, settings.batch, settings.mechanics, *sources)
 
 
@@ -190,6 +203,28 @@ def _load_codes(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenizer) -> 
             f"{tokenizer.fingerprint[:12]}...); make them with --tokenizer {dataset.tokenizer_folder}"
         )
     return table
+
+
+def _check_teacher(name: str, tokenizer: Tokenizer, dataset: ShardDataset) -> str | None:
+    """Check that there is a teacher of the same tokens, and return the fingerprint of its folder; None on the hub.
+
+    Raises:
+        UserError: no model, or another tokenizer.
+    """
+    from ksub_ds.model.loading import open_config
+
+    try:
+        open_config(name)
+    except UserError as error:
+        hint = (
+            f"; `ksub export {name} --out MODEL` makes a model of this run" if (Path(name) / RECIPE).is_file() else ""
+        )
+        raise UserError(f"--distill-from {error}{hint}") from error
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    check_same_tokens("--distill-from", folder, tokenizer, dataset)
+    return fingerprint_of([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
 def _warm_start_codes(recipe: Recipe, dataset: ShardDataset, tokenizer: Tokenizer) -> CodeTable:

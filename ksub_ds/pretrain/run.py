@@ -51,7 +51,8 @@ def run(recipe: Recipe) -> int:
         distributed.on_main(lambda: folder.claim(resolved.identity(), resolved.table, resolved.tokenizer))
         distributed.watchdog().on_failure = folder.record_failure
         if recipe.warm_start is not None:
-            distributed.on_main(lambda: keep_copy(recipe.warm_start, folder.warm_start))
+            copied = (recipe.warm_start, folder.warm_start, resolved.warm_start_sha256)
+            distributed.on_main(lambda: keep_copy(*copied))
         distributed.on_main(lambda: add_log_file(folder.log))
         if news:
             get_logger().info(news)

@@ -25,14 +25,18 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ksub_ds.codes.table import CodeTable
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.exit_codes import USER_ERROR
 from ksub_ds.common.files import TEMPORARY_SUFFIX, atomic_folder, atomic_path, read_json, write_json
 from ksub_ds.common.lock import try_lock
+from ksub_ds.common.logging import read_lines
 from ksub_ds.common.watchdog import Failure
+from ksub_ds.corpus.tokenizers.loading import load_tokenizer
 from ksub_ds.pretrain import checkpoint
 from ksub_ds.pretrain.recipe import PLAN_KEYS, changed_keys, from_json, read_recipe
 from ksub_ds.pretrain.schedule import TrainingPlan
@@ -72,6 +76,21 @@ class RunFolder:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock = descriptor
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        """Refuse a folder in the place of a file, and a file in that of a folder.
+
+        Raises:
+            UserError: it is named.
+        """
+        files = (self.recipe, self.command, self.codes, self.metrics, self.evaluation, self.log, self.failure)
+        folders = (self.tokenizer, self.warm_start, self.tensorboard, self.checkpoints, self.ends)
+        for path in (*files, *folders):
+            if path.exists() and path.is_dir() != (path in folders):
+                raise UserError(
+                    f"{path}: is not a {'folder' if path in folders else 'file'}, as in a run; move it away"
+                )
 
     def _open_lock(self) -> int | None:
         """Lock RUN/.lock and return its descriptor; None when the file has been replaced meanwhile.
@@ -121,6 +140,8 @@ class RunFolder:
     def claim(self, identity: dict[str, Any], table: Any, tokenizer: Any) -> None:
         """Start or continue the run here: write recipe.json and copies of codes and tokenizer.
 
+        Where no step was trained yet, as after a mistake in an option, another recipe takes the folder over.
+
         Args:
             identity: the resolved recipe as JSON values, with the fingerprints of codes and data.
             table: the codes, copied so that the run folder alone can be exported.
@@ -132,8 +153,9 @@ class RunFolder:
         """
         if self.recipe.exists():
             _, before = read_recipe(self.recipe)
-            self._refuse_changes(changed_keys(before, identity | {PLANS: before.get(PLANS)}))
-            identity = identity | {key: before[key] for key in (PLANS,) if key in before}
+            if self._is_trained():
+                self._refuse_changes(before, identity | {PLANS: before.get(PLANS)})
+                identity = identity | {key: before[key] for key in (PLANS,) if key in before}
         elif foreign := sorted(
             entry.name for entry in self.path.iterdir() if entry.name not in (".lock", "STOP", "logs")
         ):
@@ -147,22 +169,28 @@ class RunFolder:
         with atomic_path(self.command) as temporary:
             line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n"
             temporary.write_text(old + line, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
-        if not self.codes.exists():
+        if not _holds(self.codes, lambda path: CodeTable.load(path).sha256 == table.sha256):
             table.save(self.codes)
-        if not self.tokenizer.exists():
+        if not _holds(self.tokenizer, lambda path: load_tokenizer(path).fingerprint == tokenizer.fingerprint):
             with atomic_folder(self.tokenizer) as temporary:
                 tokenizer.save(temporary)
 
-    def _refuse_changes(self, changes: list[str]) -> None:
+    def _is_trained(self) -> bool:
+        """Return whether a step of the run here was trained, or a checkpoint lies here."""
+        return bool(read_lines(self.metrics)) or self.checkpoints.exists()
+
+    def _refuse_changes(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         """Refuse to go on under another recipe.
 
         Raises:
-            UserError: there are changes, each named.
+            UserError: there are changes that are not allowed, each named.
         """
+        changes = changed_keys(before, after)
         if changes:
             keys = {change.partition(":")[0] for change in changes}
             plan_only = not keys.isdisjoint(PLAN_KEYS) and keys <= {*PLAN_KEYS, "warmup_steps"}
-            others = ", --extend to go on to another last step," if plan_only else ","
+            goes_on = plan_only and after["max_steps"] > before["max_steps"]
+            others = ", --extend to go on to another last step," if goes_on else ","
             raise UserError(
                 f"{self.recipe}: this run has another recipe ({'; '.join(changes)}); "
                 f"give the old values{others} or a new --out"
@@ -186,7 +214,7 @@ class RunFolder:
         old, new = recipe.plan(), from_json(identity, self.recipe).plan()
         rest = {key: value for key, value in before.items() if key not in PLAN_KEYS}
         planned = {key: identity[key] for key in PLAN_KEYS if key in identity}
-        self._refuse_changes(changed_keys(rest | planned, identity | {PLANS: before.get(PLANS)}))
+        self._refuse_changes(rest | planned, identity | {PLANS: before.get(PLANS)})
         if new == old:
             return None
         history = before.get(PLANS, [{"from_step": 0} | old.changeable()])
@@ -316,5 +344,13 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
+def _holds(path: Path, is_same: Callable[[Path], bool]) -> bool:
+    """Return whether a copy in the run is there, whole, and of the same content."""
+    try:
+        return path.exists() and is_same(path)
+    except UserError:
+        return False
+
+
 def _is_plan(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("from_step"), int)
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), int) for key in ("from_step", "max_steps"))

@@ -8,6 +8,7 @@ rows of their own, which begin at zero: the model computes what it did.
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.pretrain.recipe import CAUSAL_PRESETS, PRESETS, Recipe
 
 HEADS = ("ForMaskedLM", "ForCausalLM")
+RECIPE = "recipe.json"  # of a run folder
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -32,6 +34,7 @@ def model_files(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file():
         raise UserError(
             f"--warm-start {folder}: holds no config.json; give a folder of `ksub compress` or `ksub export`"
+            + (f" (`ksub export {folder} --out MODEL` makes one of this run)" if (folder / RECIPE).is_file() else "")
         )
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or [""])[0]
@@ -65,7 +68,12 @@ def check_head(folder: Path, recipe: Recipe) -> None:
 
 def fingerprint(folder: Path) -> str:
     """Return one sha256 of the content of all model files."""
-    files = [f"{path.name} {sha256_file(path)}" for path in model_files(folder)]
+    return fingerprint_of(model_files(folder))
+
+
+def fingerprint_of(paths: Sequence[Path]) -> str:
+    """Return one sha256 of the names and the content of files."""
+    files = [f"{path.name} {sha256_file(path)}" for path in paths]
     return hashlib.sha256("\n".join(files).encode()).hexdigest()
 
 
@@ -120,9 +128,19 @@ def codes_for(folder: Path, given: CodeTable, name: str) -> CodeTable:
     return given
 
 
-def keep_copy(source: Path, target: Path) -> None:
-    """Copy the model files into the run, once."""
-    if not target.exists():
+def keep_copy(source: Path, target: Path, sha256: str) -> None:
+    """Copy the model files into the run, unless they are there.
+
+    Args:
+        source: the model's folder.
+        target: folder in the run.
+        sha256: the fingerprint of the source.
+    """
+    try:
+        is_there = target.exists() and fingerprint(target) == sha256
+    except UserError:  # damaged
+        is_there = False
+    if not is_there:
         with atomic_folder(target) as temporary:
             for path in model_files(source):
                 shutil.copyfile(path, temporary / path.name)

@@ -59,6 +59,8 @@ def test_tasks_get_the_cores_that_the_job_was_given(job: str, tmp_path: Path) ->
         (["--time", "tomorrow", "--", "--out", "r"], "--time tomorrow: write"),
         (["--", "--preset", "tiny"], "--out is missing"),
         (["--array", "0-3", "--", "--out", "r"], "pretrain is one job"),
+        (["--partition", "", "--", *MINIMAL], "--partition '': is empty; give a name, or leave it out"),
+        (["--", *MINIMAL, "--max-restarts"], "--max-restarts without a value: must be a whole number"),
         (["--job", "evaluate", "--array", "a", "--", "xnli"], "--array a: write a range"),
         (["--job", "evaluate", "--array", "15-0", "--", "xnli"], "15-0 runs backwards; write 0-15"),
         # the job's own options, as its own parser sees them

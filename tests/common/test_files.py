@@ -184,7 +184,7 @@ def test_a_disk_that_refuses_is_for_the_user_to_fix():
 
 
 def may_replace(out):
-    return check_output_folder(out, "an export", lambda folder: (folder / "mark").is_file())
+    return check_output_folder(out, "an export", lambda folder: (folder / "mark").is_file(), r"mark|.+\.json")
 
 
 def test_what_a_folder_may_replace(tmp_path):
@@ -192,6 +192,17 @@ def test_what_a_folder_may_replace(tmp_path):
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "mark").touch()
     assert [may_replace(tmp_path / name) for name in ("absent", "empty", "ours")] == [False, False, True]
+    (tmp_path / "ours" / "checkpoint-500").mkdir()
+    with pytest.raises(UserError, match=r"--out .*ours: is an export, but holds 'checkpoint-500' too, which would be"):
+        may_replace(tmp_path / "ours")
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with atomic_folder(tmp_path / "link") as temporary:
+        (temporary / "file").touch()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "file").exists()
 
 
 def test_what_a_folder_may_not_replace(tmp_path, monkeypatch):

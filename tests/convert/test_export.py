@@ -88,6 +88,11 @@ def test_roberta_path_from_text_to_a_filled_mask(bench: Bench, one_rank: dict[st
     probabilities, best = model.predict_topk(ids, ids == tokenizer.mask_token_id, k=3)
     assert probabilities.shape == best.shape == (1, 3) and best.max() < len(tokenizer)
     assert torch.equal(best[0], model(ids).logits[ids == tokenizer.mask_token_id].topk(3).indices[0])
+    (out / "checkpoint-500").mkdir()  # of a Trainer, say
+    with pytest.raises(UserError, match="is an export, but holds 'checkpoint-500' too, which would be lost"):
+        export_run(bench.folder / "roberta", out)
+    (out / "checkpoint-500").rmdir()
+    export_run(bench.folder / "roberta", out)
 
 
 def test_refusals(bench: Bench, one_rank: dict[str, Outcome], tmp_path: Path) -> None:

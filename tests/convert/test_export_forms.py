@@ -14,6 +14,7 @@ from ksub_ds.cli import main
 from ksub_ds.common.errors import UserError
 from ksub_ds.convert.export import export_run
 from ksub_ds.convert.onnx import NEEDS
+from ksub_ds.convert.source import MODEL_FILES
 from ksub_ds.pretrain.recipe import Recipe, resolve
 from ksub_ds.pretrain.warm_start import read_codes
 
@@ -94,6 +95,7 @@ def test_every_form_gives_the_same_logits_without_ksub_ds(taught: Path, tmp_path
         assert words in card, words
     for folder in (ours, tmp_path / "remote", tmp_path / "dense"):
         assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == LONGEST
+        assert [path.name for path in folder.iterdir() if not re.fullmatch(MODEL_FILES, path.name)] == []
     model = AutoModelForMaskedLM.from_pretrained(ours).eval()
     with torch.no_grad():
         expected = model(torch.arange(5, 37).reshape(2, 16)).logits.double().flatten()[::97].tolist()

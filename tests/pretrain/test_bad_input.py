@@ -38,6 +38,7 @@ def refused(bench: Bench) -> dict[str, Outcome]:
         "other vocabulary": ("bad", {"codes": bench.folder / "other.safetensors"}),
         "no codes": ("bad", {"codes": bench.folder / "nothing.safetensors"}),
         "foreign folder": ("notes", {}),
+        "no teacher": ("bad", {"distill_from": bench.folder / "nowhere"}),
         "DeepSpeed key": ("bad-config", {"deepspeed": bench.folder / "bad.json"}),
     }
     entries = [{"arguments": bench.arguments(name, **settings)} for name, settings in cases.values()]
@@ -70,6 +71,7 @@ def other_tokenizer(bench: Bench, folder: Path) -> None:
         ("other vocabulary", ["other.safetensors", "--num-tokens"]),
         ("no codes", ["nothing.safetensors", "no such code file"]),
         ("foreign folder", ["notes", "todo.txt", "not a run folder"]),
+        ("no teacher", ["--distill-from", "nowhere", "is neither a folder nor a model"]),
         ("DeepSpeed key", ["DeepSpeed refuses", "reduce_buckets"]),
     ],
 )

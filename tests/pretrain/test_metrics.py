@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ksub_ds.common.logging import get_logger
 from ksub_ds.pretrain.metrics import TrainingMetrics, Work
 from ksub_ds.pretrain.run_folder import RunFolder
 
@@ -30,3 +31,12 @@ def test_use_of_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peak: f
         {"MFU"} if peak else set(),
         {"MFU", "waits for data"} if peak else {"waits for data"},
     ]
+
+
+def test_an_evaluation_of_nothing_is_no_loss_of_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    monitor: Any = SimpleNamespace(write_events=lambda _: None)
+    with TrainingMetrics(RunFolder(tmp_path), monitor, 0, 2, Work(1.0, None)) as written:
+        written.evaluation(1, {"loss": 0.0, "masked_accuracy": 0.0, "languages": {}})
+    assert "held out at step 1: not one token to predict; raise --eval-sequences or --mlm-probability" in caplog.text
+    assert "loss 0.0000" not in caplog.text

@@ -67,3 +67,10 @@ def test_another_folder_is_not_a_run(tmp_path: Path) -> None:
     assert not is_run(tmp_path)
     with pytest.raises(UserError, match=r"no recipe\.json there; give the --out folder of `ksub pretrain`"):
         open_run(tmp_path)
+
+
+def test_a_checkpoint_is_named_by_its_run(run: Path) -> None:
+    with pytest.raises(UserError, match=r"global_step9: no recipe\.json there; .* and for a checkpoint --step: "):
+        open_run(run / "checkpoints" / "global_step9")
+    with pytest.raises(UserError, match="nowhere: is not there; give the --out folder"):
+        open_run(run / "nowhere")

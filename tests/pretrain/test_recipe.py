@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def test_default_micro_batch_always_divides(world_size: int, per_rank: int, on_g
         ({"eval_every_steps": -1}, "--eval-every -1"),
         ({"seed": -1}, "--seed"),
         ({"seed": 2**63}, "--seed 9223372036854775808: must be less than"),
+        ({"global_batch_size": 10**11}, "--global-batch-size 100000000000: must be less than 2"),
+        ({"max_steps": 2**31}, "--max-steps 2147483648: must be less than 2"),
         *(
             ({key: float("inf")}, f"--{key.replace('_', '-')} inf: must be")
             for key in ("peak_lr", "weight_decay", "adam_epsilon", "gradient_clipping", "max_hours")
@@ -100,10 +103,20 @@ def test_json_round_trip_and_changes() -> None:
     assert changed_keys(values, other) == ["max_steps: 1000 -> 7", "seed: 0 -> 1", "codes_sha256: aa -> bb"]
 
 
+def test_a_teacher_is_known_by_its_content() -> None:
+    """Earlier versions wrote its name alone."""
+    one, moved = (to_json(resolve(recipe(distill_from=name), 1, on_gpu=False)) for name in ("m", "elsewhere/m"))
+    aa, bb = {"distill_from_sha256": "aa"}, {"distill_from_sha256": "bb"}
+    assert changed_keys(one | aa, moved | aa) == [] == changed_keys(one, one | aa)
+    assert changed_keys(one | aa, one | bb) == ["distill_from_sha256: aa -> bb"]
+    assert changed_keys(one, moved | aa) == ["distill_from: m -> elsewhere/m"] == changed_keys(one | aa, moved)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ("[]", "is not a JSON object"),
+        ({"peak_lr": math.nan}, "--peak-lr nan: must be greater than 0; the file is damaged, restore it"),
         ('"tiny"', "is not a JSON object"),
         (
             {"preset": None},
