@@ -144,5 +144,5 @@ def test_a_file_of_another_kind_is_named(claimed: tuple[RunFolder, CodeTable]) -
 def test_checkpoints_that_are_gone_are_missed(tmp_path: Path) -> None:
     assert find_start(tmp_path / "checkpoints") is None
     name_latest(tmp_path / "checkpoints", 30)
-    with pytest.raises(UserError, match="checkpoints: holds no checkpoint, but .*LATEST names one; bring it back"):
+    with pytest.raises(UserError, match=r"checkpoints: holds no checkpoint, but .*LATEST names one; bring it back"):
         find_start(tmp_path / "checkpoints")
