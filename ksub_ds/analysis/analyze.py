@@ -93,6 +93,8 @@ def analyze(settings: Analyze) -> Path:
     for source, name in zip(settings.models, names_of(settings.models, settings.names), strict=True):
         encoder = open_encoder(source, name, settings.tokenizer, codes)
         length = min(settings.sequence_length, encoder.longest_row or settings.sequence_length)
+        if length < settings.sequence_length:
+            get_logger().info(f"{source}: has positions for {length} tokens; its rows are cut there")
         key = (encoder.tokenizer.fingerprint, length)
         if key not in samples:
             samples[key] = sample_text(

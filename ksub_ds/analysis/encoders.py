@@ -116,6 +116,11 @@ def open_encoder(source: str, name: str, tokenizer: Path | None = None, codes: C
             f"{source}: embeds {vocabulary:,} tokens, its tokenizer has {own_tokenizer.vocab_size:,}; "
             "give the right one by --tokenizer"
         )
+    if codes is not None and codes.num_tokens < own_tokenizer.vocab_size:
+        raise UserError(
+            f"--codes: has {codes.num_tokens:,} tokens, the tokenizer of {source} {own_tokenizer.vocab_size:,}; give "
+            "codes of this vocabulary"
+        )
     last_codes, table_sizes = _codes_of(model, source, codes)
     return Encoder(name, source, model, own_tokenizer, last_codes, table_sizes, fingerprint)
 

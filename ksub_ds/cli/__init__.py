@@ -172,4 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code (ksub_ds/common/exit_codes.py lists all).
     """
-    return run_main(lambda: _answer(list(sys.argv[1:] if arguments is None else arguments)))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    resumes = words[:1] in (["pretrain"], ["evaluate"]) or (words[:1] == ["compress"] and "--distill" in words)
+    return run_main(lambda: _answer(words), resumes)

@@ -42,11 +42,13 @@ def positional(
         UserError: options that contradict each other, or numbers that give no codes.
     """
     from ksub_ds.codes.positional import MOST_CODES, positional_codes
+    from ksub_ds.codes.table import check_code_output
     from ksub_ds.vectors.build import report
     from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate
 
     choice = DedicatedChoice(dedicated_rows, data, dedicated_tokens, dedicated_by_loss)
     choice.check_data_is_read()
+    check_code_output(out, (tokenizer, dedicated_tokens))
     special_ids: tuple[int, ...] = ()
     fingerprint = {}
     if tokenizer is not None:

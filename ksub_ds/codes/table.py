@@ -13,6 +13,7 @@ A table that is only read at the input, by a model that predicts no tokens, may 
 (`unique=False`): codes are then free to be what product quantisation finds.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,37 @@ FORMAT = "ksub-codes-1"
 FORMAT_DEDICATED = "ksub-codes-2"  # has the tensor `dedicated` too
 FORMAT_INPUT = "ksub-codes-3"  # codes may repeat; packed in as few bits as hold them; `dedicated` may be there
 FORMATS = (FORMAT, FORMAT_DEDICATED, FORMAT_INPUT)
+
+
+def check_code_output(out: Path, read: Iterable[str | Path | None]) -> None:
+    """Check, before long work, that a code file may be written: nothing but another one is replaced.
+
+    Args:
+        out: the file, of --out.
+        read: what the command reads; None and names that are no path do no harm.
+
+    Raises:
+        UserError: a folder, another file, or one that is read is there; or nothing can be written there.
+    """
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file, such as {out / 'codes.safetensors'}")
+    if any(each is not None and Path(each).exists() and out.exists() and out.samefile(each) for each in read):
+        raise UserError(f"--out {out}: is read, and would be replaced; name another file")
+    if out.exists() and not _is_code_file(out):
+        raise UserError(f"--out {out}: is there, and is no code file; name another file")
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise UserError(f"--out {out}: {place} is not a folder that can be written to; choose another place")
+
+
+def _is_code_file(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as stream:
+            return (stream.metadata() or {}).get("format") in FORMATS
+    except (OSError, SafetensorError):
+        return False
 
 
 def table_widths(embedding_dim: int, num_tables: int) -> tuple[int, ...]:

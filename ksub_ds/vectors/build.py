@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from ksub_ds.codes.table import CodeTable
+from ksub_ds.codes.table import CodeTable, check_code_output
 from ksub_ds.common import distributed
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.exit_codes import USER_ERROR
@@ -137,9 +137,18 @@ def _measure_and_save(
 
 
 def _load(settings: ClusterVectors) -> tuple[np.ndarray, Description]:
-    if settings.out.is_dir():  # refused now, not after minutes of clustering
-        raise UserError(f"--out {settings.out}: is a folder; name a file, such as {settings.out / 'codes.safetensors'}")
-    return load_vectors(settings.embeddings, settings.tokenizer, settings.seed, settings.tensor)
+    check_code_output(settings.out, (settings.embeddings, settings.tokenizer, settings.dedicated_tokens))
+    vectors, description = load_vectors(settings.embeddings, settings.tokenizer, settings.seed, settings.tensor)
+    if (vectors == vectors[0]).all():
+        raise UserError(
+            f"{settings.embeddings}: all its rows are equal; codes of these would say nothing of the tokens"
+        )
+    most = max(_table_sizes(settings))
+    if most > len(vectors):
+        raise UserError(
+            f"--table-size {most}: is more than the {len(vectors):,} tokens; give less, such as theirs by K"
+        )
+    return vectors, description
 
 
 def _dedicated_choice(settings: ClusterVectors) -> DedicatedChoice:

@@ -14,7 +14,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from ksub_ds.codes.table import CodeTable
+from ksub_ds.codes.table import CodeTable, check_code_output
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.logging import Progress, get_logger
 from ksub_ds.corpus.batches import HeldOutBatches
@@ -111,6 +111,7 @@ def dedicate_code_file(settings: DedicateCodes) -> CodeTable:
     if choice.is_empty:
         raise UserError("give --rows F with --data SHARDS or --by-loss RUN, or --tokens FILE")
     choice.check_data_is_read()
+    check_code_output(settings.out, (settings.codes, settings.tokens))
     table = dedicate(CodeTable.load(settings.codes), choice)
     table.save(settings.out)
     return table

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from ksub_ds.codes.extension import extend_codes
-from ksub_ds.codes.table import CodeTable
+from ksub_ds.codes.table import CodeTable, check_code_output
 from ksub_ds.common.errors import UserError
 from ksub_ds.common.files import sha256_bytes
 from ksub_ds.vectors.dedicated import DedicatedChoice, dedicate, read_list
@@ -53,6 +53,8 @@ def extend_code_file(settings: ExtendCodes) -> CodeTable:
     Raises:
         UserError: a file cannot be used, a token is there twice, or there are too few unused codes (with the count).
     """
+    read = (settings.codes, settings.tokens, settings.vectors, settings.embeddings, settings.tokenizer)
+    check_code_output(settings.out, (*read, settings.dedicated_tokens))
     table = CodeTable.load(settings.codes)
     tokens = read_tokens(settings.tokens)
     if settings.tokenizer is not None:

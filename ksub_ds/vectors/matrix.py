@@ -133,11 +133,18 @@ def read_matrix(path: Path, tensor: str | None = None) -> np.ndarray:
     except UserError:
         raise
     except (ValueError, OSError, EOFError, OverflowError, TypeError, RecursionError, TokenError, BadZipFile) as error:
-        if "Python objects" in str(error) or "Object arrays" in str(error):
+        unknown = "pickled" in str(error)  # numpy says so of all that does not begin as its own files
+        if "Python objects" in str(error) or "Object arrays" in str(error) or (unknown and _is_pickle(path)):
             raise UserError(
                 f"{path}: holds pickled objects, which are not read; save numbers: np.save(path, array.astype('f4'))"
             ) from error
-        raise UserError(f"{path}: not a readable .npy file ({one_line(error)}); save it anew") from error
+        about = "it does not begin as such files do" if unknown else one_line(error)
+        raise UserError(f"{path}: not a readable .npy file ({about}); save it anew") from error
+
+
+def _is_pickle(path: Path) -> bool:
+    with open(path, "rb") as stream:
+        return stream.read(1) == b"\x80"
 
 
 def check_matrix(matrix: np.ndarray, name: str) -> np.ndarray:
@@ -162,6 +169,7 @@ def check_matrix(matrix: np.ndarray, name: str) -> np.ndarray:
         block = result[first : first + (1 << 14)]
         bad = np.flatnonzero(~(np.abs(block) <= LARGEST_NUMBER).all(axis=1))
         if len(bad):
-            what = "NaN or infinity" if not np.isfinite(block[bad[0]]).all() else f"a number beyond {LARGEST_NUMBER:g}"
+            given = matrix[first + int(bad[0])]
+            what = "NaN or infinity" if not np.isfinite(given).all() else f"a number beyond {LARGEST_NUMBER:g}"
             raise UserError(f"{name}: row {first + int(bad[0])} holds {what}; repair the vector of that token")
     return result

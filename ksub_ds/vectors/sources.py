@@ -92,7 +92,9 @@ def _read(
     if path.is_dir():
         return _read_folder(path, tokenizer, seed, tensor)
     if not is_hub_name(str(source)):
-        raise UserError(f"{source}: no such file or folder")
+        raise UserError(
+            f"{source}: " + ("is neither a file nor a folder" if path.exists() else "no such file or folder")
+        )
     matrix, beside = hub_vectors(str(source), tensor)
     return matrix, f"input embeddings of {source}", beside
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from ksub_ds.cli import main
@@ -39,7 +40,10 @@ def test_positional_then_inspect(tmp_path, capsys):
             ["codes", "dedicate", "c.safetensors", "--tokens", "ids.txt", "--data", "nowhere", "--out", "x"],
             "--data nowhere: is read with --rows F only; leave it out",
         ),
-        (["codes", "positional", "--num-tokens", "9", "--num-tables", "2", "--out", "."], "cannot be written"),
+        (
+            ["codes", "positional", "--num-tokens", "9", "--num-tables", "2", "--out", "."],
+            "--out .: is a folder; name a",
+        ),
         (["codes", "inspect", "absent.safetensors"], "no such code file"),
         (["codes", "inspct", "x"], "did you mean `ksub codes inspect`"),
         (["codes", "zzz"], "no command 'codes zzz'; there are codes positional, "),
@@ -79,3 +83,23 @@ def test_a_mistyped_command_is_guessed(typed: str, meant: str, capsys: pytest.Ca
     assert main(typed.split()) == 2
     assert f"did you mean `ksub {meant}`?" in capsys.readouterr().err
     assert main(["preflight", "--help"]) == 2 and "did you mean" not in capsys.readouterr().err
+
+
+def test_only_code_files_are_replaced(tmp_path, capsys):
+    out, tokens = tmp_path / "codes.safetensors", tmp_path / "tokens.txt"
+    tokens.write_text("one\ntwo\n")
+    make = ["codes", "positional", "--num-tokens", "90", "--num-tables", "2"]
+    assert main([*make, "--out", str(tokens)]) == 2
+    assert f"--out {tokens}: is there, and is no code file; name another file" in capsys.readouterr().err
+    assert main([*make, "--out", str(out)]) == main([*make, "--out", str(out)]) == 0
+    extend = ["codes", "extend", str(out), "--tokens", str(tokens)]
+    for place in (out, tokens):
+        assert main([*extend, "--out", str(place)]) == 2
+        assert f"--out {place}: is read, and would be replaced; name another file" in capsys.readouterr().err
+    assert tokens.read_text() == "one\ntwo\n"
+    np.save(tmp_path / "equal.npy", np.ones((60, 4)))
+    cluster = ["codes", "cluster", "--embeddings", str(tmp_path / "equal.npy"), "--num-tables", "2", "--out", str(out)]
+    assert main([*cluster, "--table-size", "10"]) == 2 and "all its rows are equal" in capsys.readouterr().err
+    np.save(tmp_path / "equal.npy", np.arange(240.0).reshape(60, 4))
+    assert main([*cluster, "--table-size", "61"]) == 2
+    assert "--table-size 61: is more than the 60 tokens" in capsys.readouterr().err

@@ -91,8 +91,18 @@ def test_a_row_that_is_not_finite_is_named(tmp_path, value):
     damaged = np.tile(VECTORS, (1000, 1))  # the fault lies beyond the first block that is checked
     damaged[31_234, 3] = value
     np.save(tmp_path / "v.npy", damaged)
-    with pytest.raises(UserError, match="row 31234 holds NaN or infinity"):
+    what = "a number beyond 1e\\+15" if value == 1e300 else "NaN or infinity"
+    with pytest.raises(UserError, match=f"row 31234 holds {what}"):
         read_matrix(tmp_path / "v.npy")
+
+
+def test_what_is_no_npy_file_is_not_called_pickled(tmp_path):
+    save_file({"x": VECTORS}, tmp_path / "x.npy")
+    with pytest.raises(UserError, match=r"x\.npy: not a readable .npy file \(it does not begin as such files do\)"):
+        read_matrix(tmp_path / "x.npy")
+    (tmp_path / "x.npy").write_bytes(pickle.dumps([1]))
+    with pytest.raises(UserError, match="holds pickled objects, which are not read"):
+        read_matrix(tmp_path / "x.npy")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ request: CCNet's JSON lines, `<lang>_<bucket>_<file>.json.gz`.
 
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -118,6 +119,9 @@ def read_documents(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, l
     with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as stream:
         for batch in stream:
             yield {name: batch.column(name).to_pylist() for name in columns}
+
+
+CCNET_NAME = re.compile(r"\w+_(head|middle|tail|all)_\d{4,}\.json\.gz")
 
 
 def write_ccnet(documents: Path, unit: int, segment: str, *, folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from ksub_ds.common.files import read_json, write_json
 from ksub_ds.common.mpi import MPIComm
 from ksub_ds.corpus.commoncrawl.config import ShardCC
 from ksub_ds.corpus.commoncrawl.dedup import rule
+from ksub_ds.corpus.commoncrawl.documents import CCNET_NAME
 from ksub_ds.corpus.commoncrawl.inputs import WetFile
 from ksub_ds.corpus.commoncrawl.page_selection import Selection, content_hash
 from ksub_ds.corpus.commoncrawl.report import FORMAT, QUARANTINE, REPORT, build_report, left_out, write_quarantine
@@ -98,7 +99,8 @@ class CrawlFolder:
         """
         read = [*self._settings.input, *([self._settings.cache] if self._settings.snapshot else [])]
         read += [self._text] if self._text else []
-        check_replaced(self._out, self._settings.languages, ("tokenizer", "work"), read)
+        made = ("tokenizer", "work", MANIFEST, REPORT, QUARANTINE)
+        check_replaced(self._out, self._settings.languages, made, read)
         remove_leftovers(self._out)
         for path in parts(self._out):
             try:
@@ -115,14 +117,14 @@ class CrawlFolder:
             remove_leftovers(folder)
 
     def claim_text(self) -> None:
-        """Take over `--text-out`, with an index: files that it does not name are not ours.
+        """Take over `--text-out`, with an index.
 
         Raises:
             UserError: the folder holds other files.
         """
         folder = self._text
         assert folder is not None, "called with --text-out only"
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / TEXT_INDEX).is_file():
+        if folder.is_dir() and any(folder.iterdir()) and not _is_index(folder / TEXT_INDEX):
             raise UserError(f"--text-out {folder}: holds other files; choose an empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -140,8 +142,8 @@ class CrawlFolder:
         assert folder is not None, "called with --text-out only"
         files = [entry for result in texts for entry in result["files"]]
         names = {entry["path"] for entry in files}
-        for path in folder.glob("*.json.gz"):
-            if path.name not in names:
+        for path in folder.iterdir():
+            if CCNET_NAME.fullmatch(path.name) and path.name not in names:
                 path.unlink()  # of an earlier run: the folder was claimed
         recipe = self.run_fingerprint(read["sha256"] for read in reads)
         write_json(folder / TEXT_INDEX, {"recipe": recipe, "files": files})
@@ -183,3 +185,12 @@ class CrawlFolder:
 def has_files(folder: Path, files: Iterable[dict[str, Any]]) -> bool:
     """Return whether all files are in the folder with the content that their entries ("path", "sha256") name."""
     return all(is_whole(folder / file["path"], file["sha256"]) for file in files)
+
+
+def _is_index(path: Path) -> bool:
+    """Return whether a file is the index that `claim_text` writes."""
+    try:
+        index = read_json(path)
+    except UserError:
+        return False
+    return isinstance(index, dict) and index.keys() == {"recipe", "files"}

@@ -17,9 +17,10 @@ are in the order of their names (a snapshot's: of its listing), pages and paragr
 is the order in which the first copy of a paragraph is kept. A rerun does only what is missing.
 """
 
+import re
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from ksub_ds.corpus.shards.folder import locked, make_folder, parts
 from ksub_ds.corpus.shards.packing import Packing
 from ksub_ds.corpus.text.skipped import LeftOut, Skipped
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
+
+WORK = re.compile(r"read|select|text|tokenise|dedup-.+|\..+")  # what the stages make in OUT/work
 
 
 class CrawlRun:
@@ -80,8 +83,16 @@ class CrawlRun:
         if self._settings.strict and (missing := left_out(report, self._settings.languages)):
             raise UserError(f"--strict: {summary(missing)}; fix the input, or run again without --strict")
         if not self._settings.keep_work:
-            self._comm.on_main(lambda: shutil.rmtree(self._work, ignore_errors=True))
+            self._comm.on_main(self._remove_work)
         return report
+
+    def _remove_work(self) -> None:
+        """Remove the results of the stages, and their folder if nothing else lies there."""
+        for path in self._work.glob("*"):
+            if WORK.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # something else, or nothing
+            self._work.rmdir()
 
     def _make(self) -> dict[str, Any]:
         self._comm.on_main(self._folder.claim)

@@ -21,6 +21,7 @@ from ksub_ds.corpus.shards.dataset import FORMAT_VERSION, dataset_fingerprint
 from ksub_ds.corpus.tokenizers.loading import Tokenizer
 
 SHARD = re.compile(r"(train|validation)-\d{5}\.arrow")
+LANGUAGE_FILE = re.compile(rf"{SHARD.pattern}|part\.json|\..*")  # what a language's folder holds; hidden files
 
 
 def make_folder(folder: Path, option: str = "--out") -> None:
@@ -71,7 +72,7 @@ def check_replaced(out: Path, names: Collection[str], more: Collection[str], rea
     Args:
         out: the shards folder.
         names: languages and pairs that may be made.
-        more: other folders that may be made in it.
+        more: other folders and files that may be made in it.
         read: files and folders that the run reads, or writes besides.
 
     Raises:
@@ -83,12 +84,14 @@ def check_replaced(out: Path, names: Collection[str], more: Collection[str], rea
         raise UserError(f"--out {out}: {settings.name} is not a settings file of shards; choose another folder")
     for name in (*names, *more):
         path = out / name
-        made = ours if name in more else (path / "part.json").is_file() or (ours and _holds_shards_only(path))
+        made = ours if name in more else _holds_shards_only(path) and (ours or (path / "part.json").is_file())
         if path.is_symlink() and not made:
             raise UserError(f"--out {out}: {path} is a link and would be replaced; let {out} itself lead elsewhere")
         if path.exists() and not made and not (path.is_dir() and not any(path.iterdir())):
+            others = [each.name for each in _others(path)] if (path / "part.json").is_file() else []
+            what = f"in which {min(others)!r} lies, which" if others else "which"
             raise UserError(
-                f"--out {out}: would replace {path}, which no run of this program made; choose another folder"
+                f"--out {out}: would replace {path}, {what} no run of this program made; choose another folder"
             )
         for each in read:
             if each.resolve().is_relative_to(path.resolve()):
@@ -96,8 +99,12 @@ def check_replaced(out: Path, names: Collection[str], more: Collection[str], rea
 
 
 def _holds_shards_only(folder: Path) -> bool:
-    """Return whether a folder without part.json is what is left of a language: half removed, or half copied."""
-    return folder.is_dir() and all(SHARD.fullmatch(path.name) for path in folder.iterdir())
+    """Return whether a folder holds nothing but a language, or what is left of one: half removed, or half copied."""
+    return folder.is_dir() and not _others(folder)
+
+
+def _others(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not LANGUAGE_FILE.fullmatch(path.name)]
 
 
 def _is_settings(value: Any) -> bool:

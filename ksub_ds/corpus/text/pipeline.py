@@ -125,7 +125,7 @@ def _shard_text(settings: ShardText) -> dict[str, Any]:
         )
     make_folder(settings.out)
     with locked(settings.out):
-        check_replaced(settings.out, text, ("tokenizer",), _local_sources(settings))
+        check_replaced(settings.out, text, ("tokenizer", MANIFEST), _local_sources(settings))
         remove_leftovers(settings.out)
         claim_folder(settings.out, settings.sequence_length, tokenizer)
         save_tokenizer(settings.out, tokenizer)

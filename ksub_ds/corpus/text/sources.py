@@ -176,7 +176,7 @@ def text_below(entries: list[Path], folder: Path, splits: tuple[str, ...] | None
             if splits is None or (split or "train") in (splits or ("train",)):
                 files.append(file)
             elif splits:
-                skipped.add("other_split", f"{printable(file.name)}: {split}")
+                skipped.add("other_split", f"{printable(file.name)}: {split or 'train, as its name says no split'}")
             else:
                 skipped.add(
                     "held_out_split",

@@ -487,3 +487,23 @@ def test_the_sample(ksub_data: Path, tmp_path: Path) -> None:
             total += 1
             right += truth[record["url"]] == record["language"]
     assert total > 2400 and right / total > 0.97
+
+
+def test_files_of_the_users_stay(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    out, text_out = tmp_path / "out", tmp_path / "text"
+    text_out.mkdir()
+    (text_out / "index.json").write_text("{}")  # not ours
+    with pytest.raises(UserError, match=r"--text-out .*text: holds other files"):
+        run(wet_folder, tiny_tokenizer, out, text_out=text_out)
+    (text_out / "index.json").unlink()
+    first = run(wet_folder, tiny_tokenizer, out, text_out=text_out)
+    (text_out / "own.json.gz").touch()
+    (out / "work").mkdir()
+    (out / "work" / "thesis.txt").touch()
+    assert run(wet_folder, tiny_tokenizer, out, text_out=text_out) == first
+    run(wet_folder, tiny_tokenizer, out, text_out=text_out, min_length=100)
+    assert (text_out / "own.json.gz").exists() and [path.name for path in (out / "work").iterdir()] == ["thesis.txt"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.json").write_text("{}")
+    with pytest.raises(UserError, match=r"would replace .*mine/report.json, which no run of this program made"):
+        run(wet_folder, tiny_tokenizer, tmp_path / "mine")

@@ -468,7 +468,9 @@ def test_nothing_is_replaced_that_no_run_made(tiny_text: Path, tiny_tokenizer: P
     out = tmp_path / "out"
     shard_text(ShardText(tiny_text, tiny_tokenizer, out, sequence_length=64, workers=1))
     (out / "en" / "en.jsonl").write_bytes(text)
-    refused("would replace .*out/en, where .*out/en lies", input=out / "en", out=out)
+    refused("would replace .*out/en, in which 'en.jsonl' lies, which no run of this program made", out=out)
+    folder("others", "manifest.json")
+    refused("would replace .*others/manifest.json, which no run", out=tmp_path / "others")
 
 
 def test_what_is_left_of_a_language_is_made_again_and_a_link_to_a_whole_one_stays(
