@@ -113,7 +113,7 @@ def _build(settings: ClusterVectors) -> CodeTable:
             align=settings.align,
             seed=settings.seed,
             special_ids=special_ids,
-            workers=settings.workers,
+            workers=min(settings.workers, len(os.sched_getaffinity(0))),
             table_sizes=sizes,
             axes=settings.axes,
         )

@@ -78,6 +78,8 @@ def check(settings: ShardCC) -> None:
     """
     if bool(settings.input) == (settings.snapshot is not None):
         raise UserError("give either --input FILES or --snapshot NAME")
+    if settings.snapshot is None and settings.segments != ShardCC.segments:
+        raise UserError(f"--segments {settings.segments}: of a --snapshot; of --input give the files themselves")
     if settings.snapshot is not None:
         check_request(settings.snapshot, settings.segments, settings.base_url, settings.connections)
     if settings.min_length < 1:

@@ -424,6 +424,7 @@ def test_what_is_not_read_is_in_the_last_lines(wet_folder: Path, tiny_tokenizer:
 def test_mistakes_are_named(wet_folder: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
     for changes, fault in [
         ({"input": ()}, "give either --input FILES or --snapshot NAME"),
+        ({"segments": "1:2"}, "--segments 1:2: of a --snapshot; of --input give the files themselves"),
         ({"input": (tmp_path / "nowhere",)}, "--input .*nowhere: no such file"),
         ({"input": (ROOT / "docs",)}, "holds no WET file"),
         ({"tokenizer": tmp_path / "none"}, "no such tokenizer"),
