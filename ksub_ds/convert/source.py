@@ -16,7 +16,7 @@ from ksub_ds.pretrain.open_run import RunCheckpoint, is_run, open_run
 MODEL_FILES = "|".join(
     (
         *map(re.escape, TOKENIZER_FILES),
-        r"README\.md|\.gitattributes|__pycache__|modeling_ksub\.py|model\.onnx(\.data)?",
+        r"README\.md|\.gitattributes|__pycache__|modeling_ksub\.py|model\.onnx([._]data)?",
         r"(config|generation_config|model\.safetensors\.index|compression|modules|config_sentence_transformers)\.json",
         r"sentence_\w+_config\.json|\d+_\w+|(model(-\d+-of-\d+)?|codes)\.safetensors",
     )

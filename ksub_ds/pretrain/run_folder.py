@@ -69,14 +69,14 @@ class RunFolder:
         """Make the folder and lock it until `unlock` or the end of the process, however it ends.
 
         Raises:
-            UserError: another run holds it, or it cannot be written.
+            UserError: another run holds it, it cannot be written, or a file of a run is a folder there.
         """
+        self._check_kinds()
         while (descriptor := self._open_lock()) is None:
             pass  # another start, which was refused, has just removed the file
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock = descriptor
-        self._check_kinds()
 
     def _check_kinds(self) -> None:
         """Refuse a folder in the place of a file, and a file in that of a folder.

@@ -139,15 +139,13 @@ def _measure_and_save(
 def _load(settings: ClusterVectors) -> tuple[np.ndarray, Description]:
     check_code_output(settings.out, (settings.embeddings, settings.tokenizer, settings.dedicated_tokens))
     vectors, description = load_vectors(settings.embeddings, settings.tokenizer, settings.seed, settings.tensor)
-    if (vectors == vectors[0]).all():
+    if len(vectors) > 1 and (vectors[0] == vectors[-1]).all() and (vectors == vectors[0]).all():
         raise UserError(
             f"{settings.embeddings}: all its rows are equal; codes of these would say nothing of the tokens"
         )
     most = max(_table_sizes(settings))
     if most > len(vectors):
-        raise UserError(
-            f"--table-size {most}: is more than the {len(vectors):,} tokens; give less, such as theirs by K"
-        )
+        raise UserError(f"--table-size {most}: is more than the {len(vectors):,} tokens; a few times N^(1/K) is enough")
     return vectors, description
 
 
