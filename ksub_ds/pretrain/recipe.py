@@ -299,7 +299,7 @@ def _run_to_extend(words: list[str]) -> Recipe:
     """Return the recipe of the run in --out.
 
     Raises:
-        UserError: no --out, or no run there.
+        UserError: no --out, no run there, or one whose recipe no run can have.
     """
     values = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--out"]
     values += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
@@ -308,7 +308,12 @@ def _run_to_extend(words: list[str]) -> Recipe:
     path = Path(values[-1]) / "recipe.json"
     if not path.is_file():
         raise UserError(f"--extend: {path} is not there; leave --extend out to start a run")
-    return dataclasses.replace(read_recipe(path)[0], out=Path(values[-1]))
+    recipe, _ = read_recipe(path)
+    try:
+        _check_values(recipe, "")
+    except UserError as error:
+        raise UserError(f"{path}: {error}; the file is damaged, restore it") from error
+    return dataclasses.replace(recipe, out=Path(values[-1]))
 
 
 def _kept_copies(run: Recipe) -> dict[str, Any]:
@@ -524,15 +529,10 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]]:
         The recipe, and the whole content of the file.
 
     Raises:
-        UserError: the file cannot be read, or does not hold a recipe that a run may have.
+        UserError: the file cannot be read, or does not hold a recipe.
     """
     values = read_json(path)
-    recipe = from_json(values, path)
-    try:
-        _check_values(recipe, "")
-    except UserError as error:
-        raise UserError(f"{path}: {error}; the file is damaged, restore it") from error
-    return recipe, values
+    return from_json(values, path), values
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

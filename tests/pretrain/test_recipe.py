@@ -16,6 +16,7 @@ from ksub_ds.pretrain.recipe import (
     changed_keys,
     divide_batch,
     from_json,
+    parse_recipe,
     read_recipe,
     resolve,
     to_json,
@@ -112,11 +113,17 @@ def test_a_teacher_is_known_by_its_content() -> None:
     assert changed_keys(one, moved | aa) == ["distill_from: m -> elsewhere/m"] == changed_keys(one | aa, moved)
 
 
+def test_a_recipe_that_no_run_can_have_is_not_extended(tmp_path: Path) -> None:
+    whole = to_json(resolve(recipe(out=tmp_path), 1, on_gpu=False))
+    (tmp_path / "recipe.json").write_text(json.dumps(whole | {"peak_lr": math.nan}))
+    with pytest.raises(UserError, match=r"recipe.json: --peak-lr nan: must be greater than 0; the file is damaged,"):
+        parse_recipe(["--out", str(tmp_path), "--extend", "--max-steps", "2000"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ("[]", "is not a JSON object"),
-        ({"peak_lr": math.nan}, "--peak-lr nan: must be greater than 0; the file is damaged, restore it"),
         ('"tiny"', "is not a JSON object"),
         (
             {"preset": None},
