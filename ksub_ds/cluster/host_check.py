@@ -203,12 +203,13 @@ def _read(result: CommandResult) -> HostReport | str:
         return f"gave no answer in {INSPECTION_SECONDS:.0f} s: it hangs, or is too slow in reading all shards once"
     if result.code == SSH_FAILED:
         return f"cannot be reached: {result.last_line()}"
-    if result.code == 127 or "No module named" in result.errors or "No such file" in result.errors:
-        return f"has no ksub_ds at the same path as here ({result.last_line()}); install the same environment there"
-    try:
+    try:  # first: a login shell may have troubles of its own, and say so
         return HostReport(**json.loads(result.output.strip().splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
-        return f"the inspection failed: {result.last_line()}"
+        pass
+    if result.code == 127 or "No module named" in result.errors or "No such file" in result.errors:
+        return f"has no ksub_ds at the same path as here ({result.last_line()}); install the same environment there"
+    return f"the inspection failed: {result.last_line()}"
 
 
 def _differences(reports: dict[str, HostReport]) -> list[tuple[str, str]]:

@@ -195,3 +195,12 @@ def test_a_host_inspects_itself(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     again = host_check.inspect(host_check.HostCheck(str(tmp_path), out="file/run"))
     assert again.problems == ["--out file/run: cannot be written (Not a directory)"]
+
+
+def test_a_host_whose_shell_complains_is_not_refused() -> None:
+    noise = "pyenv: cannot rehash: couldn't acquire lock\nmv: cannot stat 'x': No such file or directory\n"
+    report = host_check._read(remote.CommandResult(0, '{"hostname": "node1"}\n', noise))
+    assert report == host_check.HostReport(hostname="node1")
+    told = host_check._read(remote.CommandResult(1, "", "python: No module named ksub_ds"))
+    assert told.startswith("has no ksub_ds at the same path as here (python: No module named ksub_ds)")
+    assert host_check._read(remote.CommandResult(1, "", "killed")) == "the inspection failed: killed"
