@@ -206,10 +206,9 @@ def _read(result: CommandResult) -> HostReport | str:
     try:  # first: a login shell may have troubles of its own, and say so
         return HostReport(**json.loads(result.output.strip().splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
-        pass
-    if result.code == 127 or "No module named" in result.errors or "No such file" in result.errors:
-        return f"has no ksub_ds at the same path as here ({result.last_line()}); install the same environment there"
-    return f"the inspection failed: {result.last_line()}"
+        if result.code == 127 or "No module named" in result.errors or "No such file" in result.errors:
+            return f"has no ksub_ds at the same path as here ({result.last_line()}); install the same environment there"
+        return f"the inspection failed: {result.last_line()}"
 
 
 def _differences(reports: dict[str, HostReport]) -> list[tuple[str, str]]:

@@ -13,7 +13,6 @@ A table that is only read at the input, by a model that predicts no tokens, may 
 (`unique=False`): codes are then free to be what product quantisation finds.
 """
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from ksub_ds.codes.packing import code_bits, pack, unpack
 from ksub_ds.common.errors import UserError
-from ksub_ds.common.files import atomic_path, canonical_safetensors, sha256_bytes
+from ksub_ds.common.files import atomic_path, canonical_safetensors, check_place, sha256_bytes
 
 FORMAT = "ksub-codes-1"
 FORMAT_DEDICATED = "ksub-codes-2"  # has the tensor `dedicated` too
@@ -45,9 +44,7 @@ def check_code_output(out: Path, read: Iterable[str | Path | None]) -> None:
         raise UserError(f"--out {out}: is read, and would be replaced; name another file")
     if out.exists() and not _is_code_file(out):
         raise UserError(f"--out {out}: is there, and is no code file; name another file")
-    place = next(parent for parent in out.absolute().parents if parent.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise UserError(f"--out {out}: {place} is not a folder that can be written to; choose another place")
+    check_place(out)
 
 
 def _is_code_file(path: Path) -> bool:

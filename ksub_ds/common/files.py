@@ -173,6 +173,17 @@ def remove_path(path: Path) -> None:
             path.unlink()
 
 
+def check_place(out: Path) -> None:
+    """Check that a file or folder can be made at the path of --out.
+
+    Raises:
+        UserError: what is above it is no folder, or cannot be written to.
+    """
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise UserError(f"--out {out}: {place} is not a folder that can be written to; choose another place")
+
+
 def check_output_folder(
     out: Path, kind: str, is_one: Callable[[Path], bool], written: str, source: str | Path | None = None
 ) -> bool:
@@ -195,9 +206,7 @@ def check_output_folder(
     here = Path.cwd()
     if out.name in ("", "..") or out.resolve() in (here, *here.parents):
         raise UserError(f"--out {out}: is or holds the current folder; name one that can be made")
-    place = next(parent for parent in out.absolute().parents if parent.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise UserError(f"--out {out}: {place} is not a folder that can be written to; choose another place")
+    check_place(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if source is not None and Path(source).resolve().is_relative_to(out.resolve()):

@@ -18,8 +18,8 @@ from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.model.sequence_length import first_position, longest_sequence
 from ksub_ds.pretrain.engine import check_monitors, check_precision, find_deepspeed_config, read_mechanics
 from ksub_ds.pretrain.recipe import BatchSizes, Recipe, divide_batch, resolve, to_json
+from ksub_ds.pretrain.run_folder import RunFolder
 from ksub_ds.pretrain.warm_start import (
-    RECIPE,
     check_head,
     check_same_tokens,
     codes_for,
@@ -216,9 +216,8 @@ def _check_teacher(name: str, tokenizer: Tokenizer, dataset: ShardDataset) -> st
     try:
         open_config(name)
     except UserError as error:
-        hint = (
-            f"; `ksub export {name} --out MODEL` makes a model of this run" if (Path(name) / RECIPE).is_file() else ""
-        )
+        run = RunFolder(Path(name)).recipe.is_file()
+        hint = f"; `ksub export {name} --out MODEL` makes a model of this run" if run else ""
         raise UserError(f"--distill-from {error}{hint}") from error
     folder = Path(name)
     if not folder.is_dir():

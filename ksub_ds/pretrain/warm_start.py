@@ -20,9 +20,9 @@ from ksub_ds.common.files import atomic_folder, read_json, sha256_file
 from ksub_ds.corpus.shards.dataset import ShardDataset
 from ksub_ds.corpus.tokenizers.loading import Tokenizer, load_tokenizer
 from ksub_ds.pretrain.recipe import CAUSAL_PRESETS, PRESETS, Recipe
+from ksub_ds.pretrain.run_folder import RunFolder
 
 HEADS = ("ForMaskedLM", "ForCausalLM")
-RECIPE = "recipe.json"  # of a run folder
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -34,7 +34,11 @@ def model_files(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file():
         raise UserError(
             f"--warm-start {folder}: holds no config.json; give a folder of `ksub compress` or `ksub export`"
-            + (f" (`ksub export {folder} --out MODEL` makes one of this run)" if (folder / RECIPE).is_file() else "")
+            + (
+                f" (`ksub export {folder} --out MODEL` makes one of this run)"
+                if RunFolder(folder).recipe.is_file()
+                else ""
+            )
         )
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or [""])[0]
